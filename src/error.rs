@@ -1,0 +1,177 @@
+//! The one error type of the crate.
+
+use std::path::PathBuf;
+
+/// Everything that can go wrong with a caller's input.
+///
+/// Each variant says what was given and what was expected, and names the tensor it concerns:
+/// a component such as `absmax` where a value was built in memory, the full key such as
+/// `model.layers.0.mlp.up_proj.weight.absmax` where it was read from a file.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Nf4Error {
+    /// The block size is not one that bitsandbytes knows.
+    #[error("`{tensor}`: block size {given} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096")]
+    BlockSize {
+        /// The tensor concerned.
+        tensor: String,
+        /// The size given, in elements.
+        given: u64,
+    },
+    /// A buffer holds another number of elements than its shape and block size ask for.
+    #[error("`{tensor}` holds {given} elements, expected {expected}")]
+    Length {
+        /// The tensor concerned.
+        tensor: String,
+        /// Elements asked for.
+        expected: usize,
+        /// Elements given.
+        given: usize,
+    },
+    /// A tensor has another shape than expected.
+    #[error("`{tensor}` has shape {given:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor concerned.
+        tensor: String,
+        /// Shape asked for.
+        expected: Vec<usize>,
+        /// Shape given.
+        given: Vec<usize>,
+    },
+    /// A shape without elements, or with more than memory can address.
+    #[error("`{tensor}`: shape {shape:?} has no elements, or more than can be addressed")]
+    ElementCount {
+        /// The tensor concerned.
+        tensor: String,
+        /// The shape given.
+        shape: Vec<usize>,
+    },
+    /// An operation on matrices was given a weight of another rank.
+    #[error("`{tensor}` has shape {shape:?}, expected a matrix [out_features, in_features]")]
+    NotAMatrix {
+        /// The tensor concerned.
+        tensor: String,
+        /// The shape given.
+        shape: Vec<usize>,
+    },
+    /// A name of a 4-bit data type that is neither `nf4` nor `fp4`.
+    #[error("`{tensor}`: quant_type `{given}` is not one of `nf4`, `fp4`")]
+    QuantType {
+        /// The tensor concerned.
+        tensor: String,
+        /// The name given.
+        given: String,
+    },
+    /// A data type that is not allowed in this place.
+    #[error("`{tensor}` has dtype {given}, expected {expected}")]
+    Dtype {
+        /// The tensor concerned.
+        tensor: String,
+        /// The dtypes allowed.
+        expected: String,
+        /// The dtype given.
+        given: String,
+    },
+    /// A `quant_map` that differs from the table that bitsandbytes' kernels use.
+    #[error(
+        "`{tensor}`[{index}] is {given}, expected {expected} as in the table of its quant_type"
+    )]
+    Codebook {
+        /// The tensor concerned.
+        tensor: String,
+        /// The first entry that differs.
+        index: usize,
+        /// The table's value.
+        expected: f32,
+        /// The value given.
+        given: f32,
+    },
+    /// A value that is NaN or infinite where only finite numbers can be quantized or decoded.
+    #[error("`{tensor}`[{index}] is {given}, expected a finite number")]
+    NonFinite {
+        /// The tensor concerned.
+        tensor: String,
+        /// Flat index of the first such value.
+        index: usize,
+        /// The value given.
+        given: f32,
+    },
+    /// A row range that is empty or leaves the weight.
+    #[error("rows {start}..{end} of a weight with {rows} rows: expected start < end <= {rows}")]
+    RowRange {
+        /// First row asked for.
+        start: usize,
+        /// One past the last row asked for.
+        end: usize,
+        /// Rows of the weight.
+        rows: usize,
+    },
+    /// A kernel variant was forced on a device or a weight that it cannot serve.
+    #[error("kernel variant `{variant}` cannot run here: {reason}")]
+    Variant {
+        /// Name of the variant.
+        variant: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// The device cannot hold or compute a data type.
+    #[error("device `{device}` does not support {dtype} here")]
+    DeviceDtype {
+        /// Name of the device's runtime.
+        device: String,
+        /// The dtype asked for.
+        dtype: String,
+    },
+    /// A packed buffer whose header does not describe the weight it is used as.
+    #[error("packed weight: {what} is {given}, expected {expected}")]
+    Header {
+        /// The field that differs.
+        what: &'static str,
+        /// The value asked for.
+        expected: String,
+        /// The value found.
+        given: String,
+    },
+    /// A module setting that makes no sense.
+    #[error("`{field}` is {given}, expected {expected}")]
+    Config {
+        /// The setting's name.
+        field: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// The value given.
+        given: String,
+    },
+    /// A file could not be opened or read.
+    #[error("{}: {message}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        message: String,
+    },
+    /// A file is not well-formed safetensors.
+    #[error("{}: not a valid safetensors file: {message}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A tensor that must be there is missing.
+    #[error("{}: `{key}` is missing", path.display())]
+    MissingKey {
+        /// The file or folder.
+        path: PathBuf,
+        /// The key looked for.
+        key: String,
+    },
+    /// A `quant_state` whose JSON text cannot be understood.
+    #[error("`{key}`: {message}")]
+    QuantState {
+        /// The key of the quant_state tensor.
+        key: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}

@@ -1,0 +1,253 @@
+//! The device image of a quantized weight: one buffer of u32 words.
+//!
+//! One buffer rather than six makes a launch cheap (each binding costs host time), lets a weight
+//! travel, be recorded and be moved as one integer tensor whose bits no float cast can touch, and
+//! needs no u8 support on the device.
+//!
+//! | section | words | content |
+//! |---|---|---|
+//! | codes | `ceil(n / 8)` | the checkpoint's bytes, little-endian: element `8w` in bits 4..8 of word `w`, `8w + 1` in bits 0..4, `8w + 2` in bits 12..16, … |
+//! | scales | `blocks`, or `ceil(blocks / 4)` | f32 bits, or 8-bit codes four a word when nested |
+//! | codebook | 16 | f32 bits of the sixteen levels |
+//! | nested map | 256 | f32 bits (nested only) |
+//! | nested offset | 4 | f32 bits, then zeros (nested only) |
+//! | nested scales | `ceil(blocks / nested block size)` | f32 bits (nested only) |
+//! | header | 4 | what the buffer is, see [`PackedLayout::header`] |
+//!
+//! Each section starts at a multiple of four words, so that 16-byte loads are aligned; the padding
+//! is zero.
+
+use super::codebook::DYNAMIC_MAP;
+use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
+use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, checked_elems};
+use crate::error::Nf4Error;
+
+/// Words of the header, the last section of the image.
+pub const HEADER_WORDS: usize = 4;
+
+/// Where each section of a packed weight starts, in words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PackedLayout {
+    /// Number of weights.
+    pub elems: usize,
+    /// Number of blocks of weights.
+    pub blocks: usize,
+    /// How the weight is quantized.
+    pub config: QuantConfig,
+    /// Start of the scales; the codes start at 0.
+    pub scales: usize,
+    /// Start of the codebook.
+    pub codebook: usize,
+    /// Start of the nested map; the end of the codebook when flat.
+    pub nested_map: usize,
+    /// Start of the nested offset; the end of the codebook when flat.
+    pub nested_offset: usize,
+    /// Start of the nested scales; the end of the codebook when flat.
+    pub nested_scales: usize,
+    /// Start of the header.
+    pub header: usize,
+    /// Words in all.
+    pub words: usize,
+}
+
+const fn align4(words: usize) -> usize {
+    words.next_multiple_of(4)
+}
+
+impl PackedLayout {
+    /// The layout of a weight of `elems` elements.
+    pub const fn new(elems: usize, config: QuantConfig) -> Self {
+        let blocks = config.block_size.blocks(elems);
+        let scales = align4(elems.div_ceil(8));
+        let scale_words = match config.nested_block_size {
+            None => blocks,
+            Some(_) => blocks.div_ceil(4),
+        };
+        let codebook = scales + align4(scale_words);
+        let codebook_end = codebook + 16;
+        let (nested_offset, nested_scales, header) = match config.nested_block_size {
+            None => (codebook_end, codebook_end, codebook_end),
+            Some(size) => {
+                let nested_scales = codebook_end + 256 + 4;
+                let header = nested_scales + align4(size.blocks(blocks));
+                (codebook_end + 256, nested_scales, header)
+            }
+        };
+        Self {
+            elems,
+            blocks,
+            config,
+            scales,
+            codebook,
+            nested_map: codebook_end,
+            nested_offset,
+            nested_scales,
+            header,
+            words: header + HEADER_WORDS,
+        }
+    }
+
+    /// The four words that say what the buffer is: a magic number with a version, the settings,
+    /// and 64 bits of FNV-1a hash over the shape.
+    pub fn header(&self, shape: &[usize], dtype: FloatType) -> [u32; HEADER_WORDS] {
+        let nested_log2 = self.config.nested_block_size.map_or(0, BlockSize::log2);
+        let settings = match self.config.quant_type {
+            QuantType::Nf4 => 0,
+            QuantType::Fp4 => 1,
+        } | match dtype {
+            FloatType::F16 => 0,
+            FloatType::BF16 => 1,
+            FloatType::F32 => 2,
+        } << 8
+            | self.config.block_size.log2() << 16
+            | nested_log2 << 24;
+        let hash = shape.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &dim| {
+            (dim as u64).to_le_bytes().iter().fold(hash, |hash, &byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+            })
+        });
+        [MAGIC, settings, hash as u32, (hash >> 32) as u32]
+    }
+
+    /// The words after the codes and scales that do not depend on the weight's values: codebook
+    /// and, when nested, the dynamic map.
+    pub fn tables(&self) -> Vec<u32> {
+        let codebook = self.config.quant_type.codebook().iter();
+        let map = match self.config.nested_block_size {
+            None => &[][..],
+            Some(_) => &DYNAMIC_MAP[..],
+        };
+        codebook.chain(map).map(|value| value.to_bits()).collect()
+    }
+
+    /// Checks that a header found in a buffer is the one expected.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Header`] naming the field that differs.
+    pub fn check_header(
+        &self,
+        found: &[u32],
+        shape: &[usize],
+        dtype: FloatType,
+    ) -> Result<(), Nf4Error> {
+        let expected = self.header(shape, dtype);
+        let fields = ["magic number", "settings", "shape hash", "shape hash"];
+        for (i, what) in fields.into_iter().enumerate() {
+            let given = found.get(i).copied();
+            if given != Some(expected[i]) {
+                return Err(Nf4Error::Header {
+                    what,
+                    expected: format!("{:#010x}", expected[i]),
+                    given: given.map_or("missing".into(), |word| format!("{word:#010x}")),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// "NF4" and the version of the layout.
+const MAGIC: u32 = u32::from_le_bytes(*b"NF4\x01");
+
+impl Nf4Tensor {
+    /// The layout of this tensor's device image.
+    pub fn packed_layout(&self) -> PackedLayout {
+        PackedLayout::new(self.elems(), self.config())
+    }
+
+    /// The device image: `packed_layout().words` words.
+    pub fn to_packed(&self) -> Vec<u32> {
+        let layout = self.packed_layout();
+        let mut words = vec![0u32; layout.words];
+        put_bytes(&mut words, self.codes());
+        match self.absmax() {
+            Absmax::Flat(scales) => put_floats(&mut words[layout.scales..], scales),
+            Absmax::Nested(nested) => {
+                put_bytes(&mut words[layout.scales..], &nested.codes);
+                put_floats(&mut words[layout.nested_map..], nested.map.as_slice());
+                put_floats(&mut words[layout.nested_offset..], &[nested.offset]);
+                put_floats(&mut words[layout.nested_scales..], &nested.absmax);
+            }
+        }
+        put_floats(
+            &mut words[layout.codebook..],
+            self.quant_type().codebook().as_slice(),
+        );
+        words[layout.header..].copy_from_slice(&layout.header(self.shape(), self.dtype()));
+        words
+    }
+
+    /// Reads a device image back.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Length`] if `words` is not as long as the layout asks for,
+    /// [`Nf4Error::Header`] if it is another weight's image, and what
+    /// [`from_parts`](Self::from_parts) returns.
+    pub fn from_packed(
+        words: &[u32],
+        shape: &[usize],
+        config: QuantConfig,
+        dtype: FloatType,
+    ) -> Result<Self, Nf4Error> {
+        let elems = checked_elems(shape)?;
+        let layout = PackedLayout::new(elems, config);
+        super::tensor::check_len("packed weight", layout.words, words.len())?;
+        layout.check_header(&words[layout.header..], shape, dtype)?;
+
+        let codes = take_bytes(words, elems.div_ceil(2));
+        let scales = &words[layout.scales..];
+        let absmax = match config.nested_block_size {
+            None => Absmax::Flat(take_floats(scales, layout.blocks)),
+            Some(block_size) => {
+                let mut map = Box::new([0.0; 256]);
+                map.copy_from_slice(&take_floats(&words[layout.nested_map..], 256));
+                let nested_blocks = block_size.blocks(layout.blocks);
+                Absmax::Nested(NestedAbsmax {
+                    codes: take_bytes(scales, layout.blocks),
+                    absmax: take_floats(&words[layout.nested_scales..], nested_blocks),
+                    map,
+                    offset: f32::from_bits(words[layout.nested_offset]),
+                    block_size,
+                })
+            }
+        };
+        Self::from_parts(
+            codes,
+            absmax,
+            shape.to_vec(),
+            config.block_size,
+            dtype,
+            config.quant_type,
+        )
+    }
+}
+
+fn put_bytes(words: &mut [u32], bytes: &[u8]) {
+    for (word, chunk) in words.iter_mut().zip(bytes.chunks(4)) {
+        let mut quad = [0; 4];
+        quad[..chunk.len()].copy_from_slice(chunk);
+        *word = u32::from_le_bytes(quad);
+    }
+}
+
+fn put_floats(words: &mut [u32], values: &[f32]) {
+    for (word, value) in words.iter_mut().zip(values) {
+        *word = value.to_bits();
+    }
+}
+
+fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = words[..len.div_ceil(4)]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    bytes.truncate(len);
+    bytes
+}
+
+fn take_floats(words: &[u32], len: usize) -> Vec<f32> {
+    words[..len]
+        .iter()
+        .map(|&word| f32::from_bits(word))
+        .collect()
+}

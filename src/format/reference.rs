@@ -1,0 +1,267 @@
+//! The slow, plain implementation that everything else is checked against.
+//!
+//! The arithmetic is bitsandbytes' to the last bit:
+//!
+//! ```text
+//! absmax = rn(rn(map[code] * nested_absmax) + offset)    two f32 roundings, never an FMA
+//! value  = T(rn(codebook[code] * absmax))                one f32 product, then one cast
+//! ```
+//!
+//! Rust never contracts `a * b + c`, so plain expressions do here.
+
+use super::codebook::{DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS};
+use super::spec::{BlockSize, FloatElement, QuantConfig, QuantType};
+use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, check_len, checked_elems};
+use crate::error::Nf4Error;
+
+impl NestedAbsmax {
+    /// The scale of block `block`.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn scale(&self, block: usize) -> f32 {
+        let product =
+            self.map[self.codes[block] as usize] * self.absmax[block >> self.block_size.log2()];
+        product + self.offset
+    }
+
+    /// Quantizes scales to 8 bit.
+    ///
+    /// The offset is the mean of the scales. bitsandbytes takes it with a parallel f32 sum whose
+    /// order is not specified; ours is summed as in [`SumF32x2`] and lies within 2^-22 of the
+    /// exact mean, relatively, as bitsandbytes' does. Codes and nested scales follow exactly from
+    /// the offset.
+    pub fn quantize(scales: &[f32], block_size: BlockSize) -> Self {
+        Self::quantize_with_offset(scales, block_size, SumF32x2::mean(scales))
+    }
+
+    /// Quantizes scales to 8 bit around a given offset.
+    pub fn quantize_with_offset(scales: &[f32], block_size: BlockSize, offset: f32) -> Self {
+        let mut codes = Vec::with_capacity(scales.len());
+        let mut absmax = Vec::with_capacity(block_size.blocks(scales.len()));
+        for block in scales.chunks(block_size.elems()) {
+            let (scale, inverse) = normalizer(block.iter().map(|scale| scale - offset));
+            absmax.push(scale);
+            codes.extend(block.iter().map(|scale| {
+                if inverse.is_infinite() {
+                    0 // all scales equal the offset; any code decodes to it
+                } else {
+                    nested_code((scale - offset) * inverse)
+                }
+            }));
+        }
+        Self {
+            codes,
+            absmax,
+            map: Box::new(DYNAMIC_MAP),
+            offset,
+            block_size,
+        }
+    }
+}
+
+impl Nf4Tensor {
+    /// Quantizes a row-major weight.
+    ///
+    /// The result is bitsandbytes' (CUDA) to the bit, with three exceptions. An all-zero block
+    /// gets the code of zero and so decodes to exact zeros, where bitsandbytes' kernel divides by
+    /// zero. The offset of the nested scales can differ in its last bits, see
+    /// [`NestedAbsmax::quantize`]. FP4 weights that fall on a threshold to within an ulp can get
+    /// the neighbouring code, because bitsandbytes is built with an approximate reciprocal. As in
+    /// bitsandbytes, a block whose absmax is subnormal counts as all-zero.
+    ///
+    /// # Shapes
+    /// - `weight`: as many elements as the product of `shape`
+    ///
+    /// # Errors
+    /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::Length`] if `weight` does
+    /// not fill it, [`Nf4Error::NonFinite`] at the first NaN or infinite weight.
+    pub fn quantize<T: FloatElement>(
+        weight: &[T],
+        shape: &[usize],
+        config: QuantConfig,
+    ) -> Result<Self, Nf4Error> {
+        let elems = checked_elems(shape)?;
+        check_len("weight", elems, weight.len())?;
+        if let Some(index) = weight.iter().position(|w| !w.to_f32().is_finite()) {
+            return Err(Nf4Error::NonFinite {
+                tensor: "weight".into(),
+                index,
+                given: weight[index].to_f32(),
+            });
+        }
+
+        let quant_type = config.quant_type;
+        let mut codes = vec![0u8; elems.div_ceil(2)];
+        let mut scales = Vec::with_capacity(config.block_size.blocks(elems));
+        let block_bytes = config.block_size.elems() / 2;
+        for (block, packed) in weight
+            .chunks(config.block_size.elems())
+            .zip(codes.chunks_mut(block_bytes))
+        {
+            let (absmax, inverse) = normalizer(block.iter().map(|w| w.to_f32()));
+            scales.push(absmax);
+            for (pair, byte) in block.chunks(2).zip(packed) {
+                let code = |i: usize| match pair.get(i) {
+                    Some(w) if absmax > 0.0 => quant_type.code(w.to_f32() * inverse),
+                    _ => quant_type.zero_code(),
+                };
+                *byte = code(0) << 4 | code(1);
+            }
+        }
+
+        let absmax = match config.nested_block_size {
+            None => Absmax::Flat(scales),
+            Some(block_size) => Absmax::Nested(NestedAbsmax::quantize(&scales, block_size)),
+        };
+        Self::from_parts(
+            codes,
+            absmax,
+            shape.to_vec(),
+            config.block_size,
+            T::FLOAT_TYPE,
+            quant_type,
+        )
+    }
+
+    /// The scale of block `block`, decoded to f32.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn scale(&self, block: usize) -> f32 {
+        match self.absmax() {
+            Absmax::Flat(scales) => scales[block],
+            Absmax::Nested(nested) => nested.scale(block),
+        }
+    }
+
+    /// Decodes the whole weight, row-major.
+    pub fn dequantize<T: FloatElement>(&self) -> Vec<T> {
+        self.dequantize_range(0, self.elems())
+    }
+
+    /// Decodes `len` weights from flat index `start` on.
+    ///
+    /// # Panics
+    /// If the range leaves the weight.
+    pub fn dequantize_range<T: FloatElement>(&self, start: usize, len: usize) -> Vec<T> {
+        let codebook = self.quant_type().codebook();
+        (start..start + len)
+            .map(|index| {
+                let scale = self.scale(index >> self.block_size().log2());
+                T::from_f32(codebook[self.code(index) as usize] * scale)
+            })
+            .collect()
+    }
+}
+
+impl QuantType {
+    /// The code of a normalised value, from -1 to 1.
+    pub fn code(self, normalized: f32) -> u8 {
+        match self {
+            Self::Nf4 => nf4_code(normalized),
+            Self::Fp4 => fp4_code(normalized),
+        }
+    }
+}
+
+/// The largest magnitude of a block and the factor that normalises the block.
+///
+/// Subnormal results of either are flushed to zero, as in bitsandbytes, which is built with
+/// `-use_fast_math`. With a magnitude of zero the factor is infinite and must not be used.
+pub fn normalizer(block: impl Iterator<Item = f32>) -> (f32, f32) {
+    let absmax = flush(block.fold(0.0f32, |max, value| max.max(value.abs())));
+    (absmax, flush(1.0 / absmax))
+}
+
+fn flush(value: f32) -> f32 {
+    if value < f32::MIN_POSITIVE {
+        0.0
+    } else {
+        value
+    }
+}
+
+/// The NF4 code of a normalised value: thresholds strictly below it, so ties go down.
+pub fn nf4_code(normalized: f32) -> u8 {
+    NF4_THRESHOLDS.iter().filter(|&&t| normalized > t).count() as u8
+}
+
+/// The FP4 code of a normalised value; ties go to the smaller magnitude.
+pub fn fp4_code(normalized: f32) -> u8 {
+    let magnitude = normalized.abs();
+    let level = FP4_THRESHOLDS.iter().filter(|&&t| magnitude > t).count();
+    let sign = if normalized < 0.0 { 8 } else { 0 };
+    FP4_CODE_BY_LEVEL[level] + sign
+}
+
+/// The 8-bit code of a normalised nested scale: the nearest entry of [`DYNAMIC_MAP`], midpoints
+/// going down.
+pub fn nested_code(normalized: f32) -> u8 {
+    DYNAMIC_MAP
+        .windows(2)
+        .take_while(|pair| normalized > (pair[0] + pair[1]) * 0.5)
+        .count() as u8
+}
+
+/// A sum of f32 values carried as an unevaluated pair, in an order that every implementation
+/// follows, so that host and devices agree to the bit.
+///
+/// The order: values are summed in chunks of [`CHUNK`](Self::CHUNK), and then the chunks' sums in
+/// the same way. To sum a list, item `i` goes to lane `i % 256`, each lane adds its items in
+/// ascending order, and lane `l` takes in lane `l + h` for `h` = 128, 64, … 1. Additions are
+/// Knuth's error-free `TwoSum`, so the pair is good to about 2^-45 relatively for non-negative
+/// values.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SumF32x2 {
+    /// The rounded sum.
+    pub high: f32,
+    /// What rounding took off it.
+    pub low: f32,
+}
+
+impl SumF32x2 {
+    /// Lanes of the sum.
+    pub const LANES: usize = 256;
+    /// Values summed to one partial sum.
+    pub const CHUNK: usize = 4096;
+
+    /// Adds another sum.
+    pub fn plus(self, other: Self) -> Self {
+        let sum = self.high + other.high;
+        let other_part = sum - self.high;
+        let error = (self.high - (sum - other_part)) + (other.high - other_part);
+        let low = self.low + other.low + error;
+        // Renormalise, so that `high` is the rounded value of the pair.
+        let high = sum + low;
+        Self {
+            high,
+            low: low - (high - sum),
+        }
+    }
+
+    /// Sums a list in the specified order, without chunks.
+    pub fn of(items: impl Iterator<Item = Self>) -> Self {
+        let mut lanes = [Self::default(); Self::LANES];
+        for (i, item) in items.enumerate() {
+            let lane = &mut lanes[i % Self::LANES];
+            *lane = lane.plus(item);
+        }
+        let mut half = Self::LANES / 2;
+        while half > 0 {
+            for lane in 0..half {
+                lanes[lane] = lanes[lane].plus(lanes[lane + half]);
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+
+    /// The mean of `values`: the summed pair rounded to f32, then divided by the count as f32.
+    ///
+    /// At most three roundings, so within 2^-22 of the exact mean, relatively.
+    pub fn mean(values: &[f32]) -> f32 {
+        let partial = |chunk: &[f32]| Self::of(chunk.iter().map(|&high| Self { high, low: 0.0 }));
+        Self::of(values.chunks(Self::CHUNK).map(partial)).high / values.len() as f32
+    }
+}

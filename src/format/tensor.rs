@@ -1,0 +1,211 @@
+//! The value type of a quantized tensor in host memory.
+
+use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
+use crate::error::Nf4Error;
+
+/// A tensor in the bitsandbytes 4-bit format, owned by the host.
+///
+/// It holds exactly what a checkpoint holds: packed codes, scales, shape, block size, the dtype
+/// that was quantized and the 4-bit type. With double quantization and blocks of 64 that is about
+/// 0.516 byte per weight. A value of this type is always consistent: every constructor checks.
+///
+/// ```
+/// use burn_nf4::format::{Nf4Tensor, QuantConfig};
+///
+/// let weight: Vec<f32> = (0..128 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+/// let quantized = Nf4Tensor::quantize(&weight, &[128, 64], QuantConfig::default())?;
+/// let back: Vec<f32> = quantized.dequantize();
+/// assert!(weight.iter().zip(&back).all(|(a, b)| (a - b).abs() < 0.16));
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nf4Tensor {
+    codes: Vec<u8>,
+    absmax: Absmax,
+    shape: Vec<usize>,
+    block_size: BlockSize,
+    dtype: FloatType,
+    quant_type: QuantType,
+}
+
+/// The scale of each block: the largest magnitude in it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Absmax {
+    /// One f32 a block.
+    Flat(Vec<f32>),
+    /// One 8-bit code a block: double quantization.
+    Nested(NestedAbsmax),
+}
+
+/// Scales that are quantized themselves.
+///
+/// The scale of block `b` is `map[codes[b]] * absmax[b / block_size] + offset`, the product and
+/// the sum each rounded to f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NestedAbsmax {
+    /// One code a block of weights.
+    pub codes: Vec<u8>,
+    /// One scale a nested block of codes.
+    pub absmax: Vec<f32>,
+    /// The value of each code; [`DYNAMIC_MAP`](super::DYNAMIC_MAP) unless a checkpoint says
+    /// otherwise.
+    pub map: Box<[f32; 256]>,
+    /// The mean of the scales, taken off before they were quantized.
+    pub offset: f32,
+    /// Codes a nested block.
+    pub block_size: BlockSize,
+}
+
+impl Nf4Tensor {
+    /// Puts a tensor together from its parts, as a checkpoint holds them.
+    ///
+    /// # Shapes
+    /// - `codes`: `ceil(n / 2)` bytes, element `2i` in the high nibble of byte `i`
+    /// - `absmax`: `ceil(n / block_size)` entries
+    ///
+    /// with `n` the product of `shape`.
+    ///
+    /// # Errors
+    /// [`Nf4Error::ElementCount`] for a shape without elements or with too many,
+    /// [`Nf4Error::Length`] where a part has another length than the shape asks for, and
+    /// [`Nf4Error::NonFinite`] for a NaN or infinite offset or map entry.
+    pub fn from_parts(
+        codes: Vec<u8>,
+        absmax: Absmax,
+        shape: Vec<usize>,
+        block_size: BlockSize,
+        dtype: FloatType,
+        quant_type: QuantType,
+    ) -> Result<Self, Nf4Error> {
+        let elems = checked_elems(&shape)?;
+        check_len("weight", elems.div_ceil(2), codes.len())?;
+        let blocks = block_size.blocks(elems);
+        match &absmax {
+            Absmax::Flat(scales) => check_len("absmax", blocks, scales.len())?,
+            Absmax::Nested(nested) => {
+                check_len("absmax", blocks, nested.codes.len())?;
+                let nested_blocks = nested.block_size.blocks(blocks);
+                check_len("nested_absmax", nested_blocks, nested.absmax.len())?;
+                check_finite("nested_offset", &[nested.offset])?;
+                check_finite("nested_quant_map", nested.map.as_slice())?;
+            }
+        }
+        Ok(Self {
+            codes,
+            absmax,
+            shape,
+            block_size,
+            dtype,
+            quant_type,
+        })
+    }
+
+    /// The packed codes, two a byte, the first of a pair in the high nibble.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// The scales.
+    pub fn absmax(&self) -> &Absmax {
+        &self.absmax
+    }
+
+    /// The shape of the weight; `[out_features, in_features]` for a linear layer.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Weights a scale.
+    pub fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
+    /// The dtype that the weight had before it was quantized.
+    pub fn dtype(&self) -> FloatType {
+        self.dtype
+    }
+
+    /// The 4-bit data type.
+    pub fn quant_type(&self) -> QuantType {
+        self.quant_type
+    }
+
+    /// Number of weights.
+    pub fn elems(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Number of blocks of weights.
+    pub fn blocks(&self) -> usize {
+        self.block_size.blocks(self.elems())
+    }
+
+    /// The settings that quantize a weight to this form.
+    pub fn config(&self) -> QuantConfig {
+        QuantConfig {
+            quant_type: self.quant_type,
+            block_size: self.block_size,
+            nested_block_size: match &self.absmax {
+                Absmax::Flat(_) => None,
+                Absmax::Nested(nested) => Some(nested.block_size),
+            },
+        }
+    }
+
+    /// The code of weight `index` in the flat order.
+    ///
+    /// # Panics
+    /// If `index` is not below [`elems`](Self::elems).
+    pub fn code(&self, index: usize) -> u8 {
+        assert!(index < self.elems(), "weight {index} of {}", self.elems());
+        let byte = self.codes[index / 2];
+        if index.is_multiple_of(2) {
+            byte >> 4
+        } else {
+            byte & 15
+        }
+    }
+
+    /// Bytes held: codes, scales, and with double quantization the 256-entry map.
+    pub fn size_bytes(&self) -> usize {
+        let scales = match &self.absmax {
+            Absmax::Flat(scales) => 4 * scales.len(),
+            Absmax::Nested(nested) => nested.codes.len() + 4 * (nested.absmax.len() + 256 + 1),
+        };
+        self.codes.len() + scales
+    }
+}
+
+/// Product of a shape, if there are elements and their bytes can be addressed as f32.
+pub(super) fn checked_elems(shape: &[usize]) -> Result<usize, Nf4Error> {
+    shape
+        .iter()
+        .try_fold(1usize, |elems, &dim| elems.checked_mul(dim))
+        .filter(|&elems| elems > 0 && elems <= isize::MAX as usize / 4)
+        .ok_or_else(|| Nf4Error::ElementCount {
+            tensor: "weight".into(),
+            shape: shape.to_vec(),
+        })
+}
+
+pub(super) fn check_len(tensor: &str, expected: usize, given: usize) -> Result<(), Nf4Error> {
+    if expected == given {
+        return Ok(());
+    }
+    Err(Nf4Error::Length {
+        tensor: tensor.into(),
+        expected,
+        given,
+    })
+}
+
+pub(super) fn check_finite(tensor: &str, values: &[f32]) -> Result<(), Nf4Error> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Nf4Error::NonFinite {
+            tensor: tensor.into(),
+            index,
+            given: values[index],
+        }),
+    }
+}
