@@ -1,7 +1,16 @@
 //! bitsandbytes-compatible 4-bit NormalFloat (NF4) for Burn.
 #![deny(missing_docs)]
 
+pub mod checkpoint;
 pub mod error;
 pub mod format;
+pub mod host;
+#[cfg(feature = "cube")]
+mod kernel;
+#[cfg(feature = "cube")]
+pub mod launch;
+pub mod nn;
+pub mod op;
 
 pub use error::Nf4Error;
+pub use op::{Nf4Weight, linear};

@@ -87,6 +87,14 @@ impl PackedLayout {
         }
     }
 
+    /// The layout of a weight of a given shape.
+    ///
+    /// # Errors
+    /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
+    pub fn for_shape(shape: &[usize], config: QuantConfig) -> Result<Self, Nf4Error> {
+        Ok(Self::new(checked_elems(shape)?, config))
+    }
+
     /// The four words that say what the buffer is: a magic number with a version, the settings,
     /// and 64 bits of FNV-1a hash over the shape.
     pub fn header(&self, shape: &[usize], dtype: FloatType) -> [u32; HEADER_WORDS] {

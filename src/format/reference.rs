@@ -257,11 +257,17 @@ impl SumF32x2 {
         lanes[0]
     }
 
-    /// The mean of `values`: the summed pair rounded to f32, then divided by the count as f32.
+    /// The mean of `values`: the sum rounded to f32, times [`inverse_count`](Self::inverse_count).
     ///
-    /// At most three roundings, so within 2^-22 of the exact mean, relatively.
+    /// Four roundings at most, so within 2^-22 of the exact mean, relatively. A product rather
+    /// than a quotient, because WGSL does not ask for correctly rounded division.
     pub fn mean(values: &[f32]) -> f32 {
         let partial = |chunk: &[f32]| Self::of(chunk.iter().map(|&high| Self { high, low: 0.0 }));
-        Self::of(values.chunks(Self::CHUNK).map(partial)).high / values.len() as f32
+        Self::of(values.chunks(Self::CHUNK).map(partial)).high * Self::inverse_count(values.len())
+    }
+
+    /// The reciprocal of a count, rounded to f32.
+    pub fn inverse_count(count: usize) -> f32 {
+        1.0 / count as f32
     }
 }

@@ -6,7 +6,10 @@ use super::codebook::{FP4_CODEBOOK, NF4_CODEBOOK};
 use crate::error::Nf4Error;
 
 /// The 4-bit data type of the codes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum QuantType {
     /// 4-bit NormalFloat: the quantiles of a normal distribution.
     #[default]
@@ -162,13 +165,16 @@ impl QuantConfig {
 }
 
 /// The floating-point types that weights are quantized from and decoded to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum FloatType {
     /// IEEE half precision.
+    #[serde(rename = "float16")]
     F16,
     /// bfloat16.
+    #[serde(rename = "bfloat16")]
     BF16,
     /// IEEE single precision.
+    #[serde(rename = "float32")]
     F32,
 }
 

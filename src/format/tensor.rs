@@ -100,6 +100,29 @@ impl Nf4Tensor {
         })
     }
 
+    /// A tensor that decodes to zeros.
+    ///
+    /// # Errors
+    /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
+    pub fn zeros(shape: &[usize], config: QuantConfig, dtype: FloatType) -> Result<Self, Nf4Error> {
+        let elems = checked_elems(shape)?;
+        let blocks = config.block_size.blocks(elems);
+        let code = config.quant_type.zero_code();
+        Ok(Self {
+            codes: vec![code << 4 | code; elems.div_ceil(2)],
+            absmax: match config.nested_block_size {
+                None => Absmax::Flat(vec![0.0; blocks]),
+                Some(block_size) => {
+                    Absmax::Nested(NestedAbsmax::quantize(&vec![0.0; blocks], block_size))
+                }
+            },
+            shape: shape.to_vec(),
+            block_size: config.block_size,
+            dtype,
+            quant_type: config.quant_type,
+        })
+    }
+
     /// The packed codes, two a byte, the first of a pair in the high nibble.
     pub fn codes(&self) -> &[u8] {
         &self.codes

@@ -1,0 +1,234 @@
+//! One safetensors file, memory-mapped.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::weight::{StoredTensor, TensorSource, find_quant_state, is_transposed, load_nf4};
+use crate::error::Nf4Error;
+use crate::format::{FloatElement, FloatType, Nf4Tensor};
+
+/// A safetensors file, opened for reading.
+///
+/// The file is memory-mapped and its header checked once; the tensors stay on disk until they are
+/// asked for, and each is copied once.
+///
+/// The file must not be changed or truncated while it is open: a mapped page that no longer
+/// exists ends the process.
+#[derive(Debug)]
+pub struct SafetensorsFile {
+    path: PathBuf,
+    map: Mmap,
+    entries: BTreeMap<String, Entry>,
+}
+
+/// A tensor's line of the header; the range lies within the file.
+#[derive(Debug)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+/// What a file says about one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorInfo<'a> {
+    /// The type of its elements.
+    pub dtype: Dtype,
+    /// Its shape, row-major.
+    pub shape: &'a [usize],
+}
+
+/// Bytes of the length that precedes the header.
+const PREFIX_BYTES: usize = 8;
+
+/// The header may be this long, in bytes (the limit of the safetensors format).
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+impl SafetensorsFile {
+    /// Maps a file and checks its header.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Io`] if it cannot be opened or mapped, [`Nf4Error::Safetensors`] if its header
+    /// is malformed, or if the tensors do not cover the rest of the file exactly, as in a file
+    /// that was cut short.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        let path = path.as_ref();
+        let io = |error: std::io::Error| Nf4Error::Io {
+            path: path.into(),
+            message: error.to_string(),
+        };
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: the mapping is read-only and private to this value, which owns it; no reference
+        // into it outlives it. That nobody changes the file meanwhile is asked of the caller.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let entries = read_header(&map).map_err(|message| Nf4Error::Safetensors {
+            path: path.into(),
+            message,
+        })?;
+        Ok(Self {
+            path: path.into(),
+            map,
+            entries,
+        })
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
+    pub fn is_quantized(&self, prefix: &str) -> bool {
+        find_quant_state(self, prefix).is_ok()
+    }
+
+    /// The quantized parameters, sorted.
+    pub fn quantized_weights(&self) -> Vec<&str> {
+        let mut prefixes: Vec<&str> = self
+            .keys()
+            .filter_map(super::weight::prefix_of_quant_state)
+            .collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        prefixes
+    }
+
+    /// Whether the parameter `prefix` is stored transposed.
+    ///
+    /// bitsandbytes marks it by storing the codes as `[1, k]` instead of `[k, 1]`, and nothing
+    /// else changes: codes, blocks and the shape in `quant_state` are those of the weight before
+    /// it was transposed. [`load_nf4`](Self::load_nf4) returns that weight; where this is true,
+    /// the parameter is its transpose. With one code byte the two forms are the same, and the
+    /// answer is no.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], or [`Nf4Error::Shape`] if the codes have neither form.
+    pub fn is_transposed(&self, prefix: &str) -> Result<bool, Nf4Error> {
+        is_transposed(&self.stored(prefix)?, prefix)
+    }
+
+    /// Reads the quantized parameter `prefix`, bit for bit as it is stored.
+    ///
+    /// The stored weight may be of any dtype that bitsandbytes allows as `quant_storage`; its
+    /// bytes are taken as they are. See [`is_transposed`](Self::is_transposed) for the `[1, k]`
+    /// form.
+    ///
+    /// # Errors
+    /// Each names the full key of the tensor at fault:
+    /// - [`Nf4Error::MissingKey`] if a tensor is not there
+    /// - [`Nf4Error::QuantState`] for a `quant_state` that cannot be understood, is there twice,
+    ///   or contradicts the tensors beside it, and what [`QuantState::parse`] returns
+    /// - [`Nf4Error::Dtype`], [`Nf4Error::Shape`], [`Nf4Error::Length`] for a tensor of the wrong
+    ///   form; the length of the weight itself is in bytes
+    /// - [`Nf4Error::Codebook`] for a `quant_map` that is not the table of its 4-bit type
+    /// - [`Nf4Error::NonFinite`] for a scale, map entry or offset that is NaN or infinite
+    ///
+    /// [`QuantState::parse`]: super::QuantState::parse
+    pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+        load_nf4(self, prefix)
+    }
+
+    /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
+    pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
+        let stored = self.stored(key)?;
+        let expected = match T::FLOAT_TYPE {
+            FloatType::F16 => Dtype::F16,
+            FloatType::BF16 => Dtype::BF16,
+            FloatType::F32 => Dtype::F32,
+        };
+        stored.check_dtype(key, &[expected])?;
+        Ok((stored.elements(), stored.info.shape.to_vec()))
+    }
+
+    /// The dtype and shape of a tensor.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`].
+    pub fn tensor_info(&self, key: &str) -> Result<TensorInfo<'_>, Nf4Error> {
+        Ok(self.stored(key)?.info)
+    }
+
+    /// The bytes of a tensor, little-endian, in the mapped file.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`].
+    pub fn tensor_bytes(&self, key: &str) -> Result<&[u8], Nf4Error> {
+        Ok(self.stored(key)?.bytes)
+    }
+}
+
+impl TensorSource for SafetensorsFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn find(&self, key: &str) -> Option<StoredTensor<'_>> {
+        let entry = self.entries.get(key)?;
+        Some(StoredTensor {
+            info: TensorInfo {
+                dtype: entry.dtype,
+                shape: &entry.shape,
+            },
+            bytes: self.map.get(entry.bytes.clone())?,
+        })
+    }
+}
+
+/// Finds every tensor of a file, or says what is wrong with it.
+///
+/// [`Metadata`] checks the offsets against each other and against dtypes and shapes. The lengths
+/// are checked here and not by `SafeTensors::read_metadata`, whose sum of them can overflow on
+/// offsets near `usize::MAX`.
+fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
+    let Some((prefix, rest)) = file.split_first_chunk::<PREFIX_BYTES>() else {
+        return Err(format!("{} bytes are too few for a header", file.len()));
+    };
+    let declared = u64::from_le_bytes(*prefix);
+    let header = usize::try_from(declared)
+        .ok()
+        .filter(|&len| len <= MAX_HEADER_BYTES)
+        .and_then(|len| rest.get(..len))
+        .ok_or_else(|| {
+            format!(
+                "a header of {declared} bytes is over {MAX_HEADER_BYTES} \
+                 or does not fit a file of {}",
+                file.len()
+            )
+        })?;
+    let metadata: Metadata =
+        serde_json::from_slice(header).map_err(|error| format!("invalid header: {error}"))?;
+
+    let data_bytes = rest.len() - header.len();
+    if metadata.data_len() != data_bytes {
+        return Err(format!(
+            "the tensors take {} bytes, but {data_bytes} follow the header",
+            metadata.data_len()
+        ));
+    }
+    let data_start = PREFIX_BYTES + header.len();
+    let entries = metadata.tensors().into_iter().map(|(key, info)| {
+        // Offsets ascend to `data_len`, so both ends lie within the file.
+        let (start, end) = info.data_offsets;
+        let entry = Entry {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            bytes: data_start + start..data_start + end,
+        };
+        (key, entry)
+    });
+    Ok(entries.collect())
+}

@@ -1,0 +1,38 @@
+//! Quantized weights in the files that bitsandbytes, and transformers with it, write.
+//!
+//! # The tensors of one weight
+//!
+//! A quantized parameter `P`, such as `model.layers.0.mlp.up_proj.weight`, is stored as
+//!
+//! | key | dtype | shape |
+//! |---|---|---|
+//! | `P` | U8, or BF16, F16, F32 holding the same bytes | `[k, 1]` |
+//! | `P.absmax` | F32; U8 with double quantization | `[blocks]` |
+//! | `P.quant_map` | F32 | `[16]` |
+//! | `P.nested_absmax` | F32 | `[nested blocks]` |
+//! | `P.nested_quant_map` | F32 | `[256]` |
+//! | `P.quant_state.bitsandbytes__nf4` or `…__fp4` | U8, JSON text | `[length]` |
+//!
+//! Whether a parameter is quantized is decided by the presence of its `quant_state`, never by a
+//! list of names: a checkpoint may leave any layer in 16 bit.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use burn_nf4::checkpoint::SafetensorsFile;
+//!
+//! let file = SafetensorsFile::open("model.safetensors")?;
+//! for prefix in file.quantized_weights() {
+//!     let weight = file.load_nf4(prefix)?;
+//!     println!("{prefix}: {:?} in {} bytes", weight.shape(), weight.size_bytes());
+//! }
+//! # Ok::<(), burn_nf4::Nf4Error>(())
+//! ```
+
+mod file;
+mod quant_state;
+mod weight;
+
+pub use file::{SafetensorsFile, TensorInfo};
+pub use quant_state::{NestedState, QuantState};
+pub use safetensors::Dtype;

@@ -1,0 +1,137 @@
+//! The JSON text that bitsandbytes stores beside each quantized weight.
+
+use serde::Deserialize;
+
+use crate::error::Nf4Error;
+use crate::format::{BlockSize, FloatType, QuantConfig, QuantType};
+
+/// What the `quant_state` of a weight says, checked.
+///
+/// ```
+/// use burn_nf4::checkpoint::QuantState;
+///
+/// let json = br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}"#;
+/// let state = QuantState::parse(json, "lm_head.weight.quant_state.bitsandbytes__nf4")?;
+/// assert_eq!(state.shape, [128, 256]);
+/// assert_eq!(state.nested, None);
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantState {
+    /// The 4-bit data type.
+    pub quant_type: QuantType,
+    /// Weights a scale.
+    pub block_size: BlockSize,
+    /// The dtype that the weight had before it was quantized.
+    pub dtype: FloatType,
+    /// The shape of the weight. It is authoritative: the stored codes are flat.
+    pub shape: Vec<usize>,
+    /// How the scales are quantized; `None` where they are plain f32.
+    pub nested: Option<NestedState>,
+}
+
+/// The part of a [`QuantState`] that double quantization adds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NestedState {
+    /// Scales a nested scale.
+    pub block_size: BlockSize,
+    /// The mean of the scales, taken off before they were quantized.
+    pub offset: f32,
+}
+
+/// The fields as they are written. Others are ignored: newer versions may add some.
+#[derive(Deserialize)]
+struct Fields {
+    quant_type: String,
+    blocksize: u64,
+    dtype: String,
+    shape: Vec<usize>,
+    nested_blocksize: Option<u64>,
+    nested_dtype: Option<String>,
+    // Python writes the f32 widened to f64 with all its digits, so that even a parse that is an
+    // ulp of f64 off rounds back to the same f32.
+    nested_offset: Option<f64>,
+}
+
+impl QuantState {
+    /// Reads the text; `key` is the name of the tensor that holds it, for errors.
+    ///
+    /// # Errors
+    /// [`Nf4Error::QuantState`] for text that is not the expected JSON or has only some of the
+    /// `nested_*` fields, [`Nf4Error::QuantType`], [`Nf4Error::BlockSize`], [`Nf4Error::Dtype`]
+    /// and [`Nf4Error::ElementCount`] for values that are not allowed, [`Nf4Error::NonFinite`]
+    /// for an offset that no f32 can hold.
+    pub fn parse(json: &[u8], key: &str) -> Result<Self, Nf4Error> {
+        let malformed = |message: String| Nf4Error::QuantState {
+            key: key.into(),
+            message,
+        };
+        let fields: Fields =
+            serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+
+        let nested = match (
+            fields.nested_blocksize,
+            fields.nested_dtype,
+            fields.nested_offset,
+        ) {
+            (None, None, None) => None,
+            (Some(block_size), Some(dtype), Some(offset)) => {
+                if FloatType::from_name(&dtype, key) != Ok(FloatType::F32) {
+                    return Err(Nf4Error::Dtype {
+                        tensor: key.into(),
+                        expected: "nested_dtype float32".into(),
+                        given: dtype,
+                    });
+                }
+                let offset = offset as f32;
+                if !offset.is_finite() {
+                    return Err(Nf4Error::NonFinite {
+                        tensor: key.into(),
+                        index: 0,
+                        given: offset,
+                    });
+                }
+                Some(NestedState {
+                    block_size: BlockSize::new(block_size, key)?,
+                    offset,
+                })
+            }
+            _ => {
+                return Err(malformed(
+                    "has some of nested_blocksize, nested_dtype, nested_offset, but not all".into(),
+                ));
+            }
+        };
+        let state = Self {
+            quant_type: QuantType::from_name(&fields.quant_type, key)?,
+            block_size: BlockSize::new(fields.blocksize, key)?,
+            dtype: FloatType::from_name(&fields.dtype, key)?,
+            shape: fields.shape,
+            nested,
+        };
+        state.check_shape(key)?;
+        Ok(state)
+    }
+
+    /// The settings that quantize a weight to this form.
+    pub fn config(&self) -> QuantConfig {
+        QuantConfig {
+            quant_type: self.quant_type,
+            block_size: self.block_size,
+            nested_block_size: self.nested.map(|nested| nested.block_size),
+        }
+    }
+
+    /// There are elements, and their bytes can be addressed as f32.
+    fn check_shape(&self, key: &str) -> Result<(), Nf4Error> {
+        self.shape
+            .iter()
+            .try_fold(1usize, |elems, &dim| elems.checked_mul(dim))
+            .filter(|&elems| elems > 0 && elems <= isize::MAX as usize / 4)
+            .map(|_| ())
+            .ok_or_else(|| Nf4Error::ElementCount {
+                tensor: key.into(),
+                shape: self.shape.clone(),
+            })
+    }
+}

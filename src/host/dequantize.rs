@@ -1,0 +1,371 @@
+//! Decoding a packed weight.
+//!
+//! A weight has one of sixteen values times its block's scale, so each block starts with a table
+//! of its sixteen decoded values, rounded to the output's type; the weights are then mere
+//! look-ups, which vector registers do 8 to 64 at a time. That is exact by construction: the
+//! table is computed with the reference's own two roundings.
+
+use super::{Simd, TASK_ALIGN_ELEMS};
+use crate::format::{FloatElement, PackedLayout, QuantType};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+/// Decoding fewer elements than this takes about as long as waking a thread.
+const TASK_ELEMS: usize = 1 << 17;
+
+/// From this size on the output is written past the caches.
+///
+/// An ordinary store first reads the line that it overwrites, which nearly doubles the traffic;
+/// a smaller output is likely to be used before it leaves the cache.
+const STREAM_BYTES: usize = 8 << 20;
+
+/// Decodes the `out.len()` weights from flat index `start` on, row-major.
+///
+/// `words` is the device image of a weight, as
+/// [`Nf4Tensor::to_packed`](crate::format::Nf4Tensor::to_packed) and [`quantize`](super::quantize())
+/// make it. The result is that of
+/// [`Nf4Tensor::dequantize_range`](crate::format::Nf4Tensor::dequantize_range) to the bit.
+///
+/// # Shapes
+/// - `words`: `layout.words`; the header is not looked at
+///
+/// # Panics
+/// If `words` is shorter than `layout` asks for or if the range leaves the weight.
+pub fn dequantize<T: FloatElement>(
+    words: &[u32],
+    layout: &PackedLayout,
+    start: usize,
+    out: &mut [T],
+) {
+    dequantize_with(Simd::detect(), words, layout, start, out);
+}
+
+/// [`dequantize`] with given vector instructions.
+///
+/// # Panics
+/// As [`dequantize`], and if the processor does not have `simd`.
+#[doc(hidden)]
+pub fn dequantize_with<T: FloatElement>(
+    simd: Simd,
+    words: &[u32],
+    layout: &PackedLayout,
+    start: usize,
+    out: &mut [T],
+) {
+    simd.assert_available();
+    assert!(
+        words.len() >= layout.words,
+        "packed weight of {} words, expected {}",
+        words.len(),
+        layout.words
+    );
+    let left = layout.elems.checked_sub(start);
+    assert!(
+        left.is_some_and(|left| out.len() <= left),
+        "range of {} from {start} on, of {} weights",
+        out.len(),
+        layout.elems
+    );
+    let task = Task {
+        source: Source::new(words, layout),
+        simd,
+        stream: size_of_val(out) >= STREAM_BYTES,
+    };
+    task.divide(start, out);
+}
+
+/// How to decode any range of one weight.
+struct Task<'a> {
+    source: Source<'a>,
+    /// Checked to be available.
+    simd: Simd,
+    /// Whether to write past the caches.
+    stream: bool,
+}
+
+impl Task<'_> {
+    /// Halves the range until it is small, between rayon's threads.
+    fn divide<T: FloatElement>(&self, start: usize, out: &mut [T]) {
+        if out.len() <= TASK_ELEMS {
+            return self.decode(start, out);
+        }
+        let middle = (start + out.len() / 2).next_multiple_of(TASK_ALIGN_ELEMS);
+        let (left, right) = out.split_at_mut(middle - start);
+        rayon::join(|| self.divide(start, left), || self.divide(middle, right));
+    }
+
+    /// Decodes a range on this thread.
+    fn decode<T: FloatElement>(&self, start: usize, out: &mut [T]) {
+        let source = &self.source;
+        // Streaming stores write 16 bytes at a multiple of 16.
+        let aligned = |out: &[T]| out.as_ptr().addr().is_multiple_of(16);
+        // The first word can be wanted in part; everything else works on whole words.
+        let head = out.len().min(start.next_multiple_of(8) - start);
+        let (first, rest) = out.split_at_mut(head);
+        if !first.is_empty() {
+            let scale = source.scale(start >> source.block_size_log2);
+            let table = portable::table(source.codebook, scale);
+            portable::look_up(&table, source.codes[start / 8], start % 8, first);
+        }
+        let start = start + head;
+        match self.simd {
+            // SAFETY: portable code needs no features.
+            Simd::Portable => unsafe { decode::<T, portable::Portable>(source, start, rest) },
+            // SAFETY: `dequantize_with` checked that the processor has the features, and the
+            // alignment is checked here.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe {
+                match self.stream && aligned(rest) {
+                    true => avx2::decode::<T, true>(source, start, rest),
+                    false => avx2::decode::<T, false>(source, start, rest),
+                }
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe {
+                match self.stream && aligned(rest) {
+                    true => avx512::decode::<T, true>(source, start, rest),
+                    false => avx512::decode::<T, false>(source, start, rest),
+                }
+            },
+            #[cfg(not(target_arch = "x86_64"))]
+            Simd::Avx2 | Simd::Avx512 => unreachable!("checked by dequantize_with"),
+        }
+    }
+}
+
+/// The sections of a packed weight.
+struct Source<'a> {
+    codes: &'a [u32],
+    scales: Scales<'a>,
+    codebook: &'static [f32; 16],
+    block_size_log2: u32,
+}
+
+enum Scales<'a> {
+    Flat(&'a [u32]),
+    Nested {
+        codes: &'a [u32],
+        map: &'a [u32; 256],
+        absmax: &'a [u32],
+        offset: f32,
+        block_size_log2: u32,
+    },
+}
+
+impl<'a> Source<'a> {
+    fn new(words: &'a [u32], layout: &PackedLayout) -> Self {
+        let scales = match layout.config.nested_block_size {
+            None => Scales::Flat(&words[layout.scales..layout.codebook]),
+            Some(block_size) => Scales::Nested {
+                codes: &words[layout.scales..layout.codebook],
+                map: words[layout.nested_map..]
+                    .first_chunk()
+                    .expect("a layout has 256 words there"),
+                absmax: &words[layout.nested_scales..layout.header],
+                offset: f32::from_bits(words[layout.nested_offset]),
+                block_size_log2: block_size.log2(),
+            },
+        };
+        let quant_type: QuantType = layout.config.quant_type;
+        Self {
+            codes: &words[..layout.scales],
+            scales,
+            codebook: quant_type.codebook(),
+            block_size_log2: layout.config.block_size.log2(),
+        }
+    }
+
+    /// The scale of block `block`.
+    #[inline(always)]
+    fn scale(&self, block: usize) -> f32 {
+        match self.scales {
+            Scales::Flat(scales) => f32::from_bits(scales[block]),
+            Scales::Nested {
+                codes,
+                map,
+                absmax,
+                offset,
+                block_size_log2,
+            } => {
+                let code = (codes[block / 4] >> (block % 4 * 8)) as u8;
+                let absmax = f32::from_bits(absmax[block >> block_size_log2]);
+                f32::from_bits(map[code as usize]) * absmax + offset
+            }
+        }
+    }
+
+    /// The scales of up to [`BATCH`] blocks from `first` on, and whether all are finite.
+    #[inline(always)]
+    fn scales(&self, first: usize, blocks: usize) -> ([f32; BATCH], bool) {
+        let mut scales = [0.0; BATCH];
+        match self.scales {
+            Scales::Flat(words) => {
+                for (scale, &word) in scales.iter_mut().zip(&words[first..first + blocks]) {
+                    *scale = f32::from_bits(word);
+                }
+            }
+            Scales::Nested {
+                codes,
+                map,
+                absmax,
+                offset,
+                block_size_log2,
+            } if first.is_multiple_of(4) => {
+                // A word has the codes of four blocks, all of one nested block; the padding of the
+                // last one is decoded too.
+                let words = &codes[first / 4..(first + blocks).div_ceil(4)];
+                for ((i, word), four) in words.iter().enumerate().zip(scales.as_chunks_mut().0) {
+                    let absmax = f32::from_bits(absmax[(first / 4 + i) >> (block_size_log2 - 2)]);
+                    *four = word
+                        .to_le_bytes()
+                        .map(|code| f32::from_bits(map[code as usize]))
+                        .map(|value| value * absmax + offset);
+                }
+            }
+            Scales::Nested { .. } => {
+                for (i, scale) in scales[..blocks].iter_mut().enumerate() {
+                    *scale = self.scale(first + i);
+                }
+            }
+        }
+        let finite = |all, scale: &f32| all & scale.is_finite();
+        (scales, scales.iter().fold(true, finite))
+    }
+}
+
+/// Elements looked up at a time: the codes are four words.
+const GROUP: usize = 32;
+
+/// Blocks whose scales are decoded together.
+const BATCH: usize = 64;
+
+/// The inner part of decoding, in terms of one set of vector instructions.
+///
+/// The methods are to be inlined into a function that has the set's target features.
+trait Vector {
+    /// The decoded value of each code in a block.
+    type Table<T: FloatElement>: Copy;
+
+    /// The table of a block with a finite scale.
+    ///
+    /// # Safety
+    /// The processor must have the instructions.
+    unsafe fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> Self::Table<T>;
+
+    /// Decodes one group.
+    ///
+    /// # Safety
+    /// The processor must have the instructions; if the implementation streams, `out` must be
+    /// aligned as it asks for.
+    unsafe fn look_up<T: FloatElement>(
+        table: Self::Table<T>,
+        codes: &[u32; 4],
+        out: &mut [T; GROUP],
+    );
+}
+
+/// Decodes a range whose start is a multiple of 8.
+///
+/// # Safety
+/// What `V`'s methods ask for. All groups start at a multiple of 8 elements from `out` on.
+#[inline(always)]
+unsafe fn decode<T: FloatElement, V: Vector>(source: &Source, mut start: usize, out: &mut [T]) {
+    debug_assert!(start.is_multiple_of(8));
+    let block_elems = 1usize << source.block_size_log2;
+    let head = out.len().min(start.next_multiple_of(block_elems) - start);
+    let (first, mut rest) = out.split_at_mut(head);
+    if !first.is_empty() {
+        // SAFETY: as the caller vouches.
+        unsafe { decode_part::<T, V>(source, start, first) };
+        start += head;
+    }
+    while rest.len() >= block_elems {
+        let first_block = start >> source.block_size_log2;
+        let blocks = (BATCH - first_block % BATCH).min(rest.len() >> source.block_size_log2);
+        let (part, later) = rest.split_at_mut(blocks << source.block_size_log2);
+        let codes = &source.codes[start / 8..][..part.len() / 8];
+        let (scales, finite) = source.scales(first_block, blocks);
+        let scales = &scales[..blocks];
+        // SAFETY: as the caller vouches.
+        unsafe {
+            match (finite, block_elems) {
+                // Products may be NaN, which a table in registers is not made for.
+                (false, _) => {
+                    decode_blocks::<T, portable::Portable, 1>(source, scales, codes, part)
+                }
+                (true, 32) => decode_blocks::<T, V, 1>(source, scales, codes, part),
+                (true, _) => decode_blocks::<T, V, 2>(source, scales, codes, part),
+            }
+        }
+        start += part.len();
+        rest = later;
+    }
+    if !rest.is_empty() {
+        // SAFETY: as the caller vouches.
+        unsafe { decode_part::<T, V>(source, start, rest) };
+    }
+}
+
+/// Decodes whole blocks of at least `GROUPS` groups.
+///
+/// # Safety
+/// As [`decode`], and the scales must be such as `V::table` can take.
+#[inline(always)]
+unsafe fn decode_blocks<T: FloatElement, V: Vector, const GROUPS: usize>(
+    source: &Source,
+    scales: &[f32],
+    codes: &[u32],
+    out: &mut [T],
+) {
+    let groups_per_block = (1usize << source.block_size_log2) / GROUP / GROUPS;
+    let codes = codes.as_chunks().0.as_chunks::<GROUPS>().0;
+    let out = out.as_chunks_mut().0.as_chunks_mut::<GROUPS>().0;
+    for ((&scale, codes), out) in scales
+        .iter()
+        .zip(codes.chunks_exact(groups_per_block))
+        .zip(out.chunks_exact_mut(groups_per_block))
+    {
+        // SAFETY: as the caller vouches.
+        let table = unsafe { V::table::<T>(source.codebook, scale) };
+        for (codes, out) in codes.iter().zip(out) {
+            for (codes, out) in codes.iter().zip(out) {
+                // SAFETY: as the caller vouches.
+                unsafe { V::look_up(table, codes, out) };
+            }
+        }
+    }
+}
+
+/// Decodes a part of one block, from a multiple of 8 on.
+///
+/// # Safety
+/// As [`decode`].
+#[inline(always)]
+unsafe fn decode_part<T: FloatElement, V: Vector>(source: &Source, start: usize, out: &mut [T]) {
+    let scale = source.scale(start >> source.block_size_log2);
+    let mut codes = &source.codes[start / 8..];
+    let mut rest = out;
+    if scale.is_finite() {
+        // SAFETY: as the caller vouches.
+        let table = unsafe { V::table::<T>(source.codebook, scale) };
+        let (groups, after) = rest.as_chunks_mut();
+        let (group_codes, _) = codes.as_chunks();
+        codes = &codes[4 * groups.len()..];
+        for (codes, out) in group_codes.iter().zip(groups) {
+            // SAFETY: as the caller vouches.
+            unsafe { V::look_up(table, codes, out) };
+        }
+        rest = after;
+    }
+    if !rest.is_empty() {
+        let table = portable::table(source.codebook, scale);
+        for (&word, out) in codes.iter().zip(rest.chunks_mut(8)) {
+            portable::look_up(&table, word, 0, out);
+        }
+    }
+}

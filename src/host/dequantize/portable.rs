@@ -1,0 +1,39 @@
+//! Look-ups in plain Rust, for every processor.
+
+use super::{GROUP, Vector};
+use crate::format::FloatElement;
+
+/// Where each of a word's eight weights is: the high nibble of a byte comes first.
+const SHIFTS: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
+
+pub(super) struct Portable;
+
+impl Vector for Portable {
+    type Table<T: FloatElement> = [T; 16];
+
+    #[inline(always)]
+    unsafe fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> [T; 16] {
+        table(codebook, scale)
+    }
+
+    #[inline(always)]
+    unsafe fn look_up<T: FloatElement>(table: [T; 16], codes: &[u32; 4], out: &mut [T; GROUP]) {
+        for (word, out) in codes.iter().zip(out.as_chunks_mut::<8>().0) {
+            *out = SHIFTS.map(|shift| table[(word >> shift & 15) as usize]);
+        }
+    }
+}
+
+/// The decoded value of each code in a block; the scale may be any.
+#[inline(always)]
+pub(super) fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> [T; 16] {
+    codebook.map(|value| T::from_f32(value * scale))
+}
+
+/// Decodes weights `first..first + out.len()` of a word, and no more than it holds.
+#[inline(always)]
+pub(super) fn look_up<T: Copy>(table: &[T; 16], word: u32, first: usize, out: &mut [T]) {
+    for (value, shift) in out.iter_mut().zip(&SHIFTS[first..]) {
+        *value = table[(word >> shift & 15) as usize];
+    }
+}

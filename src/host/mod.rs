@@ -1,0 +1,33 @@
+//! The fast CPU implementation: the device image of a weight, in and out, bit for bit as the
+//! reference in [`format`](crate::format).
+//!
+//! Plain functions over slices, no Burn in here. Large weights are shared out over the threads of
+//! the current rayon pool, small ones stay on the calling thread. Each thread runs AVX-512, AVX2
+//! or portable code, whichever is the best that the processor has.
+//!
+//! ```
+//! use burn_nf4::format::{Nf4Tensor, PackedLayout, QuantConfig};
+//! use burn_nf4::host;
+//!
+//! let weight: Vec<f32> = (0..128 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+//! let config = QuantConfig::default();
+//! let words = host::quantize(&weight, &[128, 64], config)?;
+//!
+//! let mut row = [0.0f32; 64];
+//! host::dequantize(&words, &PackedLayout::new(128 * 64, config), 3 * 64, &mut row);
+//! let reference = Nf4Tensor::quantize(&weight, &[128, 64], config)?;
+//! assert_eq!(row.as_slice(), reference.dequantize_range::<f32>(3 * 64, 64));
+//! # Ok::<(), burn_nf4::Nf4Error>(())
+//! ```
+
+mod dequantize;
+mod quantize;
+mod simd;
+
+pub use dequantize::{dequantize, dequantize_with};
+pub use quantize::{quantize, quantize_with};
+pub use simd::Simd;
+
+/// Elements to which every division of work is aligned: the largest block size, so that no block
+/// is shared between threads, and a multiple of the eight elements of a word.
+const TASK_ALIGN_ELEMS: usize = 4096;

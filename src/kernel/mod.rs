@@ -1,0 +1,7 @@
+//! The `#[cube]` kernels. Device code only: no client, no buffers; `launch` validates, chooses and
+//! launches.
+
+pub mod decode;
+pub mod quantize;
+pub mod tiled_2d;
+pub mod warp_per_block;

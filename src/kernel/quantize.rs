@@ -1,0 +1,423 @@
+//! Quantization on the device, to the same bits as the reference in `format`.
+//!
+//! Four launches with double quantization, one without:
+//!
+//! 1. [`quantize_blocks_kernel`]: codes and absmax of each block;
+//! 2. [`sum_absmax_kernel`]: sums of 4096 absmax each;
+//! 3. [`mean_absmax_kernel`]: the offset, their mean;
+//! 4. [`quantize_absmax_kernel`]: nested codes and absmax.
+//!
+//! Each sum follows the order written down at [`SumF32x2`](crate::format::SumF32x2), which does
+//! not depend on plane or cube sizes. Without barriers (CubeCL's CPU runtime) one unit walks
+//! through the same order alone.
+
+use cubecl::prelude::*;
+
+use crate::format::{FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, SumF32x2};
+
+/// What forks the compiled quantization kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct QuantizeBlueprint {
+    /// The 4-bit data type.
+    pub quant_type: QuantType,
+    /// Elements a block.
+    pub block_elems: usize,
+    /// Scales are written to the packed buffer as they are, not to be quantized again.
+    pub flat: bool,
+}
+
+/// Run-time positions in a packed weight, in words, and its sizes.
+#[derive(CubeType, CubeLaunch)]
+pub struct QuantizeView {
+    /// Number of weights.
+    pub elems: usize,
+    /// Number of blocks.
+    pub blocks: usize,
+    /// Words of `tables`.
+    pub table_words: usize,
+    /// Where the scales start.
+    pub scales: usize,
+    /// Where the codebook starts; with the other tables it is `tables` without its last four
+    /// words.
+    pub codebook: usize,
+    /// Where the header starts; it is the last four words of `tables`.
+    pub header: usize,
+}
+
+/// `value`, or zero where it is smaller than the smallest normal number.
+#[cube]
+fn flush(value: f32) -> f32 {
+    select(value < f32::new(f32::MIN_POSITIVE), 0.0f32, value)
+}
+
+/// The NF4 code of a normalised value: how many thresholds lie strictly below it.
+#[cube]
+fn nf4_code(normalized: f32) -> u32 {
+    let mut code = 0u32;
+    #[unroll]
+    for i in 0..15 {
+        let threshold = comptime!(NF4_THRESHOLDS[i as usize]);
+        code += u32::cast_from(normalized > f32::new(threshold));
+    }
+    code
+}
+
+/// The FP4 code of a normalised value.
+#[cube]
+fn fp4_code(normalized: f32) -> u32 {
+    let magnitude = f32::abs(normalized);
+    // Codes of the levels in ascending order; each threshold passed moves on to the next.
+    let mut code = comptime!(u32::from(FP4_CODE_BY_LEVEL[0])).runtime();
+    #[unroll]
+    for i in 0..7 {
+        let threshold = comptime!(FP4_THRESHOLDS[i as usize]);
+        let next = comptime!(u32::from(FP4_CODE_BY_LEVEL[i as usize + 1]));
+        code = select(magnitude > f32::new(threshold), next.runtime(), code);
+    }
+    code + select(normalized < 0.0f32, 8u32, 0u32)
+}
+
+/// Quantizes blocks of weights.
+///
+/// - `weight`: `view.elems` elements in vectors of `N`, which divides eight and the number of
+///   elements; `packed`: the packed weight to fill; `absmax`: one f32 a block (unused if flat);
+///   `tables`: codebook, map and offset, then the header.
+/// - Unit `u` takes block `u`, reads it twice, and writes its words, the last one's padding
+///   included. The first units copy the tables and clear the padding of the sections.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub fn quantize_blocks_kernel<F: Float, N: Size>(
+    weight: &[Vector<F, N>],
+    tables: &[u32],
+    packed: &mut [u32],
+    absmax: &mut [f32],
+    view: QuantizeView,
+    #[comptime] blueprint: QuantizeBlueprint,
+    #[define(F)] _dtype: ElemType,
+) {
+    let vector = N::value().comptime();
+    let vectors_a_block = comptime!(blueprint.block_elems / vector);
+    let words_a_block = comptime!(blueprint.block_elems / 8);
+    let vectors_a_word = comptime!(8 / vector);
+    let block = ABSOLUTE_POS;
+
+    let mut i = block;
+    let units = CUBE_COUNT * CUBE_DIM as usize;
+    let table_words = view.table_words - 4;
+    while i < view.table_words {
+        if i < table_words {
+            packed[view.codebook + i] = tables[i];
+        } else {
+            packed[view.header + i - table_words] = tables[i];
+        }
+        i += units;
+    }
+    if block < 4 {
+        // The padding between sections is at most three words; sections written below overwrite
+        // nothing of it.
+        let code_words = view.elems.div_ceil(8usize);
+        if code_words + block < view.scales {
+            packed[code_words + block] = 0u32;
+        }
+        if comptime!(blueprint.flat) {
+            if view.scales + view.blocks + block < view.codebook {
+                packed[view.scales + view.blocks + block] = 0u32;
+            }
+        } else if view.scales + view.blocks.div_ceil(4usize) + block < view.codebook {
+            packed[view.scales + view.blocks.div_ceil(4usize) + block] = 0u32;
+        }
+        // Behind the tables follow the nested scales, also padded; `quantize_absmax_kernel` fills
+        // in front of it.
+        if view.header - block > view.codebook + table_words {
+            packed[view.header - 1usize - block] = 0u32;
+        }
+    }
+
+    if block < view.blocks {
+        let first = block * vectors_a_block;
+        let mut max = 0.0f32;
+        for i in 0..vectors_a_block {
+            if (first + i) * vector < view.elems {
+                let values = Vector::<f32, N>::cast_from(weight[first + i]);
+                #[unroll]
+                for k in 0..vector {
+                    max = f32::max(max, f32::abs(values.extract(k)));
+                }
+            }
+        }
+        max = flush(max);
+        let inverse = flush(1.0f32 / max);
+        if comptime!(blueprint.flat) {
+            packed[view.scales + block] = u32::reinterpret(max);
+        } else {
+            absmax[block] = max;
+        }
+
+        let zero_code = comptime!(u32::from(blueprint.quant_type.zero_code()));
+        for w in 0..words_a_block {
+            let word_start = block * blueprint.block_elems + w * 8;
+            if word_start < view.elems {
+                let mut word = 0u32;
+                #[unroll]
+                for j in 0..vectors_a_word {
+                    let at = first + w * vectors_a_word + j;
+                    if at * vector < view.elems {
+                        let values = Vector::<f32, N>::cast_from(weight[at]);
+                        #[unroll]
+                        for k in 0..vector {
+                            let place = comptime!((j * vector + k) as u32);
+                            let normalized = values.extract(k) * inverse;
+                            let code = if comptime!(blueprint.quant_type == QuantType::Nf4) {
+                                nf4_code(normalized)
+                            } else {
+                                fp4_code(normalized)
+                            };
+                            let code = select(max > 0.0f32, code, zero_code.runtime());
+                            word |= code << comptime!(place * 4 ^ 4);
+                        }
+                    } else if comptime!(vector == 1) {
+                        // An odd number of weights: the pair's other half holds a zero.
+                        if at == view.elems && at % 2 == 1 {
+                            word |= zero_code << comptime!((j * vector) as u32 * 4 ^ 4);
+                        }
+                    }
+                }
+                packed[word_start / 8] = word;
+            }
+        }
+    }
+}
+
+/// Adds a sum to another, both as unevaluated pairs: [`SumF32x2::plus`].
+#[cube]
+fn plus(high: f32, low: f32, other_high: f32, other_low: f32) -> (f32, f32) {
+    let sum = high + other_high;
+    let other_part = sum - high;
+    let error = (high - (sum - other_part)) + (other_high - other_part);
+    let small = low + other_low + error;
+    let total = sum + small;
+    (total, small - (total - sum))
+}
+
+/// Sums `items` values from `first` on in the specified order. With barriers all units of the
+/// cube take part and all get the sum; without, each unit works alone.
+#[cube]
+fn ordered_sum(
+    high: &[f32],
+    low: &[f32],
+    first: usize,
+    items: usize,
+    #[comptime] has_low: bool,
+    #[comptime] barriers: bool,
+) -> (f32, f32) {
+    let lanes = comptime!(SumF32x2::LANES);
+    if barriers {
+        let mut highs = Shared::<[f32]>::new_slice(lanes);
+        let mut lows = Shared::<[f32]>::new_slice(lanes);
+        // Cubes of fewer units than lanes let each unit take several.
+        let mut lane = UNIT_POS as usize;
+        while lane < lanes {
+            let (h, l) = lane_sum(high, low, first, items, lane, has_low);
+            highs[lane] = h;
+            lows[lane] = l;
+            lane += CUBE_DIM as usize;
+        }
+        sync_cube();
+        let mut half = (lanes / 2).runtime();
+        while half > 0 {
+            let mut lane = UNIT_POS as usize;
+            while lane < half {
+                let (h, l) = plus(
+                    highs[lane],
+                    lows[lane],
+                    highs[lane + half],
+                    lows[lane + half],
+                );
+                highs[lane] = h;
+                lows[lane] = l;
+                lane += CUBE_DIM as usize;
+            }
+            sync_cube();
+            half /= 2;
+        }
+        (highs[0], lows[0])
+    } else {
+        let mut highs = Array::<f32>::new(lanes);
+        let mut lows = Array::<f32>::new(lanes);
+        for lane in 0..lanes {
+            let (h, l) = lane_sum(high, low, first, items, lane, has_low);
+            highs[lane] = h;
+            lows[lane] = l;
+        }
+        let mut half = (lanes / 2).runtime();
+        while half > 0 {
+            for lane in 0..half {
+                let (h, l) = plus(
+                    highs[lane],
+                    lows[lane],
+                    highs[lane + half],
+                    lows[lane + half],
+                );
+                highs[lane] = h;
+                lows[lane] = l;
+            }
+            half /= 2;
+        }
+        (highs[0], lows[0])
+    }
+}
+
+/// The sum of one lane: every 256th item.
+#[cube]
+fn lane_sum(
+    high: &[f32],
+    low: &[f32],
+    first: usize,
+    items: usize,
+    lane: usize,
+    #[comptime] has_low: bool,
+) -> (f32, f32) {
+    let mut h = 0.0f32;
+    let mut l = 0.0f32;
+    let mut i = lane;
+    while i < items {
+        let mut other_low = 0.0f32;
+        if has_low {
+            other_low = low[first + i];
+        }
+        let (sum_h, sum_l) = plus(h, l, high[first + i], other_low);
+        h = sum_h;
+        l = sum_l;
+        i += comptime!(SumF32x2::LANES);
+    }
+    (h, l)
+}
+
+/// Sums chunks of 4096 scales: cube (or, without barriers, unit) `c` takes chunk `c`.
+///
+/// - `absmax`: one f32 a block; `high`, `low`: one f32 a chunk.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub fn sum_absmax_kernel(
+    absmax: &[f32],
+    high: &mut [f32],
+    low: &mut [f32],
+    blocks: usize,
+    #[comptime] barriers: bool,
+) {
+    let chunk = if barriers { CUBE_POS } else { ABSOLUTE_POS };
+    let first = chunk * comptime!(SumF32x2::CHUNK);
+    if first < blocks {
+        let items = usize::min(blocks - first, comptime!(SumF32x2::CHUNK).runtime());
+        let (h, l) = ordered_sum(absmax, absmax, first, items, false, barriers);
+        if comptime!(!barriers) || UNIT_POS == 0 {
+            high[chunk] = h;
+            low[chunk] = l;
+        }
+    }
+}
+
+/// The offset: the mean of all scales, from the sums of the chunks. One cube, or one unit.
+///
+/// - `high`, `low`: one f32 a chunk; `packed[offset]` takes the mean's bits.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub fn mean_absmax_kernel(
+    high: &[f32],
+    low: &[f32],
+    packed: &mut [u32],
+    chunks: usize,
+    offset: usize,
+    inverse_blocks: f32,
+    #[comptime] barriers: bool,
+) {
+    let (h, _l) = ordered_sum(high, low, 0usize, chunks, true, barriers);
+    if UNIT_POS == 0 {
+        packed[offset] = u32::reinterpret(h * inverse_blocks);
+    }
+}
+
+/// Quantizes the scales to 8 bit: cube (or, without barriers, unit) `b` takes nested block `b`.
+///
+/// - `absmax`: one f32 a block; `tables`: codebook, then the dynamic map; `packed`: the offset is
+///   there, nested codes and scales are filled in. A unit writes whole words of four codes.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub fn quantize_absmax_kernel(
+    absmax: &[f32],
+    tables: &[u32],
+    packed: &mut [u32],
+    blocks: usize,
+    scales: usize,
+    codebook: usize,
+    #[comptime] nested_elems: usize,
+    #[comptime] barriers: bool,
+) {
+    let nested_block = if barriers { CUBE_POS } else { ABSOLUTE_POS };
+    let first = nested_block * nested_elems;
+    if first < blocks {
+        let items = usize::min(blocks - first, nested_elems.runtime());
+        let offset = f32::reinterpret(packed[codebook + 272usize]);
+        let unit = if barriers {
+            UNIT_POS as usize
+        } else {
+            0usize.runtime()
+        };
+        let stride = if barriers {
+            CUBE_DIM as usize
+        } else {
+            1usize.runtime()
+        };
+
+        let mut max = 0.0f32;
+        let mut i = unit;
+        while i < items {
+            max = f32::max(max, f32::abs(absmax[first + i] - offset));
+            i += stride;
+        }
+        if barriers {
+            // Maxima do not depend on their order, so one unit may gather them.
+            let mut maxima = Shared::<[f32]>::new_slice(comptime!(SumF32x2::LANES));
+            maxima[UNIT_POS as usize] = max;
+            sync_cube();
+            for i in 0..CUBE_DIM as usize {
+                max = f32::max(max, maxima[i]);
+            }
+        }
+        max = flush(max);
+        let inverse = flush(1.0f32 / max);
+        if unit == 0 {
+            packed[codebook + 276usize + nested_block] = u32::reinterpret(max);
+        }
+
+        let mut w = unit;
+        while w * 4 < items {
+            let mut word = 0u32;
+            #[unroll]
+            for k in 0..4usize {
+                let i = w * 4 + k;
+                if i < items {
+                    let code = nested_code(tables, (absmax[first + i] - offset) * inverse);
+                    let code = select(max > 0.0f32, code, 0u32);
+                    word |= code << comptime!(k as u32 * 8);
+                }
+            }
+            packed[scales + first / 4 + w] = word;
+            w += stride;
+        }
+    }
+}
+
+/// The code of the nearest entry of the dynamic map: how many midpoints lie strictly below the
+/// value, found by bisection.
+#[cube]
+fn nested_code(tables: &[u32], normalized: f32) -> u32 {
+    let mut code = 0u32;
+    #[unroll]
+    for i in 0..8u32 {
+        let step = comptime!(128u32 >> i);
+        let pivot = code + step;
+        // 255 midpoints, numbered from 1: midpoint m lies between entries m - 1 and m.
+        // The map follows the sixteen entries of the codebook.
+        let below = f32::reinterpret(tables[pivot as usize + 15usize]);
+        let above = f32::reinterpret(tables[pivot as usize + 16usize]);
+        code = select(normalized > (below + above) * 0.5f32, pivot, code);
+    }
+    code
+}

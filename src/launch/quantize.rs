@@ -1,0 +1,157 @@
+//! Launches of the quantization kernels.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::{
+    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+};
+use crate::error::Nf4Error;
+use crate::format::{FloatType, PackedLayout, SumF32x2};
+use crate::kernel::quantize::{
+    QuantizeBlueprint, QuantizeViewLaunch, mean_absmax_kernel, quantize_absmax_kernel,
+    quantize_blocks_kernel, sum_absmax_kernel,
+};
+
+/// Quantizes a weight on the device.
+///
+/// The weights must be finite: this is not checked, as that would wait for the device. A block
+/// with a NaN or an infinity in it decodes to unspecified values; others are not touched.
+///
+/// # Shapes
+/// - `weight`: `layout.elems` elements of `dtype`, contiguous, row-major
+/// - `shape`: the weight's shape, for the packed weight's header
+/// - returns `layout.words` u32 words
+///
+/// # Errors
+/// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if the buffer is
+/// too small or `shape` has another product.
+pub fn quantize(
+    client: &Client,
+    weight: Handle,
+    dtype: FloatType,
+    shape: &[usize],
+    layout: &PackedLayout,
+) -> Result<Handle, Nf4Error> {
+    check_dtype(client, dtype)?;
+    let given = weight.size_in_used() as usize / dtype.size_bytes();
+    for given in [given.min(layout.elems), shape.iter().product()] {
+        if given != layout.elems {
+            return Err(Nf4Error::Length {
+                tensor: "weight".into(),
+                expected: layout.elems,
+                given,
+            });
+        }
+    }
+
+    let config = layout.config;
+    let mut tables = layout.tables();
+    if config.nested_block_size.is_some() {
+        tables.extend([0; 4]);
+    }
+    tables.extend(layout.header(shape, dtype));
+    let table_words = tables.len();
+    let tables = client.create_from_slice(bytemuck::cast_slice(&tables));
+    let packed = client.empty(layout.words * 4);
+    let absmax_len = match config.nested_block_size {
+        None => 1,
+        Some(_) => layout.blocks,
+    };
+    let absmax = client.empty(absmax_len * 4);
+
+    let address = address_type(layout.elems);
+    let barriers = has_barriers(client);
+    let units = units_per_cube(client);
+    let vector = vector_size(client, dtype, 8, &[layout.elems]);
+    let view = QuantizeViewLaunch::new(
+        layout.elems,
+        layout.blocks,
+        table_words,
+        layout.scales,
+        layout.codebook,
+        layout.header,
+    );
+    // SAFETY: `weight` holds `layout.elems` elements (checked above), the other buffers are
+    // allocated here with the lengths declared, and the kernels guard every access by them.
+    unsafe {
+        quantize_blocks_kernel::launch_unchecked(
+            client,
+            cube_count(client, layout.blocks.max(4).div_ceil(units as usize)),
+            CubeDim::new_1d(units),
+            address,
+            vector,
+            BufferArg::from_raw_parts(weight, layout.elems),
+            BufferArg::from_raw_parts(tables.clone(), table_words),
+            BufferArg::from_raw_parts(packed.clone(), layout.words),
+            BufferArg::from_raw_parts(absmax.clone(), absmax_len),
+            view,
+            QuantizeBlueprint {
+                quant_type: config.quant_type,
+                block_elems: config.block_size.elems(),
+                flat: config.nested_block_size.is_none(),
+            },
+            elem_type(dtype),
+        );
+    }
+
+    if let Some(nested_block_size) = config.nested_block_size {
+        let chunks = layout.blocks.div_ceil(SumF32x2::CHUNK);
+        let high = client.empty(chunks * 4);
+        let low = client.empty(chunks * 4);
+        // SAFETY: buffers are allocated above with the lengths declared; cubes past the last
+        // chunk or nested block do nothing.
+        unsafe {
+            let absmax = || BufferArg::from_raw_parts(absmax.clone(), absmax_len);
+            let sums = || {
+                (
+                    BufferArg::from_raw_parts(high.clone(), chunks),
+                    BufferArg::from_raw_parts(low.clone(), chunks),
+                )
+            };
+            let packed = || BufferArg::from_raw_parts(packed.clone(), layout.words);
+            let dim = CubeDim::new_1d(units);
+            let (high, low) = sums();
+            sum_absmax_kernel::launch_unchecked(
+                client,
+                cube_count(client, chunks),
+                dim,
+                address,
+                absmax(),
+                high,
+                low,
+                layout.blocks,
+                barriers,
+            );
+            let (high, low) = sums();
+            mean_absmax_kernel::launch_unchecked(
+                client,
+                CubeCount::Static(1, 1, 1),
+                dim,
+                address,
+                high,
+                low,
+                packed(),
+                chunks,
+                layout.nested_offset,
+                SumF32x2::inverse_count(layout.blocks),
+                barriers,
+            );
+            quantize_absmax_kernel::launch_unchecked(
+                client,
+                cube_count(client, nested_block_size.blocks(layout.blocks)),
+                dim,
+                address,
+                absmax(),
+                BufferArg::from_raw_parts(tables, table_words),
+                packed(),
+                layout.blocks,
+                layout.scales,
+                layout.codebook,
+                nested_block_size.elems(),
+                barriers,
+            );
+        }
+    }
+    Ok(packed)
+}

@@ -1,0 +1,196 @@
+//! A frozen linear layer with a packed weight.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::nn::Linear;
+use burn::tensor::{DType, Device, Tensor};
+
+use crate::error::Nf4Error;
+use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use crate::op::{Nf4Weight, linear};
+
+/// Configuration of an [`Nf4Linear`] to load a record into.
+///
+/// A layer with weights in it comes from [`Nf4Linear::quantize`], [`Nf4Linear::from_host`] or
+/// [`Nf4Linear::new`].
+#[derive(Config, Debug)]
+pub struct Nf4LinearConfig {
+    /// Size of the input features.
+    pub d_input: usize,
+    /// Size of the output features.
+    pub d_output: usize,
+    /// Whether there is a bias.
+    #[config(default = true)]
+    pub bias: bool,
+    /// The 4-bit data type.
+    #[config(default = "QuantType::Nf4")]
+    pub quant_type: QuantType,
+    /// Weights a scale: a power of two from 32 to 4096.
+    #[config(default = 64)]
+    pub block_size: usize,
+    /// Whether the scales are quantized to 8 bit, in blocks of 256.
+    #[config(default = true)]
+    pub double_quant: bool,
+    /// The dtype that the weight had before it was quantized, and that of the bias.
+    #[config(default = "FloatType::F32")]
+    pub dtype: FloatType,
+}
+
+impl Nf4LinearConfig {
+    /// How the weight is quantized.
+    ///
+    /// # Errors
+    /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size.
+    pub fn quant_config(&self) -> Result<QuantConfig, Nf4Error> {
+        Ok(QuantConfig {
+            quant_type: self.quant_type,
+            block_size: BlockSize::try_from(self.block_size)?,
+            nested_block_size: self.double_quant.then_some(BlockSize::B256),
+        })
+    }
+
+    /// A layer of zeros.
+    ///
+    /// # Errors
+    /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
+    /// if a size is zero.
+    pub fn init(&self, device: &Device) -> Result<Nf4Linear, Nf4Error> {
+        let shape = [self.d_output, self.d_input];
+        let weight = Nf4Weight::zeros(&shape, self.quant_config()?, self.dtype, device)?;
+        let bias = self
+            .bias
+            .then(|| Tensor::zeros([self.d_output], (device, DType::from(self.dtype))));
+        Nf4Linear::new(weight, bias)
+    }
+}
+
+/// A frozen linear layer whose weight stays in 4 bit: `y = x Wᵀ + b`.
+///
+/// The weight is decoded to the dtype of the input whenever it is used; in between only the packed
+/// form exists. Neither weight nor bias is trained; gradients flow through to the input.
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_nf4::format::QuantConfig;
+/// use burn_nf4::nn::Nf4Linear;
+///
+/// let device = Device::default();
+/// let dense = LinearConfig::new(128, 256).init(&device);
+/// let layer = Nf4Linear::quantize(dense, QuantConfig::default())?;
+/// let x = Tensor::<3>::random([2, 5, 128], Distribution::Default, &device);
+/// assert_eq!(layer.forward(x).dims(), [2, 5, 256]);
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct Nf4Linear {
+    /// The packed weight, `[d_output, d_input]`.
+    pub weight: Nf4Weight,
+    /// The bias, `[d_output]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Nf4Linear {
+    /// A layer from a packed weight.
+    ///
+    /// # Errors
+    /// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if the bias does
+    /// not fit it.
+    pub fn new(weight: Nf4Weight, bias: Option<Tensor<1>>) -> Result<Self, Nf4Error> {
+        let [d_output, _] = weight.matrix_dims()?;
+        if let Some(bias) = &bias
+            && bias.dims() != [d_output]
+        {
+            return Err(Nf4Error::Shape {
+                tensor: "bias".into(),
+                expected: vec![d_output],
+                given: bias.dims().to_vec(),
+            });
+        }
+        let bias = bias.map(|bias| Param::from_tensor(bias).set_require_grad(false));
+        Ok(Self { weight, bias })
+    }
+
+    /// A layer from a quantized tensor in host memory, such as a checkpoint's.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn from_host(
+        weight: &Nf4Tensor,
+        bias: Option<Tensor<1>>,
+        device: &Device,
+    ) -> Result<Self, Nf4Error> {
+        Self::new(Nf4Weight::from_host(weight, device), bias)
+    }
+
+    /// Quantizes a dense layer, on its device.
+    ///
+    /// # Errors
+    /// Those of [`Nf4Weight::quantize`].
+    pub fn quantize(dense: Linear, config: QuantConfig) -> Result<Self, Nf4Error> {
+        let weight = Nf4Weight::quantize(dense.weight.val().transpose(), config)?;
+        let bias = dense.bias.map(|bias| bias.val().detach());
+        Self::new(weight, bias)
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// - `x`: `[..., d_input]`
+    /// - returns `[..., d_output]`, of the dtype of `x`
+    ///
+    /// # Panics
+    /// If `x` does not fit the weight or is neither f16, bf16 nor f32.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let dtype = x.dtype();
+        let bias = self.bias.as_ref().map(|bias| bias.val().cast(dtype));
+        match linear(x, &self.weight, bias) {
+            Ok(y) => y,
+            Err(error) => panic!("Nf4Linear::forward: {error}"),
+        }
+    }
+
+    /// The dense layer with the same values.
+    ///
+    /// # Errors
+    /// [`Nf4Error::DeviceDtype`] if the device has no such type.
+    pub fn to_dense(&self, dtype: FloatType) -> Result<Linear, Nf4Error> {
+        let weight = self.weight.dequantize::<2>(dtype)?.transpose();
+        let bias = self
+            .bias
+            .as_ref()
+            .map(|bias| bias.val().cast(DType::from(dtype)));
+        Ok(Linear {
+            weight: Param::from_tensor(weight),
+            bias: bias.map(Param::from_tensor),
+        })
+    }
+
+    /// `[d_output, d_input]`.
+    pub fn dims(&self) -> [usize; 2] {
+        let shape = self.weight.shape();
+        [shape[0], shape[1]]
+    }
+}
+
+impl ModuleDisplay for Nf4Linear {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_output, d_input] = self.dims();
+        let config = self.weight.config();
+        content
+            .add("d_input", &d_input)
+            .add("d_output", &d_output)
+            .add("bias", &self.bias.is_some())
+            .add("quant_type", &config.quant_type.name().to_string())
+            .add("block_size", &config.block_size.elems())
+            .add("double_quant", &config.nested_block_size.is_some())
+            .optional()
+    }
+}

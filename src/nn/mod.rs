@@ -1,0 +1,7 @@
+//! Burn modules with packed weights.
+
+mod linear;
+mod qlora;
+
+pub use linear::{Nf4Linear, Nf4LinearConfig};
+pub use qlora::{QLoraLinear, QLoraLinearConfig};

@@ -1,0 +1,69 @@
+//! The operations on Flex, Burn's CPU backend: the vectorised functions of `host`.
+
+use burn::backend::DispatchDevice;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
+use burn_flex::{Flex, FlexTensor};
+use half::{bf16, f16};
+
+use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec, debug_check};
+use crate::error::Nf4Error;
+use crate::format::{FloatElement, FloatType};
+use crate::host;
+
+impl Nf4Backend for Flex {
+    fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
+        let weight = weight.to_contiguous();
+        let words = match spec.dtype {
+            FloatType::F16 => quantize::<f16>(&weight, &spec),
+            FloatType::BF16 => quantize::<bf16>(&weight, &spec),
+            FloatType::F32 => quantize::<f32>(&weight, &spec),
+        };
+        let shape = Shape::from([spec.layout.words]);
+        FlexTensor::from_data(TensorData::from_bytes(
+            Bytes::from_elems(words),
+            shape,
+            DType::U32,
+        ))
+    }
+
+    fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
+        debug_check(&packed, &spec.layout);
+        let packed = packed.to_contiguous();
+        let bytes = match spec.dtype {
+            FloatType::F16 => dequantize::<f16>(&packed, &spec),
+            FloatType::BF16 => dequantize::<bf16>(&packed, &spec),
+            FloatType::F32 => dequantize::<f32>(&packed, &spec),
+        };
+        let shape = Shape::from([spec.rows, spec.columns]);
+        FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
+    }
+}
+
+fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u32> {
+    let weight: &[T] = bytemuck::cast_slice(weight.bytes());
+    host::quantize(weight, &spec.shape, spec.layout.config).expect("arguments were validated")
+}
+
+/// Checks that a weight is finite if it lies on the CPU, where looking costs no waiting.
+pub(super) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4Error> {
+    if !matches!(weight.device().as_dispatch(), DispatchDevice::Flex(_)) {
+        return Ok(());
+    }
+    let data = weight.to_data();
+    match data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
+        None => Ok(()),
+        Some((index, given)) => Err(Nf4Error::NonFinite {
+            tensor: "weight".into(),
+            index,
+            given,
+        }),
+    }
+}
+
+fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> Bytes {
+    let words: &[u32] = bytemuck::cast_slice(packed.bytes());
+    let mut out = vec![T::zeroed(); spec.rows * spec.columns];
+    host::dequantize(words, &spec.layout, spec.start, &mut out);
+    Bytes::from_elems(out)
+}

@@ -1,0 +1,47 @@
+//! The custom Burn ops: quantize, dequantize and a linear map with a packed weight, on every
+//! backend that Burn dispatches to, with autodiff.
+
+mod autodiff;
+mod backend;
+#[cfg(feature = "cube")]
+mod cube;
+#[cfg(feature = "flex")]
+mod flex;
+mod weight;
+
+pub use backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+pub use weight::{Nf4Weight, linear};
+
+use burn::tensor::DType;
+
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+
+impl From<FloatType> for DType {
+    fn from(dtype: FloatType) -> Self {
+        match dtype {
+            FloatType::F16 => Self::F16,
+            FloatType::BF16 => Self::BF16,
+            FloatType::F32 => Self::F32,
+        }
+    }
+}
+
+impl FloatType {
+    /// The float type that a tensor's dtype is; `tensor` is the name put in the error.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Dtype`] unless it is f16, bf16 or f32.
+    pub fn from_dtype(dtype: DType, tensor: &str) -> Result<Self, Nf4Error> {
+        match dtype {
+            DType::F16 => Ok(Self::F16),
+            DType::BF16 => Ok(Self::BF16),
+            DType::F32 | DType::Flex32 => Ok(Self::F32),
+            _ => Err(Nf4Error::Dtype {
+                tensor: tensor.into(),
+                expected: "f16, bf16 or f32".into(),
+                given: format!("{dtype:?}"),
+            }),
+        }
+    }
+}

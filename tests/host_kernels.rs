@@ -1,0 +1,490 @@
+//! The CPU implementation against the reference, bit for bit, with every set of vector
+//! instructions that this processor has.
+
+use std::fmt::Debug;
+
+use bytemuck::bytes_of;
+use half::{bf16, f16};
+use proptest::prelude::*;
+use rstest::rstest;
+
+use burn_nf4::Nf4Error;
+use burn_nf4::format::{
+    Absmax, BlockSize, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType, NF4_THRESHOLDS,
+    NestedAbsmax, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+};
+use burn_nf4::host::{self, Simd};
+
+/// A reproducible stream of 64-bit numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From -1 to 1.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+fn available() -> impl Iterator<Item = Simd> {
+    Simd::ALL.into_iter().filter(|simd| simd.is_available())
+}
+
+fn config(quant_type: QuantType, block_elems: u64, nested: Option<u64>) -> QuantConfig {
+    let size = |elems| BlockSize::new(elems, "test").expect("a block size of the format");
+    QuantConfig {
+        quant_type,
+        block_size: size(block_elems),
+        nested_block_size: nested.map(size),
+    }
+}
+
+/// A weight with any codes and the scales given for its blocks, in turn.
+fn tensor_with_scales(elems: usize, config: QuantConfig, scales: &[f32]) -> Nf4Tensor {
+    let mut random = Random(elems as u64);
+    let codes = (0..elems.div_ceil(2))
+        .map(|_| random.next() as u8)
+        .collect();
+    let blocks = config.block_size.blocks(elems);
+    let absmax = match config.nested_block_size {
+        None => Absmax::Flat(scales.iter().copied().cycle().take(blocks).collect()),
+        Some(block_size) => Absmax::Nested(NestedAbsmax {
+            codes: (0..blocks).map(|_| random.next() as u8).collect(),
+            absmax: scales
+                .iter()
+                .copied()
+                .cycle()
+                .take(block_size.blocks(blocks))
+                .collect(),
+            map: Box::new(DYNAMIC_MAP),
+            offset: 0.043_512_3,
+            block_size,
+        }),
+    };
+    let (shape, dtype) = (vec![elems], FloatType::BF16);
+    Nf4Tensor::from_parts(
+        codes,
+        absmax,
+        shape,
+        config.block_size,
+        dtype,
+        config.quant_type,
+    )
+    .expect("a consistent weight")
+}
+
+fn assert_same_bits<T: FloatElement + Debug>(given: &[T], expected: &[T], what: impl Debug) {
+    assert_eq!(given.len(), expected.len(), "{what:?}");
+    for (i, (given, expected)) in given.iter().zip(expected).enumerate() {
+        let same = bytes_of(given) == bytes_of(expected);
+        assert!(
+            same,
+            "{what:?}, element {i}: {given:?}, expected {expected:?}"
+        );
+    }
+}
+
+/// Checks the ranges, each also at every alignment of the output to 16 bytes.
+fn check_dequantize<T: FloatElement + Debug>(tensor: &Nf4Tensor, ranges: &[(usize, usize)]) {
+    let (words, layout) = (tensor.to_packed(), tensor.packed_layout());
+    let all: Vec<T> = tensor.dequantize();
+    let nan = T::from_f32(f32::NAN);
+    for &(start, len) in ranges {
+        for simd in available() {
+            for shift in [0, 1, 3, 8] {
+                let mut out = vec![nan; shift + len + 1];
+                host::dequantize_with(simd, &words, &layout, start, &mut out[shift..shift + len]);
+                let expected = &all[start..start + len];
+                let what = (simd, start, len, shift, tensor.config());
+                assert_same_bits(&out[shift..shift + len], expected, what);
+                assert!(
+                    out[shift + len].to_f32().is_nan(),
+                    "wrote past the end: {what:?}"
+                );
+            }
+        }
+    }
+}
+
+fn check_dequantize_all_types(tensor: &Nf4Tensor, ranges: &[(usize, usize)]) {
+    check_dequantize::<f16>(tensor, ranges);
+    check_dequantize::<bf16>(tensor, ranges);
+    check_dequantize::<f32>(tensor, ranges);
+}
+
+/// Ranges for each way through the code, in a weight of `elems`.
+fn ranges(elems: usize, block: usize) -> Vec<(usize, usize)> {
+    let candidates = [
+        (0, elems),
+        (0, 0),
+        (elems, 0),
+        (0, 1),
+        (1, 1),
+        (7, 1),
+        (1, 2),
+        (3, 4),
+        (7, 9),
+        (8, 8),
+        (8, 31),
+        (5, 27),
+        (16, 40),
+        (1, elems.saturating_sub(1)),
+        (2, elems.saturating_sub(2)),
+        (9, elems.saturating_sub(11)),
+        (31, elems.saturating_sub(40)),
+        (block - 1, 2),
+        (block - 8, 16),
+        (block, block),
+        (block + 8, block + 24),
+        (block + 1, 2 * block),
+        (2 * block - 3, block + 7),
+    ];
+    let fits = |&(start, len): &(usize, usize)| start + len <= elems;
+    candidates.into_iter().filter(fits).collect()
+}
+
+#[rstest]
+fn every_range_decodes_as_the_reference(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(32, 64, 128, 256, 512, 1024, 2048, 4096)] block: usize,
+    #[values(None, Some(256), Some(32))] nested: Option<u64>,
+) {
+    let config = config(quant_type, block as u64, nested);
+    // Exact, ragged, odd, a single block, less than one, a single weight.
+    for elems in [
+        4 * block,
+        5 * block + 18,
+        3 * block + 7,
+        block,
+        block - 3,
+        1,
+    ] {
+        let tensor = tensor_with_scales(elems, config, &[0.1, 1.7, 0.012_345_6]);
+        check_dequantize_all_types(&tensor, &ranges(elems, block));
+    }
+}
+
+#[rstest]
+fn extreme_scales_decode_as_the_reference(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(None, Some(256))] nested: Option<u64>,
+) {
+    let scales = [
+        0.0,
+        -0.0,
+        1.0,
+        -3.25,
+        f32::MAX,
+        f32::MIN_POSITIVE,
+        1e-40, // subnormal
+        f32::from_bits(1),
+        9.2e-8, // f16 results around half its smallest subnormal
+        6.1e-5, // f16 results on both sides of its smallest normal
+        65_504.0,
+        65_520.0, // the first f16 infinity
+        3.4e38,
+        3.395e38, // bf16 results that round up to infinity
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        f32::from_bits(0x7f80_0001), // a NaN whose payload a plain shift would lose
+        f32::from_bits(0xffc1_2345),
+    ];
+    let elems = 64 * 512 * scales.len();
+    let config = config(quant_type, 32, nested);
+    check_dequantize_all_types(&tensor_with_scales(elems, config, &scales), &[(0, elems)]);
+}
+
+#[rstest]
+fn many_scales_round_as_the_reference(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+) {
+    // Scales of any bits, to meet every case of rounding to 16 bits.
+    let mut random = Random(7);
+    let scales: Vec<f32> = (0..20_000)
+        .map(|_| f32::from_bits(random.next() as u32))
+        .collect();
+    let elems = 32 * scales.len();
+    let tensor = tensor_with_scales(elems, config(quant_type, 32, None), &scales);
+    check_dequantize_all_types(&tensor, &[(0, elems)]);
+}
+
+#[rstest]
+fn a_checkpoints_own_nested_map_is_used(#[values(0, 5)] start: usize) {
+    let mut parts = tensor_with_scales(3000, QuantConfig::default(), &[1.5]);
+    if let Absmax::Nested(nested) = parts.absmax().clone() {
+        let map = Box::new(nested.map.map(|value| value * 0.75 + 0.01));
+        let absmax = Absmax::Nested(NestedAbsmax { map, ..nested });
+        let (codes, shape) = (parts.codes().to_vec(), parts.shape().to_vec());
+        let (dtype, quant_type) = (parts.dtype(), parts.quant_type());
+        parts = Nf4Tensor::from_parts(codes, absmax, shape, parts.block_size(), dtype, quant_type)
+            .expect("a consistent weight");
+    }
+    check_dequantize_all_types(&parts, &[(start, 3000 - start)]);
+}
+
+/// Large enough for several threads and for streaming stores.
+#[rstest]
+fn large_outputs_decode_as_the_reference(
+    #[values(0, 1, 8, 4097)] start: usize,
+    #[values(None, Some(256))] nested: Option<u64>,
+) {
+    let elems = (9 << 20) / 2 + 12_345;
+    let config = config(QuantType::Nf4, 64, nested);
+    let tensor = tensor_with_scales(elems, config, &[0.1, 1.7, 0.012_345_6]);
+    let (words, layout) = (tensor.to_packed(), tensor.packed_layout());
+    fn check<T: FloatElement + Debug>(
+        words: &[u32],
+        layout: &PackedLayout,
+        start: usize,
+        expected: &[T],
+    ) {
+        for simd in available() {
+            for shift in [0, 1, 8] {
+                let mut out = vec![T::from_f32(f32::NAN); shift + expected.len()];
+                host::dequantize_with(simd, words, layout, start, &mut out[shift..]);
+                assert_same_bits(&out[shift..], expected, (simd, start, shift));
+            }
+        }
+    }
+    check::<f16>(
+        &words,
+        &layout,
+        start,
+        &tensor.dequantize_range(start, elems - start),
+    );
+    check::<bf16>(
+        &words,
+        &layout,
+        start,
+        &tensor.dequantize_range(start, elems - start),
+    );
+    check::<f32>(
+        &words,
+        &layout,
+        start,
+        &tensor.dequantize_range(start, elems - start),
+    );
+}
+
+#[rstest]
+#[case::past_the_end(0, 129, 0)]
+#[case::start_past_the_end(129, 0, 0)]
+#[case::overflow(usize::MAX, 2, 0)]
+#[case::short_image(0, 128, 1)]
+#[should_panic(expected = "of")]
+fn dequantize_refuses(#[case] start: usize, #[case] len: usize, #[case] words_missing: usize) {
+    let tensor = tensor_with_scales(128, QuantConfig::flat(), &[1.0]);
+    let words = tensor.to_packed();
+    let words = &words[..words.len() - words_missing];
+    host::dequantize(
+        words,
+        &tensor.packed_layout(),
+        start,
+        &mut vec![0.0f32; len],
+    );
+}
+
+/// Weights for each way through the code: plain, with all-zero, subnormal and huge blocks, and
+/// with values at and one ulp beside every threshold.
+fn weights(elems: usize, block: usize) -> Vec<Vec<f32>> {
+    let mut random = Random(elems as u64 ^ 0x5eed);
+    let plain: Vec<f32> = (0..elems).map(|_| random.unit()).collect();
+    // One block each; the second list is for f16, in which 3e38 is infinite.
+    let wide = [1.0, 0.0, 1e-38, 1e-42, 3e38, -0.0, 1e-36, 2.5e-37, 3.0];
+    let narrow = [1.0, 0.0, 6e4, 1e-7, -0.0, 1e-5, 0.01];
+    let scaled = |factors: &[f32]| -> Vec<f32> {
+        let scale = |(i, value): (usize, &f32)| value * factors[i / block % factors.len()];
+        plain.iter().enumerate().map(scale).collect()
+    };
+    let (wide, narrow) = (scaled(&wide), scaled(&narrow));
+    let around = |value: f32| [value.next_down(), value, value.next_up()];
+    let ties: Vec<f32> = NF4_THRESHOLDS
+        .into_iter()
+        .chain(FP4_THRESHOLDS)
+        .chain(FP4_THRESHOLDS.map(|value| -value))
+        .chain([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0])
+        .flat_map(around)
+        .collect();
+    let mut tied: Vec<f32> = (0..elems)
+        .map(|i| ties[i % ties.len()].clamp(-1.0, 1.0))
+        .collect();
+    for block in tied.chunks_mut(block) {
+        block[0] = 1.0;
+    }
+    vec![
+        plain,
+        wide,
+        narrow,
+        tied,
+        vec![0.0; elems],
+        vec![-0.0; elems],
+        vec![2.5; elems],
+    ]
+}
+
+fn check_quantize<T: FloatElement>(weight: &[f32], config: QuantConfig) {
+    let weight: Vec<T> = weight.iter().map(|&value| T::from_f32(value)).collect();
+    let shape = [1, weight.len()];
+    let expected = Nf4Tensor::quantize(&weight, &shape, config).map(|tensor| tensor.to_packed());
+    for simd in available() {
+        let given = host::quantize_with(simd, &weight, &shape, config);
+        match (&given, &expected) {
+            (Ok(given), Ok(expected)) => {
+                let what = (simd, weight.len(), T::FLOAT_TYPE, config);
+                assert_eq!(given.len(), expected.len(), "{what:?}");
+                let differs = (0..given.len()).find(|&i| given[i] != expected[i]);
+                if let Some(i) = differs {
+                    let (given, expected) = (given[i], expected[i]);
+                    panic!("{what:?}, word {i}: {given:#010x}, expected {expected:#010x}");
+                }
+            }
+            // Through text, because a NaN differs from itself.
+            _ => assert_eq!(format!("{given:?}"), format!("{expected:?}"), "{simd:?}"),
+        }
+    }
+}
+
+fn check_quantize_all_types(weight: &[f32], config: QuantConfig) {
+    // What overflows f16 is an error there, which is checked too.
+    check_quantize::<f16>(weight, config);
+    check_quantize::<bf16>(weight, config);
+    check_quantize::<f32>(weight, config);
+}
+
+#[rstest]
+fn every_weight_quantizes_as_the_reference(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(32, 64, 128, 256, 512, 1024, 2048, 4096)] block: usize,
+    #[values(None, Some(256), Some(32))] nested: Option<u64>,
+) {
+    let config = config(quant_type, block as u64, nested);
+    for elems in [
+        12 * block,
+        9 * block + 18,
+        9 * block + 7,
+        3 * block + 1,
+        block,
+        block - 3,
+        1,
+    ] {
+        for weight in weights(elems, block) {
+            check_quantize_all_types(&weight, config);
+        }
+    }
+}
+
+/// Large enough for several threads and for several chunks of the scales' mean.
+#[rstest]
+fn large_weights_quantize_as_the_reference(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(None, Some(256), Some(4096))] nested: Option<u64>,
+) {
+    let mut random = Random(11);
+    let elems = 400_000 + 777;
+    let weight: Vec<f32> = (0..elems)
+        .map(|_| random.unit() * random.unit() * 0.1)
+        .collect();
+    check_quantize_all_types(&weight, config(quant_type, 32, nested));
+}
+
+#[rstest]
+#[case::nan(f32::NAN)]
+#[case::infinity(f32::INFINITY)]
+#[case::minus_infinity(f32::NEG_INFINITY)]
+fn the_first_weight_that_is_not_finite_is_named(
+    #[case] value: f32,
+    #[values(0, 63, 64, 199_999, 200_130)] index: usize,
+    #[values(None, Some(256))] nested: Option<u64>,
+) {
+    let mut weight = vec![0.25f32; 200_131];
+    weight[index] = value;
+    weight[200_130] = f32::INFINITY;
+    for simd in available() {
+        let config = config(QuantType::Nf4, 64, nested);
+        let result = host::quantize_with(simd, &weight, &[200_131], config);
+        match result {
+            Err(Nf4Error::NonFinite {
+                index: given,
+                tensor,
+                ..
+            }) => {
+                assert_eq!((given, tensor.as_str()), (index, "weight"));
+            }
+            other => panic!("{other:?}"),
+        }
+        check_quantize_all_types(&weight, config);
+    }
+}
+
+#[test]
+fn a_mean_of_scales_that_overflows_is_refused() {
+    check_quantize::<f32>(&[f32::MAX; 1000], QuantConfig::default());
+    let result = host::quantize(&[f32::MAX; 1000], &[1000], QuantConfig::default());
+    assert!(matches!(result, Err(Nf4Error::NonFinite { tensor, .. }) if tensor == "nested_offset"));
+}
+
+#[rstest]
+#[case::empty(&[4, 0], 0)]
+#[case::overflow(&[usize::MAX, 2], 4)]
+#[case::too_few(&[2, 3], 5)]
+#[case::too_many(&[2, 3], 7)]
+fn quantize_refuses_as_the_reference(#[case] shape: &[usize], #[case] elems: usize) {
+    let (weight, config) = (vec![0.5f32; elems], QuantConfig::default());
+    let expected = Nf4Tensor::quantize(&weight, shape, config).expect_err("an impossible shape");
+    assert_eq!(host::quantize(&weight, shape, config), Err(expected));
+}
+
+fn any_config() -> impl Strategy<Value = QuantConfig> {
+    let sizes = || prop::sample::select(&BlockSize::ALL[..]);
+    let types = prop::sample::select(&[QuantType::Nf4, QuantType::Fp4][..]);
+    (types, sizes(), prop::option::of(sizes())).prop_map(
+        |(quant_type, block_size, nested_block_size)| QuantConfig {
+            quant_type,
+            block_size,
+            nested_block_size,
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn any_range_of_any_weight_decodes_as_the_reference(
+        config in any_config(),
+        elems in 1usize..20_000,
+        from in 0.0f64..1.0,
+        part in 0.0f64..1.0,
+        scales in prop::collection::vec(any::<f32>(), 1..40),
+    ) {
+        let start = (elems as f64 * from) as usize;
+        let len = ((elems - start) as f64 * part) as usize;
+        let tensor = tensor_with_scales(elems, config, &scales);
+        check_dequantize_all_types(&tensor, &[(start, len)]);
+    }
+
+    #[test]
+    fn any_finite_weight_quantizes_as_the_reference(
+        config in any_config(),
+        weight in prop::collection::vec(
+            any::<f32>().prop_filter("finite", |value| value.is_finite()), 1..5000,
+        ),
+        exponent in prop::option::of(-126i32..127),
+    ) {
+        // Either of any magnitudes, or of like ones, in which all codes occur.
+        let weight: Vec<f32> = weight.iter().map(|&value| match exponent {
+            None => value,
+            Some(exponent) => {
+                let bits = value.to_bits() & 0x807f_ffff | 127 << 23;
+                let unit = f32::from_bits(bits);
+                (unit - unit.signum()) * 2f32.powi(exponent)
+            }
+        }).collect();
+        check_quantize_all_types(&weight, config);
+    }
+}
