@@ -227,7 +227,7 @@ fn mean(values: &[f32]) -> f32 {
         .par_chunks(SumF32x2::CHUNK)
         .map(|chunk| SumF32x2::of(chunk.iter().map(|&high| SumF32x2 { high, low: 0.0 })))
         .collect();
-    SumF32x2::of(partial.into_iter()).high / values.len() as f32
+    SumF32x2::of(partial.into_iter()).high * SumF32x2::inverse_count(values.len())
 }
 
 /// The value half-way between each entry of the dynamic map and the next.

@@ -13,6 +13,7 @@
 
 use cubecl::prelude::*;
 
+use super::decode::opaque;
 use crate::format::{FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, SumF32x2};
 
 /// What forks the compiled quantization kernels.
@@ -188,13 +189,16 @@ pub fn quantize_blocks_kernel<F: Float, N: Size>(
 }
 
 /// Adds a sum to another, both as unevaluated pairs: [`SumF32x2::plus`].
+///
+/// Compilers for WGSL may cancel `(a + b) - a` to `b`, and Mesa does, which takes the rounding
+/// error out of the sum; [`opaque`] keeps them from it.
 #[cube]
-fn plus(high: f32, low: f32, other_high: f32, other_low: f32) -> (f32, f32) {
-    let sum = high + other_high;
-    let other_part = sum - high;
+fn plus(high: f32, low: f32, other_high: f32, other_low: f32, zero: u32) -> (f32, f32) {
+    let sum = opaque(high + other_high, zero);
+    let other_part = opaque(sum - high, zero);
     let error = (high - (sum - other_part)) + (other_high - other_part);
     let small = low + other_low + error;
-    let total = sum + small;
+    let total = opaque(sum + small, zero);
     (total, small - (total - sum))
 }
 
@@ -206,6 +210,7 @@ fn ordered_sum(
     low: &[f32],
     first: usize,
     items: usize,
+    zero: u32,
     #[comptime] has_low: bool,
     #[comptime] barriers: bool,
 ) -> (f32, f32) {
@@ -216,7 +221,7 @@ fn ordered_sum(
         // Cubes of fewer units than lanes let each unit take several.
         let mut lane = UNIT_POS as usize;
         while lane < lanes {
-            let (h, l) = lane_sum(high, low, first, items, lane, has_low);
+            let (h, l) = lane_sum(high, low, first, items, lane, zero, has_low);
             highs[lane] = h;
             lows[lane] = l;
             lane += CUBE_DIM as usize;
@@ -231,6 +236,7 @@ fn ordered_sum(
                     lows[lane],
                     highs[lane + half],
                     lows[lane + half],
+                    zero,
                 );
                 highs[lane] = h;
                 lows[lane] = l;
@@ -244,7 +250,7 @@ fn ordered_sum(
         let mut highs = Array::<f32>::new(lanes);
         let mut lows = Array::<f32>::new(lanes);
         for lane in 0..lanes {
-            let (h, l) = lane_sum(high, low, first, items, lane, has_low);
+            let (h, l) = lane_sum(high, low, first, items, lane, zero, has_low);
             highs[lane] = h;
             lows[lane] = l;
         }
@@ -256,6 +262,7 @@ fn ordered_sum(
                     lows[lane],
                     highs[lane + half],
                     lows[lane + half],
+                    zero,
                 );
                 highs[lane] = h;
                 lows[lane] = l;
@@ -274,6 +281,7 @@ fn lane_sum(
     first: usize,
     items: usize,
     lane: usize,
+    zero: u32,
     #[comptime] has_low: bool,
 ) -> (f32, f32) {
     let mut h = 0.0f32;
@@ -284,7 +292,7 @@ fn lane_sum(
         if has_low {
             other_low = low[first + i];
         }
-        let (sum_h, sum_l) = plus(h, l, high[first + i], other_low);
+        let (sum_h, sum_l) = plus(h, l, high[first + i], other_low, zero);
         h = sum_h;
         l = sum_l;
         i += comptime!(SumF32x2::LANES);
@@ -301,13 +309,14 @@ pub fn sum_absmax_kernel(
     high: &mut [f32],
     low: &mut [f32],
     blocks: usize,
+    zero: u32,
     #[comptime] barriers: bool,
 ) {
     let chunk = if barriers { CUBE_POS } else { ABSOLUTE_POS };
     let first = chunk * comptime!(SumF32x2::CHUNK);
     if first < blocks {
         let items = usize::min(blocks - first, comptime!(SumF32x2::CHUNK).runtime());
-        let (h, l) = ordered_sum(absmax, absmax, first, items, false, barriers);
+        let (h, l) = ordered_sum(absmax, absmax, first, items, zero, false, barriers);
         if comptime!(!barriers) || UNIT_POS == 0 {
             high[chunk] = h;
             low[chunk] = l;
@@ -326,9 +335,10 @@ pub fn mean_absmax_kernel(
     chunks: usize,
     offset: usize,
     inverse_blocks: f32,
+    zero: u32,
     #[comptime] barriers: bool,
 ) {
-    let (h, _l) = ordered_sum(high, low, 0usize, chunks, true, barriers);
+    let (h, _l) = ordered_sum(high, low, 0usize, chunks, zero, true, barriers);
     if UNIT_POS == 0 {
         packed[offset] = u32::reinterpret(h * inverse_blocks);
     }

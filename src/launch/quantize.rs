@@ -121,6 +121,7 @@ pub fn quantize(
                 high,
                 low,
                 layout.blocks,
+                0,
                 barriers,
             );
             let (high, low) = sums();
@@ -135,6 +136,7 @@ pub fn quantize(
                 chunks,
                 layout.nested_offset,
                 SumF32x2::inverse_count(layout.blocks),
+                0,
                 barriers,
             );
             quantize_absmax_kernel::launch_unchecked(
