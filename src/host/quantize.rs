@@ -18,8 +18,13 @@ mod avx2;
 mod avx512;
 mod portable;
 
-/// Quantizing fewer elements than this takes about as long as waking a thread.
-const TASK_ELEMS: usize = 1 << 16;
+/// Quantizing this many elements takes two or three times as long as handing work to another
+/// thread (10 to 20 us); fewer are not divided.
+const TASK_ELEMS: usize = 1 << 17;
+
+/// The same for the scales of double quantization, of which each takes longer, and for their sum.
+const TASK_SCALES: usize = 1 << 13;
+const TASK_SUMMANDS: usize = 1 << 15;
 
 /// Quantizes a row-major weight to its device image.
 ///
@@ -204,7 +209,7 @@ fn nested(scales: &[f32], block_size: BlockSize, codes: &mut [u32], absmax: &mut
         .par_chunks(block_size.elems())
         .zip(codes.par_chunks_mut(block_size.elems() / 4))
         .zip(absmax)
-        .with_min_len(TASK_ALIGN_ELEMS / block_size.elems())
+        .with_min_len(TASK_SCALES / block_size.elems())
         .for_each(|((block, words), absmax)| {
             let (scale, inverse) = normalizer(block.iter().map(|scale| scale - offset));
             *absmax = scale.to_bits();
@@ -225,6 +230,7 @@ fn nested(scales: &[f32], block_size: BlockSize, codes: &mut [u32], absmax: &mut
 fn mean(values: &[f32]) -> f32 {
     let partial: Vec<SumF32x2> = values
         .par_chunks(SumF32x2::CHUNK)
+        .with_min_len(TASK_SUMMANDS / SumF32x2::CHUNK)
         .map(|chunk| SumF32x2::of(chunk.iter().map(|&high| SumF32x2 { high, low: 0.0 })))
         .collect();
     SumF32x2::of(partial.into_iter()).high * SumF32x2::inverse_count(values.len())
@@ -247,10 +253,9 @@ fn nested_code(normalized: f32) -> u8 {
     let mut code = 0;
     let mut step = 128;
     while step > 0 {
-        // `code + step` thresholds lie below if the last of them does.
-        if normalized > NESTED_THRESHOLDS[code + step - 1] {
-            code += step;
-        }
+        // `code + step` thresholds lie below if the last of them does. No branch: it would be
+        // mispredicted half the time.
+        code += step * usize::from(normalized > NESTED_THRESHOLDS[code + step - 1]);
         step /= 2;
     }
     code as u8

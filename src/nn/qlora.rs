@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
@@ -35,12 +35,15 @@ impl QLoraLinearConfig {
     /// Puts a fresh branch on a frozen layer: `A` uniform in `±1/√d_input` (PyTorch's
     /// `kaiming_uniform` with `a = √5`, as in PEFT), `B` zero, so that nothing changes at first.
     ///
+    /// The branch is created on `device`, which needs autodiff to train it, and the frozen layer
+    /// is moved there.
+    ///
     /// # Errors
     /// [`Nf4Error::Config`] if the rank is zero, the dropout outside of `[0, 1)`, or alpha not
     /// finite.
-    pub fn init(&self, base: Nf4Linear) -> Result<QLoraLinear, Nf4Error> {
+    pub fn init(&self, base: Nf4Linear, device: &Device) -> Result<QLoraLinear, Nf4Error> {
         let [d_output, d_input] = base.dims();
-        let device = base.weight.device();
+        let base = base.to_device(device);
         let initializer = Initializer::KaimingUniform {
             gain: 1.0 / 3f64.sqrt(),
             fan_out_only: false,
@@ -51,11 +54,11 @@ impl QLoraLinearConfig {
             Some(self.rank),
             &device,
         );
-        let lora_b = Initializer::Zeros.init([self.rank, d_output], &device);
+        let lora_b = Initializer::Zeros.init([self.rank, d_output], device);
         self.build(base, lora_a, lora_b)
     }
 
-    /// Puts a given branch on a frozen layer.
+    /// Puts a given branch on a frozen layer on the same device.
     ///
     /// # Shapes
     /// - `lora_a`: `[d_input, rank]`, the transpose of PEFT's `lora_A.weight`
@@ -134,7 +137,7 @@ impl QLoraLinearConfig {
 /// let device = Device::default().autodiff();
 /// let dense = LinearConfig::new(128, 256).init(&device);
 /// let base = Nf4Linear::quantize(dense, QuantConfig::default())?;
-/// let layer = QLoraLinearConfig::new(8).with_alpha(16.0).init(base)?;
+/// let layer = QLoraLinearConfig::new(8).with_alpha(16.0).init(base, &device)?;
 /// let x = Tensor::<2>::random([4, 128], Distribution::Default, &device);
 /// let grads = layer.forward(x).mean().backward();
 /// assert!(layer.lora_b.grad(&grads).is_some());

@@ -98,7 +98,6 @@ impl Nf4Weight {
     ) -> Result<Self, Nf4Error> {
         let dtype = FloatType::from_dtype(weight.dtype(), "weight")?;
         let spec = WeightSpec::new(weight.shape().as_slice(), config, dtype)?;
-        let weight = weight.without_autodiff();
         #[cfg(feature = "flex")]
         super::flex::check_finite(&weight)?;
         let packed = <Dispatch as Nf4Backend>::nf4_quantize(

@@ -4,7 +4,10 @@ use super::{
     FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS, Task, finite_bits, scale_and_inverse,
     zero_word,
 };
-use crate::format::{FloatElement, QuantType};
+use crate::format::{BlockSize, FloatElement, QuantType};
+
+/// The largest block size.
+const MAX_BLOCK_ELEMS: usize = BlockSize::ALL[BlockSize::ALL.len() - 1].elems();
 
 /// Quantizes blocks, the last one possibly partial. Returns whether all weights are finite.
 pub(super) fn encode<T: FloatElement>(
@@ -14,41 +17,38 @@ pub(super) fn encode<T: FloatElement>(
     scales: &mut [f32],
 ) -> bool {
     let block_elems = task.block_size.elems();
+    let mut buffer = [0.0f32; MAX_BLOCK_ELEMS];
     let mut finite = true;
     for ((block, words), scale) in weight
         .chunks(block_elems)
         .zip(codes.chunks_mut(block_elems / 8))
         .zip(scales)
     {
+        let values = &mut buffer[..block.len().next_multiple_of(8)];
+        values.fill(0.0);
+        for (value, weight) in values.iter_mut().zip(block) {
+            *value = weight.to_f32();
+        }
         // Magnitudes of floats are ordered as their bits are, NaN after infinity.
-        let magnitude = block.iter().fold(0, |max: u32, weight| {
-            max.max(weight.to_f32().to_bits() & 0x7fff_ffff)
+        let magnitude = values.iter().fold(0, |max: u32, value| {
+            max.max(value.to_bits() & 0x7fff_ffff)
         });
         finite &= finite_bits(magnitude);
         let (absmax, inverse) = scale_and_inverse(magnitude);
         *scale = absmax;
         if absmax == 0.0 {
             words.fill(zero_word(task.quant_type));
-            clear_after(block.len(), words);
-            continue;
-        }
-        let (eights, last) = block.as_chunks::<8>();
-        for (eight, word) in eights.iter().zip(&mut *words) {
-            *word = code_word(task.quant_type, eight.map(|w| w.to_f32() * inverse));
-        }
-        if !last.is_empty() {
-            let mut eight = [0.0; 8];
-            for (normalized, weight) in eight.iter_mut().zip(last) {
-                *normalized = weight.to_f32() * inverse;
+        } else {
+            for (eight, word) in values.as_chunks::<8>().0.iter().zip(&mut *words) {
+                *word = code_word(task.quant_type, eight.map(|value| value * inverse));
             }
-            words[eights.len()] = code_word(task.quant_type, eight);
-            clear_after(block.len(), words);
         }
+        clear_after(block.len(), words);
     }
     finite
 }
 
-/// Clears what follows the last byte; the padding nibble in it holds the code of zero.
+/// Clears what follows the last byte; a padding nibble in it holds the code of zero.
 fn clear_after(elems: usize, words: &mut [u32]) {
     let bytes = elems.div_ceil(2) % 4;
     if bytes > 0 {

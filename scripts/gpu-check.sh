@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What only a machine with a CUDA card can show: golden and kernel tests, compute-sanitizer, the
+# example at LLM size, and the benches. Runs binaries that were built elsewhere.
+#
+# usage: gpu-check.sh BINARY_DIR [STEP...]   steps: tests sanitizer example bench (default: all)
+set -uo pipefail
+bin=$(cd "$1" && pwd)
+shift
+steps=${*:-tests sanitizer example bench}
+failed=0
+
+run() { # NAME COMMAND...
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" 2>&1 | tail -n "${TAIL:-40}"
+    local status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || {
+        failed=1
+        echo "== $name FAILED ($status)"
+    }
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+for step in $steps; do
+    case $step in
+    tests)
+        for tests in kernels ops modules; do
+            [ -x "$bin/$tests" ] && run "$tests" "$bin/$tests" cuda
+        done
+        ;;
+    sanitizer)
+        for tool in memcheck racecheck; do
+            run "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "$bin/kernels" --test-threads 1 \
+                cuda::shapes cuda::ranges cuda::values cuda::quantize_like_reference
+        done
+        ;;
+    example)
+        run "qlora_linear" "$bin/qlora_linear" --device cuda
+        run "qlora_linear 14336x4096" "$bin/qlora_linear" --device cuda --size 14336x4096
+        ;;
+    bench)
+        TAIL=200 run "bench" "$bin/dequantize"
+        ;;
+    *)
+        echo "unknown step: $step"
+        failed=1
+        ;;
+    esac
+done
+exit $failed
