@@ -1,4 +1,4 @@
-//! What all dequantization kernels share: reading a scale and decoding a word of eight codes.
+//! What all dequantization kernels share: reading a scale and decoding codes.
 //!
 //! A packed weight is one buffer of u32 words; [`PackedLayout`](crate::format::PackedLayout) tells
 //! its sections.
@@ -12,16 +12,18 @@ pub struct DequantizeBlueprint {
     pub block_log2: u32,
     /// Base-2 logarithm of the nested block size; 0 where scales are plain f32.
     pub nested_log2: u32,
-    /// The codebook is copied to shared memory, behind a barrier. Without it every look-up reads
-    /// the packed buffer: slower on a GPU, but free of barriers, which hang on CubeCL's CPU
-    /// runtime.
-    pub shared_codebook: bool,
-    /// The first element is not the first of a word.
+    /// Tables are kept in shared memory, behind a barrier. Without it every look-up reads the
+    /// packed buffer: slower on a GPU, but free of barriers, which hang on CubeCL's CPU runtime.
+    pub shared: bool,
+    /// The first element to decode is not the first of a block.
     pub skewed: bool,
-    /// Words (tiled) or blocks (warp per block) that a unit decodes.
+    /// The number of elements is not a multiple of the vector: the last one is stored piece by
+    /// piece.
+    pub ragged: bool,
+    /// Vectors (tiled) or blocks (warp per block) that a unit decodes.
     pub per_unit: usize,
-    /// Lanes that work on one block (warp per block).
-    pub lanes_per_block: usize,
+    /// Blocks of a tile (tiled), or lanes that work on one block (warp per block).
+    pub group: usize,
 }
 
 /// Which elements to decode, and run-time positions in a packed weight, in words.
@@ -67,18 +69,18 @@ pub fn block_scale(
         f32::reinterpret(packed[view.scales + block])
     } else {
         let codes = packed[view.scales + (block >> 2usize)];
-        let code = (codes >> ((block as u32 & 3) * 8)) & 255;
-        let map = view.codebook + 16usize;
-        let value = f32::reinterpret(packed[map + code as usize]);
-        let offset = f32::reinterpret(packed[map + 256usize]);
         let nested_block = block >> comptime!(nested_log2 as usize);
+        let map = view.codebook + 16usize;
         let absmax = f32::reinterpret(packed[map + 260usize + nested_block]);
+        let offset = f32::reinterpret(packed[map + 256usize]);
+        let code = (codes >> ((block as u32 & 3) * 8)) & 255;
+        let value = f32::reinterpret(packed[map + code as usize]);
         opaque(value * absmax, view.zero) + offset
     }
 }
 
-/// Copies the codebook to shared memory, for the whole cube, or hands out an unused slice where
-/// the blueprint has none.
+/// Room for the codebook in shared memory, filled by the whole cube if the blueprint has it there.
+/// The caller puts a barrier before the first use.
 #[cube]
 pub fn load_codebook(
     packed: &[u32],
@@ -86,34 +88,18 @@ pub fn load_codebook(
     #[comptime] blueprint: DequantizeBlueprint,
 ) -> Shared<[f32]> {
     let mut table = Shared::<[f32]>::new_slice(16usize);
-    if comptime!(blueprint.shared_codebook) {
+    if comptime!(blueprint.shared) {
         let mut i = UNIT_POS;
         while i < 16 {
             table[i as usize] = f32::reinterpret(packed[view.codebook + i as usize]);
             i += CUBE_DIM;
         }
-        sync_cube();
     }
     table
 }
 
-/// The level of a code.
-#[cube]
-pub fn level(
-    packed: &[u32],
-    table: &Shared<[f32]>,
-    view: &PackedView,
-    code: u32,
-    #[comptime] blueprint: DequantizeBlueprint,
-) -> f32 {
-    if comptime!(blueprint.shared_codebook) {
-        table[code as usize]
-    } else {
-        f32::reinterpret(packed[view.codebook + code as usize])
-    }
-}
-
-/// Decodes `N` codes of a word, starting at element `first` of its eight.
+/// Decodes `N` codes of the word that holds them, starting at element `first` of its eight; `N`
+/// divides `first`.
 ///
 /// Element `2i` is the high nibble of byte `i`. Each value is one f32 product, then one cast.
 #[cube]
@@ -122,16 +108,55 @@ pub fn decode_vector<F: Float, N: Size>(
     table: &Shared<[f32]>,
     view: &PackedView,
     word: u32,
+    first: u32,
     scale: f32,
-    #[comptime] first: usize,
     #[comptime] blueprint: DequantizeBlueprint,
 ) -> Vector<F, N> {
+    let vector = N::value().comptime();
     let mut values = Vector::<f32, N>::empty();
+    // With two elements or more the vector starts at a byte; a single one can be either nibble.
+    let codes = if comptime!(vector == 8) {
+        word
+    } else if comptime!(vector == 1) {
+        word >> ((first * 4) ^ 4)
+    } else {
+        word >> (first * 4)
+    };
     #[unroll]
-    for i in 0..values.vector_size() {
-        let shift = comptime!(((first + i) / 2 * 8 + (1 - (first + i) % 2) * 4) as u32);
-        let code = (word >> shift) & 15;
-        values.insert(i, level(packed, table, view, code, blueprint) * scale);
+    for i in 0..vector {
+        let shift = comptime!(if vector == 1 { 0 } else { (i as u32 * 4) ^ 4 });
+        let code = (codes >> shift) & 15;
+        let level = if comptime!(blueprint.shared) {
+            table[code as usize]
+        } else {
+            f32::reinterpret(packed[view.codebook + code as usize])
+        };
+        values.insert(i, level * scale);
     }
     Vector::cast_from(values)
+}
+
+/// Stores a decoded vector at `element`, counted from the first one to decode.
+#[cube]
+pub fn store_vector<F: Float, N: Size>(
+    out: &mut [Vector<F, N>],
+    element: usize,
+    decoded: Vector<F, N>,
+    len: usize,
+    #[comptime] blueprint: DequantizeBlueprint,
+) {
+    let vector = N::value().comptime();
+    if comptime!(!blueprint.ragged) {
+        out[element / vector] = decoded;
+    } else if element + vector <= len {
+        out[element / vector] = decoded;
+    } else {
+        let scalars = out.with_vector_size_mut::<Const<1>>();
+        #[unroll]
+        for i in 0..vector {
+            if element + i < len {
+                scalars[element + i] = Vector::<F, Const<1>>::new(decoded.extract(i));
+            }
+        }
+    }
 }

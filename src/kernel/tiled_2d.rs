@@ -1,82 +1,103 @@
-//! `tiled_2d`: two-dimensional tiles over the matrix of words.
+//! `tiled_2d`: two-dimensional tiles, blocks by words.
 //!
-//! The idea is that of the Mojo kernel this project started from: a tile of the weight a cube, a
-//! few words a unit, all their loads in flight before the first is used, packed stores.
+//! The idea is that of the Mojo kernel this project started from: a tile of the weight a cube, its
+//! scales decoded once, a few words a unit with all their loads in flight before the first is
+//! used, packed stores.
 
 use cubecl::prelude::*;
 
-use super::decode::{DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook};
+use super::decode::{
+    DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook, store_vector,
+};
 
-/// Decodes a packed weight, seen as rows of `width` words.
+/// Decodes a packed weight, seen as a matrix with a block a row.
 ///
-/// - `packed`: the whole packed weight; `out`: the decoded elements, `view.len` of them in vectors of `N`.
-/// - A cube decodes a tile of `CUBE_DIM_X` words by `CUBE_DIM_Y * per_unit` rows; unit `(x, y)`
-///   the words of column `x` in rows `y`, `y + CUBE_DIM_Y`, …. Tiles are numbered row by row along
-///   `CUBE_POS`.
-/// - Words past the end of a row or of `out` are not read, vectors past the end not written. `N`
-///   divides eight, the element to start at, and the number of elements.
+/// - `packed`: the whole packed weight; `out`: the decoded elements, `view.len` of them in vectors
+///   of `N`.
+/// - A cube decodes a tile of `group` blocks. Units `0..group` first decode a scale each. Then unit
+///   `u` takes the vectors `u`, `u + CUBE_DIM`, … of the tile, `per_unit` of them, so that
+///   neighbouring units load neighbouring words and store neighbouring vectors. `group` blocks are
+///   exactly `per_unit * CUBE_DIM` vectors; a cube has at least `group` units.
+/// - Without shared memory `group` is one block, and each unit walks through its share of it.
+/// - Elements outside of the range asked for are neither read nor written. `N` divides eight and
+///   the element to start at.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn dequantize_tiled_2d_kernel<F: Float, N: Size>(
     packed: &[u32],
     out: &mut [Vector<F, N>],
     view: PackedView,
-    width: usize,
-    tiles_a_row: usize,
     #[comptime] blueprint: DequantizeBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
-    let table = load_codebook(packed, &view, blueprint);
     let vector = N::value().comptime();
+    let vectors_a_block = comptime!((1usize << blueprint.block_log2) / vector);
     let vectors_a_word = comptime!(8 / vector);
+    let block_log2 = comptime!(blueprint.block_log2 as usize);
     let per_unit = comptime!(blueprint.per_unit);
+    let group = comptime!(blueprint.group);
 
-    let first_word = view.start / 8;
-    let skew = view.start % 8;
-    // One past the last word that holds an element to decode, counted from the first.
-    let words = (skew + view.len).div_ceil(8usize);
+    let first_block = (view.start >> block_log2) + CUBE_POS * group;
+    let tile = first_block << block_log2;
+    let end = view.start + view.len;
 
-    let cube = CUBE_POS;
-    let tile_row = cube / tiles_a_row;
-    let tile_column = cube % tiles_a_row;
-    let column = tile_column * CUBE_DIM_X as usize + UNIT_POS_X as usize;
-    let first_row = tile_row * (CUBE_DIM_Y as usize * per_unit) + UNIT_POS_Y as usize;
-
-    let mut codes = Array::<u32>::new(per_unit);
-    #[unroll]
-    for i in 0..per_unit {
-        let index = (first_row + i * CUBE_DIM_Y as usize) * width + column;
-        if column < width && index < words {
-            codes[i] = packed[first_word + index];
-        }
-    }
-
-    #[unroll]
-    for i in 0..per_unit {
-        let index = (first_row + i * CUBE_DIM_Y as usize) * width + column;
-        if column < width && index < words {
-            let block = (first_word + index) >> comptime!(blueprint.block_log2 as usize - 3);
-            let scale = block_scale(packed, &view, block, blueprint.nested_log2);
-            let word = codes[i];
-            #[unroll]
-            for j in 0..vectors_a_word {
-                let decoded = decode_vector::<F, N>(
-                    packed,
-                    &table,
-                    &view,
-                    word,
-                    scale,
-                    comptime!(j * vector),
-                    blueprint,
-                );
-                let element = index * 8 + comptime!(j * vector);
-                if comptime!(blueprint.skewed) {
-                    if element >= skew && element - skew < view.len {
-                        out[(element - skew) / vector] = decoded;
-                    }
-                } else if element < view.len {
-                    out[element / vector] = decoded;
-                }
+    let table = load_codebook(packed, &view, blueprint);
+    if comptime!(blueprint.shared) {
+        let mut codes = Array::<u32>::new(per_unit);
+        #[unroll]
+        for i in 0..per_unit {
+            let index = i * CUBE_DIM as usize + UNIT_POS as usize;
+            if tile + index * vector < end {
+                codes[i] = packed[(tile >> 3usize) + index / vectors_a_word];
             }
         }
+
+        let mut scales = Shared::<[f32]>::new_slice(group);
+        let block = UNIT_POS as usize;
+        if block < group && (first_block + block) << block_log2 < end {
+            scales[block] = block_scale(packed, &view, first_block + block, blueprint.nested_log2);
+        }
+        sync_cube();
+
+        #[unroll]
+        for i in 0..per_unit {
+            let index = i * CUBE_DIM as usize + UNIT_POS as usize;
+            let element = tile + index * vector;
+            if is_wanted(element, end, &view, blueprint) {
+                let first = (index % vectors_a_word * vector) as u32;
+                let scale = scales[index / vectors_a_block];
+                let decoded =
+                    decode_vector::<F, N>(packed, &table, &view, codes[i], first, scale, blueprint);
+                store_vector(out, element - view.start, decoded, view.len, blueprint);
+            }
+        }
+    } else if tile < end {
+        let scale = block_scale(packed, &view, first_block, blueprint.nested_log2);
+        let mut index = UNIT_POS as usize;
+        while index < vectors_a_block {
+            let element = tile + index * vector;
+            if is_wanted(element, end, &view, blueprint) {
+                let word = packed[element >> 3usize];
+                let first = (index % vectors_a_word * vector) as u32;
+                let decoded =
+                    decode_vector::<F, N>(packed, &table, &view, word, first, scale, blueprint);
+                store_vector(out, element - view.start, decoded, view.len, blueprint);
+            }
+            index += CUBE_DIM as usize;
+        }
+    }
+}
+
+/// Whether an element lies in the range to decode.
+#[cube]
+fn is_wanted(
+    element: usize,
+    end: usize,
+    view: &PackedView,
+    #[comptime] blueprint: DequantizeBlueprint,
+) -> bool {
+    if comptime!(blueprint.skewed) {
+        element < end && element >= view.start
+    } else {
+        element < end
     }
 }

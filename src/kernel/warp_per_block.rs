@@ -1,20 +1,24 @@
 //! `warp_per_block`: a plane per quantization block.
 //!
 //! All lanes that work on a block read the same scale, so it is decoded once a block in lock step
-//! and costs one transaction, and neighbouring lanes store neighbouring vectors.
+//! and costs one transaction, and neighbouring lanes store neighbouring vectors. Where a block
+//! has fewer vectors than a plane has lanes, the plane takes several neighbouring blocks at once.
 
 use cubecl::prelude::*;
 
-use super::decode::{DequantizeBlueprint, PackedView, block_scale, level, load_codebook};
+use super::decode::{
+    DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook, store_vector,
+};
 
 /// Decodes a packed weight block by block.
 ///
-/// - `packed`: the whole packed weight; `out`: the decoded elements, `view.len` of them in vectors of `N`.
-/// - The cube is `(lanes, planes)`. A group of `lanes_per_block` neighbouring lanes decodes
-///   `per_unit` consecutive blocks, a vector of `N` elements a lane at a time. With 32 lanes and
-///   blocks of 64 a lane has two codes of each block, one packed store.
-/// - Elements outside of the range asked for are not written. `N` divides eight, the element to
-///   start at, and the number of elements; `lanes_per_block * N` divides the block size.
+/// - `packed`: the whole packed weight; `out`: the decoded elements, `view.len` of them in vectors
+///   of `N`.
+/// - The cube is `(lanes, planes)`. `group` neighbouring lanes work on one block, a vector of `N`
+///   elements a lane at a time. They decode `per_unit` blocks, as far apart as the cube decodes
+///   blocks at once, so that all its stores of a round are contiguous.
+/// - Elements outside of the range asked for are not written. `N` divides eight and the element to
+///   start at; `group * N` divides the block size.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn dequantize_warp_per_block_kernel<F: Float, N: Size>(
     packed: &[u32],
@@ -23,36 +27,39 @@ pub fn dequantize_warp_per_block_kernel<F: Float, N: Size>(
     #[comptime] blueprint: DequantizeBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
-    let table = load_codebook(packed, &view, blueprint);
     let vector = N::value().comptime();
-    let lanes = comptime!(blueprint.lanes_per_block);
+    let lanes = comptime!(blueprint.group);
     let block_elems = comptime!(1usize << blueprint.block_log2);
+    let block_log2 = comptime!(blueprint.block_log2 as usize);
     let steps = comptime!(block_elems / (lanes * vector));
+    let per_unit = comptime!(blueprint.per_unit);
 
-    let unit = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
-    let lane = unit % lanes;
-    let first_block = (view.start >> comptime!(blueprint.block_log2 as usize))
-        + unit / lanes * blueprint.per_unit;
+    let table = load_codebook(packed, &view, blueprint);
+    if comptime!(blueprint.shared) {
+        sync_cube();
+    }
+
+    let lane = UNIT_POS as usize % lanes;
+    let blocks_a_round = CUBE_DIM as usize / lanes;
+    let first_block = (view.start >> block_log2)
+        + CUBE_POS * (blocks_a_round * per_unit)
+        + UNIT_POS as usize / lanes;
     let end = view.start + view.len;
 
     #[unroll]
-    for i in 0..blueprint.per_unit {
-        let block = first_block + i;
-        let block_start = block * block_elems;
+    for i in 0..per_unit {
+        let block = first_block + i * blocks_a_round;
+        let block_start = block << block_log2;
         if block_start < end {
             let scale = block_scale(packed, &view, block, blueprint.nested_log2);
             for step in 0..steps {
                 let element = block_start + (step * lanes + lane) * vector;
                 if element >= view.start && element < end {
-                    let word = packed[element / 8];
-                    let mut values = Vector::<f32, N>::empty();
-                    #[unroll]
-                    for k in 0..vector {
-                        let place = (element % 8) as u32 + comptime!(k as u32);
-                        let code = (word >> (place * 4 ^ 4)) & 15;
-                        values.insert(k, level(packed, &table, &view, code, blueprint) * scale);
-                    }
-                    out[(element - view.start) / vector] = Vector::cast_from(values);
+                    let word = packed[element >> 3usize];
+                    let first = element as u32 % 8;
+                    let decoded =
+                        decode_vector::<F, N>(packed, &table, &view, word, first, scale, blueprint);
+                    store_vector(out, element - view.start, decoded, view.len, blueprint);
                 }
             }
         }

@@ -55,8 +55,6 @@ pub struct DequantizePlan {
     pub cube_count: CubeCount,
     blueprint: DequantizeBlueprint,
     address: AddressType,
-    width: usize,
-    tiles_a_row: usize,
 }
 
 impl DequantizePlan {
@@ -85,72 +83,94 @@ impl DequantizePlan {
         check_dtype(client, dtype)?;
         let variant = variant.unwrap_or_else(|| Variant::default_for(client));
         let block_size = layout.config.block_size;
+        // Stores are as wide as the device's. Where that does not divide the number of elements,
+        // the last one is stored piece by piece if the runtime can reinterpret a buffer.
+        let widest = vector_size(client, dtype, 8, &[start]);
+        let dividing = vector_size(client, dtype, widest, &[start, len]);
+        let ragged = dividing < widest && reinterprets(client);
         let blueprint = DequantizeBlueprint {
             block_log2: block_size.log2(),
             nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
-            shared_codebook: has_barriers(client),
-            skewed: !start.is_multiple_of(8),
+            shared: has_barriers(client),
+            skewed: !start.is_multiple_of(block_size.elems()),
+            ragged,
             per_unit: 1,
-            lanes_per_block: 1,
+            group: 1,
         };
-        let plan = Self {
+        let first_block = start / block_size.elems();
+        let work = Work {
+            vector: if ragged { widest } else { dividing },
+            block_elems: block_size.elems(),
+            blocks: (start + len).div_ceil(block_size.elems()) - first_block,
+        };
+        let (cube_dim, cubes, per_unit, group) = match variant {
+            Variant::Tiled2d => work.tiled_2d(client),
+            Variant::WarpPerBlock => work.warp_per_block(client),
+        };
+        Ok(Self {
             variant,
-            vector: 1,
-            cube_dim: CubeDim::new_single(),
-            cube_count: CubeCount::Static(1, 1, 1),
-            blueprint,
+            vector: work.vector,
+            cube_dim,
+            cube_count: cube_count(client, cubes),
+            blueprint: DequantizeBlueprint {
+                per_unit,
+                group,
+                ..blueprint
+            },
             address: address_type(layout.elems),
-            width: 0,
-            tiles_a_row: 0,
-        };
-        Ok(match variant {
-            Variant::Tiled2d => plan.tiled_2d(client, start, len, dtype),
-            Variant::WarpPerBlock => plan.warp_per_block(client, layout, start, len, dtype),
         })
     }
+}
 
-    /// Rows of 32 words a plane, as many rows as fill a cube.
-    fn tiled_2d(mut self, client: &Client, start: usize, len: usize, dtype: FloatType) -> Self {
-        const WORDS_A_UNIT: usize = 4;
-        let words = (start % 8 + len).div_ceil(8);
+/// What there is to decode.
+struct Work {
+    /// Elements a store.
+    vector: usize,
+    block_elems: usize,
+    blocks: usize,
+}
+
+impl Work {
+    /// Cube, number of cubes, vectors a unit, blocks a tile.
+    fn tiled_2d(&self, client: &Client) -> (CubeDim, usize, usize, usize) {
+        /// Vectors of 16 bytes that a unit has in flight.
+        const VECTORS_A_UNIT: usize = 4;
         let units = units_per_cube(client) as usize;
-        self.vector = vector_size(client, dtype, 8, &[start, len]);
-        self.width = words.min(1024);
-        let x = self.width.next_power_of_two().min(units);
-        let y = units / x;
-        self.blueprint.per_unit = WORDS_A_UNIT;
-        self.cube_dim = CubeDim::new_2d(x as u32, y as u32);
-        self.tiles_a_row = self.width.div_ceil(x);
-        let rows = words.div_ceil(self.width);
-        let cubes = self.tiles_a_row * rows.div_ceil(y * WORDS_A_UNIT);
-        self.cube_count = cube_count(client, cubes);
-        self
+        let vectors_a_block = self.block_elems / self.vector;
+        if !has_barriers(client) {
+            return (CubeDim::new_1d(units as u32), self.blocks, 1, 1);
+        }
+        // A unit decodes at most one scale, a tile is at least one block.
+        let tile = (units * VECTORS_A_UNIT / vectors_a_block).clamp(1, units);
+        // All of these are powers of two. With large blocks a unit has more vectors than it likes.
+        let per_unit = tile * vectors_a_block / units;
+        (
+            CubeDim::new_1d(units as u32),
+            self.blocks.div_ceil(tile),
+            per_unit,
+            tile,
+        )
     }
 
-    /// As many lanes a block as a plane has, each with at least one packed pair.
-    fn warp_per_block(
-        mut self,
-        client: &Client,
-        layout: &PackedLayout,
-        start: usize,
-        len: usize,
-        dtype: FloatType,
-    ) -> Self {
-        let block_elems = layout.config.block_size.elems();
+    /// Cube, number of cubes, blocks a unit, lanes a block.
+    fn warp_per_block(&self, client: &Client) -> (CubeDim, usize, usize, usize) {
+        const BLOCKS_A_UNIT: usize = 4;
         let units = units_per_cube(client) as usize;
         let plane = (client.properties().hardware.plane_size_max as usize).clamp(1, units);
-        let widest = (block_elems / plane).clamp(2, 8);
-        self.vector = vector_size(client, dtype, widest, &[start, len]);
-        self.blueprint.lanes_per_block = plane.min(block_elems / self.vector);
-        self.blueprint.per_unit = 4;
-        self.cube_dim = CubeDim::new_2d(plane as u32, (units / plane) as u32);
-
-        let first = start / block_elems;
-        let blocks = (start + len).div_ceil(block_elems) - first;
-        let blocks_a_cube = units / self.blueprint.lanes_per_block * self.blueprint.per_unit;
-        self.cube_count = cube_count(client, blocks.div_ceil(blocks_a_cube));
-        self
+        let lanes = plane.min(self.block_elems / self.vector);
+        let blocks_a_cube = units / lanes * BLOCKS_A_UNIT;
+        (
+            CubeDim::new_2d(plane as u32, (units / plane) as u32),
+            self.blocks.div_ceil(blocks_a_cube),
+            BLOCKS_A_UNIT,
+            lanes,
+        )
     }
+}
+
+/// Whether kernels can see a buffer of vectors as one of scalars: not in WGSL.
+fn reinterprets(client: &Client) -> bool {
+    matches!(client.name(), "cuda" | "hip" | "cpu")
 }
 
 /// Decodes elements `start..start + len` of a packed weight into `out`, in one launch.
@@ -202,8 +222,6 @@ pub fn dequantize(
                 packed,
                 out,
                 view,
-                plan.width,
-                plan.tiles_a_row,
                 plan.blueprint,
                 elem_type(dtype),
             ),

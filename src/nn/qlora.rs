@@ -177,8 +177,11 @@ impl QLoraLinear {
         let [d_output, d_input] = self.base.dims();
         let rows = x.shape().num_elements() / shape[D - 1].max(1);
 
-        let branch_in = self.dropout.forward(x.clone()).cast(a.dtype());
-        let y = self.base.forward(x);
+        let y = self.base.forward(x.clone());
+        if rows == 0 {
+            return y;
+        }
+        let branch_in = self.dropout.forward(x).cast(a.dtype());
         // Folding the batch axes keeps both products plain matrix products.
         let branch = branch_in.reshape([rows, d_input]).matmul(a).matmul(b) * self.scale;
         shape[D - 1] = d_output;

@@ -47,7 +47,8 @@ fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u3
 
 /// Checks that a weight is finite if it lies on the CPU, where looking costs no waiting.
 pub(super) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4Error> {
-    if !matches!(weight.device().as_dispatch(), DispatchDevice::Flex(_)) {
+    let device = weight.device().without_autodiff();
+    if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
         return Ok(());
     }
     let data = weight.to_data();

@@ -279,7 +279,8 @@ impl WeightSpec {
 /// `y = x Wᵀ + b` with a packed weight `W`.
 ///
 /// `W` is decoded to the dtype of `x`, here and again in the backward pass, and not kept in
-/// between. The gradient flows to `x` and `bias`, never to `W`.
+/// between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
+/// result, which is a constant to autodiff.
 ///
 /// # Shapes
 /// - `x`: `[..., in_features]`
@@ -320,6 +321,11 @@ pub fn linear<const D: usize>(
     }
 
     let rows = shape.iter().product::<usize>() / in_features;
+    shape[D - 1] = out_features;
+    if rows == 0 {
+        // Burn's reshape would read the zero as "keep this dimension".
+        return Ok(Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype())));
+    }
     let spec = DequantizeSpec {
         layout: weight.spec.layout,
         rows: out_features,
@@ -337,6 +343,5 @@ pub fn linear<const D: usize>(
     if let Some(bias) = bias {
         y = y + bias.unsqueeze();
     }
-    shape[D - 1] = out_features;
     Ok(y.reshape(Shape::from(shape)))
 }

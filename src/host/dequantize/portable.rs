@@ -1,7 +1,10 @@
 //! Look-ups in plain Rust, for every processor.
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
 use super::{GROUP, Vector};
-use crate::format::FloatElement;
+use crate::format::{FloatElement, FloatType};
 
 /// Where each of a word's eight weights is: the high nibble of a byte comes first.
 const SHIFTS: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
@@ -18,22 +21,8 @@ impl Vector for Portable {
 
     #[inline(always)]
     unsafe fn look_up<T: FloatElement>(table: [T; 16], codes: &[u32; 4], out: &mut [T; GROUP]) {
-        if size_of::<T>() != 2 {
-            for (word, out) in codes.iter().zip(out.as_chunks_mut::<8>().0) {
-                *out = SHIFTS.map(|shift| table[(word >> shift & 15) as usize]);
-            }
-            return;
-        }
-        // Four 16-bit values at a time: left to itself the compiler inserts them one by one into
-        // vector registers, which takes twice as long.
-        let table: &[u16] = bytemuck::cast_slice(&table);
-        let out: &mut [[u16; 4]] = bytemuck::cast_slice_mut(out);
-        let at = |nibbles: u32, shift: u32| u64::from(table[(nibbles >> shift & 15) as usize]);
-        for (word, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
-            for (half, out) in [word & 0xffff, word >> 16].into_iter().zip(out) {
-                let four = at(half, 4) | at(half, 0) << 16 | at(half, 12) << 32 | at(half, 8) << 48;
-                *out = bytemuck::cast(four.to_le());
-            }
+        for (word, out) in codes.iter().zip(out.as_chunks_mut::<8>().0) {
+            *out = SHIFTS.map(|shift| table[(word >> shift & 15) as usize]);
         }
     }
 }
@@ -41,7 +30,30 @@ impl Vector for Portable {
 /// The decoded value of each code in a block; the scale may be any.
 #[inline(always)]
 pub(super) fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> [T; 16] {
-    codebook.map(|value| T::from_f32(value * scale))
+    let products = codebook.map(|value| value * scale);
+    let mut table = [T::zeroed(); 16];
+    match T::FLOAT_TYPE {
+        FloatType::BF16 if scale.is_finite() => {
+            let bits: &mut [u16] = bytemuck::cast_slice_mut(&mut table);
+            for (bits, product) in bits.iter_mut().zip(products) {
+                *bits = finite_to_bf16(product);
+            }
+        }
+        // By the slice, for which `half` uses vector instructions where there are any.
+        FloatType::F16 => {
+            bytemuck::cast_slice_mut::<T, f16>(&mut table).convert_from_f32_slice(&products);
+        }
+        FloatType::BF16 | FloatType::F32 => table = products.map(T::from_f32),
+    }
+    table
+}
+
+/// `bf16::from_f32` without its branches, of which one is mispredicted half the time.
+fn finite_to_bf16(value: f32) -> u16 {
+    // To nearest, ties to even: add just less than a half, and the rest if the result would be
+    // odd.
+    let bits = value.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// Decodes weights `first..first + out.len()` of a word, and no more than it holds.

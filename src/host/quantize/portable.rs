@@ -30,9 +30,9 @@ pub(super) fn encode<T: FloatElement>(
             *value = weight.to_f32();
         }
         // Magnitudes of floats are ordered as their bits are, NaN after infinity.
-        let magnitude = values.iter().fold(0, |max: u32, value| {
-            max.max(value.to_bits() & 0x7fff_ffff)
-        });
+        let magnitude = values
+            .iter()
+            .fold(0, |max: u32, value| max.max(value.to_bits() & 0x7fff_ffff));
         finite &= finite_bits(magnitude);
         let (absmax, inverse) = scale_and_inverse(magnitude);
         *scale = absmax;
