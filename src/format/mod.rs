@@ -11,6 +11,6 @@ pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };
 pub use packed::{HEADER_WORDS, PackedLayout};
-pub use reference::{SumF32x2, fp4_code, nested_code, nf4_code, normalizer};
+pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
 pub use tensor::{Absmax, NestedAbsmax, Nf4Tensor};

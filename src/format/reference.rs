@@ -187,6 +187,22 @@ pub fn nf4_code(normalized: f32) -> u8 {
     NF4_THRESHOLDS.iter().filter(|&&t| normalized > t).count() as u8
 }
 
+/// Tables to find an NF4 code in one step: cell `c` reaches half its width to either side of
+/// `c / 16 - 1`. A value in it has the cell's code, plus one if it lies above the cell's threshold.
+///
+/// No two thresholds share a cell and none is near a border. Only cells 0 to 32 can be reached by
+/// normalised values; 64 make indices safe by a mask.
+pub fn nf4_cells() -> ([f32; 64], [u32; 64]) {
+    let mut thresholds = [f32::INFINITY; 64];
+    let mut codes = [0; 64];
+    for threshold in NF4_THRESHOLDS {
+        let cell = (threshold * 16.0 + 16.0).round() as usize;
+        thresholds[cell] = threshold;
+        codes[cell + 1..].iter_mut().for_each(|code| *code += 1);
+    }
+    (thresholds, codes)
+}
+
 /// The FP4 code of a normalised value; ties go to the smaller magnitude.
 pub fn fp4_code(normalized: f32) -> u8 {
     let magnitude = normalized.abs();

@@ -3,5 +3,6 @@
 
 pub mod decode;
 pub mod quantize;
+pub mod quantize_tiles;
 pub mod tiled_2d;
 pub mod warp_per_block;

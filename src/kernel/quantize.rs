@@ -2,7 +2,9 @@
 //!
 //! Four launches with double quantization, one without:
 //!
-//! 1. [`quantize_blocks_kernel`]: codes and absmax of each block;
+//! 1. [`quantize_blocks_kernel`], or where there are barriers
+//!    [`quantize_tiles_kernel`](super::quantize_tiles::quantize_tiles_kernel): codes and absmax of
+//!    each block;
 //! 2. [`sum_absmax_kernel`]: sums of 4096 absmax each;
 //! 3. [`mean_absmax_kernel`]: the offset, their mean;
 //! 4. [`quantize_absmax_kernel`]: nested codes and absmax.
@@ -34,8 +36,10 @@ pub struct QuantizeView {
     pub elems: usize,
     /// Number of blocks.
     pub blocks: usize,
-    /// Words of `tables`.
+    /// Words of `tables` up to the header's end.
     pub table_words: usize,
+    /// Number of nested blocks; 0 if flat.
+    pub nested_blocks: usize,
     /// Where the scales start.
     pub scales: usize,
     /// Where the codebook starts; with the other tables it is `tables` without its last four
@@ -47,8 +51,15 @@ pub struct QuantizeView {
 
 /// `value`, or zero where it is smaller than the smallest normal number.
 #[cube]
-fn flush(value: f32) -> f32 {
+pub fn flush(value: f32) -> f32 {
     select(value < f32::new(f32::MIN_POSITIVE), 0.0f32, value)
+}
+
+/// The factor that normalises a block; zero for a block of zeros, whose weights then get the code
+/// of zero.
+#[cube]
+pub fn inverse(max: f32) -> f32 {
+    select(max == 0.0f32, 0.0f32, flush(1.0f32 / max))
 }
 
 /// The NF4 code of a normalised value: how many thresholds lie strictly below it.
@@ -65,7 +76,7 @@ fn nf4_code(normalized: f32) -> u32 {
 
 /// The FP4 code of a normalised value.
 #[cube]
-fn fp4_code(normalized: f32) -> u32 {
+pub fn fp4_code(normalized: f32) -> u32 {
     let magnitude = f32::abs(normalized);
     // Codes of the levels in ascending order; each threshold passed moves on to the next.
     let mut code = comptime!(u32::from(FP4_CODE_BY_LEVEL[0])).runtime();
@@ -78,13 +89,75 @@ fn fp4_code(normalized: f32) -> u32 {
     code + select(normalized < 0.0f32, 8u32, 0u32)
 }
 
+/// Copies the tables to the packed weight and clears the padding of its sections; units of the
+/// whole launch share the work.
+#[cube]
+pub fn copy_tables(
+    tables: &[u32],
+    packed: &mut [u32],
+    view: &QuantizeView,
+    #[comptime] blueprint: QuantizeBlueprint,
+) {
+    let unit = ABSOLUTE_POS;
+    let table_words = view.table_words - 4;
+    let mut i = unit;
+    while i < view.table_words {
+        if i < table_words {
+            packed[view.codebook + i] = tables[i];
+        } else {
+            packed[view.header + i - table_words] = tables[i];
+        }
+        i += CUBE_COUNT * CUBE_DIM as usize;
+    }
+    // The padding of a section is at most three words. What sections hold is written elsewhere.
+    if unit < 4 {
+        let code_words = view.elems.div_ceil(8usize);
+        if code_words + unit < view.scales {
+            packed[code_words + unit] = 0u32;
+        }
+        let scale_words = if comptime!(blueprint.flat) {
+            view.blocks
+        } else {
+            view.blocks.div_ceil(4usize)
+        };
+        if view.scales + scale_words + unit < view.codebook {
+            packed[view.scales + scale_words + unit] = 0u32;
+        }
+        let nested_end = view.codebook + table_words + view.nested_blocks;
+        if nested_end + unit < view.header {
+            packed[nested_end + unit] = 0u32;
+        }
+    }
+}
+
+/// A code in its place of a word, or what belongs there behind the end of the weight.
+#[cube]
+pub fn pack_code(
+    code: u32,
+    element: usize,
+    #[comptime] place: usize,
+    view: &QuantizeView,
+    #[comptime] blueprint: QuantizeBlueprint,
+) -> u32 {
+    let zero_code = comptime!(u32::from(blueprint.quant_type.zero_code()));
+    let mut code = code;
+    if element + place >= view.elems {
+        // The other half of the last byte holds a zero, bytes behind it are padding.
+        code = select(
+            element + place == view.elems && view.elems % 2 == 1,
+            zero_code.runtime(),
+            0u32,
+        );
+    }
+    code << comptime!(place as u32 * 4 ^ 4)
+}
+
 /// Quantizes blocks of weights.
 ///
 /// - `weight`: `view.elems` elements in vectors of `N`, which divides eight and the number of
 ///   elements; `packed`: the packed weight to fill; `absmax`: one f32 a block (unused if flat);
 ///   `tables`: codebook, map and offset, then the header.
-/// - Unit `u` takes block `u`, reads it twice, and writes its words, the last one's padding
-///   included. The first units copy the tables and clear the padding of the sections.
+/// - Unit `u` takes block `u`, reads it twice, and writes its words.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn quantize_blocks_kernel<F: Float, N: Size>(
     weight: &[Vector<F, N>],
@@ -98,40 +171,9 @@ pub fn quantize_blocks_kernel<F: Float, N: Size>(
     let vector = N::value().comptime();
     let vectors_a_block = comptime!(blueprint.block_elems / vector);
     let words_a_block = comptime!(blueprint.block_elems / 8);
-    let vectors_a_word = comptime!(8 / vector);
     let block = ABSOLUTE_POS;
 
-    let mut i = block;
-    let units = CUBE_COUNT * CUBE_DIM as usize;
-    let table_words = view.table_words - 4;
-    while i < view.table_words {
-        if i < table_words {
-            packed[view.codebook + i] = tables[i];
-        } else {
-            packed[view.header + i - table_words] = tables[i];
-        }
-        i += units;
-    }
-    if block < 4 {
-        // The padding between sections is at most three words; sections written below overwrite
-        // nothing of it.
-        let code_words = view.elems.div_ceil(8usize);
-        if code_words + block < view.scales {
-            packed[code_words + block] = 0u32;
-        }
-        if comptime!(blueprint.flat) {
-            if view.scales + view.blocks + block < view.codebook {
-                packed[view.scales + view.blocks + block] = 0u32;
-            }
-        } else if view.scales + view.blocks.div_ceil(4usize) + block < view.codebook {
-            packed[view.scales + view.blocks.div_ceil(4usize) + block] = 0u32;
-        }
-        // Behind the tables follow the nested scales, also padded; `quantize_absmax_kernel` fills
-        // in front of it.
-        if view.header - block > view.codebook + table_words {
-            packed[view.header - 1usize - block] = 0u32;
-        }
-    }
+    copy_tables(tables, packed, &view, blueprint);
 
     if block < view.blocks {
         let first = block * vectors_a_block;
@@ -146,43 +188,37 @@ pub fn quantize_blocks_kernel<F: Float, N: Size>(
             }
         }
         max = flush(max);
-        let inverse = flush(1.0f32 / max);
+        let inverse = inverse(max);
         if comptime!(blueprint.flat) {
             packed[view.scales + block] = u32::reinterpret(max);
         } else {
             absmax[block] = max;
         }
 
-        let zero_code = comptime!(u32::from(blueprint.quant_type.zero_code()));
         for w in 0..words_a_block {
-            let word_start = block * blueprint.block_elems + w * 8;
-            if word_start < view.elems {
+            let element = block * blueprint.block_elems + w * 8;
+            if element < view.elems {
                 let mut word = 0u32;
                 #[unroll]
-                for j in 0..vectors_a_word {
-                    let at = first + w * vectors_a_word + j;
-                    if at * vector < view.elems {
-                        let values = Vector::<f32, N>::cast_from(weight[at]);
-                        #[unroll]
-                        for k in 0..vector {
-                            let place = comptime!((j * vector + k) as u32);
-                            let normalized = values.extract(k) * inverse;
-                            let code = if comptime!(blueprint.quant_type == QuantType::Nf4) {
-                                nf4_code(normalized)
-                            } else {
-                                fp4_code(normalized)
-                            };
-                            let code = select(max > 0.0f32, code, zero_code.runtime());
-                            word |= code << comptime!(place * 4 ^ 4);
-                        }
-                    } else if comptime!(vector == 1) {
-                        // An odd number of weights: the pair's other half holds a zero.
-                        if at == view.elems && at % 2 == 1 {
-                            word |= zero_code << comptime!((j * vector) as u32 * 4 ^ 4);
-                        }
+                for j in 0..comptime!(8 / vector) {
+                    let at = element + comptime!(j * vector);
+                    let mut values = Vector::<f32, N>::new(0.0f32);
+                    if at < view.elems {
+                        values = Vector::<f32, N>::cast_from(weight[at / vector]);
+                    }
+                    #[unroll]
+                    for k in 0..vector {
+                        let normalized = values.extract(k) * inverse;
+                        let code = if comptime!(blueprint.quant_type == QuantType::Nf4) {
+                            nf4_code(normalized)
+                        } else {
+                            fp4_code(normalized)
+                        };
+                        let place = comptime!(j * vector + k);
+                        word |= pack_code(code, element, place, &view, blueprint);
                     }
                 }
-                packed[word_start / 8] = word;
+                packed[element / 8] = word;
             }
         }
     }
@@ -382,13 +418,19 @@ pub fn quantize_absmax_kernel(
             i += stride;
         }
         if barriers {
-            // Maxima do not depend on their order, so one unit may gather them.
             let mut maxima = Shared::<[f32]>::new_slice(comptime!(SumF32x2::LANES));
-            maxima[UNIT_POS as usize] = max;
+            maxima[unit] = max;
             sync_cube();
-            for i in 0..CUBE_DIM as usize {
-                max = f32::max(max, maxima[i]);
+            // The size of a cube is a power of two.
+            let mut half = stride / 2;
+            while half > 0 {
+                if unit < half {
+                    maxima[unit] = f32::max(maxima[unit], maxima[unit + half]);
+                }
+                sync_cube();
+                half /= 2;
             }
+            max = maxima[0];
         }
         max = flush(max);
         let inverse = flush(1.0f32 / max);

@@ -7,11 +7,15 @@ use super::{
     address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout, SumF32x2};
+use crate::format::{FloatType, PackedLayout, SumF32x2, nf4_cells};
 use crate::kernel::quantize::{
     QuantizeBlueprint, QuantizeViewLaunch, mean_absmax_kernel, quantize_absmax_kernel,
     quantize_blocks_kernel, sum_absmax_kernel,
 };
+use crate::kernel::quantize_tiles::quantize_tiles_kernel;
+
+/// Words that a unit keeps in registers, eight weights each.
+const WORDS_A_UNIT: usize = 4;
 
 /// Quantizes a weight on the device.
 ///
@@ -52,6 +56,10 @@ pub fn quantize(
     }
     tables.extend(layout.header(shape, dtype));
     let table_words = tables.len();
+    let (thresholds, codes) = nf4_cells();
+    tables.extend(thresholds.map(f32::to_bits));
+    tables.extend(codes);
+    let all_table_words = tables.len();
     let tables = client.create_from_slice(bytemuck::cast_slice(&tables));
     let packed = client.empty(layout.words * 4);
     let absmax_len = match config.nested_block_size {
@@ -68,31 +76,62 @@ pub fn quantize(
         layout.elems,
         layout.blocks,
         table_words,
+        config
+            .nested_block_size
+            .map_or(0, |size| size.blocks(layout.blocks)),
         layout.scales,
         layout.codebook,
         layout.header,
     );
+    let blueprint = QuantizeBlueprint {
+        quant_type: config.quant_type,
+        block_elems: config.block_size.elems(),
+        flat: config.nested_block_size.is_none(),
+    };
     // SAFETY: `weight` holds `layout.elems` elements (checked above), the other buffers are
     // allocated here with the lengths declared, and the kernels guard every access by them.
     unsafe {
-        quantize_blocks_kernel::launch_unchecked(
-            client,
-            cube_count(client, layout.blocks.max(4).div_ceil(units as usize)),
-            CubeDim::new_1d(units),
-            address,
-            vector,
-            BufferArg::from_raw_parts(weight, layout.elems),
-            BufferArg::from_raw_parts(tables.clone(), table_words),
-            BufferArg::from_raw_parts(packed.clone(), layout.words),
-            BufferArg::from_raw_parts(absmax.clone(), absmax_len),
-            view,
-            QuantizeBlueprint {
-                quant_type: config.quant_type,
-                block_elems: config.block_size.elems(),
-                flat: config.nested_block_size.is_none(),
-            },
-            elem_type(dtype),
-        );
+        let weight = BufferArg::from_raw_parts(weight, layout.elems);
+        let tables = BufferArg::from_raw_parts(tables.clone(), all_table_words);
+        let packed = BufferArg::from_raw_parts(packed.clone(), layout.words);
+        let absmax = BufferArg::from_raw_parts(absmax.clone(), absmax_len);
+        if barriers {
+            let words_a_block = blueprint.block_elems / 8;
+            // All of these are powers of two.
+            let group = (units as usize * WORDS_A_UNIT / words_a_block).max(1);
+            let per_unit = group * words_a_block / units as usize;
+            quantize_tiles_kernel::launch_unchecked(
+                client,
+                cube_count(client, layout.blocks.div_ceil(group)),
+                CubeDim::new_1d(units),
+                address,
+                vector,
+                weight,
+                tables,
+                packed,
+                absmax,
+                view,
+                blueprint,
+                per_unit,
+                group,
+                elem_type(dtype),
+            );
+        } else {
+            quantize_blocks_kernel::launch_unchecked(
+                client,
+                cube_count(client, layout.blocks.max(4).div_ceil(units as usize)),
+                CubeDim::new_1d(units),
+                address,
+                vector,
+                weight,
+                tables,
+                packed,
+                absmax,
+                view,
+                blueprint,
+                elem_type(dtype),
+            );
+        }
     }
 
     if let Some(nested_block_size) = config.nested_block_size {
@@ -145,7 +184,7 @@ pub fn quantize(
                 dim,
                 address,
                 absmax(),
-                BufferArg::from_raw_parts(tables, table_words),
+                BufferArg::from_raw_parts(tables, all_table_words),
                 packed(),
                 layout.blocks,
                 layout.scales,

@@ -92,7 +92,7 @@ pub struct Nf4Linear {
 }
 
 impl Nf4Linear {
-    /// A layer from a packed weight.
+    /// A layer from a packed weight. The bias is taken as a value, without its graph.
     ///
     /// # Errors
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if the bias does
@@ -108,7 +108,7 @@ impl Nf4Linear {
                 given: bias.dims().to_vec(),
             });
         }
-        let bias = bias.map(|bias| Param::from_tensor(bias).set_require_grad(false));
+        let bias = bias.map(|bias| Param::from_tensor(bias.detach()).set_require_grad(false));
         Ok(Self { weight, bias })
     }
 
@@ -130,7 +130,7 @@ impl Nf4Linear {
     /// Those of [`Nf4Weight::quantize`].
     pub fn quantize(dense: Linear, config: QuantConfig) -> Result<Self, Nf4Error> {
         let weight = Nf4Weight::quantize(dense.weight.val().transpose(), config)?;
-        let bias = dense.bias.map(|bias| bias.val().detach());
+        let bias = dense.bias.map(|bias| bias.val());
         Self::new(weight, bias)
     }
 
@@ -162,8 +162,8 @@ impl Nf4Linear {
             .as_ref()
             .map(|bias| bias.val().cast(DType::from(dtype)));
         Ok(Linear {
-            weight: Param::from_tensor(weight),
-            bias: bias.map(Param::from_tensor),
+            weight: Param::from_tensor(weight.detach()),
+            bias: bias.map(|bias| Param::from_tensor(bias.detach())),
         })
     }
 

@@ -58,7 +58,8 @@ impl QLoraLinearConfig {
         self.build(base, lora_a, lora_b)
     }
 
-    /// Puts a given branch on a frozen layer on the same device.
+    /// Puts a given branch on a frozen layer on the same device. The matrices are taken as values,
+    /// without their graph.
     ///
     /// # Shapes
     /// - `lora_a`: `[d_input, rank]`, the transpose of PEFT's `lora_A.weight`
@@ -85,7 +86,11 @@ impl QLoraLinearConfig {
                 });
             }
         }
-        self.build(base, Param::from_tensor(lora_a), Param::from_tensor(lora_b))
+        self.build(
+            base,
+            Param::from_tensor(lora_a.detach()),
+            Param::from_tensor(lora_b.detach()),
+        )
     }
 
     fn build(
@@ -211,7 +216,7 @@ impl QLoraLinear {
                 given,
             });
         }
-        dense.weight = Param::from_tensor(merged);
+        dense.weight = Param::from_tensor(merged.detach());
         Ok(dense)
     }
 
