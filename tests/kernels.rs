@@ -360,6 +360,55 @@ fn refusals(device: &Device, variant: Variant) {
     );
 }
 
+/// More than 2^31 elements: indices need 64 bits. Needs 6 GB on the device.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_beyond_two_to_the_31(#[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant) {
+    let client = client(&Device::cuda(0));
+    let elems = (1usize << 31) + 4096 + 24;
+    let layout = PackedLayout::new(elems, QuantConfig::default());
+    // A weight whose every word differs from its neighbours', without quantizing gigabytes.
+    let mut words: Vec<u32> = (0..layout.words as u32)
+        .map(|i| i.wrapping_mul(0x9e37_79b9))
+        .collect();
+    for (word, value) in words[layout.codebook..].iter_mut().zip(layout.tables()) {
+        *word = value;
+    }
+    words[layout.nested_offset] = 0.05f32.to_bits();
+    words[layout.nested_scales..layout.header].fill(0.01f32.to_bits());
+
+    let packed = client.create_from_slice(bytemuck::cast_slice(&words));
+    let out = client.empty(elems * 2);
+    let dtype = FloatType::BF16;
+    launch::dequantize(
+        &client,
+        packed,
+        &layout,
+        0,
+        elems,
+        dtype,
+        out.clone(),
+        Some(variant),
+    )
+    .expect("a valid launch");
+    for start in [0, (1 << 31) - 512, elems - 1024] {
+        let mut expected = vec![bf16::ZERO; 1024];
+        burn_nf4::host::dequantize(&words, &layout, start, &mut expected);
+        let end = elems - start - 1024;
+        let part = out
+            .clone()
+            .offset_start(start as u64 * 2)
+            .offset_end(end as u64 * 2);
+        let got = client.read_one(part).expect("the kernel ran");
+        assert_same_bits(
+            &got[..2048],
+            bytemuck::cast_slice(&expected),
+            dtype,
+            &format!("{} from {start}", variant.name()),
+        );
+    }
+}
+
 macro_rules! device_tests {
     ($name:ident, $feature:literal, $device:expr) => {
         #[cfg(feature = $feature)]

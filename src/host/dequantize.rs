@@ -48,16 +48,19 @@ pub fn dequantize<T: FloatElement>(
     start: usize,
     out: &mut [T],
 ) {
-    dequantize_with(Simd::detect(), words, layout, start, out);
+    let stream = size_of_val(out) >= STREAM_BYTES;
+    dequantize_with(Simd::detect(), stream, words, layout, start, out);
 }
 
-/// [`dequantize`] with given vector instructions.
+/// [`dequantize`] with given vector instructions, and written past the caches if `stream` and if
+/// they can; the portable code cannot.
 ///
 /// # Panics
 /// As [`dequantize`], and if the processor does not have `simd`.
 #[doc(hidden)]
 pub fn dequantize_with<T: FloatElement>(
     simd: Simd,
+    stream: bool,
     words: &[u32],
     layout: &PackedLayout,
     start: usize,
@@ -80,7 +83,7 @@ pub fn dequantize_with<T: FloatElement>(
     let task = Task {
         source: Source::new(words, layout),
         simd,
-        stream: size_of_val(out) >= STREAM_BYTES,
+        stream,
     };
     task.divide(start, out);
 }
@@ -108,8 +111,6 @@ impl Task<'_> {
     /// Decodes a range on this thread.
     fn decode<T: FloatElement>(&self, start: usize, out: &mut [T]) {
         let source = &self.source;
-        // Streaming stores write 16 bytes at a multiple of 16.
-        let aligned = |out: &[T]| out.as_ptr().addr().is_multiple_of(16);
         // The first word can be wanted in part; everything else works on whole words.
         let head = out.len().min(start.next_multiple_of(8) - start);
         let (first, rest) = out.split_at_mut(head);
@@ -119,28 +120,24 @@ impl Task<'_> {
             portable::look_up(&table, source.codes[start / 8], start % 8, first);
         }
         let start = start + head;
-        match self.simd {
-            // SAFETY: portable code needs no features.
-            Simd::Portable => unsafe { decode::<T, portable::Portable>(source, start, rest) },
-            // SAFETY: `dequantize_with` checked that the processor has the features, and the
-            // alignment is checked here.
-            #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => unsafe {
-                match self.stream && aligned(rest) {
-                    true => avx2::decode::<T, true>(source, start, rest),
-                    false => avx2::decode::<T, false>(source, start, rest),
-                }
-            },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe {
-                match self.stream && aligned(rest) {
-                    true => avx512::decode::<T, true>(source, start, rest),
-                    false => avx512::decode::<T, false>(source, start, rest),
-                }
-            },
-            #[cfg(not(target_arch = "x86_64"))]
-            Simd::Avx2 | Simd::Avx512 => unreachable!("checked by dequantize_with"),
+        // Streaming stores write 16 bytes at a multiple of 16.
+        let stream = self.stream && rest.as_ptr().addr().is_multiple_of(16);
+        // SAFETY: portable code needs no features; for the others `dequantize_with` checked that
+        // the processor has them, and the alignment is checked above.
+        unsafe {
+            match (self.simd, stream) {
+                (Simd::Portable, _) => decode::<T, portable::Portable>(source, start, rest),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx2, true) => avx2::decode::<T, true>(source, start, rest),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx2, false) => avx2::decode::<T, false>(source, start, rest),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx512, true) => avx512::decode::<T, true>(source, start, rest),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx512, false) => avx512::decode::<T, false>(source, start, rest),
+                #[cfg(not(target_arch = "x86_64"))]
+                (Simd::Avx2 | Simd::Avx512, _) => unreachable!("checked by dequantize_with"),
+            }
         }
     }
 }

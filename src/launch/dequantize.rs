@@ -133,15 +133,13 @@ struct Work {
 impl Work {
     /// Cube, number of cubes, vectors a unit, blocks a tile.
     fn tiled_2d(&self, client: &Client) -> (CubeDim, usize, usize, usize) {
-        /// Vectors of 16 bytes that a unit has in flight.
-        const VECTORS_A_UNIT: usize = 4;
         let units = units_per_cube(client) as usize;
         let vectors_a_block = self.block_elems / self.vector;
         if !has_barriers(client) {
             return (CubeDim::new_1d(units as u32), self.blocks, 1, 1);
         }
         // A unit decodes at most one scale, a tile is at least one block.
-        let tile = (units * VECTORS_A_UNIT / vectors_a_block).clamp(1, units);
+        let tile = (units * self.vectors_a_unit(client, units) / vectors_a_block).clamp(1, units);
         // All of these are powers of two. With large blocks a unit has more vectors than it likes.
         let per_unit = tile * vectors_a_block / units;
         (
@@ -150,6 +148,21 @@ impl Work {
             per_unit,
             tile,
         )
+    }
+
+    /// Vectors that a unit has in flight: four were fastest on an H200, but eight where all cubes
+    /// then run at once and four would leave a second, part-filled wave (`benches/NOTES.md`).
+    fn vectors_a_unit(&self, client: &Client, units: usize) -> usize {
+        const UNITS_A_MULTIPROCESSOR: usize = 2048;
+        let multiprocessors = client.properties().hardware.num_streaming_multiprocessors;
+        let at_once = multiprocessors.unwrap_or(0) as usize * UNITS_A_MULTIPROCESSOR / units;
+        let cubes =
+            |vectors| (self.blocks * self.block_elems).div_ceil(units * vectors * self.vector);
+        if cubes(4) > at_once && cubes(8) <= at_once {
+            8
+        } else {
+            4
+        }
     }
 
     /// Cube, number of cubes, blocks a unit, lanes a block.

@@ -205,8 +205,8 @@ impl QLoraLinear {
             .weight
             .dequantize::<2>(FloatType::F32)?
             .transpose();
-        let a = self.lora_a.val().detach().cast(DType::F32);
-        let b = self.lora_b.val().detach().cast(DType::F32);
+        let a = self.lora_a.val().cast(DType::F32);
+        let b = self.lora_b.val().cast(DType::F32);
         let merged = (weight + a.matmul(b) * self.scale).cast(DType::from(dtype));
         let data = merged.to_data();
         if let Some((index, given)) = data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
