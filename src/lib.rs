@@ -1,4 +1,4 @@
-//! bitsandbytes-compatible 4-bit NormalFloat (NF4) for Burn.
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
 pub mod checkpoint;
