@@ -2,6 +2,7 @@
 //! launches.
 
 pub mod decode;
+pub mod pipelined;
 pub mod quantize;
 pub mod quantize_tiles;
 pub mod tiled_2d;
