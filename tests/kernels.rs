@@ -28,11 +28,6 @@ fn client(device: &Device) -> Client {
     }
 }
 
-/// Whether a device can run a variant: `pipelined` needs barriers, which CubeCL's CPU runtime lacks.
-fn runs(client: &Client, variant: Variant) -> bool {
-    variant != Variant::Pipelined || client.properties().hardware.num_cpu_cores.is_none()
-}
-
 /// Decodes with a kernel into a poisoned buffer and checks that nothing behind it was touched.
 fn run_dequantize(
     client: &Client,
@@ -110,10 +105,6 @@ fn check_range(
         assert!(matches!(got, Err(Nf4Error::DeviceDtype { .. })), "{what}");
         return;
     }
-    if !runs(client, variant) {
-        assert!(matches!(got, Err(Nf4Error::Variant { .. })), "{what}");
-        return;
-    }
     let expected = reference_bytes(tensor, dtype, range.0, range.1);
     assert_same_bits(&got.expect(what), &expected, dtype, what);
 }
@@ -156,10 +147,6 @@ fn golden_files(device: &Device, variant: Variant) {
         let got = run_dequantize(&client, &tensor.to_packed(), &layout, range, dtype, variant);
         if launch::check_dtype(&client, dtype).is_err() {
             assert!(matches!(got, Err(Nf4Error::DeviceDtype { .. })), "{name}");
-            continue;
-        }
-        if !runs(&client, variant) {
-            assert!(matches!(got, Err(Nf4Error::Variant { .. })), "{name}");
             continue;
         }
         assert_same_bits(
@@ -355,9 +342,6 @@ fn refusals(device: &Device, variant: Variant) {
         );
         assert!(matches!(plan, Err(Nf4Error::RowRange { .. })), "{range:?}");
     }
-    if !runs(&client, variant) {
-        return;
-    }
     let packed = client.create_from_slice(bytemuck::cast_slice(&tensor.to_packed()));
     let small = client.empty(639 * 4);
     let launched = launch::dequantize(
@@ -379,9 +363,7 @@ fn refusals(device: &Device, variant: Variant) {
 /// More than 2^31 elements: indices need 64 bits. Needs 6 GB on the device.
 #[cfg(feature = "cuda")]
 #[rstest]
-fn cuda_beyond_two_to_the_31(
-    #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)] variant: Variant,
-) {
+fn cuda_beyond_two_to_the_31(#[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant) {
     let client = client(&Device::cuda(0));
     let elems = (1usize << 31) + 4096 + 24;
     let layout = PackedLayout::new(elems, QuantConfig::default());
@@ -438,17 +420,13 @@ macro_rules! device_tests {
             }
 
             #[rstest]
-            fn golden_files(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
-            ) {
+            fn golden_files(#[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant) {
                 super::golden_files(&device(), variant);
             }
 
             #[rstest]
             fn golden_files_in_other_dtypes(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::golden_files_in_other_dtypes(&device(), variant, dtype);
@@ -456,8 +434,7 @@ macro_rules! device_tests {
 
             #[rstest]
             fn shapes(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::shapes(&device(), variant, dtype);
@@ -465,8 +442,7 @@ macro_rules! device_tests {
 
             #[rstest]
             fn block_sizes(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::block_sizes(&device(), variant, dtype);
@@ -474,8 +450,7 @@ macro_rules! device_tests {
 
             #[rstest]
             fn ranges(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::ranges(&device(), variant, dtype);
@@ -483,8 +458,7 @@ macro_rules! device_tests {
 
             #[rstest]
             fn values(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::values(&device(), variant, dtype);
@@ -498,10 +472,7 @@ macro_rules! device_tests {
             }
 
             #[rstest]
-            fn refusals(
-                #[values(Variant::Tiled2d, Variant::WarpPerBlock, Variant::Pipelined)]
-                variant: Variant,
-            ) {
+            fn refusals(#[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant) {
                 super::refusals(&device(), variant);
             }
         }

@@ -160,18 +160,3 @@ pub fn store_vector<F: Float, N: Size>(
         }
     }
 }
-
-/// Whether an element lies in the range to decode.
-#[cube]
-pub fn is_wanted(
-    element: usize,
-    end: usize,
-    view: &PackedView,
-    #[comptime] blueprint: DequantizeBlueprint,
-) -> bool {
-    if comptime!(blueprint.skewed) {
-        element < end && element >= view.start
-    } else {
-        element < end
-    }
-}

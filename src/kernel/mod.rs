@@ -2,7 +2,6 @@
 //! launches.
 
 pub mod decode;
-pub mod pipelined;
 pub mod quantize;
 pub mod quantize_tiles;
 pub mod tiled_2d;

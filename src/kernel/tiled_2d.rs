@@ -7,8 +7,7 @@
 use cubecl::prelude::*;
 
 use super::decode::{
-    DequantizeBlueprint, PackedView, block_scale, decode_vector, is_wanted, load_codebook,
-    store_vector,
+    DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook, store_vector,
 };
 
 /// Decodes a packed weight, seen as a matrix with a block a row.
@@ -85,5 +84,20 @@ pub fn dequantize_tiled_2d_kernel<F: Float, N: Size>(
             }
             index += CUBE_DIM as usize;
         }
+    }
+}
+
+/// Whether an element lies in the range to decode.
+#[cube]
+fn is_wanted(
+    element: usize,
+    end: usize,
+    view: &PackedView,
+    #[comptime] blueprint: DequantizeBlueprint,
+) -> bool {
+    if comptime!(blueprint.skewed) {
+        element < end && element >= view.start
+    } else {
+        element < end
     }
 }

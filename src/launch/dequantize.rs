@@ -9,7 +9,7 @@ use super::{
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
-use crate::kernel::{pipelined, tiled_2d, warp_per_block};
+use crate::kernel::{tiled_2d, warp_per_block};
 
 /// A dequantization kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,21 +18,17 @@ pub enum Variant {
     Tiled2d,
     /// A plane per quantization block.
     WarpPerBlock,
-    /// The tiles of [`Tiled2d`](Self::Tiled2d), walked through by cubes that stay, with the next
-    /// tile's loads under way. Needs barriers.
-    Pipelined,
 }
 
 impl Variant {
     /// All kernels.
-    pub const ALL: [Self; 3] = [Self::Tiled2d, Self::WarpPerBlock, Self::Pipelined];
+    pub const ALL: [Self; 2] = [Self::Tiled2d, Self::WarpPerBlock];
 
     /// The name used in files, tests and benches.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tiled2d => "tiled_2d",
             Self::WarpPerBlock => "warp_per_block",
-            Self::Pipelined => "pipelined",
         }
     }
 
@@ -59,8 +55,6 @@ pub struct DequantizePlan {
     pub cube_count: CubeCount,
     blueprint: DequantizeBlueprint,
     address: AddressType,
-    /// Tiles that the cubes share (pipelined).
-    tiles: usize,
 }
 
 impl DequantizePlan {
@@ -112,20 +106,12 @@ impl DequantizePlan {
         let (cube_dim, cubes, per_unit, group) = match variant {
             Variant::Tiled2d => work.tiled_2d(client),
             Variant::WarpPerBlock => work.warp_per_block(client),
-            Variant::Pipelined if !has_barriers(client) => {
-                return Err(Nf4Error::Variant {
-                    variant: variant.name(),
-                    reason: format!("`{}` has no working barriers", client.name()),
-                });
-            }
-            Variant::Pipelined => work.pipelined(client),
         };
         Ok(Self {
             variant,
             vector: work.vector,
             cube_dim,
             cube_count: cube_count(client, cubes),
-            tiles: work.blocks.div_ceil(group),
             blueprint: DequantizeBlueprint {
                 per_unit,
                 group,
@@ -167,7 +153,9 @@ impl Work {
     /// Vectors that a unit has in flight: four were fastest on an H200, but eight where all cubes
     /// then run at once and four would leave a second, part-filled wave (`benches/NOTES.md`).
     fn vectors_a_unit(&self, client: &Client, units: usize) -> usize {
-        let at_once = cubes_at_once(client, units);
+        const UNITS_A_MULTIPROCESSOR: usize = 2048;
+        let multiprocessors = client.properties().hardware.num_streaming_multiprocessors;
+        let at_once = multiprocessors.unwrap_or(0) as usize * UNITS_A_MULTIPROCESSOR / units;
         let cubes =
             |vectors| (self.blocks * self.block_elems).div_ceil(units * vectors * self.vector);
         if cubes(4) > at_once && cubes(8) <= at_once {
@@ -175,15 +163,6 @@ impl Work {
         } else {
             4
         }
-    }
-
-    /// As [`tiled_2d`](Self::tiled_2d), with no more cubes than run at once, and all with the same
-    /// number of tiles or one fewer.
-    fn pipelined(&self, client: &Client) -> (CubeDim, usize, usize, usize) {
-        let (cube_dim, tiles, per_unit, tile) = self.tiled_2d(client);
-        let at_once = cubes_at_once(client, cube_dim.num_elems() as usize).max(1);
-        let rounds = tiles.div_ceil(at_once);
-        (cube_dim, tiles.div_ceil(rounds), per_unit, tile)
     }
 
     /// Cube, number of cubes, blocks a unit, lanes a block.
@@ -200,14 +179,6 @@ impl Work {
             lanes,
         )
     }
-}
-
-/// Cubes of `units` units that the device holds at once, if their registers fit; 0 where the
-/// number of multiprocessors is not known.
-fn cubes_at_once(client: &Client, units: usize) -> usize {
-    const UNITS_A_MULTIPROCESSOR: usize = 2048;
-    let multiprocessors = client.properties().hardware.num_streaming_multiprocessors;
-    multiprocessors.unwrap_or(0) as usize * UNITS_A_MULTIPROCESSOR / units
 }
 
 /// Whether kernels can see a buffer of vectors as one of scalars: not in WGSL.
@@ -264,19 +235,6 @@ pub fn dequantize(
                 packed,
                 out,
                 view,
-                plan.blueprint,
-                elem_type(dtype),
-            ),
-            Variant::Pipelined => pipelined::dequantize_pipelined_kernel::launch_unchecked(
-                client,
-                plan.cube_count,
-                plan.cube_dim,
-                plan.address,
-                plan.vector,
-                packed,
-                out,
-                view,
-                plan.tiles,
                 plan.blueprint,
                 elem_type(dtype),
             ),

@@ -5,7 +5,7 @@
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 
 use crate::format::{FloatType, PackedLayout};
 
@@ -50,7 +50,7 @@ pub trait Nf4Backend: Backend {
     /// # Shapes
     /// - `weight`: `spec.shape`, of `spec.dtype`
     /// - returns `[spec.layout.words]`, u32
-    #[fusion(dtype = DType::U32, shape = Shape::from([spec.layout.words]))]
+    #[fusion(dtype = DType::U32, shape = burn::tensor::Shape::from([spec.layout.words]))]
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self>;
 
     /// Decodes a range of a packed weight.
@@ -58,7 +58,7 @@ pub trait Nf4Backend: Backend {
     /// # Shapes
     /// - `packed`: `[spec.layout.words]`, u32
     /// - returns `[spec.rows, spec.columns]`, of `spec.dtype`
-    #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.rows, spec.columns]))]
+    #[fusion(dtype = DType::from(spec.dtype), shape = burn::tensor::Shape::from([spec.rows, spec.columns]))]
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
 
     /// `y = x Wᵀ` with a packed weight `W`.
