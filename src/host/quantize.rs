@@ -62,7 +62,8 @@ pub fn quantize_with<T: FloatElement>(
     config: QuantConfig,
 ) -> Result<Vec<u32>, Nf4Error> {
     simd.assert_available();
-    let elems = checked_elems(shape)?;
+    let layout = PackedLayout::for_shape(shape, config)?;
+    let elems = layout.elems;
     if elems != weight.len() {
         return Err(Nf4Error::Length {
             tensor: "weight".into(),
@@ -71,7 +72,6 @@ pub fn quantize_with<T: FloatElement>(
         });
     }
 
-    let layout = PackedLayout::new(elems, config);
     let mut words = vec![0u32; layout.words];
     let (codes, rest) = words.split_at_mut(layout.scales);
     let (scale_words, rest) = rest.split_at_mut(layout.codebook - layout.scales);
@@ -116,20 +116,6 @@ pub fn quantize_with<T: FloatElement>(
         });
     }
     Ok(words)
-}
-
-/// Product of a shape, if there are elements and their bytes can be addressed as f32.
-fn checked_elems(shape: &[usize]) -> Result<usize, Nf4Error> {
-    let elems = shape
-        .iter()
-        .try_fold(1usize, |elems, &dim| elems.checked_mul(dim));
-    match elems {
-        Some(elems) if elems > 0 && elems <= isize::MAX as usize / 4 => Ok(elems),
-        _ => Err(Nf4Error::ElementCount {
-            tensor: "weight".into(),
-            shape: shape.to_vec(),
-        }),
-    }
 }
 
 /// How to quantize any part of one weight.
