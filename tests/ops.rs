@@ -1,0 +1,692 @@
+//! The functions over Burn tensors, on every device that is compiled in: golden files, the
+//! reference and a dense matrix product. A device that is compiled in but missing fails its tests.
+//!
+//! With the feature `fusion` the CubeCL devices run everything here through `Fusion`.
+
+mod golden;
+mod tensors;
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Device, Tensor};
+use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::op::{DequantizeSpec, Nf4Backend};
+use burn_nf4::{Nf4Error, Nf4Weight, linear};
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use rstest::rstest;
+use tensors::*;
+
+fn supports(device: &Device, dtype: FloatType) -> bool {
+    device.supports_dtype(DType::from(dtype))
+}
+
+/// The words that a device holds.
+fn words(weight: &Nf4Weight) -> Vec<u32> {
+    let data = weight.packed().into_data();
+    assert_eq!(data.dtype(), DType::U32);
+    data.iter::<u32>().collect()
+}
+
+#[track_caller]
+fn assert_same_words(got: &[u32], expected: &[u32], what: &str) {
+    let (got, expected) = (bytemuck::cast_slice(got), bytemuck::cast_slice(expected));
+    assert_same_bits(got, expected, what);
+}
+
+/// The reference's packing of values rounded to a dtype.
+fn reference(values: &[f32], shape: &[usize], dtype: FloatType, quant: QuantConfig) -> Nf4Tensor {
+    fn quantize<T: FloatElement>(v: &[f32], shape: &[usize], quant: QuantConfig) -> Nf4Tensor {
+        let values: Vec<T> = v.iter().map(|&v| T::from_f32(v)).collect();
+        Nf4Tensor::quantize(&values, shape, quant).expect("valid")
+    }
+    match dtype {
+        FloatType::F16 => quantize::<f16>(values, shape, quant),
+        FloatType::BF16 => quantize::<bf16>(values, shape, quant),
+        FloatType::F32 => quantize::<f32>(values, shape, quant),
+    }
+}
+
+fn reference_bits(tensor: &Nf4Tensor, dtype: FloatType, start: usize, len: usize) -> Vec<u8> {
+    fn bits<T: FloatElement>(tensor: &Nf4Tensor, start: usize, len: usize) -> Vec<u8> {
+        bytemuck::cast_slice(&tensor.dequantize_range::<T>(start, len)).to_vec()
+    }
+    match dtype {
+        FloatType::F16 => bits::<f16>(tensor, start, len),
+        FloatType::BF16 => bits::<bf16>(tensor, start, len),
+        FloatType::F32 => bits::<f32>(tensor, start, len),
+    }
+}
+
+/// The bits of the whole decoded weight, whatever its rank.
+fn dequantized(weight: &Nf4Weight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
+    fn read<const D: usize>(weight: &Nf4Weight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
+        let tensor = weight.dequantize::<D>(dtype)?;
+        assert_eq!(tensor.dims().as_slice(), weight.shape());
+        Ok(bits(tensor, dtype))
+    }
+    match weight.shape().len() {
+        1 => read::<1>(weight, dtype),
+        2 => read::<2>(weight, dtype),
+        3 => read::<3>(weight, dtype),
+        rank => panic!("rank {rank}"),
+    }
+}
+
+fn quantize_bytes(
+    bytes: Vec<u8>,
+    shape: &[usize],
+    dtype: FloatType,
+    quant: QuantConfig,
+    device: &Device,
+) -> Result<Nf4Weight, Nf4Error> {
+    match *shape {
+        [a] => Nf4Weight::quantize(from_bytes(bytes, [a], dtype, device), quant),
+        [a, b] => Nf4Weight::quantize(from_bytes(bytes, [a, b], dtype, device), quant),
+        [a, b, c] => Nf4Weight::quantize(from_bytes(bytes, [a, b, c], dtype, device), quant),
+        _ => panic!("{shape:?}"),
+    }
+}
+
+fn golden_files_decode_to_the_bits_of_bitsandbytes(device: &Device) {
+    let cases = golden::names();
+    assert_eq!(cases.len(), 29);
+    for name in cases {
+        let case = golden::load(&name);
+        let dtype = case.tensor.dtype();
+        let weight = Nf4Weight::from_host(&case.tensor, device);
+        assert_eq!(weight.shape(), case.tensor.shape(), "{name}");
+        assert_eq!(weight.dtype(), dtype, "{name}");
+        assert_eq!(weight.config(), case.tensor.config(), "{name}");
+        match dequantized(&weight, dtype) {
+            Ok(got) => {
+                assert!(supports(device, dtype), "{name}");
+                assert_same_bits(&got, case.dequantized_bytes(), &name);
+            }
+            Err(error) => {
+                assert!(!supports(device, dtype), "{name}: {error}");
+                assert!(matches!(error, Nf4Error::DeviceDtype { .. }), "{error}");
+            }
+        }
+    }
+}
+
+fn golden_files_come_back_from_the_device_as_they_were(device: &Device) {
+    for name in golden::names() {
+        let tensor = golden::load(&name).tensor;
+        let weight = Nf4Weight::from_host(&tensor, device);
+        assert_eq!(weight.size_bytes(), tensor.packed_layout().words * 4);
+        let back = weight.to_host().expect("its own header");
+        assert_same_words(&back.to_packed(), &tensor.to_packed(), &name);
+        assert_eq!(back, tensor, "{name}");
+    }
+}
+
+fn golden_sources_quantize_to_the_words_of_the_reference(device: &Device) {
+    for name in golden::names() {
+        let case = golden::load(&name);
+        let dtype = case.tensor.dtype();
+        if !supports(device, dtype) {
+            continue; // there is no tensor of the dtype to quantize
+        }
+        let source = case.source_f32();
+        let (shape, quant) = (case.tensor.shape(), case.tensor.config());
+        let expected = reference(&source, shape, dtype, quant);
+        let weight = quantize_bytes(bytes(&source, dtype), shape, dtype, quant, device)
+            .expect("finite values");
+        let got = weight.to_host().expect("its own header");
+        assert_same_words(&got.to_packed(), &expected.to_packed(), &name);
+    }
+}
+
+fn rows_are_slices_of_the_whole(device: &Device) {
+    // Rows that end within a block, a word and a byte; rows shorter than a block; aligned rows.
+    for (shape, block) in [
+        ([17, 33], 64),
+        ([40, 9], 32),
+        ([12, 128], 64),
+        ([7, 300], 256),
+    ] {
+        let [rows, columns] = shape;
+        let quant = config(QuantType::Nf4, block, true);
+        let host = reference(&weights(rows * columns, 5), &shape, FloatType::F32, quant);
+        let weight = Nf4Weight::from_host(&host, device);
+        for dtype in FloatType::ALL {
+            if !supports(device, dtype) {
+                let error = weight.dequantize_rows(0..1, dtype).unwrap_err();
+                assert!(matches!(error, Nf4Error::DeviceDtype { .. }), "{error}");
+                continue;
+            }
+            let whole = dequantized(&weight, dtype).expect("supported");
+            let row = columns * dtype.size_bytes();
+            for range in [0..rows, 0..1, 1..2, 3..rows, rows - 1..rows] {
+                let what = format!("{shape:?} {range:?} {dtype:?}");
+                let got = weight.dequantize_rows(range.clone(), dtype).expect(&what);
+                assert_eq!(got.dims(), [range.len(), columns], "{what}");
+                let expected = &whole[range.start * row..range.end * row];
+                assert_same_bits(&bits(got, dtype), expected, &what);
+            }
+        }
+    }
+}
+
+/// Views of a larger tensor, each as a tensor and as the values that it shows.
+fn views(device: &Device) -> Vec<(&'static str, Tensor<2>, Vec<f32>)> {
+    let base = weights(48 * 72, 9);
+    let on_device = || tensor::<2>(&base, [48, 72], FloatType::F32, device);
+    let at = |row: usize, column: usize| base[row * 72 + column];
+    let collect = |rows: usize, columns: usize, value: &dyn Fn(usize, usize) -> f32| {
+        (0..rows * columns)
+            .map(|i| value(i / columns, i % columns))
+            .collect::<Vec<f32>>()
+    };
+    vec![
+        (
+            "transposed",
+            on_device().transpose(),
+            collect(72, 48, &|r, c| at(c, r)),
+        ),
+        (
+            "rows cut out",
+            on_device().slice([5..20, 0..72]),
+            collect(15, 72, &|r, c| at(r + 5, c)),
+        ),
+        (
+            "columns cut out",
+            on_device().slice([0..48, 3..40]),
+            collect(48, 37, &|r, c| at(r, c + 3)),
+        ),
+        (
+            "a row for all rows",
+            on_device().slice([7..8, 0..72]).expand([20, 72]),
+            collect(20, 72, &|_, c| at(7, c)),
+        ),
+        (
+            "a part, transposed",
+            on_device().slice([1..48, 2..67]).transpose(),
+            collect(65, 47, &|r, c| at(c + 1, r + 2)),
+        ),
+    ]
+}
+
+fn quantize_takes_views(device: &Device) {
+    let quant = config(QuantType::Nf4, 64, true);
+    for (what, view, values) in views(device) {
+        let shape = view.dims();
+        let weight = Nf4Weight::quantize(view, quant).expect("valid");
+        let expected = reference(&values, &shape, FloatType::F32, quant);
+        assert_same_words(&words(&weight), &expected.to_packed(), what);
+    }
+}
+
+fn linear_takes_views(device: &Device) {
+    // Every other one: CubeCL tunes the product of each anew.
+    for (what, view, values) in views(device).into_iter().step_by(2) {
+        let [m, k] = view.dims();
+        let n = 24;
+        let host = reference(
+            &weights(n * k, 4),
+            &[n, k],
+            FloatType::F32,
+            QuantConfig::default(),
+        );
+        let weight = Nf4Weight::from_host(&host, device);
+        let x: Vec<f64> = values.iter().map(|&v| v.into()).collect();
+        let w: Vec<f64> = host.dequantize::<f32>().iter().map(|&v| v.into()).collect();
+        let expected = dense_linear(&x, &w, &[], [m, k, n], FloatType::F32);
+        let y = linear(view, &weight, None).expect("valid");
+        assert_eq!(y.dims(), [m, n], "{what}");
+        assert_close(&self::values(&y), &expected, what);
+    }
+}
+
+/// A product with the dense, decoded weight: the same dtype, computed in f64.
+fn linear_is_a_product_with_the_decoded_weight(device: &Device, dtype: FloatType) {
+    if !supports(device, dtype) {
+        return;
+    }
+    for [m, k, n] in [[5, 96, 40], [1, 70, 33], [33, 64, 1], [16, 128, 64]] {
+        let host = reference(&weights(n * k, 6), &[n, k], dtype, QuantConfig::default());
+        let weight = Nf4Weight::from_host(&host, device);
+        let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], dtype, device);
+        let bias: Tensor<1> = tensor(&uniform(n, 8), [n], dtype, device);
+        let w = values(&weight.dequantize::<2>(dtype).expect("supported"));
+        let what = format!("{m}x{k}x{n} {dtype:?}");
+
+        let expected = dense_linear(&values(&x), &w, &[], [m, k, n], dtype);
+        let y = linear(x.clone(), &weight, None).expect("valid");
+        assert_eq!((y.dims(), y.dtype()), ([m, n], dtype.into()), "{what}");
+        assert_close(&values(&y), &expected, &what);
+
+        let expected = dense_linear(&values(&x), &w, &values(&bias), [m, k, n], dtype);
+        let y = linear(x, &weight, Some(bias)).expect("valid");
+        assert_close(&values(&y), &expected, &format!("{what} with bias"));
+    }
+}
+
+fn linear_keeps_the_leading_dimensions(device: &Device) {
+    let [m, k, n] = [12, 64, 10];
+    let host = reference(
+        &weights(n * k, 6),
+        &[n, k],
+        FloatType::F32,
+        QuantConfig::default(),
+    );
+    let weight = Nf4Weight::from_host(&host, device);
+    let bias: Tensor<1> = tensor(&uniform(n, 8), [n], FloatType::F32, device);
+    let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], FloatType::F32, device);
+    let w = values(&weight.dequantize::<2>(FloatType::F32).expect("f32"));
+    let expected = dense_linear(&values(&x), &w, &values(&bias), [m, k, n], FloatType::F32);
+
+    fn check<const D: usize>(
+        x: Tensor<D>,
+        weight: &Nf4Weight,
+        bias: &Tensor<1>,
+        expected: &[(f64, f64)],
+    ) {
+        let mut shape = x.dims();
+        shape[D - 1] = bias.dims()[0];
+        let y = linear(x, weight, Some(bias.clone())).expect("valid");
+        assert_eq!(y.dims(), shape);
+        assert_close(&values(&y), expected, &format!("rank {D}"));
+    }
+    let first = x.clone().slice([0..1, 0..k]).reshape([k]);
+    check(first, &weight, &bias, &expected[..n]);
+    check(x.clone(), &weight, &bias, &expected);
+    check(x.clone().reshape([3, 4, k]), &weight, &bias, &expected);
+    check(x.reshape([2, 3, 2, k]), &weight, &bias, &expected);
+}
+
+/// An empty batch is a batch: it gives an empty result, not an error.
+fn linear_maps_an_empty_batch_to_an_empty_batch(device: &Device) {
+    let quant = QuantConfig::default();
+    let weight = Nf4Weight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
+    let bias: Tensor<1> = Tensor::ones([10], (device, DType::F32));
+    let x = Tensor::<2>::zeros([0, 64], (device, DType::F32));
+    let y = linear(x, &weight, Some(bias)).expect("valid");
+    assert_eq!(y.dims(), [0, 10]);
+    assert_eq!(y.into_data().num_elements(), 0);
+    let x = Tensor::<3>::zeros([2, 0, 64], (device, DType::F32));
+    assert_eq!(linear(x, &weight, None).expect("valid").dims(), [2, 0, 10]);
+}
+
+/// CubeCL's Flex32 is f32 in memory with relaxed arithmetic; no other device has it.
+fn relaxed_floats_count_as_f32(device: &Device) {
+    if !device.supports_dtype(DType::Flex32) {
+        return;
+    }
+    let quant = QuantConfig::default();
+    let source = weights(640, 1);
+    let dense: Tensor<2> = tensor(&source, [10, 64], FloatType::F32, device);
+    let weight = Nf4Weight::quantize(dense.cast(DType::Flex32), quant).expect("valid");
+    let expected = reference(&source, &[10, 64], FloatType::F32, quant);
+    assert_same_words(&words(&weight), &expected.to_packed(), "quantized");
+    let x: Tensor<2> = tensor(&uniform(128, 2), [2, 64], FloatType::F32, device);
+    let plain = linear(x.clone(), &weight, None).expect("valid");
+    let relaxed = linear(x.cast(DType::Flex32), &weight, None).expect("valid");
+    assert_eq!(relaxed.dtype(), DType::Flex32);
+    // The products may be rounded to 11 bits, as in f16.
+    let bounds: Vec<(f64, f64)> = values(&plain).iter().map(|&y| (y, 2e-3)).collect();
+    assert_close(&values(&relaxed), &bounds, "product");
+}
+
+/// `d(dy W) / d dy = ddx Wᵀ`: the backward pass itself can be differentiated.
+fn the_input_gradient_has_a_gradient(device: &Device) {
+    let [m, k, n] = [3, 64, 10];
+    let device = &device.clone().autodiff();
+    let host = reference(
+        &weights(n * k, 6),
+        &[n, k],
+        FloatType::F32,
+        QuantConfig::default(),
+    );
+    let weight = Nf4Weight::from_host(&host, device);
+    let grad: Tensor<2> = tensor(&uniform(m * n, 2), [m, n], FloatType::F32, device);
+    let grad = grad.require_grad();
+    let factor: Tensor<2> = tensor(&uniform(m * k, 3), [m, k], FloatType::F32, device);
+    let spec = DequantizeSpec {
+        layout: *weight.layout(),
+        rows: n,
+        columns: k,
+        start: 0,
+        dtype: FloatType::F32,
+    };
+    let dx = <Dispatch as Nf4Backend>::nf4_linear_backward(
+        grad.clone().into_dispatch(),
+        weight.packed().into_dispatch(),
+        spec,
+    );
+    let dx = Tensor::<2>::from_dispatch(dx);
+
+    let w: Vec<f64> = host.dequantize::<f32>().iter().map(|&v| v.into()).collect();
+    let by_column = transposed(&w, n, k);
+    let expected = dense_linear(&values(&grad), &by_column, &[], [m, n, k], FloatType::F32);
+    assert_close(&values(&dx), &expected, "dx");
+
+    let grads = (dx * factor.clone()).sum().backward();
+    let got = grad.grad(&grads).expect("a gradient");
+    let expected = dense_linear(&values(&factor), &w, &[], [m, k, n], FloatType::F32);
+    assert_close(&values(&got), &expected, "ddy");
+}
+
+/// Autodiff over autodiff has the operations too; that it compiles is the test.
+#[cfg(feature = "flex")]
+#[test]
+fn autodiff_nests() {
+    use burn::backend::{Autodiff, Flex};
+    fn has_operations<B: Nf4Backend>() {}
+    has_operations::<Autodiff<Autodiff<Flex>>>();
+}
+
+/// A weight made on an autodiff device is a constant there.
+fn quantizing_cuts_the_graph(device: &Device) {
+    let device = &device.clone().autodiff();
+    let dense: Tensor<2> = tensor(&weights(640, 1), [10, 64], FloatType::F32, device);
+    let dense = dense.require_grad();
+    let weight = Nf4Weight::quantize(dense.clone(), QuantConfig::default()).expect("valid");
+    let back = weight.dequantize::<2>(FloatType::F32).expect("f32");
+    assert!(!back.is_require_grad());
+    let scale = Tensor::<1>::ones([1], (device, DType::F32)).require_grad();
+    let grads = (back * scale.clone().unsqueeze()).sum().backward();
+    assert!(scale.grad(&grads).is_some());
+    assert!(dense.grad(&grads).is_none());
+}
+
+/// Tensors and weights with and without autodiff go together.
+fn linear_mixes_autodiff_and_plain(device: &Device) {
+    let host = reference(
+        &weights(640, 1),
+        &[10, 64],
+        FloatType::F32,
+        QuantConfig::default(),
+    );
+    let tracked = &device.clone().autodiff();
+    let x: Tensor<2> = tensor(&uniform(128, 2), [2, 64], FloatType::F32, device);
+    let plain = linear(x.clone(), &Nf4Weight::from_host(&host, device), None).expect("valid");
+
+    let x_tracked = x.clone().autodiff().require_grad();
+    let y = linear(
+        x_tracked.clone(),
+        &Nf4Weight::from_host(&host, device),
+        None,
+    )
+    .expect("valid");
+    assert_eq!(values(&y), values(&plain));
+    assert!(x_tracked.grad(&y.sum().backward()).is_some());
+
+    let y = linear(x, &Nf4Weight::from_host(&host, tracked), None).expect("valid");
+    assert_eq!(values(&y), values(&plain));
+}
+
+fn errors_name_what_does_not_fit(device: &Device) {
+    let quant = QuantConfig::default();
+    let zeros = |shape: &[usize]| {
+        Nf4Weight::zeros(shape, quant, FloatType::F32, device).expect("a possible shape")
+    };
+    let f32s = (device, DType::F32);
+    let matrix = zeros(&[10, 64]);
+    let x = || Tensor::<2>::zeros([3, 64], f32s);
+
+    assert_eq!(
+        linear(Tensor::<3>::zeros([2, 3, 10], f32s), &matrix, None).unwrap_err(),
+        Nf4Error::Shape {
+            tensor: "x".into(),
+            expected: vec![2, 3, 64],
+            given: vec![2, 3, 10],
+        }
+    );
+    assert_eq!(
+        linear(x(), &matrix, Some(Tensor::zeros([64], f32s))).unwrap_err(),
+        Nf4Error::Shape {
+            tensor: "bias".into(),
+            expected: vec![10],
+            given: vec![64],
+        }
+    );
+
+    for shape in [&[640][..], &[2, 5, 64]] {
+        let expected = Nf4Error::NotAMatrix {
+            tensor: "weight".into(),
+            shape: shape.into(),
+        };
+        let weight = zeros(shape);
+        assert_eq!(linear(x(), &weight, None).unwrap_err(), expected);
+        assert_eq!(weight.matrix_dims().unwrap_err(), expected);
+        let rows = weight.dequantize_rows(0..1, FloatType::F32);
+        assert_eq!(rows.unwrap_err(), expected);
+    }
+    let rank = matrix.dequantize::<3>(FloatType::F32).unwrap_err();
+    assert!(matches!(rank, Nf4Error::Shape { .. }), "{rank}");
+
+    for (start, end) in [(0, 0), (3, 3), (5, 4), (0, 11), (10, 11), (0, usize::MAX)] {
+        assert_eq!(
+            matrix
+                .dequantize_rows(start..end, FloatType::F32)
+                .unwrap_err(),
+            Nf4Error::RowRange {
+                start,
+                end,
+                rows: 10,
+            }
+        );
+    }
+
+    for shape in [[0, 64], [64, 0]] {
+        let expected = Nf4Error::ElementCount {
+            tensor: "weight".into(),
+            shape: shape.into(),
+        };
+        let empty = Tensor::<2>::zeros(shape, f32s);
+        assert_eq!(Nf4Weight::quantize(empty, quant).unwrap_err(), expected);
+        let zeros = Nf4Weight::zeros(&shape, quant, FloatType::F32, device);
+        assert_eq!(zeros.unwrap_err(), expected);
+    }
+}
+
+/// f64 exists on the CPU devices and CUDA; where it does not, no such tensor can be made.
+fn f64_is_refused(device: &Device) {
+    if !device.supports_dtype(DType::F64) {
+        return;
+    }
+    let quant = QuantConfig::default();
+    let dtype = |tensor: &str| Nf4Error::Dtype {
+        tensor: tensor.into(),
+        expected: "f16, bf16 or f32".into(),
+        given: "F64".into(),
+    };
+    let f64s = (device, DType::F64);
+    let weight = Tensor::<2>::ones([10, 64], f64s);
+    let error = Nf4Weight::quantize(weight, quant).unwrap_err();
+    assert_eq!(error, dtype("weight"));
+    let weight = Nf4Weight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
+    let error = linear(Tensor::<2>::ones([3, 64], f64s), &weight, None).unwrap_err();
+    assert_eq!(error, dtype("x"));
+}
+
+/// On the CPU values are checked; on a GPU that would mean to wait, and `quantize` says so.
+#[cfg(feature = "flex")]
+#[rstest]
+#[case::nan(f32::NAN, FloatType::F32)]
+#[case::infinity(f32::INFINITY, FloatType::F32)]
+#[case::negative_infinity(f32::NEG_INFINITY, FloatType::BF16)]
+#[case::beyond_f16(1e6, FloatType::F16)]
+fn flex_reports_the_first_value_that_is_not_finite(#[case] bad: f32, #[case] dtype: FloatType) {
+    let mut values = weights(640, 1);
+    values[417] = bad;
+    values[500] = f32::NAN;
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let weight: Tensor<2> = tensor(&values, [10, 64], dtype, &device);
+        match Nf4Weight::quantize(weight, QuantConfig::default()) {
+            Err(Nf4Error::NonFinite {
+                tensor,
+                index: 417,
+                given,
+            }) => {
+                assert_eq!(tensor, "weight");
+                assert!(!given.is_finite(), "{given}");
+                assert_eq!(given.is_nan(), bad.is_nan());
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // The index counts along the view, not along the memory behind it.
+    values.resize(640, 0.0);
+    let view = tensor::<2>(&values, [10, 64], dtype, &Device::flex()).transpose();
+    let error = Nf4Weight::quantize(view, QuantConfig::default()).unwrap_err();
+    let expected = [417, 500].map(|flat| flat % 64 * 10 + flat / 64);
+    assert!(
+        matches!(error, Nf4Error::NonFinite { index, .. } if index == expected[0].min(expected[1])),
+        "{error}"
+    );
+}
+
+/// A random weight: its shape, type, settings and values of mixed magnitude.
+#[derive(Debug, Clone)]
+struct Sample {
+    shape: Vec<usize>,
+    dtype: FloatType,
+    quant: QuantConfig,
+    values: Vec<f32>,
+}
+
+fn samples(dtypes: Vec<FloatType>) -> impl Strategy<Value = Sample> {
+    let shape = prop_oneof![
+        prop::collection::vec(1usize..3000, 1),
+        prop::collection::vec(1usize..60, 2),
+        prop::collection::vec(1usize..14, 3),
+    ];
+    let quant = (
+        prop::sample::select(vec![QuantType::Nf4, QuantType::Fp4]),
+        prop::sample::select(BlockSize::ALL.to_vec()),
+        prop::option::of(prop::sample::select(BlockSize::ALL.to_vec())),
+    );
+    // Runs of a magnitude each, so that whole blocks are zero, tiny or huge.
+    let magnitude = prop::sample::select(vec![0.0, 1e-30, 1e-5, 0.02, 1.0, 6e4]);
+    (
+        shape,
+        prop::sample::select(dtypes),
+        quant,
+        prop::collection::vec((magnitude, 1usize..400), 1..8),
+        any::<u64>(),
+    )
+        .prop_map(|(shape, dtype, quant, runs, seed)| {
+            let (quant_type, block_size, nested_block_size) = quant;
+            let magnitudes = runs
+                .iter()
+                .flat_map(|&(magnitude, len)| std::iter::repeat_n(magnitude, len))
+                .cycle();
+            let elems = shape.iter().product();
+            let values = uniform(elems, seed)
+                .into_iter()
+                .zip(magnitudes)
+                .map(|(u, magnitude): (f32, f32)| u * magnitude)
+                .collect();
+            Sample {
+                shape,
+                dtype,
+                quant: QuantConfig {
+                    quant_type,
+                    block_size,
+                    nested_block_size,
+                },
+                values,
+            }
+        })
+}
+
+fn random_weights_match_the_reference(device: &Device, cases: u32) {
+    let dtypes: Vec<FloatType> = FloatType::ALL
+        .into_iter()
+        .filter(|&dtype| supports(device, dtype))
+        .collect();
+    let check = |sample: Sample| {
+        let Sample {
+            shape,
+            dtype,
+            quant,
+            values,
+        } = sample;
+        let expected = reference(&values, &shape, dtype, quant);
+        let weight = quantize_bytes(bytes(&values, dtype), &shape, dtype, quant, device)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        prop_assert_eq!(words(&weight), expected.to_packed());
+        for &dtype in &dtypes {
+            let got = dequantized(&weight, dtype).expect("supported");
+            let elems = values.len();
+            prop_assert_eq!(
+                got,
+                reference_bits(&expected, dtype, 0, elems),
+                "{:?}",
+                dtype
+            );
+        }
+        Ok(())
+    };
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let result = TestRunner::new(config).run(&samples(dtypes.clone()), check);
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+}
+
+macro_rules! device_tests {
+    ($name:ident, $feature:literal, $device:expr, $cases:literal) => {
+        #[cfg(feature = $feature)]
+        mod $name {
+            use super::*;
+
+            fn device() -> Device {
+                $device
+            }
+
+            device_tests!(@each
+                golden_files_decode_to_the_bits_of_bitsandbytes
+                golden_files_come_back_from_the_device_as_they_were
+                golden_sources_quantize_to_the_words_of_the_reference
+                rows_are_slices_of_the_whole
+                quantize_takes_views
+                linear_takes_views
+                linear_keeps_the_leading_dimensions
+                linear_maps_an_empty_batch_to_an_empty_batch
+                the_input_gradient_has_a_gradient
+                quantizing_cuts_the_graph
+                linear_mixes_autodiff_and_plain
+                errors_name_what_does_not_fit
+                f64_is_refused
+                relaxed_floats_count_as_f32
+            );
+
+            #[rstest]
+            fn linear_is_a_product_with_the_decoded_weight(
+                #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
+            ) {
+                super::linear_is_a_product_with_the_decoded_weight(&device(), dtype);
+            }
+
+            #[test]
+            fn random_weights_match_the_reference() {
+                super::random_weights_match_the_reference(&device(), $cases);
+            }
+        }
+    };
+    (@each $($test:ident)*) => {
+        $(
+            #[test]
+            fn $test() {
+                super::$test(&device());
+            }
+        )*
+    };
+}
+
+device_tests!(flex, "flex", Device::flex(), 100);
+device_tests!(cuda, "cuda", Device::cuda(0), 30);
+device_tests!(rocm, "rocm", Device::rocm(0), 30);
+device_tests!(wgpu, "wgpu", Device::wgpu(Default::default()), 12);
+device_tests!(vulkan, "vulkan", Device::vulkan(Default::default()), 12);
+device_tests!(metal, "metal", Device::metal(Default::default()), 12);
+device_tests!(cpu, "cpu", Device::cpu(), 8);
