@@ -48,12 +48,8 @@ impl QLoraLinearConfig {
             gain: 1.0 / 3f64.sqrt(),
             fan_out_only: false,
         };
-        let lora_a = initializer.init_with(
-            [d_input, self.rank],
-            Some(d_input),
-            Some(self.rank),
-            &device,
-        );
+        let lora_a =
+            initializer.init_with([d_input, self.rank], Some(d_input), Some(self.rank), device);
         let lora_b = Initializer::Zeros.init([self.rank, d_output], device);
         self.build(base, lora_a, lora_b)
     }

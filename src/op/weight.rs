@@ -267,7 +267,7 @@ impl WeightSpec {
         let header = self.layout.header;
         let found = packed
             .clone()
-            .slice([header..header + HEADER_WORDS])
+            .slice(header..header + HEADER_WORDS)
             .into_data();
         let found: Vec<u32> = found.iter::<u32>().collect();
         if let Err(error) = self.layout.check_header(&found, &self.shape, self.dtype) {
