@@ -146,9 +146,7 @@ pub fn store_vector<F: Float, N: Size>(
     #[comptime] blueprint: DequantizeBlueprint,
 ) {
     let vector = N::value().comptime();
-    if comptime!(!blueprint.ragged) {
-        out[element / vector] = decoded;
-    } else if element + vector <= len {
+    if comptime!(!blueprint.ragged) || element + vector <= len {
         out[element / vector] = decoded;
     } else {
         let scalars = out.with_vector_size_mut::<Const<1>>();

@@ -149,7 +149,7 @@ pub fn pack_code(
             0u32,
         );
     }
-    code << comptime!(place as u32 * 4 ^ 4)
+    code << comptime!((place as u32 * 4) ^ 4)
 }
 
 /// Quantizes blocks of weights.
