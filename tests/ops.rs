@@ -17,6 +17,14 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use rstest::rstest;
 use tensors::*;
 
+/// Two runs of the same product: autotune may give them different kernels, CUDA's may use TF32.
+fn assert_same_product(got: &Tensor<2>, expected: &Tensor<2>) {
+    let expected = values(expected);
+    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
+    let bounds: Vec<(f64, f64)> = expected.iter().map(|&v| (v, largest / 256.0)).collect();
+    assert_close(&values(got), &bounds, "y");
+}
+
 fn supports(device: &Device, dtype: FloatType) -> bool {
     device.supports_dtype(DType::from(dtype))
 }
@@ -411,11 +419,11 @@ fn linear_mixes_autodiff_and_plain(device: &Device) {
         None,
     )
     .expect("valid");
-    assert_eq!(values(&y), values(&plain));
+    assert_same_product(&y, &plain);
     assert!(x_tracked.grad(&y.sum().backward()).is_some());
 
     let y = linear(x, &Nf4Weight::from_host(&host, tracked), None).expect("valid");
-    assert_eq!(values(&y), values(&plain));
+    assert_same_product(&y, &plain);
 }
 
 fn errors_name_what_does_not_fit(device: &Device) {
