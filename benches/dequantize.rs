@@ -1,78 +1,97 @@
-//! Device time of every dequantization kernel, as a share of a device copy measured in the same
-//! run. Every result is compared with the host's before it is timed.
+//! The harness: NF4 on the devices that are compiled in and on the CPU, as a share of a copy
+//! measured in the same run, and beside what users would pick instead. `--help` lists the options.
 //!
 //! ```text
-//! cargo bench --bench dequantize --features cuda [-- FILTER...]
+//! cargo bench --bench dequantize --features cuda -- [OPTIONS] [FILTER]...
 //! ```
 //!
-//! A bench is named `dequant/VARIANT/DTYPE/SHAPE`; with filters only those run whose name contains
-//! one of them. Without a GPU feature the Flex path is timed by the clock.
+//! Every result is compared with the CPU path's, and that one with the plain reference, before it
+//! is timed.
 
+mod args;
+#[cfg(feature = "cube")]
+mod chart;
+mod cpu;
+#[cfg(feature = "cube")]
+mod device_time;
 #[cfg(feature = "cube")]
 mod gpu;
+#[cfg(feature = "cube")]
+mod host_cost;
+#[cfg(feature = "cube")]
+mod peer;
 mod problems;
+mod puzzle;
+mod report;
 #[cfg(feature = "cube")]
 mod timing;
+#[cfg(feature = "cube")]
+mod unfused;
 
-use std::time::Instant;
+use std::error::Error;
+use std::process::ExitCode;
 
-use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
-use burn_nf4::host;
-use half::{bf16, f16};
+use clap::Parser;
 
-fn main() {
-    // Cargo passes `--bench`, and users may pass flags of other harnesses.
-    let filters: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|argument| !argument.starts_with('-'))
-        .collect();
-    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f));
-    host_benches(&wanted);
-    #[cfg(feature = "cube")]
-    gpu::benches(&wanted);
-}
+use args::{Args, DeviceName};
+use report::Report;
 
-/// The CPU path, by the clock: median of eleven calls after a warm-up.
-fn host_benches(wanted: &dyn Fn(&str) -> bool) {
-    for problem in problems::HOST {
-        let [rows, columns] = problem.shape;
-        let name = format!("dequant/host/{}/{rows}x{columns}", problem.dtype.name());
-        if !wanted(&name) {
-            continue;
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
         }
-        let weight = problems::weight(problem.shape, 1);
-        let packed = weight.to_packed();
-        let (median_us, spread_us) = match problem.dtype {
-            FloatType::F16 => time_host::<f16>(&weight, &packed),
-            FloatType::BF16 => time_host::<bf16>(&weight, &packed),
-            FloatType::F32 => time_host::<f32>(&weight, &packed),
-        };
-        let bytes = problem.bytes(QuantConfig::default());
-        println!(
-            "{name:45} {median_us:9.1} us  +- {spread_us:7.1}  {:7.1} GB/s",
-            bytes as f64 / median_us / 1e3
-        );
     }
 }
 
-fn time_host<T: FloatElement>(weight: &Nf4Tensor, packed: &[u32]) -> (f64, f64) {
-    let layout = weight.packed_layout();
-    let mut out = vec![T::zeroed(); layout.elems];
-    host::dequantize(packed, &layout, 0, &mut out);
-    let checked = layout.elems.min(1 << 16);
-    let expected = weight.dequantize_range::<T>(0, checked);
-    assert_eq!(
-        bytemuck::cast_slice::<T, u8>(&out[..checked]),
-        bytemuck::cast_slice::<T, u8>(&expected),
-        "the host path differs from the reference"
-    );
-    let mut times: Vec<f64> = (0..11)
-        .map(|_| {
-            let started = Instant::now();
-            host::dequantize(packed, &layout, 0, &mut out);
-            started.elapsed().as_secs_f64() * 1e6
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    (times[5], times[8] - times[2])
+fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    let devices = args.devices()?;
+    let on_card = devices.iter().any(|device| *device != DeviceName::Host);
+    if args.peer.is_some() && !on_card {
+        return Err("--peer needs a device that is not the host".into());
+    }
+    if args.cpu_peer.is_some() && !devices.contains(&DeviceName::Host) {
+        return Err("--cpu-peer needs `--device host`, alone or with others".into());
+    }
+    let json = (!args.list).then_some(args.json.as_path());
+    let mut report = Report::create(json)?;
+    if !args.list {
+        report.print_environment();
+    }
+    for device in devices {
+        match device {
+            DeviceName::Host => cpu::benches(args, &mut report)?,
+            #[cfg(feature = "cube")]
+            device => on_gpu(device, args, &mut report)?,
+            #[cfg(not(feature = "cube"))]
+            device => unreachable!("{} is not compiled in", device.name()),
+        }
+    }
+    if !args.list {
+        println!("\nresults: {}", args.json.display());
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cube")]
+fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<dyn Error>> {
+    let mut gpu = gpu::Gpu::open(name, args)?;
+    if !args.list {
+        println!("\n== {} ({})", gpu.place.device, name.name());
+        gpu.measure_copy();
+        println!("device copy: {:.1} GB/s read + written", gpu.copy / 1e9);
+    }
+    device_time::dequantize(&gpu, args, report);
+    device_time::quantize(&gpu, args, report);
+    let mut puzzle = puzzle::on_gpu(&gpu, args, report);
+    host_cost::run(&gpu, args, report);
+    if let Some(python) = &args.peer {
+        peer::run(&gpu, args, python, puzzle.as_mut(), report)?;
+    }
+    if !args.list {
+        chart::draw(&gpu.place, &report.rows, &args.svg)?;
+    }
+    Ok(())
 }

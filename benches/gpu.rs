@@ -1,154 +1,195 @@
-//! Benches of the CubeCL kernels.
+//! A device that CubeCL drives, and what can decode a weight on it.
 
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
-use burn_nf4::format::{FloatElement, FloatType, PackedLayout, QuantConfig};
-use burn_nf4::host;
-use burn_nf4::launch::{self, Variant};
+use burn_nf4::format::FloatType;
+use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use half::{bf16, f16};
 
-use crate::problems::{self, Problem};
-use crate::timing::{self, Timing};
+use crate::args::{Args, DeviceName, Sizes};
+use crate::problems::Weight;
+use crate::report::Place;
+use crate::timing::Copier;
+use crate::unfused;
 
-/// Bytes that a rotation goes through before it comes back to a buffer: several times the L2.
-const ROTATION_BYTES: usize = 512 << 20;
+/// A device and its yardstick.
+pub struct Gpu {
+    pub device: Device,
+    pub client: Client,
+    pub place: Place,
+    /// Whether it is a graphics card; otherwise software that plays one.
+    pub is_card: bool,
+    pub sizes: Sizes,
+    pub copier: Copier,
+    /// Bytes a second that a device copy reads and writes; measured by [`Gpu::measure_copy`].
+    pub copy: f64,
+}
 
-pub fn benches(wanted: &dyn Fn(&str) -> bool) {
-    for device in devices() {
+impl Gpu {
+    /// # Errors
+    /// If the device is not compiled in, or is not CubeCL's.
+    pub fn open(name: DeviceName, args: &Args) -> Result<Self, String> {
+        let device = open(name)?;
         let DispatchDevice::Cube(cube) = device.as_dispatch() else {
-            continue;
+            return Err(format!("{device:?} is not a CubeCL device"));
         };
         let client = cube.client();
         let identity = &client.properties().identity;
-        println!("\n{} ({})", identity.name, client.name());
-        let copy = timing::copy_bandwidth(&client);
-        println!("device copy: {:.1} GB/s read + written", copy / 1e9);
-        let is_gpu = client
-            .properties()
-            .hardware
-            .num_streaming_multiprocessors
-            .is_some();
-        for problem in problems::GPU {
-            if !is_gpu && problem.shape[0] * problem.shape[1] > 1 << 22 {
-                continue;
-            }
-            if launch::check_dtype(&client, problem.dtype).is_err() {
-                continue;
-            }
-            dequantize(&client, problem, copy, is_gpu, wanted);
-        }
-    }
-}
-
-/// The devices compiled in.
-fn devices() -> Vec<Device> {
-    vec![
-        #[cfg(feature = "cuda")]
-        Device::cuda(0),
-        #[cfg(feature = "rocm")]
-        Device::rocm(0),
-        #[cfg(feature = "metal")]
-        Device::metal(Default::default()),
-        #[cfg(feature = "vulkan")]
-        Device::vulkan(Default::default()),
-        #[cfg(all(feature = "wgpu", not(feature = "cuda")))]
-        Device::wgpu(Default::default()),
-    ]
-}
-
-fn dequantize(
-    client: &Client,
-    problem: &Problem,
-    copy: f64,
-    is_gpu: bool,
-    wanted: &dyn Fn(&str) -> bool,
-) {
-    let [rows, columns] = problem.shape;
-    let name = |variant: Variant| {
-        format!(
-            "dequant/{}/{}/{rows}x{columns}",
-            variant.name(),
-            problem.dtype.name()
-        )
-    };
-    if !Variant::ALL.iter().any(|&variant| wanted(&name(variant))) {
-        return;
-    }
-    let weight = problems::weight(problem.shape, 1);
-    let words = weight.to_packed();
-    let layout = weight.packed_layout();
-    let bytes = problem.bytes(QuantConfig::default());
-    let copies = if is_gpu {
-        (ROTATION_BYTES / bytes).max(2)
-    } else {
-        2
-    };
-    let packed: Vec<Handle> = (0..copies)
-        .map(|_| client.create_from_slice(bytemuck::cast_slice(&words)))
-        .collect();
-    let out_bytes = layout.elems * problem.dtype.size_bytes();
-    let out: Vec<Handle> = (0..copies).map(|_| client.empty(out_bytes)).collect();
-
-    for variant in Variant::ALL {
-        let name = name(variant);
-        if !wanted(&name) {
-            continue;
-        }
-        let launch_on = |packed: &Handle, out: &Handle| {
-            launch::dequantize(
-                client,
-                packed.clone(),
-                &layout,
-                0,
-                layout.elems,
-                problem.dtype,
-                out.clone(),
-                Some(variant),
-            )
-            .expect("a valid launch");
+        let place = Place {
+            device: identity.name.clone(),
+            backend: name.name(),
         };
-        let poison = client.create_from_slice(&vec![0xff; out_bytes]);
-        launch_on(&packed[0], &poison);
-        let read = client.read_one(poison).expect("the kernel ran");
-        check(&words, &layout, problem.dtype, &read[..out_bytes], &name);
-
-        let launches = if is_gpu { copies.max(20) } else { 2 };
-        let timing = timing::device_time(client, launches, &|i| {
-            launch_on(&packed[i % copies], &out[i % copies]);
-        });
-        report(&name, timing, bytes, copy);
+        let is_card = identity.physical.is_some();
+        let default_sizes = if is_card { Sizes::Full } else { Sizes::Small };
+        Ok(Self {
+            copier: Copier::new(&client, is_card),
+            sizes: args.sizes.unwrap_or(default_sizes),
+            device,
+            client,
+            place,
+            is_card,
+            copy: f64::NAN,
+        })
     }
-}
 
-/// Compares with the host path, bit for bit.
-fn check(words: &[u32], layout: &PackedLayout, dtype: FloatType, got: &[u8], name: &str) {
-    fn same<T: FloatElement>(words: &[u32], layout: &PackedLayout, got: &[u8]) -> bool {
-        let mut expected = vec![T::zeroed(); layout.elems];
-        host::dequantize(words, layout, 0, &mut expected);
-        bytemuck::cast_slice::<T, u8>(&expected) == got
+    pub fn measure_copy(&mut self) {
+        self.copy = self.copier.bandwidth();
     }
-    let same = match dtype {
-        FloatType::F16 => same::<f16>(words, layout, got),
-        FloatType::BF16 => same::<bf16>(words, layout, got),
-        FloatType::F32 => same::<f32>(words, layout, got),
-    };
-    assert!(same, "{name} differs from the host path");
-}
 
-fn report(name: &str, timing: Timing, bytes: usize, copy: f64) {
-    let rate = bytes as f64 / (timing.median_us * 1e-6);
-    println!(
-        "{name:45} {:9.2} us  +- {:6.2}  {:7.1} GB/s  {:5.1}% of copy{}",
-        timing.median_us,
-        timing.spread_us,
-        rate / 1e9,
-        100.0 * rate / copy,
-        if timing.graph {
-            ""
-        } else {
-            "  (host launches)"
+    /// `dtype`, or f32 where the device does not have it.
+    pub fn dtype_or_f32(&self, dtype: FloatType) -> FloatType {
+        match launch::check_dtype(&self.client, dtype) {
+            Ok(()) => dtype,
+            Err(_) => FloatType::F32,
         }
-    );
+    }
+
+    /// Downloads the first `len` bytes of a buffer.
+    pub fn read(&self, handle: &Handle, len: usize) -> Vec<u8> {
+        let read = self.client.read_one(handle.clone());
+        read.expect("the kernels ran")[..len].to_vec()
+    }
+}
+
+fn open(name: DeviceName) -> Result<Device, String> {
+    match name {
+        #[cfg(feature = "cuda")]
+        DeviceName::Cuda => Ok(Device::cuda(0)),
+        #[cfg(feature = "rocm")]
+        DeviceName::Rocm => Ok(Device::rocm(0)),
+        #[cfg(feature = "metal")]
+        DeviceName::Metal => Ok(Device::metal(Default::default())),
+        #[cfg(feature = "vulkan")]
+        DeviceName::Vulkan => Ok(Device::vulkan(Default::default())),
+        #[cfg(feature = "wgpu")]
+        DeviceName::Wgpu => Ok(Device::wgpu(Default::default())),
+        #[cfg(feature = "cpu")]
+        DeviceName::Cpu => Ok(Device::cpu()),
+        other => Err(format!(
+            "`{}` is not a CubeCL device compiled in",
+            other.name()
+        )),
+    }
+}
+
+/// Something that decodes a packed weight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Implementation {
+    /// A kernel by name.
+    Forced(Variant),
+    /// The kernel that the crate chooses.
+    Default,
+    /// The baseline of two launches.
+    Unfused,
+}
+
+impl Implementation {
+    /// The baseline last.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let forced = Variant::ALL.into_iter().map(Self::Forced);
+        forced.chain([Self::Default, Self::Unfused])
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Forced(variant) => variant.name(),
+            Self::Default => "default",
+            Self::Unfused => "unfused",
+        }
+    }
+
+    const fn variant(self) -> Option<Variant> {
+        match self {
+            Self::Forced(variant) => Some(variant),
+            Self::Default | Self::Unfused => None,
+        }
+    }
+
+    /// Why the device cannot run this, if it cannot.
+    pub fn obstacle(self, gpu: &Gpu, weight: &Weight, dtype: FloatType) -> Option<String> {
+        let layout = &weight.layout;
+        let plan = DequantizePlan::new(&gpu.client, layout, 0, layout.elems, dtype, self.variant());
+        plan.err().map(|error| error.to_string())
+    }
+
+    /// Decodes the whole weight into `out`. `scales` is the baseline's scratch.
+    pub fn launch(
+        self,
+        client: &Client,
+        weight: &DeviceWeight,
+        dtype: FloatType,
+        scales: &Handle,
+        out: &Handle,
+    ) {
+        let layout = &weight.host.layout;
+        if self == Self::Unfused {
+            unfused::dequantize(client, &weight.packed, layout, dtype, scales, out);
+            return;
+        }
+        launch::dequantize(
+            client,
+            weight.packed.clone(),
+            layout,
+            0,
+            layout.elems,
+            dtype,
+            out.clone(),
+            self.variant(),
+        )
+        .expect("a launch that was planned");
+    }
+
+    /// As [`launch`](Self::launch), with buffers allocated by the call.
+    pub fn allocate_and_launch(
+        self,
+        client: &Client,
+        weight: &DeviceWeight,
+        dtype: FloatType,
+    ) -> Handle {
+        let layout = &weight.host.layout;
+        let out = client.empty(layout.elems * dtype.size_bytes());
+        if self == Self::Unfused {
+            let scales = client.empty(unfused::scales_bytes(layout));
+            self.launch(client, weight, dtype, &scales, &out);
+        } else {
+            self.launch(client, weight, dtype, &out, &out);
+        }
+        out
+    }
+}
+
+/// A packed weight on a device, and on the host.
+pub struct DeviceWeight<'a> {
+    pub packed: Handle,
+    pub host: &'a Weight,
+}
+
+impl<'a> DeviceWeight<'a> {
+    pub fn new(client: &Client, host: &'a Weight) -> Self {
+        Self {
+            packed: client.create_from_slice(bytemuck::cast_slice(&host.words)),
+            host,
+        }
+    }
 }

@@ -1,0 +1,184 @@
+//! What a call costs the host: calls back to back on a weight so small that the device keeps up.
+
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use burn_nf4::Nf4Weight;
+use burn_nf4::format::{FloatType, QuantConfig};
+use burn_nf4::launch::{DequantizePlan, elem_type};
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use serde_json::json;
+
+use crate::args::Args;
+use crate::gpu::{DeviceWeight, Gpu, Implementation};
+use crate::problems::Weight;
+use crate::report::{Method, Report, Timing};
+use crate::timing::sync;
+
+const SAMPLES: usize = 11;
+
+/// Times, and prints where a call's time goes.
+pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
+    let client = &gpu.client;
+    let calls = if gpu.is_card { 1000 } else { 100 };
+    let dtype = FloatType::F32;
+    let host = Weight::new([64, 64], QuantConfig::default(), 1);
+    let elems = host.layout.elems;
+    let weight = DeviceWeight::new(client, &host);
+    let out = client.empty(elems * dtype.size_bytes());
+    let burn_weight = Nf4Weight::from_host(&host.tensor(), &gpu.device);
+    let plan = DequantizePlan::new(client, &host.layout, 0, elems, dtype, None)
+        .expect("the default runs everywhere");
+
+    let wait_for_op = || gpu.device.sync().expect("the device works");
+    let wait = || sync(client);
+    let launch = || Implementation::Default.launch(client, &weight, dtype, &out, &out);
+    let empty = || empty_launch(client, &plan, &weight, &out, dtype);
+    let allocate = || {
+        drop(std::hint::black_box(
+            client.empty(elems * dtype.size_bytes()),
+        ))
+    };
+    let both = || drop(Implementation::Default.allocate_and_launch(client, &weight, dtype));
+    let op = || {
+        let decoded: Tensor<2> = burn_weight.dequantize(dtype).expect("a matrix");
+        drop(decoded);
+    };
+    type Case<'a> = (&'a str, &'a str, &'a dyn Fn(), &'a dyn Fn());
+    let cases: [Case; 5] = [
+        ("empty", "empty kernel, same bindings", &empty, &wait),
+        ("launch", "launch::dequantize", &launch, &wait),
+        ("allocate", "allocation of the result", &allocate, &wait),
+        ("allocate_and_launch", "allocation and launch", &both, &wait),
+        ("op", "Nf4Weight::dequantize", &op, &wait_for_op),
+    ];
+    let mut medians = [None; 5];
+    let mut headed = false;
+    for (i, (id, what, call, wait)) in cases.into_iter().enumerate() {
+        let name = format!("host_cost/{id}");
+        if !args.starts(&name) {
+            continue;
+        }
+        if !headed {
+            println!("\nHost time a call, {calls} calls back to back, 64x64 f32, microseconds");
+            println!(
+                "{:34} {:28} {:>8} {:>8} {:>14}",
+                "", "", "median", "spread", "with last sync"
+            );
+            headed = true;
+        }
+        let (submit, drained) = time(calls, call, wait);
+        println!(
+            "{name:34} {what:28} {:>8.3} {:>8.3} {:>14.3}",
+            submit.median_us, submit.spread_us, drained.median_us
+        );
+        medians[i] = Some(submit.median_us);
+        report.record(&json!({
+            "kind": "host_cost",
+            "name": name,
+            "device": gpu.place.device,
+            "backend": gpu.place.backend,
+            "median_us": submit.median_us,
+            "spread_us": submit.spread_us,
+            "with_sync_us": drained.median_us,
+        }));
+    }
+    if let [Some(empty), Some(launch), _, Some(both), Some(op)] = medians {
+        println!(
+            "ours: {:.3} us a launch (launch - empty), {:.3} us more in the op (op - allocation and launch)",
+            launch - empty,
+            op - both
+        );
+    }
+}
+
+/// Time a call: of the calls alone, and of the calls and one wait for the device.
+fn time(calls: usize, call: &dyn Fn(), wait: &dyn Fn()) -> (Timing, Timing) {
+    (0..calls).for_each(|_| call());
+    wait();
+    let samples = (0..SAMPLES).map(|_| {
+        let started = Instant::now();
+        (0..calls).for_each(|_| call());
+        let submitted = started.elapsed();
+        wait();
+        [submitted, started.elapsed()].map(|time| time.as_secs_f64() * 1e6 / calls as f64)
+    });
+    let (submitted, drained) = samples.map(|[a, b]| (a, b)).unzip();
+    (
+        Timing::of(submitted, Method::Clock),
+        Timing::of(drained, Method::Clock),
+    )
+}
+
+/// As the kernels' view of a weight: five scalars.
+#[derive(CubeType, CubeLaunch)]
+struct EmptyView {
+    start: usize,
+    len: usize,
+    scales: usize,
+    codebook: usize,
+    zero: u32,
+}
+
+/// As the kernels' blueprint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct EmptyBlueprint {
+    block_log2: u32,
+    nested_log2: u32,
+    shared: bool,
+    skewed: bool,
+    ragged: bool,
+    per_unit: usize,
+    group: usize,
+}
+
+/// Does nothing, as no weight is without elements, but keeps all its arguments.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn empty_kernel<F: Float, N: Size>(
+    packed: &[u32],
+    out: &mut [Vector<F, N>],
+    view: EmptyView,
+    #[comptime] blueprint: EmptyBlueprint,
+    #[define(F)] _dtype: ElemType,
+) {
+    if view.len == 0 {
+        let word = packed[view.scales + view.codebook] ^ view.zero;
+        let value = f32::cast_from(word >> comptime!(blueprint.block_log2));
+        out[view.start] = Vector::<F, N>::cast_from(Vector::<f32, N>::new(value));
+    }
+}
+
+fn empty_launch(
+    client: &Client,
+    plan: &DequantizePlan,
+    weight: &DeviceWeight,
+    out: &Handle,
+    dtype: FloatType,
+) {
+    let layout = &weight.host.layout;
+    let len = layout.elems;
+    // SAFETY: the kernel reads and writes nothing.
+    unsafe {
+        empty_kernel::launch_unchecked(
+            client,
+            plan.cube_count.clone(),
+            plan.cube_dim,
+            AddressType::from_len_signed(len),
+            plan.vector,
+            BufferArg::from_raw_parts(weight.packed.clone(), layout.words),
+            BufferArg::from_raw_parts(out.clone(), len),
+            EmptyViewLaunch::new(0, len, layout.scales, layout.codebook, 0),
+            EmptyBlueprint {
+                block_log2: 6,
+                nested_log2: 8,
+                shared: true,
+                skewed: false,
+                ragged: false,
+                per_unit: 4,
+                group: 8,
+            },
+            elem_type(dtype),
+        );
+    }
+}
