@@ -7,11 +7,12 @@ use clap::{Parser, ValueEnum};
 /// Time NF4 dequantization and quantization against a device copy, an unfused baseline and, where
 /// asked for, what users would pick instead. Every result is checked before it is timed.
 #[derive(Parser)]
-#[command(name = "cargo bench --bench dequantize --", version)]
+#[command(bin_name = "cargo bench --", version)]
 pub struct Args {
     /// Run only the benches whose name contains one of these. Names look like
     /// `dequant/tiled_2d/bf16/14336x4096`, `quantize/bf16/4096x4096`, `puzzle/default`,
     /// `host_cost/op`.
+    #[arg(value_name = "FILTER")]
     filters: Vec<String>,
     /// Filters are whole names.
     #[arg(long)]

@@ -53,9 +53,7 @@ impl Gpu {
 
 /// Every implementation on every shape, and one shape from a warm cache.
 pub fn dequantize(gpu: &Gpu, args: &Args, report: &mut Report) {
-    if !args.list {
-        report.head("Dequantization, device time, buffers rotated (hot: the same buffers again)");
-    }
+    let mut headed = false;
     for &problem in problems::device(gpu.sizes) {
         let rows: Vec<(Implementation, bool)> = [false, true]
             .into_iter()
@@ -67,6 +65,10 @@ pub fn dequantize(gpu: &Gpu, args: &Args, report: &mut Report) {
             .collect();
         if rows.is_empty() {
             continue;
+        }
+        if !headed {
+            report.head("Dequantization, device time, buffers rotated (hot: the same ones again)");
+            headed = true;
         }
         if let Err(error) = launch::check_dtype(&gpu.client, problem.dtype) {
             println!("dequant/*/{:34} not run: {error}", problem.id());

@@ -252,7 +252,7 @@ class Triton:
         times = {}
         for size in self.sizes:
             calls = [lambda w=w, o=o, s=size: self.launch(w, o, s) for w, o in zip(weights, outs)]
-            times[size] = device_time(calls, max(len(calls), 20), samples=5)[0]
+            times[size] = device_time(calls, max(len(calls), 20), samples=5)["median_us"]
         self.best[first.shape, first.dtype] = min(times, key=times.get)
         blocks, warps = self.best[first.shape, first.dtype]
         shape = "x".join(map(str, first.shape))
@@ -260,8 +260,8 @@ class Triton:
 
 
 def device_time(calls, launches, samples=SAMPLES):
-    """Median and spread of a call's device time in microseconds, and how they were taken: replays
-    of a CUDA graph, or where that cannot be captured launches queued behind a busy device."""
+    """Median, spread and best of a call's device time in microseconds, and how they were taken:
+    replays of a CUDA graph, or where that cannot be captured launches queued behind a busy device."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:
@@ -292,8 +292,12 @@ def device_time(calls, launches, samples=SAMPLES):
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / launches * 1e3)
     times = sorted(times[2:])
-    spread = times[samples * 3 // 4] - times[samples // 4]
-    return statistics.median(times), spread, method
+    return {
+        "median_us": statistics.median(times),
+        "spread_us": times[samples * 3 // 4] - times[samples // 4],
+        "best_us": times[0],
+        "method": method,
+    }
 
 
 def rotation(job, rotation_bytes):
@@ -341,15 +345,7 @@ class Session:
         peer(weights[0], outs[0], scratch)
         same = same_bits(outs[0], read(weights[0].expected, weights[0].dtype))
         calls = [lambda w=w, o=o: peer(w, o, scratch) for w, o in zip(weights, outs)]
-        median, spread, method = device_time(calls, launches)
-        say(
-            "time",
-            name=job["name"],
-            median_us=median,
-            spread_us=spread,
-            method=method,
-            same=same,
-        )
+        say("time", name=job["name"], same=same, **device_time(calls, launches))
 
     def quantize(self, job, peer):
         copies, _ = rotation(job, self.rotation_bytes)
@@ -365,15 +361,8 @@ class Session:
             )
 
         same = same_bits(call(dense[0])[0], read(job["codes"], torch.uint8))
-        median, spread, method = device_time([lambda w=w: call(w) for w in dense], 8)
-        say(
-            "time",
-            name=job["name"],
-            median_us=median,
-            spread_us=spread,
-            method=method,
-            same=same,
-        )
+        calls = [lambda w=w: call(w) for w in dense]
+        say("time", name=job["name"], same=same, **device_time(calls, 8))
 
     def puzzle(self, job, peer):
         self.weights = (None, None, None)
@@ -409,8 +398,7 @@ def copy_bandwidth():
     size = 1 << 30
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    median, _, _ = device_time([lambda: target.copy_(source)], 5)
-    return 2 * size / median / 1e3
+    return 2 * size / device_time([lambda: target.copy_(source)], 5)["median_us"] / 1e3
 
 
 def main():

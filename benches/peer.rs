@@ -50,6 +50,7 @@ enum Line {
         name: String,
         median_us: f64,
         spread_us: f64,
+        best_us: f64,
         method: PeerMethod,
         same: bool,
     },
@@ -161,6 +162,7 @@ fn take(
             name,
             median_us,
             spread_us,
+            best_us,
             method,
             same,
         } => {
@@ -173,6 +175,7 @@ fn take(
             let timing = Timing {
                 median_us,
                 spread_us,
+                best_us,
                 method,
             };
             report.add(&gpu.place, subject, timing, gpu.copy);

@@ -4,6 +4,7 @@ use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantCo
 use burn_nf4::host;
 use half::{bf16, f16};
 
+#[cfg(feature = "cube")]
 use crate::args::Sizes;
 
 /// A weight to decode or to encode.
@@ -129,6 +130,7 @@ pub fn dense(shape: [usize; 2], seed: u64) -> Vec<f32> {
 }
 
 /// The bytes of `values`, rounded to `dtype`.
+#[cfg(feature = "cube")]
 pub fn round_bytes(values: &[f32], dtype: FloatType) -> Vec<u8> {
     fn round<T: FloatElement>(values: &[f32]) -> Vec<u8> {
         let rounded: Vec<T> = values.iter().map(|&value| T::from_f32(value)).collect();
