@@ -6,6 +6,7 @@ use std::path::Path;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::problems;
 use crate::report::{Place, Row};
 
 const WIDTH: i32 = 900;
@@ -60,7 +61,7 @@ pub fn draw(place: &Place, rows: &[Row], path: &Path) -> Result<(), Box<dyn Erro
     let rows: Vec<&Row> = rows
         .iter()
         .filter(|row| row.place == *place && row.kind == "dequantize" && !row.hot)
-        .filter(|row| row.variant != "default")
+        .filter(|row| row.variant != "default" && problems::is_charted(row.shape, row.dtype))
         .collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut variants: Vec<&str> = Vec::new();

@@ -220,7 +220,7 @@ impl Jobs {
     }
 
     fn dequantize(&mut self, gpu: &Gpu, args: &Args) -> std::io::Result<()> {
-        for (number, &problem) in problems::device(gpu.sizes).iter().enumerate() {
+        for (number, &problem) in problems::peers(gpu.sizes).iter().enumerate() {
             let is_hot = problem == problems::hot(gpu.sizes);
             let mut wanted = Vec::new();
             for hot in [false, true].into_iter().filter(|hot| !hot || is_hot) {

@@ -23,7 +23,32 @@ const fn problem(rows: usize, columns: usize, dtype: FloatType) -> Problem {
 
 /// Shapes of the puzzle's three models first, then squares, a large and a ragged one.
 #[cfg(feature = "cube")]
-const DEVICE: [Problem; 9] = [
+const SHAPES: [[usize; 2]; 7] = [
+    [8192, 2048],
+    [4096, 1024],
+    [14336, 4096],
+    [4096, 4096],
+    [8192, 8192],
+    [28672, 8192],
+    [4093, 4099],
+];
+
+/// Every shape in every dtype.
+#[cfg(feature = "cube")]
+const DEVICE: [Problem; 21] = {
+    let mut problems = [problem(0, 0, FloatType::F16); 21];
+    let mut i = 0;
+    while i < problems.len() {
+        let [rows, columns] = SHAPES[i / 3];
+        problems[i] = problem(rows, columns, FloatType::ALL[i % 3]);
+        i += 1;
+    }
+    problems
+};
+
+/// What peers are timed on and the chart shows: each shape in one dtype, one shape in all.
+#[cfg(feature = "cube")]
+const DEVICE_PEERS: [Problem; 9] = [
     problem(8192, 2048, FloatType::F16),
     problem(4096, 1024, FloatType::BF16),
     problem(14336, 4096, FloatType::BF16),
@@ -52,6 +77,27 @@ pub const fn device(sizes: Sizes) -> &'static [Problem] {
         Sizes::Full => &DEVICE,
         Sizes::Small => &DEVICE_SMALL,
     }
+}
+
+/// Decoded on the device by peers too, and charted.
+#[cfg(feature = "cube")]
+pub const fn peers(sizes: Sizes) -> &'static [Problem] {
+    match sizes {
+        Sizes::Full => &DEVICE_PEERS,
+        Sizes::Small => &DEVICE_SMALL,
+    }
+}
+
+/// Whether the chart has room for a problem.
+pub fn is_charted(shape: [usize; 2], dtype: &str) -> bool {
+    #[cfg(feature = "cube")]
+    if SHAPES.contains(&shape) {
+        return DEVICE_PEERS
+            .iter()
+            .any(|problem| problem.shape == shape && dtype_name(problem.dtype) == dtype);
+    }
+    let _ = (shape, dtype);
+    true
 }
 
 /// Also decoded from a warm cache.

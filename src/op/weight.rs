@@ -333,7 +333,9 @@ pub fn linear<const D: usize>(
         start: 0,
         dtype,
     };
-    let x = x.reshape([rows, in_features]);
+    // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
+    let given = x.dtype();
+    let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
     let y = <Dispatch as Nf4Backend>::nf4_linear(
         x.into_dispatch(),
         weight.packed.val().into_dispatch(),
@@ -343,5 +345,5 @@ pub fn linear<const D: usize>(
     if let Some(bias) = bias {
         y = y + bias.unsqueeze();
     }
-    Ok(y.reshape(Shape::from(shape)))
+    Ok(y.cast(given).reshape(Shape::from(shape)))
 }
