@@ -221,7 +221,8 @@ pub fn dequantize(
 
     let view = PackedViewLaunch::new(start, len, layout.scales, layout.codebook, 0);
     // SAFETY: the buffers hold at least the words and elements that are declared here (checked
-    // above); the kernels guard every store and read by `len`, and read the scales, codebook and nested sections only where `layout` has them.
+    // above); the kernels guard every store and read by `len`, and read the scales, codebook and
+    // nested sections only where `layout` has them.
     unsafe {
         let packed = BufferArg::from_raw_parts(packed, layout.words);
         let out = BufferArg::from_raw_parts(out, len);
