@@ -158,6 +158,14 @@ pub enum Nf4Error {
         /// What is wrong with it.
         message: String,
     },
+    /// The index of a folder is malformed, or differs from what the folder holds.
+    #[error("{}: {message}", path.display())]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A tensor that must be there is missing.
     #[error("{}: `{key}` is missing", path.display())]
     MissingKey {

@@ -9,9 +9,11 @@ use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::weight::{StoredTensor, TensorSource, find_quant_state, is_transposed, load_nf4};
+use super::weight::{
+    StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
+};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::format::{FloatElement, Nf4Tensor};
 
 /// A safetensors file, opened for reading.
 ///
@@ -144,14 +146,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
     pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
-        let stored = self.stored(key)?;
-        let expected = match T::FLOAT_TYPE {
-            FloatType::F16 => Dtype::F16,
-            FloatType::BF16 => Dtype::BF16,
-            FloatType::F32 => Dtype::F32,
-        };
-        stored.check_dtype(key, &[expected])?;
-        Ok((stored.elements(), stored.info.shape.to_vec()))
+        load_float(self, key)
     }
 
     /// The dtype and shape of a tensor.

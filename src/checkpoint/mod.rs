@@ -30,9 +30,11 @@
 //! ```
 
 mod file;
+mod folder;
 mod quant_state;
 mod weight;
 
 pub use file::{SafetensorsFile, TensorInfo};
+pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::file::TensorInfo;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
-use crate::format::{Absmax, FloatElement, NestedAbsmax, Nf4Tensor, QuantType};
+use crate::format::{Absmax, FloatElement, FloatType, NestedAbsmax, Nf4Tensor, QuantType};
 
 /// Somewhere that tensors can be looked up by key.
 pub(super) trait TensorSource {
@@ -119,6 +119,21 @@ pub(super) fn is_transposed(codes: &StoredTensor<'_>, prefix: &str) -> Result<bo
             given: shape.to_vec(),
         }),
     }
+}
+
+/// Reads a plain tensor that is stored as `T`.
+pub(super) fn load_float<T: FloatElement>(
+    source: &impl TensorSource,
+    key: &str,
+) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
+    let stored = source.stored(key)?;
+    let expected = match T::FLOAT_TYPE {
+        FloatType::F16 => Dtype::F16,
+        FloatType::BF16 => Dtype::BF16,
+        FloatType::F32 => Dtype::F32,
+    };
+    stored.check_dtype(key, &[expected])?;
+    Ok((stored.elements(), stored.info.shape.to_vec()))
 }
 
 /// Puts the weight `prefix` together.

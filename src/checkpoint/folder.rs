@@ -1,0 +1,252 @@
+//! A checkpoint: one safetensors file, or a folder of them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::file::{SafetensorsFile, TensorInfo};
+use super::weight::{
+    StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
+    prefix_of_quant_state,
+};
+use crate::error::Nf4Error;
+use crate::format::{FloatElement, Nf4Tensor};
+
+/// The file that lists the shards of a folder.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// The file of a folder without shards.
+pub const SINGLE_FILE: &str = "model.safetensors";
+
+/// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
+///
+/// A folder holds `model.safetensors`, or several shards and `model.safetensors.index.json`,
+/// which says where each tensor lies; the tensors of one quantized weight may lie in different
+/// shards. The files are memory-mapped and must not be changed while the checkpoint is open.
+///
+/// ```no_run
+/// use burn_nf4::checkpoint::Checkpoint;
+///
+/// let checkpoint = Checkpoint::open("Llama-3.1-8B-bnb-4bit")?;
+/// for prefix in checkpoint.quantized_weights() {
+///     let weight = checkpoint.load_nf4(prefix)?;
+///     println!("{prefix}: {:?}", weight.shape());
+/// }
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<SafetensorsFile>,
+    /// The file that holds each key.
+    file_of: BTreeMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Maps the file, or the files of the folder, and checks their headers.
+    ///
+    /// # Errors
+    /// Those of [`SafetensorsFile::open`] for each file, and for a folder
+    /// - [`Nf4Error::Io`] if it holds neither [`INDEX_FILE`] nor [`SINGLE_FILE`]
+    /// - [`Nf4Error::Index`] if the index is malformed, names a file outside of the folder, or
+    ///   differs from what the shards hold
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        let path = path.as_ref();
+        if !path.is_dir() {
+            return Self::of_file(path, SafetensorsFile::open(path)?);
+        }
+        let index = path.join(INDEX_FILE);
+        if index.exists() {
+            Self::of_shards(path, &index)
+        } else {
+            Self::of_file(path, SafetensorsFile::open(path.join(SINGLE_FILE))?)
+        }
+    }
+
+    fn of_file(path: &Path, file: SafetensorsFile) -> Result<Self, Nf4Error> {
+        Ok(Self {
+            path: path.into(),
+            file_of: file.keys().map(|key| (key.to_string(), 0)).collect(),
+            files: vec![file],
+        })
+    }
+
+    fn of_shards(folder: &Path, index: &Path) -> Result<Self, Nf4Error> {
+        let fault = |message: String| Nf4Error::Index {
+            path: index.into(),
+            message,
+        };
+        let text = fs::read(index).map_err(|error| Nf4Error::Io {
+            path: index.into(),
+            message: error.to_string(),
+        })?;
+        let Index { weight_map } =
+            serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+
+        let mut files: Vec<SafetensorsFile> = Vec::new();
+        let mut names: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut file_of = BTreeMap::new();
+        for (key, name) in &weight_map {
+            let shard = match names.get(name.as_str()) {
+                Some(&shard) => shard,
+                None => {
+                    if !is_plain_name(name) {
+                        return Err(fault(format!(
+                            "`{key}` is said to lie in `{name}`, which is not the name of a file \
+                             in the folder"
+                        )));
+                    }
+                    files.push(SafetensorsFile::open(folder.join(name))?);
+                    names.insert(name, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            if files[shard].find(key).is_none() {
+                return Err(fault(format!("`{name}` does not hold `{key}`")));
+            }
+            file_of.insert(key.clone(), shard);
+        }
+        for (name, &shard) in &names {
+            if let Some(key) = files[shard]
+                .keys()
+                .find(|key| weight_map.get(*key).is_none_or(|indexed| indexed != name))
+            {
+                return Err(fault(format!("does not say that `{name}` holds `{key}`")));
+            }
+        }
+        Ok(Self {
+            path: folder.into(),
+            files,
+            file_of,
+        })
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files, mapped.
+    pub fn files(&self) -> &[SafetensorsFile] {
+        &self.files
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.file_of.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, key: &str) -> bool {
+        self.file_of.contains_key(key)
+    }
+
+    /// Bytes of all tensors together.
+    pub fn size_bytes(&self) -> usize {
+        self.keys()
+            .filter_map(|key| self.find(key))
+            .map(|stored| stored.bytes.len())
+            .sum()
+    }
+
+    /// The parameters of the model, sorted: every tensor that is not a part of a quantized weight,
+    /// and every quantized weight once.
+    pub fn parameters(&self) -> Vec<&str> {
+        let quantized = self.quantized_weights();
+        let is_part = |key: &str| {
+            PARTS
+                .iter()
+                .filter_map(|part| key.strip_suffix(part))
+                .any(|prefix| quantized.binary_search(&prefix).is_ok())
+                || prefix_of_quant_state(key).is_some()
+        };
+        self.keys().filter(|key| !is_part(key)).collect()
+    }
+
+    /// The quantized parameters, sorted.
+    pub fn quantized_weights(&self) -> Vec<&str> {
+        let mut prefixes: Vec<&str> = self.keys().filter_map(prefix_of_quant_state).collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        prefixes
+    }
+
+    /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
+    pub fn is_quantized(&self, prefix: &str) -> bool {
+        find_quant_state(self, prefix).is_ok()
+    }
+
+    /// Whether the parameter `prefix` is stored transposed, see
+    /// [`SafetensorsFile::is_transposed`].
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], or [`Nf4Error::Shape`] if the codes have neither form.
+    pub fn is_transposed(&self, prefix: &str) -> Result<bool, Nf4Error> {
+        is_transposed(&self.stored(prefix)?, prefix)
+    }
+
+    /// Reads the quantized parameter `prefix`, bit for bit as it is stored.
+    ///
+    /// # Errors
+    /// Those of [`SafetensorsFile::load_nf4`].
+    pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+        load_nf4(self, prefix)
+    }
+
+    /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
+    pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
+        load_float(self, key)
+    }
+
+    /// The dtype and shape of a tensor, as stored.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`].
+    pub fn tensor_info(&self, key: &str) -> Result<TensorInfo<'_>, Nf4Error> {
+        Ok(self.stored(key)?.info)
+    }
+
+    /// The bytes of a tensor, little-endian, in the mapped file.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`].
+    pub fn tensor_bytes(&self, key: &str) -> Result<&[u8], Nf4Error> {
+        Ok(self.stored(key)?.bytes)
+    }
+}
+
+/// What follows the name of a quantized parameter in the names of its other tensors.
+const PARTS: [&str; 4] = [
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+];
+
+impl TensorSource for Checkpoint {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn find(&self, key: &str) -> Option<StoredTensor<'_>> {
+        self.files[*self.file_of.get(key)?].find(key)
+    }
+}
+
+/// A file name without folders: nothing that could lead out of the folder it is joined to.
+fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    !name.contains(['/', '\\', ':'])
+        && matches!(components.next(), Some(Component::Normal(_)))
+        && components.next().is_none()
+}
