@@ -31,10 +31,12 @@
 
 mod file;
 mod folder;
+mod progress;
 mod quant_state;
 mod weight;
 
 pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
+pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
