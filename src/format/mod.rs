@@ -3,6 +3,7 @@
 
 mod codebook;
 mod packed;
+mod reciprocal;
 mod reference;
 mod spec;
 mod tensor;
@@ -11,6 +12,7 @@ pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };
 pub use packed::{HEADER_WORDS, PackedLayout};
+pub use reciprocal::{RECIPROCAL_STEPS, reciprocal};
 pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
 pub use tensor::{Absmax, NestedAbsmax, Nf4Tensor};
