@@ -31,12 +31,17 @@
 
 mod file;
 mod folder;
+mod layout;
 mod progress;
+mod python_json;
 mod quant_state;
+mod staging;
 mod weight;
+mod writer;
 
 pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
+pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};
