@@ -196,4 +196,23 @@ pub enum Nf4Error {
         /// The key of the tensor, or the name of the file.
         name: String,
     },
+    /// The `config.json` of a folder is malformed.
+    #[error("{}: {message}", path.display())]
+    ModelConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A pattern among the settings is not a valid regular expression, or takes too long
+    /// to match.
+    #[error("`{field}`: pattern `{pattern}`: {message}")]
+    Pattern {
+        /// The setting that holds it.
+        field: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        message: String,
+    },
 }

@@ -226,6 +226,15 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
+    /// Bytes of all tensors of a parameter.
+    pub(super) fn parameter_bytes(&self, parameter: &str) -> usize {
+        self.keys_of(parameter)
+            .into_iter()
+            .filter_map(|key| self.find(key))
+            .map(|stored| stored.bytes.len())
+            .sum()
+    }
+
     /// The tensors that a parameter is made of: itself, and the parts of a quantized one.
     pub(super) fn keys_of<'a>(&'a self, parameter: &str) -> Vec<&'a str> {
         let states = QUANT_TYPES.map(|quant_type| quant_state_key("", quant_type));

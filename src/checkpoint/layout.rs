@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
+use super::elements::le_bytes;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
 use crate::format::{Absmax, Nf4Tensor, QuantType};
@@ -109,16 +110,5 @@ fn stored_codebook(quant_type: QuantType) -> &'static [f32; 16] {
     match quant_type {
         QuantType::Nf4 => quant_type.codebook(),
         QuantType::Fp4 => &FP4,
-    }
-}
-
-fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
-    if cfg!(target_endian = "little") {
-        bytemuck::cast_slice(values).into()
-    } else {
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect()
     }
 }

@@ -29,6 +29,8 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod convert;
+mod elements;
 mod file;
 mod folder;
 mod layout;
@@ -39,6 +41,9 @@ mod staging;
 mod weight;
 mod writer;
 
+pub use convert::{
+    Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
+};
 pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;

@@ -1,4 +1,80 @@
-//! Numbers in JSON text as Python's `json.dumps` writes them.
+//! JSON text as Python's `json.dumps` writes it.
+
+use std::io;
+
+use serde::Serialize;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+use serde_json::{Map, Value};
+
+/// `json.dumps(entries, indent=2, sort_keys=True)` and a final newline, as transformers writes
+/// its files.
+pub(super) fn pretty(entries: &Map<String, Value>) -> String {
+    let mut text = Vec::new();
+    let mut serializer = Serializer::with_formatter(
+        &mut text,
+        PythonFormatter {
+            layout: PrettyFormatter::new(),
+        },
+    );
+    // Writing to memory cannot fail, nor can a value whose keys are strings.
+    let _ = entries.serialize(&mut serializer);
+    text.push(b'\n');
+    String::from_utf8(text).unwrap_or_default()
+}
+
+/// serde_json's layout is Python's; floats and text beyond ASCII look different.
+struct PythonFormatter {
+    layout: PrettyFormatter<'static>,
+}
+
+/// Methods that are those of the layout.
+macro_rules! as_in_layout {
+    ($($name:ident($($argument:ident: $type:ty)?)),*) => {
+        $(fn $name<W: ?Sized + io::Write>(
+            &mut self,
+            writer: &mut W,
+            $($argument: $type)?
+        ) -> io::Result<()> {
+            self.layout.$name(writer, $($argument)?)
+        })*
+    };
+}
+
+impl Formatter for PythonFormatter {
+    as_in_layout!(
+        begin_array(),
+        end_array(),
+        begin_array_value(first: bool),
+        end_array_value(),
+        begin_object(),
+        end_object(),
+        begin_object_key(first: bool),
+        begin_object_value(),
+        end_object_value()
+    );
+
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        writer.write_all(float_repr(value).as_bytes())
+    }
+
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        for character in fragment.chars() {
+            if character.is_ascii() && character != '\x7f' {
+                write!(writer, "{character}")?;
+            } else {
+                let mut units = [0; 2];
+                for unit in character.encode_utf16(&mut units) {
+                    write!(writer, "\\u{unit:04x}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
 
 /// `repr` of a Python float: the fewest digits that read back as the same value, with an exponent
 /// below 1e-4 and from 1e16 on.
@@ -35,8 +111,33 @@ pub(super) fn float_repr(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::float_repr;
+    use super::{float_repr, pretty};
     use rstest::rstest;
+
+    #[test]
+    fn text_reads_as_in_python() {
+        let value = serde_json::json!({
+            "b": [1, 1e-6, []],
+            "a": { "é\"😀": null, "x\n": {} },
+        });
+        // print(json.dumps({...}, indent=2, sort_keys=True))
+        let python = r#"{
+  "a": {
+    "x\n": {},
+    "\u00e9\"\ud83d\ude00": null
+  },
+  "b": [
+    1,
+    1e-06,
+    []
+  ]
+}
+"#;
+        let serde_json::Value::Object(entries) = value else {
+            panic!("an object");
+        };
+        assert_eq!(pretty(&entries), python);
+    }
 
     /// The texts are what Python 3.11 prints.
     #[rstest]

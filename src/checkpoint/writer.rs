@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use safetensors::{Dtype, View};
-use serde_json::json;
+use serde_json::{Map, json};
 
 use super::folder::{Checkpoint, SINGLE_FILE};
 use super::layout::{self, NewTensor};
+use super::python_json;
 use super::staging::{Staging, io};
 use crate::error::Nf4Error;
 use crate::format::Nf4Tensor;
@@ -256,15 +257,19 @@ impl CheckpointWriter {
             shards.push((path, name));
         }
         let size_bytes: usize = self.written.values().sum();
-        let index = json!({
-            "metadata": { "total_parameters": self.parameter_elems, "total_size": size_bytes },
-            "weight_map": weight_map,
+        let metadata = json!({
+            "total_parameters": self.parameter_elems,
+            "total_size": size_bytes,
         });
+        let index = Map::from_iter([
+            ("metadata".to_string(), metadata),
+            ("weight_map".to_string(), json!(weight_map)),
+        ]);
         let files = shards
             .iter()
             .map(|(_, name)| self.staging.folder().join(name))
             .collect();
-        self.staging.commit(&shards, &format!("{index:#}\n"))?;
+        self.staging.commit(&shards, &python_json::pretty(&index))?;
         Ok(Written {
             files,
             tensors: self.written.len(),
