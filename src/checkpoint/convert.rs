@@ -14,6 +14,7 @@ use super::staging::{io, is_model_file};
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
+pub(super) use dequantize::transpose;
 pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
 

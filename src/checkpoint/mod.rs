@@ -38,6 +38,7 @@ mod progress;
 mod python_json;
 mod quant_state;
 mod staging;
+mod verify;
 mod weight;
 mod writer;
 
@@ -49,4 +50,5 @@ pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
+pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};
