@@ -226,8 +226,8 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
-    /// Bytes of all tensors of a parameter.
-    pub(super) fn parameter_bytes(&self, parameter: &str) -> usize {
+    /// Bytes of a parameter: of its tensor, or of all the tensors of a quantized one.
+    pub fn parameter_bytes(&self, parameter: &str) -> usize {
         self.keys_of(parameter)
             .into_iter()
             .filter_map(|key| self.find(key))
