@@ -187,7 +187,7 @@ fn linear_layers_are_quantized_and_the_rest_is_kept() {
     ];
     assert_eq!(names, linear);
     // `gate` would also end the path of `shared_expert_gate`, which is quantized.
-    let entries = ["lm_head", "embed_tokens", "up_proj", "mlp.gate", "wte"];
+    let entries = ["lm_head", "up_proj", "mlp.gate"];
     assert_eq!(skipped, json!(entries));
 }
 
@@ -201,6 +201,33 @@ fn nothing_is_listed_where_transformers_knows() {
     let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
     assert_eq!(names, ["model.layers.0.self_attn.q_proj.weight"]);
     assert_eq!(skipped, Value::Null);
+}
+
+/// With any entry, transformers keeps no head by itself any more.
+#[test]
+fn heads_are_listed_with_the_others() {
+    let tensors: [(&str, &[usize]); 4] = [
+        ("gpt_neox.embed_in.weight", &[16, 64]),
+        ("embed_out.weight", &[16, 64]),
+        ("gpt_neox.layers.0.dense.weight", &[64, 64]),
+        ("gpt_neox.time_embed.weight", &[64, 64]),
+    ];
+    let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
+    assert_eq!(names, ["gpt_neox.layers.0.dense.weight"]);
+    assert_eq!(skipped, json!(["lm_head", "embed_out", "time_embed"]));
+}
+
+/// The path of the kept layer begins and ends as paths of quantized ones do.
+#[test]
+fn an_entry_never_covers_a_quantized_layer() {
+    let tensors: [(&str, &[usize]); 3] = [
+        ("mlp.gate.weight", &[4, 64]),
+        ("mlp.gate_proj.weight", &[64, 64]),
+        ("other_mlp.gated.mlp.gate_gate.weight", &[64, 64]),
+    ];
+    let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
+    assert_eq!(names.len(), 2);
+    assert_eq!(skipped, json!(["lm_head", r"mlp\.gate$"]));
 }
 
 #[test]

@@ -16,8 +16,21 @@ const HEADS: [&str; 5] = ["lm_head", "embed_out", "score", "classifier", "qa_out
 /// Heads that need not be listed in `llm_int8_skip_modules`.
 const HEADS_KNOWN_TO_TRANSFORMERS: [&str; 2] = ["lm_head", "embed_out"];
 
-/// Embeddings whose names do not say so.
-const EMBEDDINGS: [&str; 4] = ["wte", "wpe", "shared", "relative_attention_bias"];
+/// Names that only embeddings have, so that transformers need not be told of them.
+const EMBEDDINGS: [&str; 12] = [
+    "embed_in",
+    "embed_positions",
+    "embed_tokens",
+    "position_embedding",
+    "position_embeddings",
+    "relative_attention_bias",
+    "shared",
+    "token_embedding",
+    "token_type_embeddings",
+    "word_embeddings",
+    "wpe",
+    "wte",
+];
 
 /// Layers that choose between experts.
 const ROUTERS: [&str; 2] = ["gate", "router"];
@@ -32,11 +45,8 @@ pub(super) struct Selection {
 /// Why a matrix keeps its dtype.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kept {
-    /// Because of what it is.
-    Embedding,
-    Head,
-    Router,
-    Expert,
+    /// Because of what it is: an embedding, a head, a router or an expert.
+    Default,
     /// Because the caller said so.
     Named,
 }
@@ -140,17 +150,12 @@ fn reason_to_keep(
         }
     }
     let name = last_part(module);
-    Ok(if HEADS.contains(&name) {
-        Some(Kept::Head)
-    } else if name.contains("embed") && !name.ends_with("proj") || EMBEDDINGS.contains(&name) {
-        Some(Kept::Embedding)
-    } else if ROUTERS.contains(&name) {
-        Some(Kept::Router)
-    } else if kept_expert {
-        Some(Kept::Expert)
-    } else {
-        None
-    })
+    let by_default = kept_expert
+        || HEADS.contains(&name)
+        || ROUTERS.contains(&name)
+        || EMBEDDINGS.contains(&name)
+        || (name.contains("embed") && !name.ends_with("proj"));
+    Ok(by_default.then_some(Kept::Default))
 }
 
 /// Whether a parameter belongs to the experts of a mixture, fused or apart.
@@ -171,10 +176,9 @@ fn skip_entry(
     kept: &[(String, Kept)],
     named: &[String],
 ) -> Option<Vec<String>> {
-    let known = |(module, reason): &(String, Kept)| match reason {
-        Kept::Embedding => true,
-        Kept::Head => HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module)),
-        Kept::Router | Kept::Expert | Kept::Named => false,
+    let is_embedding = |module: &str| EMBEDDINGS.contains(&last_part(module));
+    let known = |(module, _): &(String, Kept)| {
+        is_embedding(module) || HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module))
     };
     if named.is_empty() && kept.iter().all(known) {
         return None;
@@ -182,7 +186,8 @@ fn skip_entry(
     let mut entries = vec!["lm_head".to_string()];
     entries.extend(named.iter().filter(|&name| name != "lm_head").cloned());
     for (module, reason) in kept {
-        if *reason == Kept::Named || last_part(module) == "lm_head" {
+        let listed = *reason == Kept::Named || last_part(module) == "lm_head";
+        if listed || is_embedding(module) {
             continue;
         }
         let entry = distinct_entry(module, quantized);
