@@ -5,7 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn_nf4::checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Dtype,
@@ -54,11 +54,14 @@ fn count(bytes: usize) {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// One test at a time: the counts are the process's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The most bytes held while it runs, beyond those held before.
 fn peak_bytes(run: impl FnOnce()) -> usize {
-    // The counts are the process's: one measurement at a time.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let before = LIVE_BYTES.load(Relaxed);
     PEAK_BYTES.store(before, Relaxed);
     run();
@@ -88,6 +91,7 @@ fn model(folder: &Path) {
 /// The model has twelve weights of 4 MiB.
 #[test]
 fn one_weight_is_in_memory_at_a_time() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let [dense, nf4, back] = ["dense", "nf4", "back"].map(|name| folder.path().join(name));
     let written = peak_bytes(|| model(&dense));
@@ -131,6 +135,7 @@ fn one_weight_is_in_memory_at_a_time() {
 /// A weight that is rounded to another type on the way is held in that type as well.
 #[test]
 fn a_cast_adds_one_rounded_weight() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let [dense, nf4] = ["dense", "nf4"].map(|name| folder.path().join(name));
     model(&dense);
