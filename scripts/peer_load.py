@@ -33,12 +33,15 @@ def main():
         output_loading_info=True,
     )
     problems = {
-        kind: sorted(map(str, keys)) for kind, keys in loading.items() if kind.endswith("keys") and keys
+        kind: sorted(map(str, keys))
+        for kind, keys in loading.items()
+        if kind.endswith("keys") and keys
     }
     quantized = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None)
+        if type(module).__name__ == "Linear4bit"
+        and getattr(module.weight, "quant_state", None) is not None
     ]
     if arguments.adapter:
         from peft import PeftModel

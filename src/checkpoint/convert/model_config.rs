@@ -14,13 +14,12 @@ use crate::error::Nf4Error;
 use crate::format::FloatType;
 
 /// Models whose linear layers are transformers' `Conv1D`, with weights `[in, out]`.
-const CONV1D_MODELS: [&str; 6] = [
+const CONV1D_MODELS: [&str; 5] = [
     "gpt2",
     "openai-gpt",
     "imagegpt",
     "decision_transformer",
     "clvp",
-    "convbert",
 ];
 
 /// The names of the dtype entry: transformers 5's, and the one before.
