@@ -76,9 +76,9 @@ impl StoredTensor<'_> {
     }
 }
 
-const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
+pub(super) const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
 
-fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
+pub(super) fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
     format!("{prefix}.quant_state.bitsandbytes__{}", quant_type.name())
 }
 
