@@ -33,6 +33,10 @@ pub struct Args {
     /// Rounds of the puzzle, nine calls each. Default: 1000 with full sizes, 10 with small ones.
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Calls a sample of the host's cost. Default: 1000 on a graphics card, 100 elsewhere.
+    #[cfg(feature = "cube")]
+    #[arg(long, value_name = "N")]
+    pub host_calls: Option<usize>,
     /// A Python with PyTorch: time bitsandbytes, Unsloth's launches and a Triton kernel on the
     /// same weights. CUDA only.
     #[arg(long, value_name = "PYTHON")]

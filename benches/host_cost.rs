@@ -21,7 +21,8 @@ const SAMPLES: usize = 11;
 /// Times, and prints where a call's time goes.
 pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
     let client = &gpu.client;
-    let calls = if gpu.is_card { 1000 } else { 100 };
+    let default_calls = if gpu.is_card { 1000 } else { 100 };
+    let calls = args.host_calls.unwrap_or(default_calls);
     let dtype = FloatType::F32;
     let host = Weight::new([64, 64], QuantConfig::default(), 1);
     let elems = host.layout.elems;

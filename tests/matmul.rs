@@ -261,7 +261,7 @@ fn refusals(device: &Device) {
 #[rstest]
 fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
     let client = client(&Device::cuda(0));
-    for m in 1..=64 {
+    for m in [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 40, 63, 64] {
         let case = Case {
             bias,
             ..case(m, 144, 576)
@@ -276,11 +276,10 @@ fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
 #[rstest]
 fn cuda_tensor_core_tiles(
     #[values(1, 2)] row_tiles: usize,
-    #[values(1, 2, 4)] row_planes: usize,
-    #[values(1, 2, 4, 8)] k_planes: usize,
-    #[values(1, 2, 4)] chunks: usize,
+    #[values((1, 1, 4), (1, 8, 1), (1, 4, 2), (2, 4, 1), (4, 2, 1))] shape: (usize, usize, usize),
 ) {
     let client = client(&Device::cuda(0));
+    let (row_planes, k_planes, chunks) = shape;
     let tile = TensorCoreTile {
         row_tiles,
         row_planes,

@@ -37,22 +37,26 @@ pub struct TensorCoreBlueprint {
     pub k_planes: usize,
     /// Runs of 128 elements along `k` that a plane decodes between two barriers.
     pub chunks: usize,
-    /// Rows of `x` kept in shared memory: all there are, at most `8 * column_tiles`.
+    /// Rows of `x` kept in shared memory: all there are up to eight, else `8 * column_tiles`.
     pub x_rows: usize,
     /// Whether there is a bias to add.
     pub bias: bool,
 }
 
 impl TensorCoreBlueprint {
+    /// Elements along `k` of a round.
+    pub const fn round_k(&self) -> usize {
+        CHUNK * self.chunks * self.k_planes
+    }
+
     /// Bytes of shared memory that a cube takes.
     pub const fn shared_bytes(&self) -> usize {
         let cube_rows = 16 * self.row_tiles * self.row_planes;
-        let round_k = CHUNK * self.chunks * self.k_planes;
-        let tables = (16 + 256) * 4;
-        let scales = cube_rows * (round_k >> self.run_log2 | 1) * 4;
-        let staged = self.x_rows * round_k * 2;
+        let map = 256 * 4;
+        let scales = cube_rows * (self.round_k() >> self.run_log2 | 1) * 4;
+        let staged = self.x_rows * self.round_k() * 2;
         let partial = self.k_planes * 8 * self.column_tiles * cube_rows * 4;
-        tables + scales + staged + partial
+        map + 2 * scales + 2 * staged + partial
     }
 }
 
@@ -67,8 +71,8 @@ const CHUNK: usize = 128;
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`, all its rows: planes with the same place along `k` share what is staged of `x`, those
 ///   with the same rows add their sums up at the end.
-/// - Before each round the cube stages the part of `x` and the scales that it needs in shared
-///   memory; the codes of the next round are loaded while this one is computed.
+/// - Each round works on a piece along `k`, with its part of `x` and its scales in shared memory.
+///   Those and the codes of the next round are loaded while this one is computed.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
 ///   `k` is a multiple of `2^run_log2`, `m` at most `8 * column_tiles`.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -94,7 +98,7 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     let plane_rows = comptime!(16 * row_tiles);
     let cube_rows = comptime!(plane_rows * blueprint.row_planes);
     let plane_k = comptime!(chunks * CHUNK);
-    let round_k = comptime!(plane_k * k_planes);
+    let round_k = comptime!(blueprint.round_k());
     let x_vectors = comptime!(round_k / 8);
     let run_log2 = comptime!(blueprint.run_log2 as usize);
     let runs = comptime!(round_k >> blueprint.run_log2);
@@ -109,40 +113,66 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     let k_plane = UNIT_POS_Y as usize / comptime!(blueprint.row_planes);
     let cube_row = CUBE_POS * cube_rows;
     let plane_row = row_plane * plane_rows;
+    let lane_row = cube_row + plane_row + group;
     // Where this lane's 32 elements of a chunk start, counted from the round's first element.
     let lane_k = k_plane * plane_k + member * 32;
 
-    let mut table = Shared::<[f32]>::new_slice(16usize);
+    // Two halves: while one is read, the next round is put into the other.
+    let scale_half = comptime!(cube_rows * pitch);
+    let x_half = comptime!(x_rows * x_vectors);
+    let mut scales = Shared::<[f32]>::new_slice(comptime!(2 * scale_half));
+    let mut staged = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(2 * x_half));
     let mut map = Shared::<[f32]>::new_slice(256usize);
-    let mut scales = Shared::<[f32]>::new_slice(comptime!(cube_rows * pitch));
-    let mut staged = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(x_rows * x_vectors));
 
-    let rounds = k.div_ceil(round_k.runtime());
+    // What is loaded ahead of the round that needs it.
+    let x_each = comptime!(x_half.div_ceil(units));
+    let scales_each = comptime!((cube_rows * runs).div_ceil(units));
     let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
-    let mut next = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
-    load_codes(
-        packed,
-        &mut next,
-        cube_row + plane_row + group,
-        lane_k,
+    let mut next_codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
+    let mut next_x = Array::<Vector<u32, Const<4>>>::new(x_each);
+    let mut next_scale_codes = Array::<u32>::new(scales_each);
+    let mut next_absmax = Array::<f32>::new(scales_each);
+    load_codes(packed, &mut next_codes, lane_row, lane_k, n, k, blueprint);
+    load_x(x, &mut next_x, unit, 0usize.runtime(), m, k, blueprint);
+    load_scales(
+        words,
+        &view,
+        &mut next_scale_codes,
+        &mut next_absmax,
+        unit,
+        cube_row,
+        0usize.runtime(),
         n,
         k,
         blueprint,
     );
 
-    let mut i = unit;
-    while i < 16 {
-        table[i] = f32::reinterpret(words[view.codebook + i]);
-        i += units;
-    }
+    // Lane `l` holds level `l % 16`, for all lanes to read by a shuffle.
+    let level = f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize]);
+    let mut offset = 0.0f32;
     if comptime!(blueprint.nested_log2 != 0) {
         let mut i = unit;
         while i < 256 {
             map[i] = f32::reinterpret(words[view.codebook + 16 + i]);
             i += units;
         }
+        offset = f32::reinterpret(words[view.codebook + 272usize]);
         sync_cube();
     }
+
+    // Positions of a lane in shared memory; the rest of an address is known when compiling.
+    let fold = (member >> 1) ^ ((group & 1) << 1);
+    let mut x_row = group;
+    if comptime!(x_rows < 8) {
+        x_row = usize::min(group, comptime!(x_rows - 1).runtime());
+    }
+    let x_base = x_row * x_vectors + (lane_k >> 3usize);
+    let mut x_at = Array::<usize>::new(4usize);
+    #[unroll]
+    for q in 0..4usize {
+        x_at[q] = x_base + (q ^ fold);
+    }
+    let scale_at = (plane_row + group) * pitch + (lane_k >> run_log2);
 
     let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
     let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -154,45 +184,59 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         sums.push(sum);
     }
 
+    let rounds = k.div_ceil(round_k.runtime());
     for round in 0..rounds {
-        let round_start = round * round_k;
-        let mut i = unit;
-        while i < comptime!(x_rows * x_vectors) {
-            let row = i / x_vectors;
-            let column = i % x_vectors;
-            let at = round_start + column * 8;
-            let mut value = Vector::<u32, Const<4>>::new(0u32);
-            if row < m && at < k {
-                value = x[(row * k + at) / 8];
+        let half = round & 1;
+        let x_start = half * x_half;
+        let scale_start = half * scale_half;
+        #[unroll]
+        for e in 0..x_each {
+            let i = unit + comptime!(e * units);
+            if comptime!((e + 1) * units <= x_half) || i < x_half {
+                let row = i / x_vectors;
+                let column = i % x_vectors;
+                staged[x_start + row * x_vectors + swizzle(row, column)] = next_x[e];
             }
-            staged[row * x_vectors + swizzle(row, column)] = value;
-            i += units;
         }
-        let mut i = unit;
-        while i < comptime!(cube_rows * runs) {
-            let row = i / runs;
-            let run = i % runs;
-            let at = round_start + (run << run_log2);
-            let mut scale = 0.0f32;
-            if cube_row + row < n && at < k {
-                let block = ((cube_row + row) * k + at) >> comptime!(blueprint.block_log2 as usize);
-                scale = staged_block_scale(words, &map, &view, block, blueprint.nested_log2);
+        #[unroll]
+        for e in 0..scales_each {
+            let i = unit + comptime!(e * units);
+            if comptime!((e + 1) * units <= cube_rows * runs) || i < cube_rows * runs {
+                let scale = if comptime!(blueprint.nested_log2 != 0) {
+                    let value = map[next_scale_codes[e] as usize];
+                    opaque(value * next_absmax[e], view.zero) + offset
+                } else {
+                    next_absmax[e]
+                };
+                scales[scale_start + i / runs * pitch + i % runs] = scale;
             }
-            scales[row * pitch + run] = scale;
-            i += units;
+        }
+        #[unroll]
+        for c in 0..comptime!(2 * row_tiles * chunks) {
+            codes[c] = next_codes[c];
         }
         sync_cube();
 
-        #[unroll]
-        for c in 0..comptime!(2 * row_tiles * chunks) {
-            codes[c] = next[c];
-        }
         if round + 1 < rounds {
+            let start = (round + 1) * round_k;
             load_codes(
                 packed,
-                &mut next,
-                cube_row + plane_row + group,
-                round_start + round_k + lane_k,
+                &mut next_codes,
+                lane_row,
+                start + lane_k,
+                n,
+                k,
+                blueprint,
+            );
+            load_x(x, &mut next_x, unit, start, m, k, blueprint);
+            load_scales(
+                words,
+                &view,
+                &mut next_scale_codes,
+                &mut next_absmax,
+                unit,
+                cube_row,
+                start,
                 n,
                 k,
                 blueprint,
@@ -201,12 +245,11 @@ pub fn matmul_tensor_core_kernel<F: Float>(
 
         #[unroll]
         for chunk in 0..chunks {
-            let at = lane_k + comptime!(chunk * CHUNK);
             let mut lane_scales = Array::<f32>::new(comptime!(2 * row_tiles));
             #[unroll]
             for r in 0..comptime!(2 * row_tiles) {
-                let row = plane_row + group + comptime!(r * 8);
-                lane_scales[r] = scales[row * pitch + (at >> run_log2)];
+                let further = comptime!(r * 8 * pitch + (chunk * CHUNK >> blueprint.run_log2));
+                lane_scales[r] = scales[scale_start + scale_at + further];
             }
             #[unroll]
             for q in 0..4usize {
@@ -214,11 +257,8 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                 let mut x_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
                 #[unroll]
                 for tile in 0..column_tiles {
-                    let mut row = group + comptime!(tile * 8);
-                    if comptime!(x_rows < 8 * column_tiles) {
-                        row = usize::min(row, comptime!(x_rows - 1).runtime());
-                    }
-                    let four = staged[row * x_vectors + swizzle(row, at / 8 + q)];
+                    let further = comptime!(tile * 8 * x_vectors + chunk * CHUNK / 8);
+                    let four = staged[x_start + x_at[q] + further];
                     let mut first = Array::<Vector<F, Const<2>>>::new(2usize);
                     let mut second = Array::<Vector<F, Const<2>>>::new(2usize);
                     #[unroll]
@@ -237,9 +277,9 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                     let upper_scale = lane_scales[slot];
                     let lower_scale = lane_scales[comptime!(slot + 1)];
                     let w_first =
-                        fragment::<F>(&table, upper, lower, upper_scale, lower_scale, 0u32);
+                        fragment::<F>(level, upper, lower, upper_scale, lower_scale, 0u32);
                     let w_second =
-                        fragment::<F>(&table, upper, lower, upper_scale, lower_scale, 4u32);
+                        fragment::<F>(level, upper, lower, upper_scale, lower_scale, 4u32);
                     #[unroll]
                     for tile in 0..column_tiles {
                         let sum = sums.index_mut(comptime!(row_tile * column_tiles + tile));
@@ -249,7 +289,6 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                 }
             }
         }
-        sync_cube();
     }
 
     let columns = comptime!(8 * column_tiles);
@@ -289,25 +328,69 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     }
 }
 
-/// The scale of block `block`, with the nested map in shared memory; otherwise as
-/// [`block_scale`](super::decode::block_scale).
+/// Loads a unit's share of the scales of a round, not yet decoded: codes and nested scales, or the
+/// scales themselves.
 #[cube]
-fn staged_block_scale(
+#[allow(clippy::too_many_arguments)]
+fn load_scales(
     words: &[u32],
-    map: &Shared<[f32]>,
     view: &PackedView,
-    block: usize,
-    #[comptime] nested_log2: u32,
-) -> f32 {
-    if comptime!(nested_log2 == 0) {
-        f32::reinterpret(words[view.scales + block])
-    } else {
-        let four = words[view.scales + (block >> 2usize)];
-        let nested_block = block >> comptime!(nested_log2 as usize);
-        let absmax = f32::reinterpret(words[view.codebook + 276usize + nested_block]);
-        let offset = f32::reinterpret(words[view.codebook + 272usize]);
-        let code = (four >> ((block as u32 & 3) * 8)) & 255;
-        opaque(map[code as usize] * absmax, view.zero) + offset
+    codes: &mut Array<u32>,
+    absmax: &mut Array<f32>,
+    unit: usize,
+    cube_row: usize,
+    start: usize,
+    n: usize,
+    k: usize,
+    #[comptime] blueprint: TensorCoreBlueprint,
+) {
+    let cube_rows = comptime!(16 * blueprint.row_tiles * blueprint.row_planes);
+    let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
+    let runs = comptime!(blueprint.round_k() >> blueprint.run_log2);
+    #[unroll]
+    for e in 0..comptime!((cube_rows * runs).div_ceil(units)) {
+        let i = unit + comptime!(e * units);
+        let row = cube_row + i / runs;
+        let at = start + (i % runs << comptime!(blueprint.run_log2 as usize));
+        codes[e] = 0u32;
+        absmax[e] = 0.0f32;
+        if row < n && at < k {
+            let block = (row * k + at) >> comptime!(blueprint.block_log2 as usize);
+            if comptime!(blueprint.nested_log2 == 0) {
+                absmax[e] = f32::reinterpret(words[view.scales + block]);
+            } else {
+                let four = words[view.scales + (block >> 2usize)];
+                let nested_block = block >> comptime!(blueprint.nested_log2 as usize);
+                codes[e] = (four >> ((block as u32 & 3) * 8)) & 255;
+                absmax[e] = f32::reinterpret(words[view.codebook + 276usize + nested_block]);
+            }
+        }
+    }
+}
+
+/// Loads a unit's share of the part of `x` that a round needs.
+#[cube]
+fn load_x(
+    x: &[Vector<u32, Const<4>>],
+    vectors: &mut Array<Vector<u32, Const<4>>>,
+    unit: usize,
+    start: usize,
+    m: usize,
+    k: usize,
+    #[comptime] blueprint: TensorCoreBlueprint,
+) {
+    let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
+    let x_vectors = comptime!(blueprint.round_k() / 8);
+    #[unroll]
+    for e in 0..comptime!((blueprint.x_rows * x_vectors).div_ceil(units)) {
+        let i = unit + comptime!(e * units);
+        let row = i / x_vectors;
+        let at = start + i % x_vectors * 8;
+        let mut value = Vector::<u32, Const<4>>::new(0u32);
+        if row < m && at < k {
+            value = x[(row * k + at) / 8];
+        }
+        vectors[e] = value;
     }
 }
 
@@ -343,7 +426,7 @@ fn load_codes(
 /// the word of its upper row and of the word eight rows below.
 #[cube]
 fn fragment<F: Float>(
-    table: &Shared<[f32]>,
+    level: f32,
     upper: u32,
     lower: u32,
     upper_scale: f32,
@@ -351,27 +434,30 @@ fn fragment<F: Float>(
     #[comptime] first: u32,
 ) -> Array<Vector<F, Const<2>>> {
     let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
-    registers[0] = decode_pair::<F>(table, upper, upper_scale, first);
-    registers[1] = decode_pair::<F>(table, lower, lower_scale, first);
-    registers[2] = decode_pair::<F>(table, upper, upper_scale, comptime!(first + 2));
-    registers[3] = decode_pair::<F>(table, lower, lower_scale, comptime!(first + 2));
+    registers[0] = decode_pair::<F>(level, upper, upper_scale, first);
+    registers[1] = decode_pair::<F>(level, lower, lower_scale, first);
+    registers[2] = decode_pair::<F>(level, upper, upper_scale, comptime!(first + 2));
+    registers[3] = decode_pair::<F>(level, lower, lower_scale, comptime!(first + 2));
     registers
 }
 
 /// Elements `first` and `first + 1` of a word; `first` is even, so they are a byte, high nibble
 /// first.
+///
+/// A shuffle looks at the lowest five bits of the lane it is given, and lanes 16 apart hold the
+/// same level, so that the code's neighbours in the word need not be masked out.
 #[cube]
 fn decode_pair<F: Float>(
-    table: &Shared<[f32]>,
+    level: f32,
     word: u32,
     scale: f32,
     #[comptime] first: u32,
 ) -> Vector<F, Const<2>> {
-    let high = (word >> comptime!(first * 4 + 4)) & 15;
-    let low = (word >> comptime!(first * 4)) & 15;
     let mut pair = Vector::<f32, Const<2>>::empty();
-    pair.insert(0usize, table[high as usize] * scale);
-    pair.insert(1usize, table[low as usize] * scale);
+    let high = plane_shuffle(level, word >> comptime!(first * 4 + 4));
+    let low = plane_shuffle(level, word >> comptime!(first * 4));
+    pair.insert(0usize, high * scale);
+    pair.insert(1usize, low * scale);
     Vector::cast_from(pair)
 }
 

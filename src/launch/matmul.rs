@@ -189,7 +189,7 @@ impl MatmulPlan {
         else {
             return impossible(format!("rows of {k} elements are no multiple of 32"));
         };
-        let column_tiles = m.div_ceil(8).next_power_of_two();
+        let column_tiles = m.div_ceil(8);
         let blueprint = TensorCoreBlueprint {
             block_log2,
             nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
@@ -199,7 +199,8 @@ impl MatmulPlan {
             row_planes: tile.row_planes,
             k_planes: tile.k_planes,
             chunks: tile.chunks,
-            x_rows: m.min(8 * column_tiles),
+            // Each value compiles a kernel, so only few.
+            x_rows: if m <= 8 { m } else { 8 * column_tiles },
             bias,
         };
         let units = 32 * tile.planes();
