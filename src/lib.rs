@@ -13,4 +13,4 @@ pub mod nn;
 pub mod op;
 
 pub use error::Nf4Error;
-pub use op::{Nf4Weight, linear};
+pub use op::{Nf4Weight, expert_linear, linear};

@@ -5,15 +5,18 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{Device, Tensor};
 use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use super::float::{load_float, load_tensor};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
+    StoredTensor, TensorSource, find_quant_state, is_transposed, load_nf4, load_weight,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, Nf4Tensor};
+use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::op::Nf4Weight;
 
 /// A safetensors file, opened for reading.
 ///
@@ -147,6 +150,35 @@ impl SafetensorsFile {
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
     pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
         load_float(self, key)
+    }
+
+    /// Reads the quantized parameter `prefix` to a device, without a copy in host memory beside
+    /// the one that is handed to the device.
+    ///
+    /// The parameter is loaded, not the stored matrix: where
+    /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
+    /// [knows it](Nf4Weight::is_transposed).
+    ///
+    /// # Errors
+    /// Those of [`load_nf4`](Self::load_nf4), and [`Nf4Error::NotAMatrix`] for a transposed
+    /// weight of more than two dimensions.
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+        load_weight(self, prefix, device)
+    }
+
+    /// Reads a plain float tensor to a device: as `dtype`, rounded to nearest, or as it is stored.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
+    /// [`Nf4Error::Shape`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
+    /// device has no such type.
+    pub fn load_tensor<const D: usize>(
+        &self,
+        key: &str,
+        dtype: Option<FloatType>,
+        device: &Device,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        load_tensor(self, key, dtype, device)
     }
 
     /// The dtype and shape of a tensor.

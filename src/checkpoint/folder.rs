@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
 use super::file::{SafetensorsFile, TensorInfo};
+use super::float::{load_float, load_tensor};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
+    StoredTensor, TensorSource, find_quant_state, is_transposed, load_nf4, load_weight,
     prefix_of_quant_state,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, Nf4Tensor};
+use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::op::Nf4Weight;
 
 /// The file that lists the shards of a folder.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -206,6 +209,35 @@ impl Checkpoint {
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
     pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
         load_float(self, key)
+    }
+
+    /// Reads the quantized parameter `prefix` to a device, without a copy in host memory beside
+    /// the one that is handed to the device.
+    ///
+    /// The parameter is loaded, not the stored matrix: where
+    /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
+    /// [knows it](Nf4Weight::is_transposed).
+    ///
+    /// # Errors
+    /// Those of [`SafetensorsFile::load_nf4`], and [`Nf4Error::NotAMatrix`] for a transposed
+    /// weight of more than two dimensions.
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+        load_weight(self, prefix, device)
+    }
+
+    /// Reads a plain float tensor to a device: as `dtype`, rounded to nearest, or as it is stored.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
+    /// [`Nf4Error::Shape`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
+    /// device has no such type.
+    pub fn load_tensor<const D: usize>(
+        &self,
+        key: &str,
+        dtype: Option<FloatType>,
+        device: &Device,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        load_tensor(self, key, dtype, device)
     }
 
     /// The dtype and shape of a tensor, as stored.

@@ -30,6 +30,7 @@
 //! ```
 
 mod file;
+mod float;
 mod folder;
 mod progress;
 mod quant_state;

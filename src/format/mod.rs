@@ -3,6 +3,7 @@
 
 mod codebook;
 mod packed;
+mod parts;
 mod reference;
 mod spec;
 mod tensor;
@@ -11,6 +12,8 @@ pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };
 pub use packed::{HEADER_WORDS, PackedLayout};
+pub(crate) use packed::{TRANSPOSED, check_header_words};
+pub(crate) use parts::{Floats, ScaleParts, WeightParts, stored_floats};
 pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
 pub use tensor::{Absmax, NestedAbsmax, Nf4Tensor};

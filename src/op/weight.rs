@@ -1,4 +1,4 @@
-//! A quantized weight on a device, and the functions over tensors.
+//! A quantized weight on a device.
 
 use burn::backend::Dispatch;
 use burn::module::{Module, Param, ParamId};
@@ -7,7 +7,10 @@ use std::ops::Range;
 
 use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, HEADER_WORDS, Nf4Tensor, PackedLayout, QuantConfig};
+use crate::format::{
+    FloatType, HEADER_WORDS, Nf4Tensor, PackedLayout, QuantConfig, TRANSPOSED, WeightParts,
+    check_header_words,
+};
 
 /// A quantized weight on a device.
 ///
@@ -38,36 +41,61 @@ pub struct Nf4Weight {
 /// What a packed weight is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct WeightSpec {
+    /// The shape in use.
     shape: Vec<usize>,
     dtype: FloatType,
     layout: PackedLayout,
+    /// Whether the matrix in the packed tensor is the transpose of the one in use.
+    transposed: bool,
 }
 
 impl Nf4Weight {
     /// Uploads a quantized tensor.
     pub fn from_host(tensor: &Nf4Tensor, device: &Device) -> Self {
-        let words = tensor.to_packed();
         let spec = WeightSpec {
             shape: tensor.shape().to_vec(),
             dtype: tensor.dtype(),
             layout: tensor.packed_layout(),
+            transposed: false,
         };
+        Self::from_words(tensor.to_packed(), spec, device)
+    }
+
+    /// Uploads parts that were checked, as the transpose of what they are if `transposed`.
+    pub(crate) fn from_parts(
+        parts: &WeightParts<'_>,
+        transposed: bool,
+        device: &Device,
+    ) -> Result<Self, Nf4Error> {
+        let spec = WeightSpec::new(parts.shape, parts.config, parts.dtype)?;
+        let mut words = parts.to_packed(&spec.layout);
+        let spec = match transposed {
+            false => spec,
+            true => spec.transposed()?,
+        };
+        words[spec.layout.header..].copy_from_slice(&spec.header());
+        Ok(Self::from_words(words, spec, device))
+    }
+
+    fn from_words(words: Vec<u32>, spec: WeightSpec, device: &Device) -> Self {
         let data = TensorData::new(words, [spec.layout.words]);
         Self::from_packed(Tensor::from_data(data, (device, DType::U32)), spec)
     }
 
-    /// Downloads the weight. Waits for the device.
+    /// Downloads the weight as it is stored: of a [transposed](Self::is_transposed) weight, the
+    /// transpose. Waits for the device.
     ///
     /// # Errors
     /// [`Nf4Error::Header`] if a record of another weight has been loaded into this one.
     pub fn to_host(&self) -> Result<Nf4Tensor, Nf4Error> {
         let data = self.packed.val().into_data();
-        let words: Vec<u32> = bytemuck::cast_slice(data.as_bytes()).to_vec();
+        let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
         let spec = &self.spec;
-        Nf4Tensor::from_packed(&words, &spec.shape, spec.layout.config, spec.dtype)
+        check_header_words(&spec.header(), &words[spec.layout.header..])?;
+        Nf4Tensor::from_image(words, &spec.layout, &spec.stored_shape(), spec.dtype)
     }
 
-    /// A weight of zeros, to load a record into.
+    /// A weight of zeros, to load a record into. Its memory is taken when it is first used.
     ///
     /// # Errors
     /// [`Nf4Error::ElementCount`] for an impossible shape.
@@ -77,8 +105,38 @@ impl Nf4Weight {
         dtype: FloatType,
         device: &Device,
     ) -> Result<Self, Nf4Error> {
-        let tensor = Nf4Tensor::zeros(shape, config, dtype)?;
-        Ok(Self::from_host(&tensor, device))
+        let spec = WeightSpec::new(shape, config, dtype)?;
+        Ok(Self::lazy_zeros(spec, device))
+    }
+
+    /// A matrix of zeros that is stored transposed, to load a record of such a weight into.
+    ///
+    /// # Errors
+    /// Those of [`zeros`](Self::zeros), and [`Nf4Error::NotAMatrix`] for another rank.
+    pub fn zeros_transposed(
+        shape: &[usize],
+        config: QuantConfig,
+        dtype: FloatType,
+        device: &Device,
+    ) -> Result<Self, Nf4Error> {
+        let stored: Vec<usize> = shape.iter().rev().copied().collect();
+        let spec = WeightSpec::new(&stored, config, dtype)?.transposed()?;
+        Ok(Self::lazy_zeros(spec, device))
+    }
+
+    fn lazy_zeros(spec: WeightSpec, device: &Device) -> Self {
+        let of = spec.clone();
+        let packed = Param::uninitialized(
+            ParamId::new(),
+            move |device, _| {
+                let data = TensorData::new(of.zero_words(), [of.layout.words]);
+                Tensor::from_data(data, (device, DType::U32))
+            },
+            device.clone(),
+            false,
+            Shape::from([spec.layout.words]),
+        );
+        Self::from_param(packed, spec)
     }
 
     /// Quantizes a weight on its device.
@@ -112,8 +170,12 @@ impl Nf4Weight {
     }
 
     fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
+        Self::from_param(Param::initialized(ParamId::new(), packed), spec)
+    }
+
+    fn from_param(packed: Param<Tensor<1, Int>>, spec: WeightSpec) -> Self {
         let expected = spec.clone();
-        let packed = Param::initialized(ParamId::new(), packed).load_mapper(move |tensor| {
+        let packed = packed.load_mapper(move |tensor| {
             expected.assert_header(&tensor);
             tensor
         });
@@ -137,12 +199,15 @@ impl Nf4Weight {
                 given: shape.clone(),
             });
         }
-        let columns = shape.last().copied().unwrap_or(1);
-        let flat = self.decode(0, self.spec.layout.elems / columns, columns, dtype)?;
-        Ok(flat.reshape(Shape::from(shape.clone())))
+        let stored = self.decode(0, &self.spec.stored_shape(), dtype)?;
+        if self.spec.transposed {
+            return Ok(stored.transpose());
+        }
+        Ok(stored)
     }
 
-    /// Decodes rows `rows.start..rows.end` of a matrix.
+    /// Decodes rows `rows.start..rows.end` of a matrix. A [transposed](Self::is_transposed) weight
+    /// is decoded whole for it, for a moment.
     ///
     /// # Shapes
     /// - returns `[rows.len(), in_features]`
@@ -164,37 +229,75 @@ impl Nf4Weight {
                 rows: out_features,
             });
         }
-        self.decode(rows.start * in_features, rows.len(), in_features, dtype)
+        if self.spec.transposed {
+            let stored: Tensor<2> = self.decode(0, &[in_features, out_features], dtype)?;
+            return Ok(stored.slice([0..in_features, rows]).transpose());
+        }
+        self.decode(rows.start * in_features, &[rows.len(), in_features], dtype)
     }
 
-    fn decode(
+    /// Decodes `weight[index]` along the first dimension, such as the matrix of one expert, and
+    /// nothing else.
+    ///
+    /// # Shapes
+    /// - returns the weight's shape without its first dimension, which must leave `D` dimensions
+    ///
+    /// # Errors
+    /// [`Nf4Error::Shape`] if the weight has another rank than `D + 1`, [`Nf4Error::RowRange`] if
+    /// there is no such index, [`Nf4Error::DeviceDtype`] if the device has no such type.
+    pub fn dequantize_index<const D: usize>(
+        &self,
+        index: usize,
+        dtype: FloatType,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        let shape = &self.spec.shape;
+        if D == 0 || shape.len() != D + 1 {
+            return Err(Nf4Error::Shape {
+                tensor: "weight".into(),
+                expected: vec![0; D + 1],
+                given: shape.clone(),
+            });
+        }
+        let start = self.start_of(index)?;
+        if self.spec.transposed {
+            let row = self.dequantize_rows(index..index + 1, dtype)?;
+            return Ok(row.reshape(Shape::from(shape[1..].to_vec())));
+        }
+        self.decode(start, &shape[1..], dtype)
+    }
+
+    /// The first element of `weight[index]`.
+    pub(super) fn start_of(&self, index: usize) -> Result<usize, Nf4Error> {
+        let count = self.spec.shape.first().copied().unwrap_or(0);
+        if index >= count {
+            return Err(Nf4Error::RowRange {
+                start: index,
+                end: index.saturating_add(1),
+                rows: count,
+            });
+        }
+        Ok(index * (self.spec.layout.elems / count))
+    }
+
+    /// Decodes a range of the stored elements.
+    fn decode<const D: usize>(
         &self,
         start: usize,
-        rows: usize,
-        columns: usize,
+        shape: &[usize],
         dtype: FloatType,
-    ) -> Result<Tensor<2>, Nf4Error> {
+    ) -> Result<Tensor<D>, Nf4Error> {
         let packed = self.packed.val();
-        self.check_device_dtype(&packed.device(), dtype)?;
+        dtype.check_device(&packed.device())?;
+        let columns = shape.last().copied().unwrap_or(1);
         let spec = DequantizeSpec {
             layout: self.spec.layout,
-            rows,
+            rows: shape.iter().product::<usize>() / columns,
             columns,
             start,
             dtype,
         };
         let out = <Dispatch as Nf4Backend>::nf4_dequantize(packed.into_dispatch(), spec);
-        Ok(Tensor::from_dispatch(out))
-    }
-
-    fn check_device_dtype(&self, device: &Device, dtype: FloatType) -> Result<(), Nf4Error> {
-        if device.supports_dtype(DType::from(dtype)) {
-            return Ok(());
-        }
-        Err(Nf4Error::DeviceDtype {
-            device: format!("{device:?}"),
-            dtype: dtype.name().into(),
-        })
+        Ok(Tensor::<2>::from_dispatch(out).reshape(Shape::from(shape.to_vec())))
     }
 
     /// The shape of the weight.
@@ -215,6 +318,13 @@ impl Nf4Weight {
                 tensor: "weight".into(),
                 shape: self.spec.shape.clone(),
             })
+    }
+
+    /// Whether the packed tensor holds the transpose of the weight, as in checkpoints whose codes
+    /// have the shape `[1, k]`. Blocks then run along the columns; shapes, decoded values and
+    /// products are those of the weight, and only [`to_host`](Self::to_host) gives what is stored.
+    pub fn is_transposed(&self) -> bool {
+        self.spec.transposed
     }
 
     /// The dtype that the weight had before it was quantized.
@@ -259,7 +369,48 @@ impl WeightSpec {
             shape: shape.to_vec(),
             dtype,
             layout: PackedLayout::for_shape(shape, config)?,
+            transposed: false,
         })
+    }
+
+    /// The same stored matrix, used as its transpose.
+    fn transposed(self) -> Result<Self, Nf4Error> {
+        match *self.shape.as_slice() {
+            [rows, columns] => Ok(Self {
+                shape: vec![columns, rows],
+                transposed: !self.transposed,
+                ..self
+            }),
+            _ => Err(Nf4Error::NotAMatrix {
+                tensor: "weight".into(),
+                shape: self.shape,
+            }),
+        }
+    }
+
+    fn stored_shape(&self) -> Vec<usize> {
+        match self.transposed {
+            false => self.shape.clone(),
+            true => self.shape.iter().rev().copied().collect(),
+        }
+    }
+
+    fn header(&self) -> [u32; HEADER_WORDS] {
+        let mut header = self.layout.header(&self.stored_shape(), self.dtype);
+        if self.transposed {
+            header[1] |= TRANSPOSED;
+        }
+        header
+    }
+
+    /// The image of a weight that decodes to zeros.
+    fn zero_words(&self) -> Vec<u32> {
+        let layout = &self.layout;
+        let mut words = Nf4Tensor::zeros(&self.stored_shape(), layout.config, self.dtype)
+            .expect("the shape was checked")
+            .to_packed();
+        words[layout.header..].copy_from_slice(&self.header());
+        words
     }
 
     /// Reads the header of a packed tensor that a record brings.
@@ -270,80 +421,8 @@ impl WeightSpec {
             .slice(header..header + HEADER_WORDS)
             .into_data();
         let found: Vec<u32> = found.iter::<u32>().collect();
-        if let Err(error) = self.layout.check_header(&found, &self.shape, self.dtype) {
+        if let Err(error) = check_header_words(&self.header(), &found) {
             panic!("cannot load the record: {error}");
         }
     }
-}
-
-/// `y = x Wᵀ + b` with a packed weight `W`.
-///
-/// `W` is decoded to the dtype of `x`, here and again in the backward pass, and not kept in
-/// between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
-/// result, which is a constant to autodiff.
-///
-/// # Shapes
-/// - `x`: `[..., in_features]`
-/// - `weight`: `[out_features, in_features]`
-/// - `bias`: `[out_features]`
-/// - returns `[..., out_features]`
-///
-/// # Errors
-/// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias`
-/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32.
-pub fn linear<const D: usize>(
-    x: Tensor<D>,
-    weight: &Nf4Weight,
-    bias: Option<Tensor<1>>,
-) -> Result<Tensor<D>, Nf4Error> {
-    let [out_features, in_features] = weight.matrix_dims()?;
-    let dtype = FloatType::from_dtype(x.dtype(), "x")?;
-    let mut shape: Vec<usize> = x.dims().to_vec();
-    if shape.last() != Some(&in_features) {
-        let given = shape.clone();
-        if let Some(last) = shape.last_mut() {
-            *last = in_features;
-        }
-        return Err(Nf4Error::Shape {
-            tensor: "x".into(),
-            expected: shape,
-            given,
-        });
-    }
-    if let Some(bias) = &bias
-        && bias.dims() != [out_features]
-    {
-        return Err(Nf4Error::Shape {
-            tensor: "bias".into(),
-            expected: vec![out_features],
-            given: bias.dims().to_vec(),
-        });
-    }
-
-    let rows = shape.iter().product::<usize>() / in_features;
-    shape[D - 1] = out_features;
-    if rows == 0 {
-        // Burn's reshape would read the zero as "keep this dimension".
-        return Ok(Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype())));
-    }
-    let spec = DequantizeSpec {
-        layout: weight.spec.layout,
-        rows: out_features,
-        columns: in_features,
-        start: 0,
-        dtype,
-    };
-    // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
-    let given = x.dtype();
-    let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
-    let y = <Dispatch as Nf4Backend>::nf4_linear(
-        x.into_dispatch(),
-        weight.packed.val().into_dispatch(),
-        spec,
-    );
-    let mut y = Tensor::<2>::from_dispatch(y);
-    if let Some(bias) = bias {
-        y = y + bias.unsqueeze();
-    }
-    Ok(y.cast(given).reshape(Shape::from(shape)))
 }
