@@ -13,9 +13,9 @@ mod stored;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_nf4::Nf4Weight;
 use burn_nf4::checkpoint::{Checkpoint, Dtype, SINGLE_FILE, SafetensorsFile};
 use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::{Nf4Weight, linear};
 use counting::{alone, live_bytes, peak_bytes};
 use rstest::rstest;
 
@@ -31,8 +31,16 @@ fn write(folder: &Path, config: QuantConfig) {
     let elems = SHAPE[0] * SHAPE[1];
     let mut tensors = stored::Tensors::new();
     for i in 0..WEIGHTS {
-        let values: Vec<f32> = (0..elems).map(|j| ((i + j) as f32 * 0.7).sin()).collect();
-        let weight = Nf4Tensor::quantize(&values, &SHAPE, config).unwrap();
+        let mut weight = Nf4Tensor::zeros(&SHAPE, config, FloatType::F32).unwrap();
+        weight = Nf4Tensor::from_parts(
+            weight.codes().iter().map(|code| code ^ i as u8).collect(),
+            weight.absmax().clone(),
+            SHAPE.to_vec(),
+            config.block_size,
+            FloatType::F32,
+            config.quant_type,
+        )
+        .unwrap();
         tensors.extend(stored::weight(&format!("layer.{i}.weight"), &weight));
     }
     for (name, dtype, size) in [("bf16", Dtype::BF16, 2), ("f32", Dtype::F32, 4)] {
@@ -154,4 +162,32 @@ fn zeros_take_their_memory_when_used() {
     let before = live_bytes();
     assert_eq!(zeros.packed().dims(), [zeros.layout().words]);
     assert!(live_bytes() - before >= zeros.size_bytes());
+}
+
+/// The backward pass of a transposed weight decodes it again.
+#[test]
+fn a_transposed_layer_keeps_no_dense_weight() {
+    let _alone = alone();
+    let device = Device::flex().autodiff();
+    let folder = tempfile::tempdir().unwrap();
+    let values: Vec<f32> = (0..512 * 512).map(|i| (i as f32 * 0.7).sin()).collect();
+    let host = Nf4Tensor::quantize(&values, &[512, 512], QuantConfig::default()).unwrap();
+    let mut tensors = stored::weight("weight", &host);
+    stored::transpose(&mut tensors, "weight");
+    stored::write(folder.path(), &tensors);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let weight = checkpoint.load_weight("weight", &device).unwrap();
+    let pass = || {
+        let x = Tensor::<2>::ones([8, 512], &device).require_grad();
+        let before = live_bytes();
+        let y = linear(x.clone(), &weight, None).unwrap();
+        let after_forward = live_bytes() - before;
+        let grads = y.sum().backward();
+        let dx = x.grad(&grads).unwrap().to_data();
+        assert!(dx.iter::<f32>().any(|g| g != 0.0));
+        after_forward
+    };
+    pass(); // starts the threads
+    let kept = pass();
+    assert!(kept < weight.dense_size_bytes() / 8, "{kept}");
 }
