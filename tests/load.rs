@@ -12,7 +12,7 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::checkpoint::{Checkpoint, Dtype, SafetensorsFile};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, WeightForm};
 use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig, QLoraLinearConfig};
 use burn_nf4::{Nf4Error, Nf4Weight, expert_linear, linear};
 use rstest::rstest;
@@ -255,13 +255,18 @@ fn records_tell_a_transposed_weight_from_a_plain_one() {
 #[test]
 fn zeros_stored_transposed_decode_to_zeros() {
     let device = Device::default();
-    let config = QuantConfig::default();
-    let zeros = Nf4Weight::zeros_transposed(&[6, 4], config, FloatType::F32, &device).unwrap();
+    let form = |shape: &[usize]| WeightForm {
+        shape: shape.to_vec(),
+        dtype: FloatType::F32,
+        config: QuantConfig::default(),
+        transposed: true,
+    };
+    let zeros = Nf4Weight::zeros_of(form(&[6, 4]), &device).unwrap();
     assert_eq!(zeros.shape(), [6, 4]);
     assert_eq!(zeros.to_host().unwrap().shape(), [4, 6]);
     let dense: Tensor<2> = zeros.dequantize(FloatType::F32).unwrap();
     assert_eq!(values(&dense), [0.0; 24]);
-    let error = Nf4Weight::zeros_transposed(&[2, 6, 4], config, FloatType::F32, &device);
+    let error = Nf4Weight::zeros_of(form(&[2, 6, 4]), &device);
     assert!(matches!(error, Err(Nf4Error::NotAMatrix { .. })));
 }
 

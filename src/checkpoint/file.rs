@@ -12,10 +12,10 @@ use safetensors::tensor::Metadata;
 
 use super::float::{load_float, load_tensor};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, is_transposed, load_nf4, load_weight,
+    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4, load_weight,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
 use crate::op::Nf4Weight;
 
 /// A safetensors file, opened for reading.
@@ -164,6 +164,15 @@ impl SafetensorsFile {
     /// weight of more than two dimensions.
     pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
         load_weight(self, prefix, device)
+    }
+
+    /// What the quantized parameter `prefix` is, apart from its values: what a module must have
+    /// there to load it into.
+    ///
+    /// # Errors
+    /// Those of [`load_weight`](Self::load_weight).
+    pub fn weight_form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
+        find_weight(self, prefix)?.form(prefix)
     }
 
     /// Reads a plain float tensor to a device: as `dtype`, rounded to nearest, or as it is stored.

@@ -32,8 +32,12 @@
 mod file;
 mod float;
 mod folder;
+mod matching;
+mod parameters;
 mod progress;
 mod quant_state;
+mod source;
+mod store;
 mod weight;
 
 pub use file::{SafetensorsFile, TensorInfo};
@@ -41,3 +45,4 @@ pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
+pub use store::CheckpointStore;

@@ -9,7 +9,8 @@ use super::file::TensorInfo;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, Floats, Nf4Tensor, QuantType, ScaleParts, WeightParts, stored_floats,
+    FloatType, Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts,
+    stored_floats,
 };
 use crate::op::Nf4Weight;
 
@@ -152,6 +153,42 @@ impl StoredWeight<'_> {
             config: self.state.config(),
         }
     }
+
+    /// What the parameter is that the weight is stored for.
+    pub fn form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
+        let mut shape = self.state.shape.clone();
+        // The transpose of a vector is itself, and bitsandbytes has none for more dimensions.
+        let transposed = self.transposed && shape.len() > 1;
+        if transposed {
+            if shape.len() > 2 {
+                return Err(Nf4Error::NotAMatrix {
+                    tensor: prefix.into(),
+                    shape,
+                });
+            }
+            shape.reverse();
+        }
+        Ok(WeightForm {
+            shape,
+            dtype: self.state.dtype,
+            config: self.state.config(),
+            transposed,
+        })
+    }
+
+    /// The device image, in the one allocation that it needs.
+    pub fn to_packed(&self, form: &WeightForm) -> Result<Vec<u32>, Nf4Error> {
+        let layout = PackedLayout::for_shape(&form.shape, form.config)?;
+        let mut words = self.parts().to_packed(&layout);
+        words[layout.header..].copy_from_slice(&layout.form_header(form));
+        Ok(words)
+    }
+
+    /// Bytes in the files, without the tables and texts.
+    pub fn size_bytes(&self) -> usize {
+        let nested = self.nested.as_ref().map_or(0, |(absmax, _)| absmax.len());
+        self.codes.len() + self.absmax.len() + nested
+    }
 }
 
 /// Finds and checks the parts of the weight `prefix`.
@@ -232,19 +269,8 @@ pub(super) fn load_weight(
     device: &Device,
 ) -> Result<Nf4Weight, Nf4Error> {
     let weight = find_weight(source, prefix)?;
-    let transposed = match (weight.transposed, weight.state.shape.len()) {
-        (false, _) => false,
-        // The transpose of a vector is itself.
-        (true, 0 | 1) => false,
-        (true, 2) => true,
-        (true, _) => {
-            return Err(Nf4Error::NotAMatrix {
-                tensor: prefix.into(),
-                shape: weight.state.shape.clone(),
-            });
-        }
-    };
-    Nf4Weight::from_parts(&weight.parts(), transposed, device)
+    let form = weight.form(prefix)?;
+    Nf4Weight::from_image(weight.to_packed(&form)?, form, device)
 }
 
 /// bitsandbytes' kernels ignore the stored map and use their own table, so a file with another

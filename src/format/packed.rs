@@ -18,6 +18,7 @@
 //! is zero.
 
 use super::codebook::DYNAMIC_MAP;
+use super::form::WeightForm;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, checked_elems};
 use crate::error::Nf4Error;
@@ -97,8 +98,6 @@ impl PackedLayout {
 
     /// The four words that say what the buffer is: a magic number with a version, the settings,
     /// and 64 bits of FNV-1a hash over the shape.
-    ///
-    /// In the image of a weight that is used transposed, bit 4 of the settings is set too.
     pub fn header(&self, shape: &[usize], dtype: FloatType) -> [u32; HEADER_WORDS] {
         let nested_log2 = self.config.nested_block_size.map_or(0, BlockSize::log2);
         let settings = match self.config.quant_type {
@@ -117,6 +116,14 @@ impl PackedLayout {
             })
         });
         [MAGIC, settings, hash as u32, (hash >> 32) as u32]
+    }
+
+    /// The header of a weight of a given form. Bit 4 of the settings says that the weight in use
+    /// is the transpose of the one stored, whose shape is hashed.
+    pub fn form_header(&self, form: &WeightForm) -> [u32; HEADER_WORDS] {
+        let mut header = self.header(&form.stored_shape(), form.dtype);
+        header[1] |= u32::from(form.transposed) << 4;
+        header
     }
 
     /// The words after the codes and scales that do not depend on the weight's values: codebook
@@ -143,10 +150,6 @@ impl PackedLayout {
         check_header_words(&self.header(shape, dtype), found)
     }
 }
-
-/// Says in the settings word of a header that the matrix in use is the transpose of the one
-/// stored.
-pub(crate) const TRANSPOSED: u32 = 1 << 4;
 
 /// Compares a header with the one expected, field by field.
 pub(crate) fn check_header_words(

@@ -6,7 +6,7 @@ use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
 use crate::op::{Nf4Weight, linear};
 
 /// Configuration of an [`Nf4Linear`] to load a record into.
@@ -58,12 +58,13 @@ impl Nf4LinearConfig {
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
     /// if a size is zero.
     pub fn init(&self, device: &Device) -> Result<Nf4Linear, Nf4Error> {
-        let shape = [self.d_output, self.d_input];
-        let zeros = match self.transposed {
-            false => Nf4Weight::zeros,
-            true => Nf4Weight::zeros_transposed,
+        let form = WeightForm {
+            shape: vec![self.d_output, self.d_input],
+            dtype: self.dtype,
+            config: self.quant_config()?,
+            transposed: self.transposed,
         };
-        let weight = zeros(&shape, self.quant_config()?, self.dtype, device)?;
+        let weight = Nf4Weight::zeros_of(form, device)?;
         let bias = self
             .bias
             .then(|| Tensor::zeros([self.d_output], (device, DType::from(self.dtype))));

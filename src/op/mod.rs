@@ -8,10 +8,12 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
+mod spec;
 mod weight;
 
 pub use backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 pub use linear::{expert_linear, linear};
+pub(crate) use spec::FORM_CONTAINER;
 pub use weight::Nf4Weight;
 
 use burn::tensor::{DType, Device};

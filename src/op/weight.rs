@@ -6,10 +6,10 @@ use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use std::ops::Range;
 
 use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+use super::spec::WeightSpec;
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, HEADER_WORDS, Nf4Tensor, PackedLayout, QuantConfig, TRANSPOSED, WeightParts,
-    check_header_words,
+    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words,
 };
 
 /// A quantized weight on a device.
@@ -33,47 +33,31 @@ use crate::format::{
 /// ```
 #[derive(Module, Debug)]
 pub struct Nf4Weight {
-    packed: Param<Tensor<1, Int>>,
-    #[module(skip)]
+    // First, because it says to visitors what the tensor after it is.
     spec: WeightSpec,
-}
-
-/// What a packed weight is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct WeightSpec {
-    /// The shape in use.
-    shape: Vec<usize>,
-    dtype: FloatType,
-    layout: PackedLayout,
-    /// Whether the matrix in the packed tensor is the transpose of the one in use.
-    transposed: bool,
+    packed: Param<Tensor<1, Int>>,
 }
 
 impl Nf4Weight {
     /// Uploads a quantized tensor.
     pub fn from_host(tensor: &Nf4Tensor, device: &Device) -> Self {
-        let spec = WeightSpec {
+        let form = WeightForm {
             shape: tensor.shape().to_vec(),
             dtype: tensor.dtype(),
-            layout: tensor.packed_layout(),
+            config: tensor.config(),
             transposed: false,
         };
-        Self::from_words(tensor.to_packed(), spec, device)
+        let layout = tensor.packed_layout();
+        Self::from_words(tensor.to_packed(), WeightSpec { form, layout }, device)
     }
 
-    /// Uploads parts that were checked, as the transpose of what they are if `transposed`.
-    pub(crate) fn from_parts(
-        parts: &WeightParts<'_>,
-        transposed: bool,
+    /// Uploads an image of a weight of the given form, with the form's header.
+    pub(crate) fn from_image(
+        words: Vec<u32>,
+        form: WeightForm,
         device: &Device,
     ) -> Result<Self, Nf4Error> {
-        let spec = WeightSpec::new(parts.shape, parts.config, parts.dtype)?;
-        let mut words = parts.to_packed(&spec.layout);
-        let spec = match transposed {
-            false => spec,
-            true => spec.transposed()?,
-        };
-        words[spec.layout.header..].copy_from_slice(&spec.header());
+        let spec = WeightSpec::new(form)?;
         Ok(Self::from_words(words, spec, device))
     }
 
@@ -90,9 +74,9 @@ impl Nf4Weight {
     pub fn to_host(&self) -> Result<Nf4Tensor, Nf4Error> {
         let data = self.packed.val().into_data();
         let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
-        let spec = &self.spec;
-        check_header_words(&spec.header(), &words[spec.layout.header..])?;
-        Nf4Tensor::from_image(words, &spec.layout, &spec.stored_shape(), spec.dtype)
+        let WeightSpec { form, layout } = &self.spec;
+        check_header_words(&layout.form_header(form), &words[layout.header..])?;
+        Nf4Tensor::from_image(words, layout, &form.stored_shape(), form.dtype)
     }
 
     /// A weight of zeros, to load a record into. Its memory is taken when it is first used.
@@ -105,26 +89,23 @@ impl Nf4Weight {
         dtype: FloatType,
         device: &Device,
     ) -> Result<Self, Nf4Error> {
-        let spec = WeightSpec::new(shape, config, dtype)?;
-        Ok(Self::lazy_zeros(spec, device))
+        let form = WeightForm {
+            shape: shape.to_vec(),
+            dtype,
+            config,
+            transposed: false,
+        };
+        Self::zeros_of(form, device)
     }
 
-    /// A matrix of zeros that is stored transposed, to load a record of such a weight into.
+    /// A weight of zeros of a given form, to load a record or a checkpoint into. Its memory is
+    /// taken when it is first used.
     ///
     /// # Errors
-    /// Those of [`zeros`](Self::zeros), and [`Nf4Error::NotAMatrix`] for another rank.
-    pub fn zeros_transposed(
-        shape: &[usize],
-        config: QuantConfig,
-        dtype: FloatType,
-        device: &Device,
-    ) -> Result<Self, Nf4Error> {
-        let stored: Vec<usize> = shape.iter().rev().copied().collect();
-        let spec = WeightSpec::new(&stored, config, dtype)?.transposed()?;
-        Ok(Self::lazy_zeros(spec, device))
-    }
-
-    fn lazy_zeros(spec: WeightSpec, device: &Device) -> Self {
+    /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::NotAMatrix`] for a
+    /// transposed form of another rank.
+    pub fn zeros_of(form: WeightForm, device: &Device) -> Result<Self, Nf4Error> {
+        let spec = WeightSpec::new(form)?;
         let of = spec.clone();
         let packed = Param::uninitialized(
             ParamId::new(),
@@ -136,7 +117,7 @@ impl Nf4Weight {
             false,
             Shape::from([spec.layout.words]),
         );
-        Self::from_param(packed, spec)
+        Ok(Self::from_param(packed, spec))
     }
 
     /// Quantizes a weight on its device.
@@ -155,14 +136,19 @@ impl Nf4Weight {
         config: QuantConfig,
     ) -> Result<Self, Nf4Error> {
         let dtype = FloatType::from_dtype(weight.dtype(), "weight")?;
-        let spec = WeightSpec::new(weight.shape().as_slice(), config, dtype)?;
+        let spec = WeightSpec::new(WeightForm {
+            shape: weight.shape().to_vec(),
+            dtype,
+            config,
+            transposed: false,
+        })?;
         #[cfg(feature = "flex")]
         super::flex::check_finite(&weight)?;
         let packed = <Dispatch as Nf4Backend>::nf4_quantize(
             weight.into_dispatch(),
             QuantizeSpec {
                 layout: spec.layout,
-                shape: spec.shape.clone(),
+                shape: spec.form.shape.clone(),
                 dtype,
             },
         );
@@ -191,7 +177,7 @@ impl Nf4Weight {
     /// [`Nf4Error::Shape`] if the weight has another rank, [`Nf4Error::DeviceDtype`] if the device
     /// has no such type.
     pub fn dequantize<const D: usize>(&self, dtype: FloatType) -> Result<Tensor<D>, Nf4Error> {
-        let shape = &self.spec.shape;
+        let shape = &self.spec.form.shape;
         if shape.len() != D {
             return Err(Nf4Error::Shape {
                 tensor: "weight".into(),
@@ -199,8 +185,8 @@ impl Nf4Weight {
                 given: shape.clone(),
             });
         }
-        let stored = self.decode(0, &self.spec.stored_shape(), dtype)?;
-        if self.spec.transposed {
+        let stored = self.decode(0, &self.spec.form.stored_shape(), dtype)?;
+        if self.spec.form.transposed {
             return Ok(stored.transpose());
         }
         Ok(stored)
@@ -229,7 +215,7 @@ impl Nf4Weight {
                 rows: out_features,
             });
         }
-        if self.spec.transposed {
+        if self.spec.form.transposed {
             let stored: Tensor<2> = self.decode(0, &[in_features, out_features], dtype)?;
             return Ok(stored.slice([0..in_features, rows]).transpose());
         }
@@ -250,7 +236,7 @@ impl Nf4Weight {
         index: usize,
         dtype: FloatType,
     ) -> Result<Tensor<D>, Nf4Error> {
-        let shape = &self.spec.shape;
+        let shape = &self.spec.form.shape;
         if D == 0 || shape.len() != D + 1 {
             return Err(Nf4Error::Shape {
                 tensor: "weight".into(),
@@ -259,7 +245,7 @@ impl Nf4Weight {
             });
         }
         let start = self.start_of(index)?;
-        if self.spec.transposed {
+        if self.spec.form.transposed {
             let row = self.dequantize_rows(index..index + 1, dtype)?;
             return Ok(row.reshape(Shape::from(shape[1..].to_vec())));
         }
@@ -268,7 +254,7 @@ impl Nf4Weight {
 
     /// The first element of `weight[index]`.
     pub(super) fn start_of(&self, index: usize) -> Result<usize, Nf4Error> {
-        let count = self.spec.shape.first().copied().unwrap_or(0);
+        let count = self.spec.form.shape.first().copied().unwrap_or(0);
         if index >= count {
             return Err(Nf4Error::RowRange {
                 start: index,
@@ -302,7 +288,7 @@ impl Nf4Weight {
 
     /// The shape of the weight.
     pub fn shape(&self) -> &[usize] {
-        &self.spec.shape
+        &self.spec.form.shape
     }
 
     /// `[out_features, in_features]`.
@@ -311,12 +297,13 @@ impl Nf4Weight {
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank.
     pub fn matrix_dims(&self) -> Result<[usize; 2], Nf4Error> {
         self.spec
+            .form
             .shape
             .as_slice()
             .try_into()
             .map_err(|_| Nf4Error::NotAMatrix {
                 tensor: "weight".into(),
-                shape: self.spec.shape.clone(),
+                shape: self.spec.form.shape.clone(),
             })
     }
 
@@ -324,12 +311,17 @@ impl Nf4Weight {
     /// have the shape `[1, k]`. Blocks then run along the columns; shapes, decoded values and
     /// products are those of the weight, and only [`to_host`](Self::to_host) gives what is stored.
     pub fn is_transposed(&self) -> bool {
-        self.spec.transposed
+        self.spec.form.transposed
+    }
+
+    /// What the weight is, apart from its values.
+    pub fn form(&self) -> &WeightForm {
+        &self.spec.form
     }
 
     /// The dtype that the weight had before it was quantized.
     pub fn dtype(&self) -> FloatType {
-        self.spec.dtype
+        self.spec.form.dtype
     }
 
     /// How the weight is quantized.
@@ -359,70 +351,6 @@ impl Nf4Weight {
 
     /// Bytes that the weight takes when decoded to its original dtype.
     pub fn dense_size_bytes(&self) -> usize {
-        self.spec.layout.elems * self.spec.dtype.size_bytes()
-    }
-}
-
-impl WeightSpec {
-    fn new(shape: &[usize], config: QuantConfig, dtype: FloatType) -> Result<Self, Nf4Error> {
-        Ok(Self {
-            shape: shape.to_vec(),
-            dtype,
-            layout: PackedLayout::for_shape(shape, config)?,
-            transposed: false,
-        })
-    }
-
-    /// The same stored matrix, used as its transpose.
-    fn transposed(self) -> Result<Self, Nf4Error> {
-        match *self.shape.as_slice() {
-            [rows, columns] => Ok(Self {
-                shape: vec![columns, rows],
-                transposed: !self.transposed,
-                ..self
-            }),
-            _ => Err(Nf4Error::NotAMatrix {
-                tensor: "weight".into(),
-                shape: self.shape,
-            }),
-        }
-    }
-
-    fn stored_shape(&self) -> Vec<usize> {
-        match self.transposed {
-            false => self.shape.clone(),
-            true => self.shape.iter().rev().copied().collect(),
-        }
-    }
-
-    fn header(&self) -> [u32; HEADER_WORDS] {
-        let mut header = self.layout.header(&self.stored_shape(), self.dtype);
-        if self.transposed {
-            header[1] |= TRANSPOSED;
-        }
-        header
-    }
-
-    /// The image of a weight that decodes to zeros.
-    fn zero_words(&self) -> Vec<u32> {
-        let layout = &self.layout;
-        let mut words = Nf4Tensor::zeros(&self.stored_shape(), layout.config, self.dtype)
-            .expect("the shape was checked")
-            .to_packed();
-        words[layout.header..].copy_from_slice(&self.header());
-        words
-    }
-
-    /// Reads the header of a packed tensor that a record brings.
-    fn assert_header(&self, packed: &Tensor<1, Int>) {
-        let header = self.layout.header;
-        let found = packed
-            .clone()
-            .slice(header..header + HEADER_WORDS)
-            .into_data();
-        let found: Vec<u32> = found.iter::<u32>().collect();
-        if let Err(error) = check_header_words(&self.header(), &found) {
-            panic!("cannot load the record: {error}");
-        }
+        self.spec.layout.elems * self.spec.form.dtype.size_bytes()
     }
 }
