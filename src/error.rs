@@ -191,6 +191,16 @@ pub enum Nf4Error {
         /// Every one of them, sorted by key.
         tensors: Vec<TensorMisfit>,
     },
+    /// Two tensors of a checkpoint that remapping gives the same path in the module.
+    #[error("`{first}` and `{second}` both become `{path}`")]
+    SamePath {
+        /// The path in the module.
+        path: String,
+        /// The key of one.
+        first: String,
+        /// The key of the other.
+        second: String,
+    },
     /// A tensor that fits could not be put into its place.
     #[error("`{key}` could not be loaded: {message}")]
     Load {

@@ -310,7 +310,7 @@ fn experts_of_a_stack_are_decoded_and_multiplied_one_by_one(#[case] config: Quan
     let x: Tensor<2> = tensor(&uniform(4 * 33, 6), [4, 33], FloatType::F32, &device);
     for expert in 0..3 {
         let matrix: Tensor<2> = weight.dequantize_index(expert, FloatType::F32).unwrap();
-        let slice = whole.clone().slice([expert..expert + 1]);
+        let slice = whole.clone().slice(expert..expert + 1);
         assert_eq!(values(&matrix), values(&slice), "expert {expert}");
         let y = expert_linear(x.clone(), &weight, expert, None).unwrap();
         let expected = x.clone().matmul(matrix.transpose());

@@ -12,10 +12,14 @@ mod stored;
 
 use std::path::Path;
 
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{DType, Device, Tensor};
-use burn_nf4::checkpoint::{Checkpoint, Dtype, SINGLE_FILE, SafetensorsFile};
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype, SINGLE_FILE, SafetensorsFile};
 use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
 use burn_nf4::{Nf4Weight, linear};
+use burn_store::ModuleSnapshot;
 use counting::{alone, live_bytes, peak_bytes};
 use rstest::rstest;
 
@@ -190,4 +194,47 @@ fn a_transposed_layer_keeps_no_dense_weight() {
     pass(); // starts the threads
     let kept = pass();
     assert!(kept < weight.dense_size_bytes() / 8, "{kept}");
+}
+
+#[derive(Module, Debug)]
+struct Model {
+    layer: Vec<Nf4Linear>,
+    /// Of these PyTorch stores the transpose.
+    bf16: Linear,
+    f32: Linear,
+}
+
+/// What a module loads is in memory once, beside what it has loaded already.
+#[test]
+fn a_module_is_loaded_one_tensor_at_a_time() {
+    let _alone = alone();
+    let device = Device::flex();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), QuantConfig::default());
+    let mut store = CheckpointStore::open(folder.path())
+        .unwrap()
+        .with_key_remapping("^(bf16|f32)$", "$1.weight")
+        .unwrap();
+    let [d_output, d_input] = SHAPE;
+    let layer = Nf4LinearConfig::new(d_input, d_output).with_bias(false);
+    let dense = LinearConfig::new(d_input, d_output).with_bias(false);
+    let mut model = Model {
+        layer: (0..WEIGHTS).map(|_| layer.init(&device).unwrap()).collect(),
+        bf16: dense.init(&device),
+        f32: dense.init(&device),
+    };
+    let before = live_bytes();
+    let (peak, result) = peak_bytes(|| model.load_from(&mut store).unwrap());
+    assert_eq!(result.applied.len(), WEIGHTS + 2);
+    assert_eq!(model.bf16.weight.dims(), [d_input, d_output]);
+    let stays = live_bytes() - before;
+    let dense_bytes = d_input * d_output * (2 + 4);
+    let expected = WEIGHTS * model.layer[0].weight.size_bytes() + dense_bytes;
+    assert!((expected..expected + SMALL_BYTES).contains(&stays));
+    let largest = d_input * d_output * 4;
+    assert!(
+        peak - stays <= largest / 10,
+        "{} bytes beyond those that stay, the largest tensor has {largest}",
+        peak - stays
+    );
 }

@@ -25,7 +25,8 @@ pub(super) struct Matched<'a> {
 /// Pairs parameters and tensors of the same path.
 ///
 /// # Errors
-/// [`Nf4Error::Misfit`] with all that do not fit.
+/// [`Nf4Error::Misfit`] with all that do not fit, [`Nf4Error::SamePath`] for two tensors of one
+/// path.
 pub(super) fn match_up<'a>(
     parameters: &'a [Parameter],
     entries: &'a [Entry],
@@ -33,17 +34,17 @@ pub(super) fn match_up<'a>(
     path: &Path,
 ) -> Result<Matched<'a>, Nf4Error> {
     let mut by_path: BTreeMap<&str, &Entry> = BTreeMap::new();
-    let mut unexpected = Vec::new();
-    let mut misfits = Vec::new();
     for entry in entries {
-        if by_path.contains_key(entry.path.as_str()) {
-            // Two keys with one path: the first has it.
-            unexpected.push(entry);
-        } else {
-            by_path.insert(&entry.path, entry);
+        if let Some(first) = by_path.insert(&entry.path, entry) {
+            return Err(Nf4Error::SamePath {
+                path: entry.path.clone(),
+                first: first.key.clone(),
+                second: entry.key.clone(),
+            });
         }
     }
 
+    let mut misfits = Vec::new();
     let mut pairs = Vec::new();
     for parameter in parameters {
         let entry = by_path.remove(parameter.path.as_str()).or_else(|| {
@@ -63,7 +64,7 @@ pub(super) fn match_up<'a>(
             }),
         }
     }
-    unexpected.extend(by_path.into_values());
+    let unexpected: Vec<&Entry> = by_path.into_values().collect();
     if !allowed.unexpected {
         misfits.extend(unexpected.iter().map(|entry| TensorMisfit {
             key: entry.key.clone(),

@@ -228,7 +228,7 @@ impl ModuleStore for CheckpointStore {
     ///
     /// # Errors
     /// - [`Nf4Error::Misfit`] with every tensor that is missing, unexpected or mismatched, unless
-    ///   that is allowed; nothing has been loaded then
+    ///   that is allowed, [`Nf4Error::SamePath`] for two of one path; nothing has been loaded then
     /// - those of [`Checkpoint::load_weight`] for a quantized weight that is broken
     /// - [`Nf4Error::DeviceDtype`] if a parameter's device has no such type
     /// - [`Nf4Error::Load`] if a parameter could not be loaded, as when the progress callback

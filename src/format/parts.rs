@@ -88,7 +88,7 @@ impl WeightParts<'_> {
     }
 
     /// The device image of checked parts, in the one allocation that it needs. `layout` is theirs.
-    pub fn to_packed(&self, layout: &PackedLayout) -> Vec<u32> {
+    pub fn to_packed(self, layout: &PackedLayout) -> Vec<u32> {
         let mut words = vec![0u32; layout.words];
         put_bytes(&mut words, self.codes);
         match &self.scales {
