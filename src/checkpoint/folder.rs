@@ -9,6 +9,8 @@ use serde::Deserialize;
 
 use super::file::{SafetensorsFile, TensorInfo};
 use super::float::{load_float, load_tensor};
+use super::header::MAX_HEADER_BYTES;
+use super::json::UniqueMap;
 use super::weight::{
     StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4,
     load_weight, prefix_of_quant_state,
@@ -49,7 +51,7 @@ pub struct Checkpoint {
 
 #[derive(Deserialize)]
 struct Index {
-    weight_map: BTreeMap<String, String>,
+    weight_map: UniqueMap<String>,
 }
 
 impl Checkpoint {
@@ -66,7 +68,8 @@ impl Checkpoint {
             return Self::of_file(path, SafetensorsFile::open(path)?);
         }
         let index = path.join(INDEX_FILE);
-        if index.exists() {
+        // A link that leads nowhere is an index that cannot be read, and not none.
+        if fs::symlink_metadata(&index).is_ok() {
             Self::of_shards(path, &index)
         } else {
             Self::of_file(path, SafetensorsFile::open(path.join(SINGLE_FILE))?)
@@ -86,12 +89,22 @@ impl Checkpoint {
             path: index.into(),
             message,
         };
-        let text = fs::read(index).map_err(|error| Nf4Error::Io {
+        let io = |error: std::io::Error| Nf4Error::Io {
             path: index.into(),
             message: error.to_string(),
-        })?;
-        let Index { weight_map } =
-            serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        };
+        let metadata = fs::metadata(index).map_err(io)?;
+        if !metadata.is_file() {
+            return Err(io(std::io::Error::other("is not a file")));
+        }
+        if metadata.len() > MAX_HEADER_BYTES as u64 {
+            let given = metadata.len();
+            return Err(fault(format!("{given} bytes are over {MAX_HEADER_BYTES}")));
+        }
+        let text = fs::read(index).map_err(io)?;
+        let Index {
+            weight_map: UniqueMap(weight_map),
+        } = serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
 
         let mut files: Vec<SafetensorsFile> = Vec::new();
         let mut names: BTreeMap<&str, usize> = BTreeMap::new();

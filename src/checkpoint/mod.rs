@@ -32,6 +32,8 @@
 mod file;
 mod float;
 mod folder;
+mod header;
+mod json;
 mod matching;
 mod parameters;
 mod progress;

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::json::shape;
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, QuantConfig, QuantType};
 
@@ -39,12 +40,14 @@ pub struct NestedState {
     pub offset: f32,
 }
 
-/// The fields as they are written. Others are ignored: newer versions may add some.
+/// The fields as they are written; one that is there twice is an error of serde's. Others are
+/// ignored: newer versions may add some.
 #[derive(Deserialize)]
 struct Fields {
     quant_type: String,
     blocksize: u64,
     dtype: String,
+    #[serde(deserialize_with = "shape")]
     shape: Vec<usize>,
     nested_blocksize: Option<u64>,
     nested_dtype: Option<String>,
