@@ -43,6 +43,11 @@ pub struct Args {
     /// The Python that calls the CPU library; needs no packages.
     #[arg(long, value_name = "PYTHON", default_value = "python3")]
     pub cpu_python: String,
+    /// Also time the tensor core product with this tile: row tiles, row planes, k planes, chunks;
+    /// may be given several times.
+    #[cfg(feature = "cube")]
+    #[arg(long, value_name = "A,B,C,D", value_parser = parse_tile)]
+    pub tile: Vec<burn_nf4::launch::TensorCoreTile>,
     /// Where to write the results, one JSON object a line.
     #[arg(
         long,
@@ -162,5 +167,19 @@ impl Args {
             println!("{name}: benchmark");
         }
         wanted && !self.list
+    }
+}
+
+#[cfg(feature = "cube")]
+fn parse_tile(text: &str) -> Result<burn_nf4::launch::TensorCoreTile, String> {
+    let numbers: Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
+    match numbers.as_deref() {
+        Ok(&[row_tiles, row_planes, k_planes, chunks]) => Ok(burn_nf4::launch::TensorCoreTile {
+            row_tiles,
+            row_planes,
+            k_planes,
+            chunks,
+        }),
+        _ => Err("expected four numbers with commas between them".into()),
     }
 }

@@ -19,6 +19,8 @@ mod gpu;
 #[cfg(feature = "cube")]
 mod host_cost;
 #[cfg(feature = "cube")]
+mod matmul;
+#[cfg(feature = "cube")]
 mod peer;
 mod problems;
 mod puzzle;
@@ -85,6 +87,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     }
     device_time::dequantize(&gpu, args, report);
     device_time::quantize(&gpu, args, report);
+    matmul::benches(&gpu, args, report);
     let mut puzzle = puzzle::on_gpu(&gpu, args, report);
     host_cost::run(&gpu, args, report);
     if let Some(python) = &args.peer {

@@ -183,6 +183,39 @@ pub enum Nf4Error {
         /// What is wrong with it.
         message: String,
     },
+    /// A folder to be written to that holds something already.
+    #[error("{}: the folder is not empty", path.display())]
+    FolderNotEmpty {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A tensor or file that is written twice, or under a name that is not free.
+    #[error("{}: `{name}` is there already, or is a name that has another use", path.display())]
+    NameTaken {
+        /// The folder being written.
+        path: PathBuf,
+        /// The key of the tensor, or the name of the file.
+        name: String,
+    },
+    /// The `config.json` of a folder is malformed.
+    #[error("{}: {message}", path.display())]
+    ModelConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A pattern among the settings is not a valid regular expression, or takes too long
+    /// to match.
+    #[error("`{field}`: pattern `{pattern}`: {message}")]
+    Pattern {
+        /// The setting that holds it.
+        field: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        message: String,
+    },
     /// Tensors of a checkpoint and parameters of a module that do not fit each other.
     #[error("{}: {} tensors do not fit the module{}", path.display(), tensors.len(), lines(tensors))]
     Misfit {

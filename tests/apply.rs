@@ -623,7 +623,7 @@ fn the_store_gives_single_tensors_by_remapped_name() {
         .unwrap()
         .with_key_remapping("(", "")
         .unwrap_err();
-    assert!(matches!(error, Nf4Error::Config { given, .. } if given == "("));
+    assert!(matches!(error, Nf4Error::Pattern { pattern, .. } if pattern == "("));
 }
 
 #[test]

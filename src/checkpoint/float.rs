@@ -1,10 +1,9 @@
 //! Plain float tensors, to host memory or to a device.
 
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
-use half::{bf16, f16};
-use safetensors::Dtype;
 
-use super::weight::{StoredTensor, TensorSource, stored_dtype};
+use super::elements::{elements, float_type, stored_dtype, with_float_type};
+use super::weight::{StoredTensor, TensorSource};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType};
 
@@ -15,7 +14,8 @@ pub(super) fn load_float<T: FloatElement>(
 ) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
     let stored = source.stored(key)?;
     stored.check_dtype(key, &[stored_dtype(T::FLOAT_TYPE)])?;
-    Ok((elements(stored.bytes), stored.info.shape.to_vec()))
+    let elements = elements(stored.bytes).into_owned();
+    Ok((elements, stored.info.shape.to_vec()))
 }
 
 /// Reads a tensor to a device, as `dtype` or as it is stored.
@@ -52,40 +52,18 @@ pub(super) fn float_bytes(
     to: FloatType,
     transposed: Option<[usize; 2]>,
 ) -> Bytes {
-    fn as_type<T: FloatElement>(
-        bytes: &[u8],
-        from: FloatType,
-        transposed: Option<[usize; 2]>,
-    ) -> Bytes {
-        let values: Vec<T> = match (transposed, from) {
-            (Some(dims), FloatType::F16) => transpose(bytes, dims, read::<f16, T>),
-            (Some(dims), FloatType::BF16) => transpose(bytes, dims, read::<bf16, T>),
-            (Some(dims), FloatType::F32) => transpose(bytes, dims, read::<f32, T>),
-            (None, from) if from == T::FLOAT_TYPE => elements(bytes),
-            (None, FloatType::F16) => bytes.chunks_exact(2).map(read::<f16, T>).collect(),
-            (None, FloatType::BF16) => bytes.chunks_exact(2).map(read::<bf16, T>).collect(),
-            (None, FloatType::F32) => bytes.chunks_exact(4).map(read::<f32, T>).collect(),
-        };
+    with_float_type!(to, T => {
+        let values: Vec<T> = with_float_type!(from, S => match transposed {
+            Some(dims) => transpose(stored.bytes, dims, read::<S, T>),
+            None if from == to => elements::<T>(stored.bytes).into_owned(),
+            None => stored
+                .bytes
+                .chunks_exact(from.size_bytes())
+                .map(read::<S, T>)
+                .collect(),
+        });
         Bytes::from_elems(values)
-    }
-    match to {
-        FloatType::F16 => as_type::<f16>(stored.bytes, from, transposed),
-        FloatType::BF16 => as_type::<bf16>(stored.bytes, from, transposed),
-        FloatType::F32 => as_type::<f32>(stored.bytes, from, transposed),
-    }
-}
-
-/// Elements as they are stored: bits are kept, NaNs included.
-fn elements<T: FloatElement>(bytes: &[u8]) -> Vec<T> {
-    let size = T::FLOAT_TYPE.size_bytes();
-    let mut elements = vec![T::zeroed(); bytes.len() / size];
-    // A mapped tensor need not be aligned, so its bytes are copied, not cast.
-    let target = bytemuck::cast_slice_mut::<T, u8>(&mut elements);
-    target.copy_from_slice(bytes);
-    if cfg!(target_endian = "big") {
-        target.chunks_exact_mut(size).for_each(<[u8]>::reverse);
-    }
-    elements
+    })
 }
 
 /// One stored element of type `S`, as `T`. Without a conversion the bits are kept.
@@ -132,11 +110,10 @@ fn transpose<T: FloatElement>(
 impl StoredTensor<'_> {
     /// The float type that a tensor is stored as.
     pub fn float_type(&self, key: &str) -> Result<FloatType, Nf4Error> {
-        self.check_dtype(key, &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
-        Ok(match self.info.dtype {
-            Dtype::F16 => FloatType::F16,
-            Dtype::BF16 => FloatType::BF16,
-            _ => FloatType::F32,
+        float_type(self.info.dtype).ok_or_else(|| Nf4Error::Dtype {
+            tensor: key.into(),
+            expected: "F16, BF16, F32".into(),
+            given: self.info.dtype.to_string(),
         })
     }
 }

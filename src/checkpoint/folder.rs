@@ -12,8 +12,8 @@ use super::float::{load_float, load_tensor};
 use super::header::MAX_HEADER_BYTES;
 use super::json::UniqueMap;
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4,
-    load_weight, prefix_of_quant_state,
+    QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed,
+    load_nf4, load_weight, prefix_of_quant_state, quant_state_key,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -276,6 +276,28 @@ impl Checkpoint {
     /// [`Nf4Error::MissingKey`].
     pub fn tensor_bytes(&self, key: &str) -> Result<&[u8], Nf4Error> {
         Ok(self.stored(key)?.bytes)
+    }
+}
+
+impl Checkpoint {
+    /// Bytes of a parameter: of its tensor, or of all the tensors of a quantized one.
+    pub fn parameter_bytes(&self, parameter: &str) -> usize {
+        self.keys_of(parameter)
+            .into_iter()
+            .filter_map(|key| self.find(key))
+            .map(|stored| stored.bytes.len())
+            .sum()
+    }
+
+    /// The tensors that a parameter is made of: itself, and the parts of a quantized one.
+    pub(super) fn keys_of<'a>(&'a self, parameter: &str) -> Vec<&'a str> {
+        let states = QUANT_TYPES.map(|quant_type| quant_state_key("", quant_type));
+        std::iter::once("")
+            .chain(PARTS)
+            .chain(states.iter().map(String::as_str))
+            .filter_map(|part| self.file_of.get_key_value(&format!("{parameter}{part}")))
+            .map(|(key, _)| key.as_str())
+            .collect()
     }
 }
 

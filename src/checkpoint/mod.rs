@@ -29,22 +29,34 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod convert;
+mod elements;
 mod file;
 mod float;
 mod folder;
 mod header;
 mod json;
+mod layout;
 mod matching;
 mod parameters;
 mod progress;
+mod python_json;
 mod quant_state;
 mod source;
+mod staging;
 mod store;
+mod verify;
 mod weight;
+mod writer;
 
+pub use convert::{
+    Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
+};
 pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
 pub use store::CheckpointStore;
+pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
+pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};

@@ -1,10 +1,13 @@
 //! The JSON text that bitsandbytes stores beside each quantized weight.
 
+use std::fmt::Write;
+
 use serde::Deserialize;
 
 use super::json::shape;
+use super::python_json::float_repr;
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, QuantConfig, QuantType};
+use crate::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 
 /// What the `quant_state` of a weight says, checked.
 ///
@@ -114,6 +117,47 @@ impl QuantState {
         };
         state.check_shape(key)?;
         Ok(state)
+    }
+
+    /// What is stored beside a weight.
+    pub fn of(weight: &Nf4Tensor) -> Self {
+        Self {
+            quant_type: weight.quant_type(),
+            block_size: weight.block_size(),
+            dtype: weight.dtype(),
+            shape: weight.shape().to_vec(),
+            nested: match weight.absmax() {
+                Absmax::Flat(_) => None,
+                Absmax::Nested(nested) => Some(NestedState {
+                    block_size: nested.block_size,
+                    offset: nested.offset,
+                }),
+            },
+        }
+    }
+
+    /// The text that bitsandbytes writes, to the byte: `json.dumps` of Python, with the fields in
+    /// its order.
+    pub fn to_json(&self) -> String {
+        let shape: Vec<String> = self.shape.iter().map(usize::to_string).collect();
+        let mut json = format!(
+            r#"{{"quant_type": "{}", "blocksize": {}, "dtype": "{}", "shape": [{}]"#,
+            self.quant_type.name(),
+            self.block_size.elems(),
+            self.dtype.name(),
+            shape.join(", "),
+        );
+        if let Some(nested) = &self.nested {
+            // Writing to a string cannot fail.
+            let _ = write!(
+                json,
+                r#", "nested_blocksize": {}, "nested_dtype": "float32", "nested_offset": {}"#,
+                nested.block_size.elems(),
+                float_repr(f64::from(nested.offset)),
+            );
+        }
+        json.push('}');
+        json
     }
 
     /// The settings that quantize a weight to this form.

@@ -58,17 +58,16 @@ pub(super) fn entries(
     };
     let (_, renamed) = remapper.remap(keys.iter().map(named).collect());
     let entry = |(path, key): (String, String)| {
-        let (kind, size_bytes) = if checkpoint.is_quantized(&key) {
-            let weight = find_weight(checkpoint, &key)?;
-            (EntryKind::Packed(weight.form(&key)?), weight.size_bytes())
+        let kind = if checkpoint.is_quantized(&key) {
+            EntryKind::Packed(checkpoint.weight_form(&key)?)
         } else {
-            let stored = checkpoint.stored(&key)?;
-            let kind = EntryKind::Dense {
-                dtype: stored.info.dtype,
-                shape: stored.info.shape.to_vec(),
-            };
-            (kind, stored.bytes.len())
+            let info = checkpoint.tensor_info(&key)?;
+            EntryKind::Dense {
+                dtype: info.dtype,
+                shape: info.shape.to_vec(),
+            }
         };
+        let size_bytes = checkpoint.parameter_bytes(&key);
         Ok(Entry {
             key,
             path,

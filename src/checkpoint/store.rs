@@ -119,15 +119,15 @@ impl CheckpointStore {
     /// `$1` stands for the first group.
     ///
     /// # Errors
-    /// [`Nf4Error::Config`] if it is not a regular expression.
+    /// [`Nf4Error::Pattern`] if it is not a regular expression.
     pub fn with_key_remapping(mut self, from: &str, to: &str) -> Result<Self, Nf4Error> {
         self.remapper = self
             .remapper
             .add_pattern(from, to)
-            .map_err(|_| Nf4Error::Config {
+            .map_err(|error| Nf4Error::Pattern {
                 field: "key remapping",
-                expected: "a regular expression",
-                given: from.into(),
+                pattern: from.into(),
+                message: error.to_string(),
             })?;
         self.tensors = None;
         Ok(self)

@@ -9,8 +9,7 @@ use super::file::TensorInfo;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts,
-    stored_floats,
+    Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, stored_floats,
 };
 use crate::op::Nf4Weight;
 
@@ -66,18 +65,9 @@ impl StoredTensor<'_> {
     }
 }
 
-/// What the files call a float type.
-pub(super) fn stored_dtype(dtype: FloatType) -> Dtype {
-    match dtype {
-        FloatType::F16 => Dtype::F16,
-        FloatType::BF16 => Dtype::BF16,
-        FloatType::F32 => Dtype::F32,
-    }
-}
+pub(super) const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
 
-const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
-
-fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
+pub(super) fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
     format!("{prefix}.quant_state.bitsandbytes__{}", quant_type.name())
 }
 
@@ -182,12 +172,6 @@ impl StoredWeight<'_> {
         let mut words = self.parts().to_packed(&layout);
         words[layout.header..].copy_from_slice(&layout.form_header(form));
         Ok(words)
-    }
-
-    /// Bytes in the files, without the tables and texts.
-    pub fn size_bytes(&self) -> usize {
-        let nested = self.nested.as_ref().map_or(0, |(absmax, _)| absmax.len());
-        self.codes.len() + self.absmax.len() + nested
     }
 }
 

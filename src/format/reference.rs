@@ -10,6 +10,7 @@
 //! Rust never contracts `a * b + c`, so plain expressions do here.
 
 use super::codebook::{DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS};
+use super::reciprocal::reciprocal;
 use super::spec::{BlockSize, FloatElement, QuantConfig, QuantType};
 use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, check_len, checked_elems};
 use crate::error::Nf4Error;
@@ -63,12 +64,12 @@ impl NestedAbsmax {
 impl Nf4Tensor {
     /// Quantizes a row-major weight.
     ///
-    /// The result is bitsandbytes' (CUDA) to the bit, with three exceptions. An all-zero block
-    /// gets the code of zero and so decodes to exact zeros, where bitsandbytes' kernel divides by
-    /// zero. The offset of the nested scales can differ in its last bits, see
-    /// [`NestedAbsmax::quantize`]. FP4 weights that fall on a threshold to within an ulp can get
-    /// the neighbouring code, because bitsandbytes is built with an approximate reciprocal. As in
-    /// bitsandbytes, a block whose absmax is subnormal counts as all-zero.
+    /// The result is bitsandbytes' (CUDA) to the bit, with these exceptions. An all-zero block gets
+    /// the code of zero and so decodes to exact zeros, where bitsandbytes' kernel divides by zero;
+    /// as there, a block whose absmax is subnormal counts as all-zero. The offset of the nested
+    /// scales can differ in its last bits, see [`NestedAbsmax::quantize`]. And f32 weights that
+    /// fall on a threshold to within an ulp can get the neighbouring code, see
+    /// [`reciprocal`](super::reciprocal()).
     ///
     /// # Shapes
     /// - `weight`: as many elements as the product of `shape`
@@ -168,10 +169,11 @@ impl QuantType {
 /// The largest magnitude of a block and the factor that normalises the block.
 ///
 /// Subnormal results of either are flushed to zero, as in bitsandbytes, which is built with
-/// `-use_fast_math`. With a magnitude of zero the factor is infinite and must not be used.
+/// `-use_fast_math`; the factor is [`reciprocal`]. With a magnitude of zero it is infinite and must
+/// not be used.
 pub fn normalizer(block: impl Iterator<Item = f32>) -> (f32, f32) {
     let absmax = flush(block.fold(0.0f32, |max, value| max.max(value.abs())));
-    (absmax, flush(1.0 / absmax))
+    (absmax, reciprocal(absmax))
 }
 
 fn flush(value: f32) -> f32 {

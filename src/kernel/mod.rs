@@ -2,7 +2,9 @@
 //! launches.
 
 pub mod decode;
+pub mod gemv;
 pub mod quantize;
 pub mod quantize_tiles;
+pub mod tensor_core;
 pub mod tiled_2d;
 pub mod warp_per_block;

@@ -55,11 +55,19 @@ pub fn flush(value: f32) -> f32 {
     select(value < f32::new(f32::MIN_POSITIVE), 0.0f32, value)
 }
 
-/// The factor that normalises a block; zero for a block of zeros, whose weights then get the code
-/// of zero.
+/// The factor that normalises a block, [`reciprocal`](crate::format::reciprocal()); zero for a
+/// block of zeros, whose weights then get the code of zero.
+///
+/// `steps` is where [`RECIPROCAL_STEPS`](crate::format::RECIPROCAL_STEPS) starts in `tables`.
 #[cube]
-pub fn inverse(max: f32) -> f32 {
-    select(max == 0.0f32, 0.0f32, flush(1.0f32 / max))
+pub fn inverse(tables: &[u32], steps: usize, max: f32) -> f32 {
+    let rounded = flush(1.0f32 / max);
+    let bits = u32::reinterpret(max);
+    let mantissa = (bits >> 13) & 1023;
+    let step = (tables[steps + (mantissa >> 4) as usize] >> ((mantissa & 15) * 2)) & 3;
+    let stepped = f32::reinterpret(u32::reinterpret(rounded) + step - 1);
+    let short = (bits & 8191) == 0 && rounded > 0.0f32;
+    select(max == 0.0f32, 0.0f32, select(short, stepped, rounded))
 }
 
 /// The NF4 code of a normalised value: how many thresholds lie strictly below it.
@@ -156,7 +164,8 @@ pub fn pack_code(
 ///
 /// - `weight`: `view.elems` elements in vectors of `N`, which divides eight and the number of
 ///   elements; `packed`: the packed weight to fill; `absmax`: one f32 a block (unused if flat);
-///   `tables`: codebook, map and offset, then the header.
+///   `tables`: codebook, map and offset, then the header, 128 words that are not used here, and
+///   the steps of [`inverse`].
 /// - Unit `u` takes block `u`, reads it twice, and writes its words.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn quantize_blocks_kernel<F: Float, N: Size>(
@@ -188,7 +197,7 @@ pub fn quantize_blocks_kernel<F: Float, N: Size>(
             }
         }
         max = flush(max);
-        let inverse = inverse(max);
+        let inverse = inverse(tables, view.table_words + 128usize, max);
         if comptime!(blueprint.flat) {
             packed[view.scales + block] = u32::reinterpret(max);
         } else {
@@ -433,7 +442,8 @@ pub fn quantize_absmax_kernel(
             max = maxima[0];
         }
         max = flush(max);
-        let inverse = flush(1.0f32 / max);
+        // Codebook, map, offset, header, and the tables of `nf4_code_by_cell` come first.
+        let inverse = inverse(tables, 408usize, max);
         if unit == 0 {
             packed[codebook + 276usize + nested_block] = u32::reinterpret(max);
         }

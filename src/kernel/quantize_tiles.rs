@@ -12,7 +12,7 @@ use crate::format::QuantType;
 ///
 /// - `weight`: `view.elems` elements in vectors of `N`, which divides eight and the number of
 ///   elements; `packed`: the packed weight to fill; `absmax`: one f32 a block (unused if flat);
-///   `tables`: as there, followed by the 64 thresholds and 64 codes of [`nf4_code_by_cell`].
+///   `tables`: as there, with the 64 thresholds and 64 codes of [`nf4_code_by_cell`] before the steps.
 /// - A cube quantizes `group` blocks, which are `per_unit * CUBE_DIM` words, in one pass over the
 ///   weight. Unit `u` keeps the eight elements of each of words `u`, `u + CUBE_DIM`, … in
 ///   registers; the maxima of the words become those of the blocks in shared memory; then each
@@ -114,7 +114,7 @@ pub fn quantize_tiles_kernel<F: Float, N: Size>(
             maxima[block]
         };
         let max = flush(max);
-        inverses[block] = inverse(max);
+        inverses[block] = inverse(tables, view.table_words + 128usize, max);
         if first_block + block < view.blocks {
             if comptime!(blueprint.flat) {
                 packed[view.scales + first_block + block] = u32::reinterpret(max);

@@ -1,9 +1,11 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
 mod dequantize;
+mod matmul;
 mod quantize;
 
 pub use dequantize::{DequantizePlan, Variant, dequantize};
+pub use matmul::{MatmulPlan, MatmulVariant, Product, TENSOR_CORE_ROWS, TensorCoreTile};
 pub use quantize::quantize;
 
 use cubecl::ir::{ElemType, FloatKind};

@@ -7,7 +7,7 @@ use super::{
     address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout, SumF32x2, nf4_cells};
+use crate::format::{FloatType, PackedLayout, RECIPROCAL_STEPS, SumF32x2, nf4_cells};
 use crate::kernel::quantize::{
     QuantizeBlueprint, QuantizeViewLaunch, mean_absmax_kernel, quantize_absmax_kernel,
     quantize_blocks_kernel, sum_absmax_kernel,
@@ -59,6 +59,7 @@ pub fn quantize(
     let (thresholds, codes) = nf4_cells();
     tables.extend(thresholds.map(f32::to_bits));
     tables.extend(codes);
+    tables.extend(RECIPROCAL_STEPS);
     let all_table_words = tables.len();
     let tables = client.create_from_slice(bytemuck::cast_slice(&tables));
     let packed = client.empty(layout.words * 4);

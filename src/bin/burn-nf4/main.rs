@@ -1,0 +1,229 @@
+//! Inspects, quantizes, dequantizes and compares checkpoints.
+//!
+//! Exits with 0 on success, 1 if `verify` finds a difference, 2 on an error.
+
+mod args;
+mod bars;
+mod inspect;
+mod verify;
+
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{
+    Checkpoint, Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint,
+    quantize_checkpoint,
+};
+use burn_nf4::format::{BlockSize, QuantConfig};
+use clap::{Parser, Subcommand};
+
+use args::{FloatArg, QuantArg, StorageArg, parse_bytes};
+use bars::Bar;
+
+/// Work with bitsandbytes 4-bit checkpoints: Hugging Face folders and safetensors files.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// List the parameters of a checkpoint and how each is stored
+    Inspect {
+        /// Folder or .safetensors file
+        path: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Quantize the linear layers of a checkpoint of float weights
+    Quantize {
+        #[command(flatten)]
+        paths: Paths,
+        #[command(flatten)]
+        settings: Quantization,
+    },
+    /// Decode the quantized weights of a checkpoint
+    Dequantize {
+        #[command(flatten)]
+        paths: Paths,
+        /// Type of all float weights of the result [default: the type each had]
+        #[arg(long)]
+        dtype: Option<FloatArg>,
+    },
+    /// Compare two checkpoints parameter by parameter; exit with 1 if they differ
+    Verify {
+        /// The one that errors are relative to
+        a: PathBuf,
+        /// The other one
+        b: PathBuf,
+        /// Largest difference of two values to allow [default: 0]
+        #[arg(long)]
+        tolerance: Option<f64>,
+        /// Largest root mean square of the differences to allow, relative to that of A's values
+        /// [default: 0, or any if there is a --tolerance]
+        #[arg(long)]
+        rms_tolerance: Option<f64>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct Paths {
+    /// Folder or .safetensors file to read
+    source: PathBuf,
+    /// Folder to write
+    folder: PathBuf,
+    /// Most bytes of tensors in a file, such as 5GB
+    #[arg(long, value_parser = parse_bytes, default_value = "50GB")]
+    max_shard_size: usize,
+    /// Write into a folder that is not empty
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(clap::Args)]
+struct Quantization {
+    /// 4-bit type
+    #[arg(long, default_value = "nf4")]
+    quant_type: QuantArg,
+    /// Weights a scale
+    #[arg(long, default_value_t = 64)]
+    block_size: u64,
+    /// Keep the scales in f32
+    #[arg(long)]
+    no_double_quant: bool,
+    /// Module to keep, as in llm_int8_skip_modules; may be repeated
+    #[arg(long, value_name = "MODULE")]
+    skip: Vec<String>,
+    /// Quantize the experts of a mixture too (transformers 5.17 does not load those)
+    #[arg(long)]
+    experts: bool,
+    /// Type under which the codes are stored
+    #[arg(long, default_value = "uint8")]
+    storage: StorageArg,
+    /// Type to round float weights to first [default: as stored]
+    #[arg(long)]
+    dtype: Option<FloatArg>,
+    /// Type that transformers computes in [default: that of the weights]
+    #[arg(long)]
+    compute_dtype: Option<FloatArg>,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, Nf4Error> {
+    let text = match command {
+        Command::Inspect { path, json } => {
+            let inspection = inspect::Inspection::of(&Checkpoint::open(path)?)?;
+            if json {
+                to_json(&inspection)
+            } else {
+                inspection.table()
+            }
+        }
+        Command::Quantize { paths, settings } => quantize(&paths, settings)?,
+        Command::Dequantize { paths, dtype } => {
+            let options = DequantizeOptions {
+                dtype: dtype.map(Into::into),
+                max_shard_bytes: paths.max_shard_size,
+                overwrite: paths.overwrite,
+            };
+            let source = Checkpoint::open(&paths.source)?;
+            let bar = Bar::new("dequantize");
+            let converted =
+                dequantize_checkpoint(&source, &paths.folder, &options, |now| bar.show(now))?;
+            summary("dequantized", &converted, &paths.folder)
+        }
+        Command::Verify {
+            a,
+            b,
+            tolerance,
+            rms_tolerance,
+            json,
+        } => {
+            let (a, b) = (Checkpoint::open(a)?, Checkpoint::open(b)?);
+            let bar = Bar::new("verify");
+            let report = burn_nf4::checkpoint::verify(&a, &b, |progress| bar.show(progress))?;
+            drop(bar);
+            let limits = verify::Limits::new(tolerance, rms_tolerance);
+            let within = limits.hold(&report);
+            print(&if json {
+                to_json(&verify::Verdict { within, report })
+            } else {
+                limits.text(&report)
+            });
+            return Ok(if within {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(1)
+            });
+        }
+    };
+    print(&text);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
+    let options = QuantizeOptions {
+        config: QuantConfig {
+            quant_type: settings.quant_type.into(),
+            block_size: BlockSize::new(settings.block_size, "--block-size")?,
+            nested_block_size: (!settings.no_double_quant).then_some(BlockSize::B256),
+        },
+        skip_modules: settings.skip,
+        experts: settings.experts,
+        storage: settings.storage.into(),
+        dtype: settings.dtype.map(Into::into),
+        compute_dtype: settings.compute_dtype.map(Into::into),
+        max_shard_bytes: paths.max_shard_size,
+        overwrite: paths.overwrite,
+    };
+    let source = Checkpoint::open(&paths.source)?;
+    let bar = Bar::new("quantize");
+    let converted = quantize_checkpoint(&source, &paths.folder, &options, |now| bar.show(now))?;
+    Ok(summary("quantized", &converted, &paths.folder))
+}
+
+fn summary(what: &str, converted: &Converted, folder: &Path) -> String {
+    let Converted {
+        converted,
+        kept,
+        source_bytes,
+        written,
+    } = converted;
+    format!(
+        "{what} {converted} parameters, kept {kept}: {source_bytes} bytes to {} in {} file(s) in \
+         {}\n",
+        written.size_bytes,
+        written.files.len(),
+        folder.display()
+    )
+}
+
+fn to_json(value: &impl serde::Serialize) -> String {
+    // Plain data with string keys always has a JSON text.
+    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
+}
+
+/// Writes to stdout, whose reader may go away early.
+fn print(text: &str) {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => eprintln!("error: stdout: {error}"),
+        _ => (),
+    }
+}

@@ -1,0 +1,159 @@
+//! From a folder of float weights to one of quantized weights, and back.
+
+mod dequantize;
+mod model_config;
+mod quantize;
+mod select;
+
+use std::fs;
+use std::path::Path;
+
+use super::folder::Checkpoint;
+use super::progress::Progress;
+use super::staging::{io, is_model_file};
+use super::writer::{CheckpointWriter, Written};
+use crate::error::Nf4Error;
+
+pub(super) use dequantize::transpose;
+pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
+pub use quantize::{QuantizeOptions, quantize_checkpoint};
+
+/// What a conversion did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Converted {
+    /// Parameters quantized or dequantized.
+    pub converted: usize,
+    /// Parameters that stayed what they were, but perhaps for their dtype.
+    pub kept: usize,
+    /// Bytes of the source's tensors.
+    pub source_bytes: usize,
+    /// The new files.
+    pub written: Written,
+}
+
+/// The file that describes the model.
+const CONFIG_FILE: &str = "config.json";
+
+/// Extensions of files that hold weights in one form or another, which the new ones replace.
+const WEIGHT_EXTENSIONS: [&str; 10] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "h5",
+    "msgpack",
+    "onnx",
+    "gguf",
+    "ot",
+];
+
+/// Folders of small files that belong to a tokenizer.
+const TEMPLATE_FOLDERS: [&str; 2] = ["additional_chat_templates", "chat_templates"];
+
+/// Refuses to write a folder into itself, then starts it.
+fn start_writer(
+    source: &Checkpoint,
+    folder: &Path,
+    max_shard_bytes: usize,
+    overwrite: bool,
+) -> Result<CheckpointWriter, Nf4Error> {
+    let own = source_folder(source).and_then(|folder| folder.canonicalize().ok());
+    if own.is_some() && own == folder.canonicalize().ok() {
+        return Err(Nf4Error::Config {
+            field: "folder",
+            expected: "another folder than the source",
+            given: folder.display().to_string(),
+        });
+    }
+    if overwrite {
+        CheckpointWriter::overwrite(folder, max_shard_bytes)
+    } else {
+        CheckpointWriter::create(folder, max_shard_bytes)
+    }
+}
+
+/// The folder that was opened; a single file has none that would be its own.
+fn source_folder(source: &Checkpoint) -> Option<&Path> {
+    source.path().is_dir().then(|| source.path())
+}
+
+/// Copies tokenizer, chat templates, generation settings and the like: every file that holds
+/// neither weights nor the model's configuration.
+fn copy_other_files(writer: &mut CheckpointWriter, source: &Checkpoint) -> Result<(), Nf4Error> {
+    let Some(folder) = source_folder(source) else {
+        return Ok(());
+    };
+    copy_files(writer, folder, "")?;
+    for name in TEMPLATE_FOLDERS {
+        let templates = folder.join(name);
+        if templates.is_dir() {
+            copy_files(writer, &templates, &format!("{name}/"))?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Result<(), Nf4Error> {
+    let entries = fs::read_dir(folder).map_err(|error| io(folder, &error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| io(folder, &error))?;
+        let path = entry.path();
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else {
+            continue; // no file of a model
+        };
+        // `is_file` follows links: a folder of the Hub's cache consists of them.
+        if path.is_file() && !is_replaced(name) {
+            writer.copy_file(&format!("{prefix}{name}"), &path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file must not come along: it holds weights, says where they lie, or would make
+/// transformers look for an adapter.
+fn is_replaced(name: &str) -> bool {
+    let extension = Path::new(name).extension().and_then(|ext| ext.to_str());
+    name.starts_with('.')
+        || name == CONFIG_FILE
+        || name == "adapter_config.json"
+        || name.ends_with(".index.json")
+        || is_model_file(name)
+        || extension.is_some_and(|extension| WEIGHT_EXTENSIONS.contains(&extension))
+}
+
+/// Calls the callback after each parameter.
+struct Reporter<'a, F> {
+    callback: F,
+    source: &'a Checkpoint,
+    parameters_done: usize,
+    parameters_total: usize,
+    bytes_done: usize,
+    bytes_total: usize,
+}
+
+impl<'a, F: FnMut(Progress<'_>)> Reporter<'a, F> {
+    fn new(source: &'a Checkpoint, parameters_total: usize, callback: F) -> Self {
+        Self {
+            callback,
+            source,
+            parameters_done: 0,
+            parameters_total,
+            bytes_done: 0,
+            bytes_total: source.size_bytes(),
+        }
+    }
+
+    fn done(&mut self, parameter: &str) {
+        self.parameters_done += 1;
+        self.bytes_done += self.source.parameter_bytes(parameter);
+        (self.callback)(Progress {
+            parameter,
+            parameters_done: self.parameters_done,
+            parameters_total: self.parameters_total,
+            bytes_done: self.bytes_done,
+            bytes_total: self.bytes_total,
+        });
+    }
+}

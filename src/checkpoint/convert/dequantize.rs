@@ -1,0 +1,153 @@
+//! 4 bit to float weights.
+
+use std::path::Path;
+
+use super::model_config::ModelConfig;
+use super::quantize::write_dense;
+use super::{CONFIG_FILE, Converted, Reporter, copy_other_files, start_writer};
+use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, with_float_type};
+use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress};
+use crate::error::Nf4Error;
+use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::host;
+
+/// What to write when a checkpoint is dequantized.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DequantizeOptions {
+    /// The dtype of all float weights of the result; `None` gives each the dtype that it had
+    /// before it was quantized.
+    pub dtype: Option<FloatType>,
+    /// The most bytes of tensors in a file, but for a weight that is larger.
+    pub max_shard_bytes: usize,
+    /// Whether to write into a folder that is not empty.
+    pub overwrite: bool,
+}
+
+impl Default for DequantizeOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
+            overwrite: false,
+        }
+    }
+}
+
+/// Decodes the quantized weights of a checkpoint into a new folder of float weights.
+///
+/// Each is decoded to the dtype that it had, as bitsandbytes does, and then rounded to the one
+/// asked for. A weight that is stored transposed is written the way the model has it.
+/// `config.json` loses its `quantization_config`, and the other files of the folder are copied.
+///
+/// # Errors
+/// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4)
+/// - [`Nf4Error::NonFinite`] for a weight that the dtype asked for cannot hold
+/// - [`Nf4Error::NotAMatrix`] for a transposed weight of other than two dimensions
+/// - [`Nf4Error::Config`] for a checkpoint that another method quantized, and for writing into
+///   the source
+/// - [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
+pub fn dequantize_checkpoint(
+    source: &Checkpoint,
+    folder: impl AsRef<Path>,
+    options: &DequantizeOptions,
+    progress: impl FnMut(Progress<'_>),
+) -> Result<Converted, Nf4Error> {
+    let mut model_config = ModelConfig::read(source)?;
+    if let Some(config) = &model_config {
+        config.check_dequantizable()?;
+    }
+    let mut writer = start_writer(
+        source,
+        folder.as_ref(),
+        options.max_shard_bytes,
+        options.overwrite,
+    )?;
+    let parameters = source.parameters();
+    let mut reporter = Reporter::new(source, parameters.len(), progress);
+    let mut converted = 0;
+    for &key in &parameters {
+        if source.is_quantized(key) {
+            let weight = source.load_nf4(key)?;
+            let transposed = source.is_transposed(key)?;
+            with_float_type!(weight.dtype(), T => {
+                write_decoded::<T>(&mut writer, key, weight, transposed, options.dtype)?
+            });
+            converted += 1;
+        } else {
+            let info = source.tensor_info(key)?;
+            write_dense(
+                &mut writer,
+                key,
+                info,
+                source.tensor_bytes(key)?,
+                options.dtype,
+            )?;
+        }
+        reporter.done(key);
+    }
+
+    copy_other_files(&mut writer, source)?;
+    if let Some(config) = &mut model_config {
+        config.set_dense();
+        if let Some(dtype) = options.dtype {
+            config.set_dtype(dtype);
+        }
+        writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
+    }
+    Ok(Converted {
+        converted,
+        kept: parameters.len() - converted,
+        source_bytes: source.size_bytes(),
+        written: writer.finish()?,
+    })
+}
+
+fn write_decoded<T: FloatElement>(
+    writer: &mut CheckpointWriter,
+    key: &str,
+    weight: Nf4Tensor,
+    transposed: bool,
+    dtype: Option<FloatType>,
+) -> Result<(), Nf4Error> {
+    let mut shape = weight.shape().to_vec();
+    let mut values = decode::<T>(weight);
+    if transposed {
+        let &[rows, columns] = shape.as_slice() else {
+            return Err(Nf4Error::NotAMatrix {
+                tensor: key.into(),
+                shape,
+            });
+        };
+        values = transpose(&values, rows, columns);
+        shape.reverse();
+    }
+    match dtype.filter(|&dtype| dtype != T::FLOAT_TYPE) {
+        None => writer.write_tensor(key, stored_dtype(T::FLOAT_TYPE), &shape, &le_bytes(&values)),
+        Some(dtype) => with_float_type!(dtype, U => {
+            let rounded = cast::<T, U>(&values, key)?;
+            drop(values);
+            writer.write_tensor(key, stored_dtype(dtype), &shape, &le_bytes(&rounded))
+        }),
+    }
+}
+
+/// All values of a weight.
+fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
+    let layout = weight.packed_layout();
+    let words = weight.to_packed();
+    drop(weight);
+    let mut values = vec![T::zeroed(); layout.elems];
+    host::dequantize(&words, &layout, 0, &mut values);
+    values
+}
+
+/// The transpose of a `[rows, columns]` matrix.
+pub(in crate::checkpoint) fn transpose<T: Copy>(
+    values: &[T],
+    rows: usize,
+    columns: usize,
+) -> Vec<T> {
+    (0..columns)
+        .flat_map(|column| (0..rows).map(move |row| values[row * columns + column]))
+        .collect()
+}

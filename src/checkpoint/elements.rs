@@ -1,0 +1,109 @@
+//! The float elements of stored tensors, and casts between their types.
+
+use std::borrow::Cow;
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use crate::error::Nf4Error;
+use crate::format::{FloatElement, FloatType};
+
+/// Evaluates an expression with `$T` as the Rust type of a [`FloatType`].
+macro_rules! with_float_type {
+    ($float_type:expr, $T:ident => $body:expr) => {
+        match $float_type {
+            $crate::format::FloatType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            $crate::format::FloatType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::format::FloatType::F32 => {
+                type $T = f32;
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_float_type;
+
+/// Fewer elements than this are cast by one thread.
+const TASK_ELEMS: usize = 1 << 16;
+
+/// The type of a stored float tensor; `None` for integers and for floats that are not weights'.
+pub(super) fn float_type(dtype: Dtype) -> Option<FloatType> {
+    match dtype {
+        Dtype::F16 => Some(FloatType::F16),
+        Dtype::BF16 => Some(FloatType::BF16),
+        Dtype::F32 => Some(FloatType::F32),
+        _ => None,
+    }
+}
+
+/// The dtype under which a type is stored.
+pub(super) fn stored_dtype(float_type: FloatType) -> Dtype {
+    match float_type {
+        FloatType::F16 => Dtype::F16,
+        FloatType::BF16 => Dtype::BF16,
+        FloatType::F32 => Dtype::F32,
+    }
+}
+
+/// The elements of a tensor stored as `T`; in place, where the file has them aligned.
+pub(super) fn elements<T: FloatElement>(bytes: &[u8]) -> Cow<'_, [T]> {
+    if cfg!(target_endian = "little")
+        && let Ok(elements) = bytemuck::try_cast_slice(bytes)
+    {
+        return elements.into();
+    }
+    let mut elements = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+    let target = bytemuck::cast_slice_mut::<T, u8>(&mut elements);
+    target.copy_from_slice(&bytes[..target.len()]);
+    swap_bytes::<T>(target);
+    elements.into()
+}
+
+/// The bytes to store; the reverse of [`elements`].
+pub(super) fn le_bytes<T: FloatElement>(elements: &[T]) -> Cow<'_, [u8]> {
+    let bytes = bytemuck::cast_slice(elements);
+    if cfg!(target_endian = "little") {
+        return bytes.into();
+    }
+    let mut bytes = bytes.to_vec();
+    swap_bytes::<T>(&mut bytes);
+    bytes.into()
+}
+
+fn swap_bytes<T>(bytes: &mut [u8]) {
+    if cfg!(target_endian = "big") {
+        bytes
+            .chunks_exact_mut(size_of::<T>())
+            .for_each(<[u8]>::reverse);
+    }
+}
+
+/// Rounds every element to nearest.
+///
+/// # Errors
+/// [`Nf4Error::NonFinite`], with `key`, at the first finite one that has no finite neighbour.
+pub(super) fn cast<S: FloatElement, T: FloatElement>(
+    elements: &[S],
+    key: &str,
+) -> Result<Vec<T>, Nf4Error> {
+    let cast: Vec<T> = elements
+        .par_iter()
+        .with_min_len(TASK_ELEMS)
+        .map(|element| T::from_f32(element.to_f32()))
+        .collect();
+    let overflows = |(from, to): (&S, &T)| from.to_f32().is_finite() && !to.to_f32().is_finite();
+    match elements.par_iter().zip(&cast).position_first(overflows) {
+        None => Ok(cast),
+        Some(index) => Err(Nf4Error::NonFinite {
+            tensor: key.into(),
+            index,
+            given: cast[index].to_f32(),
+        }),
+    }
+}

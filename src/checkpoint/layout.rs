@@ -1,0 +1,114 @@
+//! A quantized weight taken apart into the tensors that a file holds.
+
+use std::borrow::Cow;
+
+use safetensors::Dtype;
+
+use super::elements::le_bytes;
+use super::quant_state::QuantState;
+use crate::error::Nf4Error;
+use crate::format::{Absmax, Nf4Tensor, QuantType};
+
+/// A tensor to be written; its bytes are little-endian.
+#[derive(Debug, Clone)]
+pub(super) struct NewTensor<'a> {
+    pub key: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl<'a> NewTensor<'a> {
+    fn floats(key: String, values: &'a [f32]) -> Self {
+        Self {
+            key,
+            dtype: Dtype::F32,
+            shape: vec![values.len()],
+            bytes: le_bytes(values),
+        }
+    }
+
+    fn codes(key: String, codes: impl Into<Cow<'a, [u8]>>) -> Self {
+        let bytes = codes.into();
+        Self {
+            key,
+            dtype: Dtype::U8,
+            shape: vec![bytes.len()],
+            bytes,
+        }
+    }
+}
+
+/// The tensors of a weight under the name `prefix`, as bitsandbytes stores them.
+///
+/// # Errors
+/// [`Nf4Error::Dtype`] for a storage that is none, or whose elements the codes do not fill.
+pub(super) fn tensors<'a>(
+    prefix: &str,
+    weight: &'a Nf4Tensor,
+    storage: Dtype,
+    transposed: bool,
+) -> Result<Vec<NewTensor<'a>>, Nf4Error> {
+    let codes = weight.codes();
+    let elem_bytes = match storage {
+        Dtype::U8 => 1,
+        Dtype::BF16 | Dtype::F16 => 2,
+        Dtype::F32 => 4,
+        _ => 0,
+    };
+    if elem_bytes == 0 || !codes.len().is_multiple_of(elem_bytes) {
+        return Err(Nf4Error::Dtype {
+            tensor: prefix.into(),
+            expected: format!(
+                "U8, BF16, F16 or F32 of a size that divides {}, the bytes of its codes",
+                codes.len()
+            ),
+            given: storage.to_string(),
+        });
+    }
+    let stored_elems = codes.len() / elem_bytes;
+    let part = |name: &str| format!("{prefix}.{name}");
+    let mut tensors = vec![NewTensor {
+        key: prefix.into(),
+        dtype: storage,
+        shape: if transposed {
+            vec![1, stored_elems]
+        } else {
+            vec![stored_elems, 1]
+        },
+        bytes: codes.into(),
+    }];
+    match weight.absmax() {
+        Absmax::Flat(scales) => tensors.push(NewTensor::floats(part("absmax"), scales)),
+        Absmax::Nested(nested) => {
+            tensors.push(NewTensor::codes(part("absmax"), &nested.codes));
+            tensors.push(NewTensor::floats(part("nested_absmax"), &nested.absmax));
+            let map = nested.map.as_slice();
+            tensors.push(NewTensor::floats(part("nested_quant_map"), map));
+        }
+    }
+    tensors.push(NewTensor::floats(
+        part("quant_map"),
+        stored_codebook(weight.quant_type()),
+    ));
+    let state = QuantState::of(weight);
+    let key = part(&format!(
+        "quant_state.bitsandbytes__{}",
+        state.quant_type.name()
+    ));
+    tensors.push(NewTensor::codes(key, state.to_json().into_bytes()));
+    Ok(tensors)
+}
+
+/// The codebook as bitsandbytes stores it: FP4's second zero has no sign there.
+fn stored_codebook(quant_type: QuantType) -> &'static [f32; 16] {
+    const FP4: [f32; 16] = {
+        let mut table = *QuantType::Fp4.codebook();
+        table[8] = 0.0;
+        table
+    };
+    match quant_type {
+        QuantType::Nf4 => quant_type.codebook(),
+        QuantType::Fp4 => &FP4,
+    }
+}

@@ -1,0 +1,186 @@
+//! A folder that is written under temporary names and put in place at once.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, Permissions};
+use std::path::{Component, Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::folder::{INDEX_FILE, SINGLE_FILE};
+use crate::error::Nf4Error;
+
+/// Files on their way into a folder.
+///
+/// They lie in a hidden folder inside of it, so that the last step renames them and copies
+/// nothing. Dropped before [`commit`](Self::commit), it takes everything back.
+#[derive(Debug)]
+pub(super) struct Staging {
+    folder: PathBuf,
+    /// `None` only while it is dropped.
+    hidden: Option<TempDir>,
+    /// Whether the folder was made here, and goes when nothing came into it.
+    made_folder: bool,
+    overwrite: bool,
+    /// Paths relative to the folder.
+    files: BTreeSet<String>,
+}
+
+impl Staging {
+    /// Makes the folder if it is not there.
+    ///
+    /// # Errors
+    /// [`Nf4Error::FolderNotEmpty`] if it holds anything, unless `overwrite`; [`Nf4Error::Io`].
+    pub fn create(folder: &Path, overwrite: bool) -> Result<Self, Nf4Error> {
+        let made_folder = !folder.exists();
+        fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
+        let mut staging = Self {
+            folder: folder.into(),
+            hidden: None,
+            made_folder,
+            overwrite,
+            files: BTreeSet::new(),
+        };
+        let mut entries = fs::read_dir(folder).map_err(|error| io(folder, &error))?;
+        if !overwrite && entries.next().is_some() {
+            return Err(Nf4Error::FolderNotEmpty {
+                path: folder.into(),
+            });
+        }
+        let hidden = tempfile::Builder::new()
+            .prefix(".burn-nf4-")
+            .tempdir_in(folder)
+            .map_err(|error| io(folder, &error))?;
+        staging.hidden = Some(hidden);
+        Ok(staging)
+    }
+
+    /// The folder that is being written.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where files lie until they are put in place.
+    pub fn hidden(&self) -> &Path {
+        match &self.hidden {
+            Some(hidden) => hidden.path(),
+            None => &self.folder,
+        }
+    }
+
+    /// The permissions that a file made in the usual way gets here; those of temporary files are
+    /// narrower.
+    pub fn permissions(&self) -> Result<Permissions, Nf4Error> {
+        let probe = self.hidden().join("permissions");
+        let made = File::create(&probe).and_then(|file| file.metadata());
+        made.map(|metadata| metadata.permissions())
+            .map_err(|error| io(&probe, &error))
+    }
+
+    /// Reserves a name and says where to write the file.
+    ///
+    /// # Errors
+    /// [`Nf4Error::NameTaken`] if there is such a file already, if the name is one of the model's
+    /// own files or if it leads out of the folder; [`Nf4Error::Io`].
+    pub fn reserve(&mut self, name: &str) -> Result<PathBuf, Nf4Error> {
+        let inside = !name.is_empty()
+            && Path::new(name)
+                .components()
+                .all(|component| matches!(component, Component::Normal(_)));
+        if !inside || is_model_file(name) || !self.files.insert(name.into()) {
+            return Err(Nf4Error::NameTaken {
+                path: self.folder.clone(),
+                name: name.into(),
+            });
+        }
+        let path = self.hidden().join("files").join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(|error| io(parent, &error))?;
+        }
+        Ok(path)
+    }
+
+    /// Puts everything in place: the shards, each with its final name, then the reserved files,
+    /// then the index. What an earlier checkpoint left in an overwritten folder goes.
+    pub fn commit(mut self, shards: &[(PathBuf, String)], index: &str) -> Result<(), Nf4Error> {
+        let hidden = self.hidden().to_path_buf();
+        let files = hidden.join("files");
+        let mut moves: Vec<(PathBuf, PathBuf)> = shards
+            .iter()
+            .map(|(path, name)| (path.clone(), self.folder.join(name)))
+            .collect();
+        moves.extend(
+            self.files
+                .iter()
+                .map(|name| (files.join(name), self.folder.join(name))),
+        );
+        if shards.len() > 1 {
+            let path = hidden.join(INDEX_FILE);
+            fs::write(&path, index).map_err(|error| io(&path, &error))?;
+            moves.push((path, self.folder.join(INDEX_FILE)));
+        }
+        if self.overwrite {
+            // First, as the index of other shards would hide a new single file.
+            self.remove_model_files()?;
+        }
+        let mut done: Vec<&Path> = Vec::new();
+        for (from, to) in &moves {
+            let moved = to
+                .parent()
+                .map_or(Ok(()), fs::create_dir_all)
+                .and_then(|()| fs::rename(from, to));
+            if let Err(error) = moved {
+                for path in done {
+                    // Nothing more can be done about a file that does not go.
+                    let _ = fs::remove_file(path);
+                }
+                return Err(io(to, &error));
+            }
+            done.push(to);
+        }
+        self.made_folder = false;
+        Ok(())
+    }
+
+    fn remove_model_files(&self) -> Result<(), Nf4Error> {
+        let entries = fs::read_dir(&self.folder).map_err(|error| io(&self.folder, &error))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| io(&self.folder, &error))?;
+            if entry.file_name().to_str().is_some_and(is_model_file) {
+                fs::remove_file(entry.path()).map_err(|error| io(&entry.path(), &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        drop(self.hidden.take());
+        if self.made_folder {
+            // Fails where something came into it meanwhile, which then stays.
+            let _ = fs::remove_dir(&self.folder);
+        }
+    }
+}
+
+/// Whether a file belongs to the weights: `model.safetensors`, its index, or a shard.
+pub(super) fn is_model_file(name: &str) -> bool {
+    name == SINGLE_FILE
+        || name == INDEX_FILE
+        || name
+            .strip_prefix("model-")
+            .and_then(|rest| rest.strip_suffix(".safetensors"))
+            .and_then(|numbers| numbers.split_once("-of-"))
+            .is_some_and(|(number, count)| {
+                [number, count]
+                    .iter()
+                    .all(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+            })
+}
+
+pub(super) fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
+    Nf4Error::Io {
+        path: path.into(),
+        message: error.to_string(),
+    }
+}

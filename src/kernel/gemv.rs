@@ -1,0 +1,124 @@
+//! `gemv`: a matrix product with a packed weight for a handful of rows of `x`, on any device.
+//!
+//! A plane a row of `W`, so that neighbouring lanes read neighbouring words; sums in f32. Any
+//! length of a row and any block size: rows may start anywhere in a word.
+
+use cubecl::prelude::*;
+
+use super::decode::{DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook};
+
+/// What forks a compiled kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemvBlueprint {
+    /// How a word is decoded.
+    pub decode: DequantizeBlueprint,
+    /// Rows of `x` that a plane multiplies with at once.
+    pub columns: usize,
+    /// Rows start at a word: `k` is a multiple of eight.
+    pub aligned: bool,
+    /// The lanes of a plane add their sums up; without it a unit works alone.
+    pub planes: bool,
+    /// Whether there is a bias to add.
+    pub bias: bool,
+}
+
+/// `y = x Wᵀ + b`.
+///
+/// - `x`: `[m, k]` in vectors of `N`, which divides eight, and is one unless `k` is a multiple of
+///   eight; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`.
+/// - The cube is `(lanes, rows)`. Lanes take the words of a row in turn. The cube's place along the
+///   grid gives the rows of `W` first, then groups of `columns` rows of `x`.
+/// - Tails: words that a row shares with its neighbours are masked; rows of `x` past `m` repeat the
+///   last one and are not stored.
+#[cube(launch_unchecked, address_type = "dynamic")]
+#[allow(clippy::too_many_arguments)]
+pub fn matmul_gemv_kernel<F: Float, N: Size>(
+    x: &[Vector<F, N>],
+    packed: &[u32],
+    bias: &[F],
+    out: &mut [F],
+    view: PackedView,
+    m: usize,
+    n: usize,
+    k: usize,
+    #[comptime] blueprint: GemvBlueprint,
+    #[define(F)] _dtype: ElemType,
+) {
+    let vector = N::value().comptime();
+    let columns = comptime!(blueprint.columns);
+    let block_log2 = comptime!(blueprint.decode.block_log2 as usize);
+    let table = load_codebook(packed, &view, blueprint.decode);
+    if comptime!(blueprint.decode.shared) {
+        sync_cube();
+    }
+
+    let rows = CUBE_DIM_Y as usize;
+    let row_cubes = n.div_ceil(rows);
+    let row = CUBE_POS % row_cubes * rows + UNIT_POS_Y as usize;
+    let first_column = CUBE_POS / row_cubes * columns;
+    let lane = UNIT_POS_X as usize;
+
+    let mut sums = Array::<f32>::new(columns);
+    #[unroll]
+    for c in 0..columns {
+        sums[c] = 0.0f32;
+    }
+    // Every lane of a plane has the same row, so whole planes are left out.
+    if row < n && first_column < m {
+        let start = row * k;
+        let end = start + k;
+        let mut word_at = (start >> 3usize) + lane;
+        while word_at << 3usize < end {
+            let word = packed[word_at];
+            let element = word_at << 3usize;
+            let scale = block_scale(
+                packed,
+                &view,
+                element >> block_log2,
+                blueprint.decode.nested_log2,
+            );
+            #[unroll]
+            for v in 0..comptime!(8 / vector) {
+                let at = element + comptime!(v * vector);
+                if comptime!(blueprint.aligned) || (at >= start && at < end) {
+                    let decoded = decode_vector::<F, N>(
+                        packed,
+                        &table,
+                        &view,
+                        word,
+                        comptime!((v * vector) as u32).runtime(),
+                        scale,
+                        blueprint.decode,
+                    );
+                    let decoded = Vector::<f32, N>::cast_from(decoded);
+                    #[unroll]
+                    for c in 0..columns {
+                        let column = usize::min(first_column + c, m - 1);
+                        let values = x[(column * k + at - start) / vector];
+                        let products = decoded * Vector::<f32, N>::cast_from(values);
+                        let mut sum = sums[c];
+                        #[unroll]
+                        for i in 0..vector {
+                            sum += products.extract(i);
+                        }
+                        sums[c] = sum;
+                    }
+                }
+            }
+            word_at += CUBE_DIM_X as usize;
+        }
+    }
+    #[unroll]
+    for c in 0..columns {
+        let mut sum = sums[c];
+        if comptime!(blueprint.planes) {
+            sum = plane_sum(sum);
+        }
+        if row < n && first_column + c < m && lane == 0 {
+            if comptime!(blueprint.bias) {
+                sum += f32::cast_from(bias[row]);
+            }
+            out[(first_column + c) * n + row] = F::cast_from(sum);
+        }
+    }
+}

@@ -1,0 +1,744 @@
+//! Whole folders from float to 4 bit and back.
+
+mod golden;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Difference, Dtype,
+    Progress, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
+};
+use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
+use half::{bf16, f16};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn temp() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn hf(name: &str) -> PathBuf {
+    PathBuf::from("tests/fixtures/hf").join(name).join("model")
+}
+
+fn open(path: impl AsRef<Path>) -> Checkpoint {
+    Checkpoint::open(path).unwrap()
+}
+
+fn config(folder: &Path) -> Value {
+    serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+fn quiet(_: Progress<'_>) {}
+
+fn file_names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A folder of f32 tensors with values of a sine, and a `config.json`.
+fn model(folder: &Path, config: &Value, tensors: &[(&str, &[usize])]) {
+    let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
+    for (key, shape) in tensors {
+        let elems: usize = shape.iter().product();
+        let values: Vec<f32> = (0..elems).map(|i| (i as f32 * 0.37).sin()).collect();
+        let bytes = bytemuck::cast_slice(&values);
+        writer.write_tensor(key, Dtype::F32, shape, bytes).unwrap();
+    }
+    writer
+        .write_file("config.json", config.to_string().as_bytes())
+        .unwrap();
+    writer.finish().unwrap();
+}
+
+/// f32 keeps a decoded weight exactly, its scales included, so that with flat scales nothing is
+/// lost in another round; with nested ones the codes still come out the same.
+#[rstest]
+fn a_dequantized_folder_quantizes_to_the_same_codes(
+    #[values("f32", "f32_sharded")] name: &str,
+    #[values(QuantConfig::default(), QuantConfig::flat())] quant_config: QuantConfig,
+) {
+    let folder = temp();
+    let (dense, quantized) = (folder.path().join("dense"), folder.path().join("nf4"));
+    let source = open(hf(name));
+    let options = DequantizeOptions::default();
+    let converted = dequantize_checkpoint(&source, &dense, &options, quiet).unwrap();
+    assert_eq!((converted.converted, converted.kept), (14, 7));
+    assert!(open(&dense).quantized_weights().is_empty());
+    let report = verify(&source, &open(&dense), quiet).unwrap();
+    assert!(report.is_within(0.0, 0.0), "{report:?}");
+
+    let options = QuantizeOptions {
+        config: quant_config,
+        ..QuantizeOptions::default()
+    };
+    let converted = quantize_checkpoint(&open(&dense), &quantized, &options, quiet).unwrap();
+    assert_eq!((converted.converted, converted.kept), (14, 7));
+    let again = open(&quantized);
+    assert_eq!(again.parameters(), source.parameters());
+    for prefix in source.quantized_weights() {
+        let (theirs, ours) = (source.load_nf4(prefix), again.load_nf4(prefix));
+        assert!(theirs.unwrap().codes() == ours.unwrap().codes(), "{prefix}");
+    }
+    if quant_config.nested_block_size.is_none() {
+        let report = verify(&source, &again, quiet).unwrap();
+        assert!(report.is_within(0.0, 0.0), "{report:?}");
+    }
+}
+
+/// Everything but the weights themselves is what transformers wrote, to the byte.
+#[rstest]
+fn config_is_written_as_transformers_does(#[values("f32", "bf16")] name: &str) {
+    let folder = temp();
+    let (dense, quantized) = (folder.path().join("dense"), folder.path().join("nf4"));
+    let options = DequantizeOptions::default();
+    dequantize_checkpoint(&open(hf(name)), &dense, &options, quiet).unwrap();
+    assert_eq!(config(&dense).get("quantization_config"), None);
+    let options = QuantizeOptions::default();
+    quantize_checkpoint(&open(&dense), &quantized, &options, quiet).unwrap();
+    for file in ["config.json", "generation_config.json"] {
+        let (theirs, ours) = (hf(name).join(file), quantized.join(file));
+        assert_eq!(
+            fs::read_to_string(ours).unwrap(),
+            fs::read_to_string(theirs).unwrap()
+        );
+    }
+}
+
+/// The float weights that bitsandbytes quantized, in a folder.
+#[rstest]
+#[case("f32_b64_nested_512x512_normal")]
+#[case("bf16_b64_nested_300x520_outliers")]
+#[case("f16_b64_nested_17x33_normal")]
+#[case("f32_b64_nested_17x33_normal_fp4")]
+#[case("bf16_b1024_nested_32x2048_normal")]
+fn codes_are_those_of_bitsandbytes(#[case] name: &str) {
+    let golden = golden::load(name);
+    let folder = temp();
+    let source = folder.path().join("source");
+    let mut writer = CheckpointWriter::create(&source, DEFAULT_MAX_SHARD_BYTES).unwrap();
+    let info = golden.file.tensor_info("source").unwrap();
+    let bytes = golden.file.tensor_bytes("source").unwrap();
+    writer
+        .write_tensor("layer.weight", info.dtype, info.shape, bytes)
+        .unwrap();
+    writer.finish().unwrap();
+
+    let options = QuantizeOptions {
+        config: golden.tensor.config(),
+        ..QuantizeOptions::default()
+    };
+    let out = folder.path().join("out");
+    quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let ours = open(&out).load_nf4("layer.weight").unwrap();
+    assert!(ours.codes() == golden.tensor.codes());
+    assert_eq!(ours.dtype(), golden.tensor.dtype());
+    assert_eq!(ours.config(), golden.tensor.config());
+}
+
+const LAYERS: [(&str, &[usize]); 12] = [
+    ("lm_head.weight", &[16, 64]),
+    ("model.embed_tokens.weight", &[16, 64]),
+    ("model.layers.0.input_layernorm.weight", &[64]),
+    ("model.layers.0.mlp.experts.0.up_proj.weight", &[64, 64]),
+    ("model.layers.0.mlp.experts.down_proj", &[2, 64, 64]),
+    ("model.layers.0.mlp.gate.weight", &[4, 64]),
+    ("model.layers.0.mlp.gate_proj.weight", &[64, 64]),
+    ("model.layers.0.mlp.shared_expert_gate.weight", &[1, 64]),
+    ("model.layers.0.self_attn.q_proj.bias", &[64]),
+    ("model.layers.0.self_attn.q_proj.weight", &[64, 64]),
+    ("model.vision.patch_embed.weight", &[8, 4, 4]),
+    ("transformer.wte.weight", &[16, 64]),
+];
+
+/// What is quantized of [`LAYERS`], and the entry that transformers reads.
+fn selected(options: &QuantizeOptions, tensors: &[(&str, &[usize])]) -> (Vec<String>, Value) {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    model(&source, &json!({"model_type": "llama"}), tensors);
+    let converted = quantize_checkpoint(&open(&source), &out, options, quiet).unwrap();
+    let written = open(&out);
+    assert_eq!(written.parameters(), open(&source).parameters());
+    let names: Vec<String> = written
+        .quantized_weights()
+        .iter()
+        .map(|name| name.to_string())
+        .collect();
+    assert_eq!(converted.converted, names.len());
+    assert_eq!(converted.kept, tensors.len() - names.len());
+    let quantization = &config(&out)["quantization_config"];
+    (names, quantization["llm_int8_skip_modules"].clone())
+}
+
+#[test]
+fn linear_layers_are_quantized_and_the_rest_is_kept() {
+    let (names, skipped) = selected(&QuantizeOptions::default(), &LAYERS);
+    let linear = [
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.shared_expert_gate.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ];
+    assert_eq!(names, linear);
+    // `gate` would also end the path of `shared_expert_gate`, which is quantized.
+    let entries = ["lm_head", "up_proj", "mlp.gate"];
+    assert_eq!(skipped, json!(entries));
+}
+
+/// transformers keeps heads and embeddings by itself, and tied heads only then.
+#[test]
+fn nothing_is_listed_where_transformers_knows() {
+    let tensors: Vec<_> = LAYERS
+        .into_iter()
+        .filter(|(name, _)| !name.contains(".mlp."))
+        .collect();
+    let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
+    assert_eq!(names, ["model.layers.0.self_attn.q_proj.weight"]);
+    assert_eq!(skipped, Value::Null);
+}
+
+/// With any entry, transformers keeps no head by itself any more.
+#[test]
+fn heads_are_listed_with_the_others() {
+    let tensors: [(&str, &[usize]); 4] = [
+        ("gpt_neox.embed_in.weight", &[16, 64]),
+        ("embed_out.weight", &[16, 64]),
+        ("gpt_neox.layers.0.dense.weight", &[64, 64]),
+        ("gpt_neox.time_embed.weight", &[64, 64]),
+    ];
+    let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
+    assert_eq!(names, ["gpt_neox.layers.0.dense.weight"]);
+    assert_eq!(skipped, json!(["lm_head", "embed_out", "time_embed"]));
+}
+
+/// The path of the kept layer begins and ends as paths of quantized ones do.
+#[test]
+fn an_entry_never_covers_a_quantized_layer() {
+    let tensors: [(&str, &[usize]); 3] = [
+        ("mlp.gate.weight", &[4, 64]),
+        ("mlp.gate_proj.weight", &[64, 64]),
+        ("other_mlp.gated.mlp.gate_gate.weight", &[64, 64]),
+    ];
+    let (names, skipped) = selected(&QuantizeOptions::default(), &tensors);
+    assert_eq!(names.len(), 2);
+    assert_eq!(skipped, json!(["lm_head", r"mlp\.gate$"]));
+}
+
+#[test]
+fn experts_are_quantized_when_asked() {
+    let options = QuantizeOptions {
+        experts: true,
+        ..QuantizeOptions::default()
+    };
+    let (names, _) = selected(&options, &LAYERS);
+    let experts: Vec<&String> = names.iter().filter(|n| n.contains(".experts.")).collect();
+    let expected = [
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.0.mlp.experts.down_proj",
+    ];
+    assert_eq!(experts, expected);
+}
+
+/// As `should_convert_module` of transformers 5.17 has it.
+#[rstest]
+#[case::end_of_a_path("q_proj", &["k_proj", "0.mlp.up_proj", "1.mlp.up_proj"])]
+#[case::beginning_of_a_path("model.layers.0", &["1.mlp.up_proj"])]
+#[case::regular_expression(r"model\.layers\.\d+\.mlp", &["q_proj", "k_proj"])]
+#[case::whole_path("model.layers.0.mlp.up_proj", &["q_proj", "k_proj", "1.mlp.up_proj"])]
+#[case::middle_of_a_path("mlp", &["q_proj", "k_proj", "0.mlp.up_proj", "1.mlp.up_proj"])]
+fn named_modules_are_kept(#[case] pattern: &str, #[case] quantized: &[&str]) {
+    let tensors: [(&str, &[usize]); 4] = [
+        ("model.layers.0.attn.q_proj.weight", &[64, 64]),
+        ("model.layers.0.attn.k_proj.weight", &[64, 64]),
+        ("model.layers.0.mlp.up_proj.weight", &[64, 64]),
+        ("model.layers.1.mlp.up_proj.weight", &[64, 64]),
+    ];
+    let options = QuantizeOptions {
+        skip_modules: vec![pattern.into()],
+        ..QuantizeOptions::default()
+    };
+    let (names, skipped) = selected(&options, &tensors);
+    assert_eq!(skipped, json!(["lm_head", pattern]));
+    assert_eq!(names.len(), quantized.len(), "{names:?}");
+    for end in quantized {
+        let end = format!("{end}.weight");
+        assert!(names.iter().any(|name| name.ends_with(&end)), "{names:?}");
+    }
+}
+
+#[test]
+fn settings_come_into_the_config() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let composed = json!({"torch_dtype": "float32", "text_config": {"dtype": "float32"}});
+    model(&source, &composed, &[("up.weight", &[64, 64])]);
+    let options = QuantizeOptions {
+        config: QuantConfig::flat(),
+        storage: Dtype::BF16,
+        dtype: Some(FloatType::F16),
+        ..QuantizeOptions::default()
+    };
+    quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let written = open(&out);
+    assert_eq!(written.tensor_info("up.weight").unwrap().dtype, Dtype::BF16);
+    let weight = written.load_nf4("up.weight").unwrap();
+    assert_eq!(weight.dtype(), FloatType::F16);
+
+    let config = config(&out);
+    let quantization = &config["quantization_config"];
+    assert_eq!(quantization["bnb_4bit_quant_storage"], "bfloat16");
+    assert_eq!(quantization["bnb_4bit_compute_dtype"], "float16");
+    assert_eq!(quantization["bnb_4bit_use_double_quant"], false);
+    assert_eq!(config["torch_dtype"], "float16");
+    assert_eq!(config["text_config"]["dtype"], "float16");
+    assert_eq!(config.get("dtype"), None);
+}
+
+#[test]
+fn float_weights_are_rounded_before_they_are_quantized() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let tensors: [(&str, &[usize]); 2] = [("norm.weight", &[64]), ("up.weight", &[64, 64])];
+    model(&source, &json!({}), &tensors);
+    let options = QuantizeOptions {
+        dtype: Some(FloatType::BF16),
+        ..QuantizeOptions::default()
+    };
+    quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let round = |key: &str| -> Vec<bf16> {
+        let (values, _) = open(&source).load_float::<f32>(key).unwrap();
+        values.into_iter().map(bf16::from_f32).collect()
+    };
+    let expected = Nf4Tensor::quantize(&round("up.weight"), &[64, 64], options.config).unwrap();
+    let written = open(&out);
+    assert_eq!(written.load_nf4("up.weight").unwrap(), expected);
+    let (norm, _) = written.load_float::<bf16>("norm.weight").unwrap();
+    assert_eq!(norm, round("norm.weight"));
+}
+
+/// bitsandbytes decodes to the weight's own type; the one asked for comes after that.
+#[rstest]
+fn weights_are_decoded_to_their_own_type_first(
+    #[values(FloatType::F16, FloatType::F32)] dtype: FloatType,
+) {
+    let folder = temp();
+    let out = folder.path().join("out");
+    let source = open(hf("bf16"));
+    let options = DequantizeOptions {
+        dtype: Some(dtype),
+        ..DequantizeOptions::default()
+    };
+    dequantize_checkpoint(&source, &out, &options, quiet).unwrap();
+    assert_eq!(config(&out)["dtype"], dtype.name());
+    let written = open(&out);
+    assert_eq!(written.parameters(), source.parameters());
+    for &key in &source.parameters() {
+        let values: Vec<bf16> = match source.load_nf4(key) {
+            Ok(weight) => weight.dequantize(),
+            Err(_) => source.load_float(key).unwrap().0,
+        };
+        match dtype {
+            FloatType::F16 => same(
+                &written,
+                key,
+                values.iter().map(|v| f16::from_f32(v.to_f32())),
+            ),
+            _ => same(&written, key, values.iter().map(|v| v.to_f32())),
+        }
+    }
+}
+
+#[track_caller]
+fn same<T: FloatElement + PartialEq>(
+    written: &Checkpoint,
+    key: &str,
+    expected: impl Iterator<Item = T>,
+) {
+    let (values, _) = written.load_float::<T>(key).unwrap();
+    assert!(values.into_iter().eq(expected), "{key}");
+}
+
+#[test]
+fn a_transposed_weight_is_decoded_the_way_the_model_has_it() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let values: Vec<f32> = (0..6 * 10).map(|i| (i as f32 * 0.37).sin()).collect();
+    let weight = Nf4Tensor::quantize(&values, &[6, 10], QuantConfig::default()).unwrap();
+    let mut writer = CheckpointWriter::create(&source, DEFAULT_MAX_SHARD_BYTES).unwrap();
+    writer.write_nf4("w", &weight, Dtype::U8, true).unwrap();
+    writer.finish().unwrap();
+    let options = DequantizeOptions::default();
+    dequantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let (written, shape) = open(&out).load_float::<f32>("w").unwrap();
+    assert_eq!(shape, [10, 6]);
+    let decoded: Vec<f32> = weight.dequantize();
+    for row in 0..10 {
+        for column in 0..6 {
+            assert_eq!(written[row * 6 + column], decoded[column * 10 + row]);
+        }
+    }
+    let report = verify(&open(&source), &open(&out), quiet).unwrap();
+    assert_eq!(report.parameters[0].difference, Difference::IdenticalValues);
+}
+
+#[test]
+fn other_files_come_along_and_other_weights_do_not() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    model(&source, &json!({}), &[("up.weight", &[64, 64])]);
+    for name in [
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "README.md",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.safetensors",
+        "adapter_config.json",
+        ".gitattributes",
+    ] {
+        fs::write(source.join(name), name).unwrap();
+    }
+    let templates = source.join("additional_chat_templates");
+    fs::create_dir(&templates).unwrap();
+    fs::write(templates.join("tool.jinja"), "tool").unwrap();
+    let options = QuantizeOptions::default();
+    quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let expected = [
+        "README.md",
+        "additional_chat_templates",
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    ];
+    assert_eq!(file_names(&out), expected);
+    assert_eq!(
+        fs::read(out.join("tokenizer.json")).unwrap(),
+        b"tokenizer.json"
+    );
+    assert_eq!(
+        file_names(&out.join("additional_chat_templates")),
+        ["tool.jinja"]
+    );
+}
+
+#[test]
+fn a_large_model_is_quantized_into_shards() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let tensors: [(&str, &[usize]); 3] = [
+        ("a.weight", &[64, 64]),
+        ("b.weight", &[64, 64]),
+        ("c.weight", &[64, 64]),
+    ];
+    model(&source, &json!({}), &tensors);
+    let options = QuantizeOptions {
+        max_shard_bytes: 4000, // 2 KiB of codes and 1.1 KiB of tables each
+        ..QuantizeOptions::default()
+    };
+    let converted = quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    assert_eq!(converted.written.files.len(), 3);
+    assert_eq!(open(&out).quantized_weights().len(), 3);
+}
+
+#[test]
+fn progress_ends_at_the_totals() {
+    let folder = temp();
+    let source = open(hf("f32"));
+    let mut calls = Vec::new();
+    let options = DequantizeOptions::default();
+    dequantize_checkpoint(&source, folder.path(), &options, |now| {
+        calls.push((
+            now.parameter.to_string(),
+            now.parameters_done,
+            now.bytes_done,
+        ));
+        assert_eq!(now.parameters_total, 21);
+        assert_eq!(now.bytes_total, source.size_bytes());
+    })
+    .unwrap();
+    let names: Vec<&str> = calls.iter().map(|call| call.0.as_str()).collect();
+    assert_eq!(names, source.parameters());
+    assert!(calls.is_sorted_by_key(|call| call.2));
+    let last = calls.last().unwrap();
+    assert_eq!((last.1, last.2), (21, source.size_bytes()));
+}
+
+/// Runs a quantization that must fail, and checks that it leaves no folder behind.
+#[track_caller]
+fn refused(source: &Path, options: &QuantizeOptions) -> Nf4Error {
+    let folder = temp();
+    let out = folder.path().join("out");
+    let error = quantize_checkpoint(&open(source), &out, options, quiet);
+    assert!(!out.exists());
+    error.expect_err("it must fail")
+}
+
+#[rstest]
+fn a_weight_that_is_not_finite_is_named(
+    #[values(f32::NAN, f32::INFINITY)] value: f32,
+    #[values(None, Some(FloatType::BF16))] dtype: Option<FloatType>,
+) {
+    let folder = temp();
+    let mut values = vec![0.5f32; 64 * 64];
+    values[70] = value;
+    let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
+    for (key, values) in [("a.weight", vec![0.5; 64 * 64]), ("b.weight", values)] {
+        let bytes = bytemuck::cast_slice(&values);
+        writer
+            .write_tensor(key, Dtype::F32, &[64, 64], bytes)
+            .unwrap();
+    }
+    writer.finish().unwrap();
+    let options = QuantizeOptions {
+        dtype,
+        ..QuantizeOptions::default()
+    };
+    let error = refused(folder.path(), &options);
+    assert!(
+        matches!(&error, Nf4Error::NonFinite { tensor, index: 70, .. } if tensor == "b.weight"),
+        "{error:?}"
+    );
+}
+
+/// 1e5 is no f16.
+#[test]
+fn a_weight_that_the_type_cannot_hold_is_named() {
+    let folder = temp();
+    let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
+    let bytes = bytemuck::cast_slice(&[1f32, 1e5]);
+    writer
+        .write_tensor("norm", Dtype::F32, &[2], bytes)
+        .unwrap();
+    writer.finish().unwrap();
+    let options = QuantizeOptions {
+        dtype: Some(FloatType::F16),
+        ..QuantizeOptions::default()
+    };
+    let error = refused(folder.path(), &options);
+    let expected = Nf4Error::NonFinite {
+        tensor: "norm".into(),
+        index: 1,
+        given: f32::INFINITY,
+    };
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn a_weight_of_another_type_is_named() {
+    let folder = temp();
+    let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
+    writer
+        .write_tensor("up.weight", Dtype::F8_E4M3, &[64, 64], &[0; 64 * 64])
+        .unwrap();
+    writer.finish().unwrap();
+    let error = refused(folder.path(), &QuantizeOptions::default());
+    assert!(
+        matches!(&error, Nf4Error::Dtype { tensor, .. } if tensor == "up.weight"),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_quantized_source_is_refused() {
+    let error = refused(&hf("f32"), &QuantizeOptions::default());
+    assert!(
+        matches!(
+            error,
+            Nf4Error::Config {
+                field: "source",
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+}
+
+#[rstest]
+#[case(json!({"model_type": "gpt2"}), "model_type")]
+#[case(json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config")]
+fn models_that_would_come_out_wrong_are_refused(#[case] config: Value, #[case] name: &str) {
+    let folder = temp();
+    model(folder.path(), &config, &[("c_attn.weight", &[64, 64])]);
+    let error = refused(folder.path(), &QuantizeOptions::default());
+    assert!(
+        matches!(&error, Nf4Error::Config { field, .. } if *field == name),
+        "{error:?}"
+    );
+}
+
+#[rstest]
+#[case(json!({"quant_method": "gptq"}))]
+#[case(json!({"quant_method": "bitsandbytes", "load_in_8bit": true}))]
+fn other_quantizations_are_not_decoded(#[case] quantization: Value) {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let config = json!({ "quantization_config": quantization });
+    model(&source, &config, &[("up.weight", &[64, 64])]);
+    let options = DequantizeOptions::default();
+    let error = dequantize_checkpoint(&open(&source), &out, &options, quiet);
+    assert!(
+        matches!(
+            &error,
+            Err(Nf4Error::Config {
+                field: "quantization_config",
+                ..
+            })
+        ),
+        "{error:?}"
+    );
+    assert!(!out.exists());
+}
+
+#[rstest]
+#[case("[1")]
+#[case("[]")]
+fn a_malformed_config_is_named(#[case] text: &str) {
+    let folder = temp();
+    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    let path = folder.path().join("config.json");
+    fs::write(&path, text).unwrap();
+    let error = refused(folder.path(), &QuantizeOptions::default());
+    assert!(
+        matches!(&error, Nf4Error::ModelConfig { path: named, .. } if *named == path),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_pattern_that_is_no_regular_expression_is_named() {
+    let folder = temp();
+    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    let options = QuantizeOptions {
+        skip_modules: vec!["layers.(0".into()],
+        ..QuantizeOptions::default()
+    };
+    let error = refused(folder.path(), &options);
+    assert!(
+        matches!(&error, Nf4Error::Pattern { pattern, .. } if pattern == "layers.(0"),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn the_source_is_never_written_into() {
+    let folder = temp();
+    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    let before = file_names(folder.path());
+    let options = QuantizeOptions {
+        overwrite: true,
+        ..QuantizeOptions::default()
+    };
+    let same_folder = folder.path().join(".");
+    let error = quantize_checkpoint(&open(folder.path()), same_folder, &options, quiet);
+    assert!(
+        matches!(
+            &error,
+            Err(Nf4Error::Config {
+                field: "folder",
+                ..
+            })
+        ),
+        "{error:?}"
+    );
+    assert_eq!(file_names(folder.path()), before);
+}
+
+/// Two folders of one f32 tensor each.
+fn difference(a: (&[f32], &[usize]), b: (&[f32], &[usize])) -> Difference {
+    let folder = temp();
+    let folders = ["a", "b"].map(|name| folder.path().join(name));
+    for (folder, (values, shape)) in folders.iter().zip([a, b]) {
+        let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
+        let bytes = bytemuck::cast_slice(values);
+        writer.write_tensor("t", Dtype::F32, shape, bytes).unwrap();
+        writer.finish().unwrap();
+    }
+    let [a, b] = folders.map(open);
+    let mut report = verify(&a, &b, quiet).unwrap();
+    report.parameters.remove(0).difference
+}
+
+#[rstest]
+#[case(&[1.0, f32::NAN], &[1.0, f32::NAN], Difference::IdenticalBytes)]
+#[case(&[0.0, 3.0], &[-0.0, 3.0], Difference::IdenticalValues)]
+#[case(&[3.0, 4.0], &[3.0, 3.5], Difference::Values { max_abs_error: 0.5, relative_rms_error: 0.1 })]
+#[case(&[0.0, 0.0], &[1.0, 0.0], Difference::Values { max_abs_error: 1.0, relative_rms_error: f64::INFINITY })]
+#[case(&[1.0, f32::NAN], &[1.0, 2.0], Difference::Values { max_abs_error: f64::INFINITY, relative_rms_error: f64::INFINITY })]
+#[case(&[f32::INFINITY, 1.0], &[f32::INFINITY, -1.0], Difference::Values { max_abs_error: 2.0, relative_rms_error: 0.0 })]
+fn values_are_compared(#[case] a: &[f32], #[case] b: &[f32], #[case] expected: Difference) {
+    assert_eq!(difference((a, &[2]), (b, &[2])), expected);
+}
+
+#[test]
+fn other_shapes_are_not_compared() {
+    let values = [1.0, 2.0];
+    let difference = difference((&values, &[2]), (&values, &[1, 2]));
+    assert!(matches!(difference, Difference::NotComparable { .. }));
+}
+
+#[test]
+fn a_report_lists_what_only_one_has_and_what_exceeds() {
+    let folder = temp();
+    let folders = ["a", "b"].map(|name| folder.path().join(name));
+    for (folder, own) in folders.iter().zip(["only_a", "only_b"]) {
+        let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
+        let value = if own == "only_a" { 2.0f32 } else { 2.5 };
+        for (key, dtype) in [("both", Dtype::F32), ("ids", Dtype::I32), (own, Dtype::F32)] {
+            writer
+                .write_tensor(key, dtype, &[1], &value.to_le_bytes())
+                .unwrap();
+        }
+        writer.finish().unwrap();
+    }
+    let [a, b] = folders.map(open);
+    let report = verify(&a, &b, quiet).unwrap();
+    assert_eq!(report.missing, ["only_a"]);
+    assert_eq!(report.extra, ["only_b"]);
+    assert_eq!(report.max_abs_error(), 0.5);
+    let names = |abs, rms| -> Vec<&str> {
+        report
+            .exceeding(abs, rms)
+            .map(|p| p.name.as_str())
+            .collect()
+    };
+    assert_eq!(names(0.0, 0.0), ["both", "ids"]);
+    // Integers that differ have no tolerance.
+    assert_eq!(names(0.5, 0.25), ["ids"]);
+    assert_eq!(names(0.49, f64::INFINITY), ["both", "ids"]);
+    assert_eq!(names(f64::INFINITY, 0.24), ["both", "ids"]);
+    assert!(!report.is_within(f64::INFINITY, f64::INFINITY));
+    assert!(verify(&a, &a, quiet).unwrap().is_within(0.0, 0.0));
+}
+
+/// Rounding to 4 bit shows, and is of the size that NF4 has.
+#[test]
+fn quantizing_costs_what_nf4_costs() {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    model(&source, &json!({}), &[("up.weight", &[640, 64])]);
+    let options = QuantizeOptions::default();
+    quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    let report = verify(&open(&source), &open(&out), quiet).unwrap();
+    let Difference::Values {
+        max_abs_error,
+        relative_rms_error,
+    } = report.parameters[0].difference
+    else {
+        panic!("{report:?}");
+    };
+    // The widest gap between two levels, 0.3038 at -1, halved; scales are below 1.01.
+    assert!((0.01..0.16).contains(&max_abs_error), "{max_abs_error}");
+    assert!(
+        (0.02..0.12).contains(&relative_rms_error),
+        "{relative_rms_error}"
+    );
+}

@@ -1,0 +1,155 @@
+//! Conversions hold one tensor at a time, shown with an allocator that counts.
+//!
+//! Mapped files and the writer's temporary file are not counted: the system can drop their pages.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use burn_nf4::checkpoint::{
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Dtype,
+    QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
+};
+use burn_nf4::format::FloatType;
+
+struct Counting;
+
+static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
+static PEAK_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is handed on to the system allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller keeps to the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller keeps to the contract of `alloc_zeroed`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        LIVE_BYTES.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller keeps to the contract of `dealloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count(new_size);
+        LIVE_BYTES.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller keeps to the contract of `realloc`.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+fn count(bytes: usize) {
+    let live = LIVE_BYTES.fetch_add(bytes, Relaxed) + bytes;
+    PEAK_BYTES.fetch_max(live, Relaxed);
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One test at a time: the counts are the process's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The most bytes held while it runs, beyond those held before.
+fn peak_bytes(run: impl FnOnce()) -> usize {
+    let before = LIVE_BYTES.load(Relaxed);
+    PEAK_BYTES.store(before, Relaxed);
+    run();
+    PEAK_BYTES.load(Relaxed) - before
+}
+
+const LAYERS: usize = 12;
+const SIZE: usize = 1024;
+const WEIGHT_BYTES: usize = SIZE * SIZE * 4;
+/// Names, headers, rayon's bookkeeping; tables and scales, about a thirtieth of a packed weight.
+const SMALL_BYTES: usize = WEIGHT_BYTES / 10;
+
+fn model(folder: &Path) {
+    let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
+    for layer in 0..LAYERS {
+        let value = |i: usize| ((i * 7 + layer) as f32 * 0.37).sin();
+        let values: Vec<f32> = (0..SIZE * SIZE).map(value).collect();
+        let bytes = bytemuck::cast_slice(&values);
+        let key = format!("layers.{layer:02}.up_proj.weight");
+        writer
+            .write_tensor(&key, Dtype::F32, &[SIZE, SIZE], bytes)
+            .unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// The model has twelve weights of 4 MiB.
+#[test]
+fn one_weight_is_in_memory_at_a_time() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let [dense, nf4, back] = ["dense", "nf4", "back"].map(|name| folder.path().join(name));
+    let written = peak_bytes(|| model(&dense));
+    assert!(written < WEIGHT_BYTES + SMALL_BYTES, "{written} to write");
+    // A weight of which nobody made a copy would not be seen.
+    assert!(written > WEIGHT_BYTES, "{written} to write");
+
+    let source = Checkpoint::open(&dense).unwrap();
+    let quantized = peak_bytes(|| {
+        let options = QuantizeOptions::default();
+        quantize_checkpoint(&source, &nf4, &options, |_| ()).unwrap();
+    });
+    // Read from the map; the packed weight, and its parts taken out of it: an eighth each.
+    assert!(
+        quantized < WEIGHT_BYTES / 4 + SMALL_BYTES,
+        "{quantized} to quantize"
+    );
+
+    let source = Checkpoint::open(&nf4).unwrap();
+    let dequantized = peak_bytes(|| {
+        let options = DequantizeOptions::default();
+        dequantize_checkpoint(&source, &back, &options, |_| ()).unwrap();
+    });
+    // The decoded weight and the packed one.
+    assert!(
+        dequantized < WEIGHT_BYTES + WEIGHT_BYTES / 8 + SMALL_BYTES,
+        "{dequantized} to dequantize"
+    );
+
+    let verified = peak_bytes(|| {
+        let report = verify(&source, &Checkpoint::open(&back).unwrap(), |_| ()).unwrap();
+        assert!(report.is_within(0.0, 0.0));
+    });
+    // Two buffers of a chunk, which is a weight here, and the packed weight.
+    assert!(
+        verified < 2 * WEIGHT_BYTES + WEIGHT_BYTES / 4 + SMALL_BYTES,
+        "{verified} to verify"
+    );
+}
+
+/// A weight that is rounded to another type on the way is held in that type as well.
+#[test]
+fn a_cast_adds_one_rounded_weight() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let [dense, nf4] = ["dense", "nf4"].map(|name| folder.path().join(name));
+    model(&dense);
+    let source = Checkpoint::open(&dense).unwrap();
+    let quantized = peak_bytes(|| {
+        let options = QuantizeOptions {
+            dtype: Some(FloatType::BF16),
+            ..QuantizeOptions::default()
+        };
+        quantize_checkpoint(&source, &nf4, &options, |_| ()).unwrap();
+    });
+    // A rounded weight is half of one, and the packed one comes twice as above.
+    assert!(
+        quantized < WEIGHT_BYTES / 2 + WEIGHT_BYTES / 4 + SMALL_BYTES,
+        "{quantized}"
+    );
+}
