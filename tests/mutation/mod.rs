@@ -188,7 +188,7 @@ fn rename_shards(bytes: &mut Vec<u8>, rng: &mut StdRng) {
     let Ok(mut index) = serde_json::from_slice::<Value>(bytes) else {
         return damage(bytes, rng);
     };
-    let Some(map) = index["weight_map"].as_object_mut() else {
+    let Some(map) = index.get_mut("weight_map").and_then(Value::as_object_mut) else {
         return damage(bytes, rng);
     };
     let names: Vec<Value> = map.values().cloned().collect();
