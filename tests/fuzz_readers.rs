@@ -4,6 +4,7 @@
 //! A run takes some hundred inputs. `NF4_FUZZ_SECONDS=600 cargo test --release --test fuzz_readers
 //! -- --nocapture` goes on for ten minutes with other seeds each time and says how many it took;
 //! `NF4_FUZZ_SEED` repeats the one input that a failure names.
+#![cfg(feature = "flex")]
 
 mod golden;
 mod mutation;
@@ -99,7 +100,7 @@ fn model(device: &Device) -> Model {
 
 /// Loads and decodes a weight in every way there is.
 fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
-    let device = Device::default();
+    let device = Device::flex();
     let host = checkpoint.load_nf4(prefix);
     let transposed = checkpoint.is_transposed(prefix);
     let weight = checkpoint.load_weight(prefix, &device);
@@ -158,7 +159,7 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
 
 /// Reads all of a folder.
 fn use_folder(folder: &Path, tally: &mut Tally) {
-    let device = Device::default();
+    let device = Device::flex();
     for entry in fs::read_dir(folder).unwrap() {
         // Alone a shard is as good as any file.
         if let Ok(file) = SafetensorsFile::open(entry.unwrap().path()) {

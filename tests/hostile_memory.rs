@@ -1,6 +1,7 @@
 //! Files that claim to be large take no memory: no request to the allocator while one is read is
 //! larger than the file itself, and all together stay within a few times of it. The counting
 //! allocator sees everything but the map.
+#![cfg(feature = "flex")]
 
 mod counting;
 mod stored;
@@ -26,7 +27,7 @@ const ENTRIES: usize = 6;
 /// Opens a folder and reads all that can be read, and returns what that took.
 #[track_caller]
 fn assert_within(folder: &Path, file_bytes: usize) -> bool {
-    let device = Device::default();
+    let device = Device::flex();
     let (largest, (peak, loaded)) = largest_bytes(|| {
         peak_bytes(|| {
             let Ok(checkpoint) = Checkpoint::open(folder) else {

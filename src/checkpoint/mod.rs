@@ -16,6 +16,18 @@
 //! Whether a parameter is quantized is decided by the presence of its `quant_state`, never by a
 //! list of names: a checkpoint may leave any layer in 16 bit.
 //!
+//! # Ways to load
+//!
+//! - [`CheckpointStore`] loads a whole module by path, after comparing all of it;
+//! - [`Checkpoint`] opens a folder or a file and loads single parameters: to a device with
+//!   [`load_weight`](Checkpoint::load_weight) and [`load_tensor`](Checkpoint::load_tensor), to
+//!   host memory with [`load_nf4`](Checkpoint::load_nf4) and
+//!   [`load_float`](Checkpoint::load_float);
+//! - [`SafetensorsFile`] does the same with one file.
+//!
+//! Files are not trusted: whatever they hold, opening and loading gives a typed error that names
+//! file and key, and asks for no more memory at once than the file has bytes.
+//!
 //! # Example
 //!
 //! ```no_run
