@@ -22,7 +22,7 @@ const SMALL_BYTES: usize = 16 * 1024;
 
 /// What the entries of a header take beside its text: keys, shapes and tree nodes of tensors
 /// without elements, of which the text has 50 bytes each.
-const ENTRIES: usize = 6;
+const ENTRIES: usize = 5;
 
 /// Opens a folder and reads all that can be read, and returns what that took.
 #[track_caller]

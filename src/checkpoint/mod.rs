@@ -26,7 +26,8 @@
 //! - [`SafetensorsFile`] does the same with one file.
 //!
 //! Files are not trusted: whatever they hold, opening and loading gives a typed error that names
-//! file and key, and asks for no more memory at once than the file has bytes.
+//! file and key. No length is believed before it was compared with the bytes that are there, so
+//! that nothing is allocated for data that a file only claims to have.
 //!
 //! # Example
 //!
