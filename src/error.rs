@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// Everything that can go wrong with a caller's input.
@@ -215,4 +216,92 @@ pub enum Nf4Error {
         /// What is wrong with it.
         message: String,
     },
+    /// Tensors of a checkpoint and parameters of a module that do not fit each other.
+    #[error("{}: {} tensors do not fit the module{}", path.display(), tensors.len(), lines(tensors))]
+    Misfit {
+        /// The file or folder.
+        path: PathBuf,
+        /// Every one of them, sorted by key.
+        tensors: Vec<TensorMisfit>,
+    },
+    /// Two tensors of a checkpoint that remapping gives the same path in the module.
+    #[error("`{first}` and `{second}` both become `{path}`")]
+    SamePath {
+        /// The path in the module.
+        path: String,
+        /// The key of one.
+        first: String,
+        /// The key of the other.
+        second: String,
+    },
+    /// A tensor that fits could not be put into its place.
+    #[error("`{key}` could not be loaded: {message}")]
+    Load {
+        /// The path of the parameter in the module.
+        key: String,
+        /// What went wrong.
+        message: String,
+    },
+    /// Something was to be saved to what can only be read.
+    #[error("{}: opened for reading only", path.display())]
+    ReadOnly {
+        /// The file or folder.
+        path: PathBuf,
+    },
+}
+
+/// A tensor of a checkpoint that does not fit a module: missing where nothing was given,
+/// unexpected where nothing was expected, mismatched otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorMisfit {
+    /// The key in the checkpoint; of a missing tensor, its path in the module.
+    pub key: String,
+    /// What the module has there.
+    pub expected: Option<TensorForm>,
+    /// What the checkpoint has there.
+    pub given: Option<TensorForm>,
+}
+
+/// Dtype and shape of a tensor, in the layout of the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorForm {
+    /// The dtype, or the dtypes allowed; of a quantized weight, how it is quantized.
+    pub dtype: String,
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// Whether it is a quantized weight.
+    pub quantized: bool,
+}
+
+impl fmt::Display for TensorForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} of {}", self.shape, self.dtype)
+    }
+}
+
+impl fmt::Display for TensorMisfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = &self.key;
+        match (&self.expected, &self.given) {
+            (Some(expected), None) => write!(f, "`{key}` is missing, expected {expected}"),
+            (None, Some(given)) => write!(f, "`{key}` is unexpected, a {given}"),
+            (Some(expected), Some(given)) => {
+                write!(f, "`{key}` is {given}, expected {expected}")?;
+                match (expected.quantized, given.quantized) {
+                    (true, false) => write!(f, " (a dense tensor for a quantized weight)"),
+                    (false, true) => write!(f, " (a quantized weight for a dense tensor)"),
+                    _ => Ok(()),
+                }
+            }
+            (None, None) => write!(f, "`{key}`"),
+        }
+    }
+}
+
+/// One line each.
+fn lines(tensors: &[TensorMisfit]) -> String {
+    tensors
+        .iter()
+        .map(|tensor| format!("\n  {tensor}"))
+        .collect()
 }

@@ -12,5 +12,5 @@ pub mod launch;
 pub mod nn;
 pub mod op;
 
-pub use error::Nf4Error;
-pub use op::{Nf4Weight, linear};
+pub use error::{Nf4Error, TensorForm, TensorMisfit};
+pub use op::{Nf4Weight, expert_linear, linear};

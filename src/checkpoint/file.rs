@@ -1,19 +1,21 @@
 //! One safetensors file, memory-mapped.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::ops::Range;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{Device, Tensor};
 use memmap2::Mmap;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
+use super::float::{load_float, load_tensor};
+use super::header::{Entry, read_header};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
+    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4, load_weight,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, Nf4Tensor};
+use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
+use crate::op::Nf4Weight;
 
 /// A safetensors file, opened for reading.
 ///
@@ -29,14 +31,6 @@ pub struct SafetensorsFile {
     entries: BTreeMap<String, Entry>,
 }
 
-/// A tensor's line of the header; the range lies within the file.
-#[derive(Debug)]
-struct Entry {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Range<usize>,
-}
-
 /// What a file says about one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorInfo<'a> {
@@ -46,18 +40,12 @@ pub struct TensorInfo<'a> {
     pub shape: &'a [usize],
 }
 
-/// Bytes of the length that precedes the header.
-const PREFIX_BYTES: usize = 8;
-
-/// The header may be this long, in bytes (the limit of the safetensors format).
-const MAX_HEADER_BYTES: usize = 100_000_000;
-
 impl SafetensorsFile {
     /// Maps a file and checks its header.
     ///
     /// # Errors
     /// [`Nf4Error::Io`] if it cannot be opened or mapped, [`Nf4Error::Safetensors`] if its header
-    /// is malformed, or if the tensors do not cover the rest of the file exactly, as in a file
+    /// is malformed or names a tensor twice, or if the tensors do not cover the rest of the file exactly, as in a file
     /// that was cut short.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
         let path = path.as_ref();
@@ -65,6 +53,10 @@ impl SafetensorsFile {
             path: path.into(),
             message: error.to_string(),
         };
+        // Opening a pipe would wait for somebody to write to it.
+        if !fs::metadata(path).map_err(io)?.is_file() {
+            return Err(io(std::io::Error::other("is not a file")));
+        }
         let file = File::open(path).map_err(io)?;
         // SAFETY: the mapping is read-only and private to this value, which owns it; no reference
         // into it outlives it. That nobody changes the file meanwhile is asked of the caller.
@@ -149,6 +141,44 @@ impl SafetensorsFile {
         load_float(self, key)
     }
 
+    /// Reads the quantized parameter `prefix` to a device, without a copy in host memory beside
+    /// the one that is handed to the device.
+    ///
+    /// The parameter is loaded, not the stored matrix: where
+    /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
+    /// [knows it](Nf4Weight::is_transposed).
+    ///
+    /// # Errors
+    /// Those of [`load_nf4`](Self::load_nf4), and [`Nf4Error::NotAMatrix`] for a transposed
+    /// weight of more than two dimensions.
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+        load_weight(self, prefix, device)
+    }
+
+    /// What the quantized parameter `prefix` is, apart from its values: what a module must have
+    /// there to load it into.
+    ///
+    /// # Errors
+    /// Those of [`load_weight`](Self::load_weight).
+    pub fn weight_form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
+        find_weight(self, prefix)?.form(prefix)
+    }
+
+    /// Reads a plain float tensor to a device: as `dtype`, rounded to nearest, or as it is stored.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
+    /// [`Nf4Error::Shape`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
+    /// device has no such type.
+    pub fn load_tensor<const D: usize>(
+        &self,
+        key: &str,
+        dtype: Option<FloatType>,
+        device: &Device,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        load_tensor(self, key, dtype, device)
+    }
+
     /// The dtype and shape of a tensor.
     ///
     /// # Errors
@@ -181,49 +211,4 @@ impl TensorSource for SafetensorsFile {
             bytes: self.map.get(entry.bytes.clone())?,
         })
     }
-}
-
-/// Finds every tensor of a file, or says what is wrong with it.
-///
-/// [`Metadata`] checks the offsets against each other and against dtypes and shapes. The lengths
-/// are checked here and not by `SafeTensors::read_metadata`, whose sum of them can overflow on
-/// offsets near `usize::MAX`.
-fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
-    let Some((prefix, rest)) = file.split_first_chunk::<PREFIX_BYTES>() else {
-        return Err(format!("{} bytes are too few for a header", file.len()));
-    };
-    let declared = u64::from_le_bytes(*prefix);
-    let header = usize::try_from(declared)
-        .ok()
-        .filter(|&len| len <= MAX_HEADER_BYTES)
-        .and_then(|len| rest.get(..len))
-        .ok_or_else(|| {
-            format!(
-                "a header of {declared} bytes is over {MAX_HEADER_BYTES} \
-                 or does not fit a file of {}",
-                file.len()
-            )
-        })?;
-    let metadata: Metadata =
-        serde_json::from_slice(header).map_err(|error| format!("invalid header: {error}"))?;
-
-    let data_bytes = rest.len() - header.len();
-    if metadata.data_len() != data_bytes {
-        return Err(format!(
-            "the tensors take {} bytes, but {data_bytes} follow the header",
-            metadata.data_len()
-        ));
-    }
-    let data_start = PREFIX_BYTES + header.len();
-    let entries = metadata.tensors().into_iter().map(|(key, info)| {
-        // Offsets ascend to `data_len`, so both ends lie within the file.
-        let (start, end) = info.data_offsets;
-        let entry = Entry {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            bytes: data_start + start..data_start + end,
-        };
-        (key, entry)
-    });
-    Ok(entries.collect())
 }

@@ -4,15 +4,20 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
 use super::file::{SafetensorsFile, TensorInfo};
+use super::float::{load_float, load_tensor};
+use super::header::MAX_HEADER_BYTES;
+use super::json::UniqueMap;
 use super::weight::{
-    QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, is_transposed, load_float, load_nf4,
-    prefix_of_quant_state, quant_state_key,
+    QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed,
+    load_nf4, load_weight, prefix_of_quant_state, quant_state_key,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, Nf4Tensor};
+use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
+use crate::op::Nf4Weight;
 
 /// The file that lists the shards of a folder.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -46,7 +51,7 @@ pub struct Checkpoint {
 
 #[derive(Deserialize)]
 struct Index {
-    weight_map: BTreeMap<String, String>,
+    weight_map: UniqueMap<String>,
 }
 
 impl Checkpoint {
@@ -63,7 +68,8 @@ impl Checkpoint {
             return Self::of_file(path, SafetensorsFile::open(path)?);
         }
         let index = path.join(INDEX_FILE);
-        if index.exists() {
+        // A link that leads nowhere is an index that cannot be read, and not none.
+        if fs::symlink_metadata(&index).is_ok() {
             Self::of_shards(path, &index)
         } else {
             Self::of_file(path, SafetensorsFile::open(path.join(SINGLE_FILE))?)
@@ -83,12 +89,22 @@ impl Checkpoint {
             path: index.into(),
             message,
         };
-        let text = fs::read(index).map_err(|error| Nf4Error::Io {
+        let io = |error: std::io::Error| Nf4Error::Io {
             path: index.into(),
             message: error.to_string(),
-        })?;
-        let Index { weight_map } =
-            serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        };
+        let metadata = fs::metadata(index).map_err(io)?;
+        if !metadata.is_file() {
+            return Err(io(std::io::Error::other("is not a file")));
+        }
+        if metadata.len() > MAX_HEADER_BYTES as u64 {
+            let given = metadata.len();
+            return Err(fault(format!("{given} bytes are over {MAX_HEADER_BYTES}")));
+        }
+        let text = fs::read(index).map_err(io)?;
+        let Index {
+            weight_map: UniqueMap(weight_map),
+        } = serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
 
         let mut files: Vec<SafetensorsFile> = Vec::new();
         let mut names: BTreeMap<&str, usize> = BTreeMap::new();
@@ -206,6 +222,44 @@ impl Checkpoint {
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Dtype`] if it is stored as another type.
     pub fn load_float<T: FloatElement>(&self, key: &str) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
         load_float(self, key)
+    }
+
+    /// Reads the quantized parameter `prefix` to a device, without a copy in host memory beside
+    /// the one that is handed to the device.
+    ///
+    /// The parameter is loaded, not the stored matrix: where
+    /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
+    /// [knows it](Nf4Weight::is_transposed).
+    ///
+    /// # Errors
+    /// Those of [`SafetensorsFile::load_nf4`], and [`Nf4Error::NotAMatrix`] for a transposed
+    /// weight of more than two dimensions.
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+        load_weight(self, prefix, device)
+    }
+
+    /// What the quantized parameter `prefix` is, apart from its values: what a module must have
+    /// there to load it into.
+    ///
+    /// # Errors
+    /// Those of [`load_weight`](Self::load_weight).
+    pub fn weight_form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
+        find_weight(self, prefix)?.form(prefix)
+    }
+
+    /// Reads a plain float tensor to a device: as `dtype`, rounded to nearest, or as it is stored.
+    ///
+    /// # Errors
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
+    /// [`Nf4Error::Shape`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
+    /// device has no such type.
+    pub fn load_tensor<const D: usize>(
+        &self,
+        key: &str,
+        dtype: Option<FloatType>,
+        device: &Device,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        load_tensor(self, key, dtype, device)
     }
 
     /// The dtype and shape of a tensor, as stored.

@@ -16,6 +16,19 @@
 //! Whether a parameter is quantized is decided by the presence of its `quant_state`, never by a
 //! list of names: a checkpoint may leave any layer in 16 bit.
 //!
+//! # Ways to load
+//!
+//! - [`CheckpointStore`] loads a whole module by path, after comparing all of it;
+//! - [`Checkpoint`] opens a folder or a file and loads single parameters: to a device with
+//!   [`load_weight`](Checkpoint::load_weight) and [`load_tensor`](Checkpoint::load_tensor), to
+//!   host memory with [`load_nf4`](Checkpoint::load_nf4) and
+//!   [`load_float`](Checkpoint::load_float);
+//! - [`SafetensorsFile`] does the same with one file.
+//!
+//! Files are not trusted: whatever they hold, opening and loading gives a typed error that names
+//! file and key. No length is believed before it was compared with the bytes that are there, so
+//! that nothing is allocated for data that a file only claims to have.
+//!
 //! # Example
 //!
 //! ```no_run
@@ -32,12 +45,19 @@
 mod convert;
 mod elements;
 mod file;
+mod float;
 mod folder;
+mod header;
+mod json;
 mod layout;
+mod matching;
+mod parameters;
 mod progress;
 mod python_json;
 mod quant_state;
+mod source;
 mod staging;
+mod store;
 mod verify;
 mod weight;
 mod writer;
@@ -50,5 +70,6 @@ pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
+pub use store::CheckpointStore;
 pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::Deserialize;
 
+use super::json::shape;
 use super::python_json::float_repr;
 use crate::error::Nf4Error;
 use crate::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
@@ -42,12 +43,14 @@ pub struct NestedState {
     pub offset: f32,
 }
 
-/// The fields as they are written. Others are ignored: newer versions may add some.
+/// The fields as they are written; one that is there twice is an error of serde's. Others are
+/// ignored: newer versions may add some.
 #[derive(Deserialize)]
 struct Fields {
     quant_type: String,
     blocksize: u64,
     dtype: String,
+    #[serde(deserialize_with = "shape")]
     shape: Vec<usize>,
     nested_blocksize: Option<u64>,
     nested_dtype: Option<String>,

@@ -1,13 +1,17 @@
-//! From the tensors of one weight to an [`Nf4Tensor`], wherever the tensors lie.
+//! From the tensors of one weight to an [`Nf4Tensor`] or an [`Nf4Weight`], wherever they lie.
 
 use std::path::Path;
 
+use burn::tensor::Device;
 use safetensors::Dtype;
 
 use super::file::TensorInfo;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
-use crate::format::{Absmax, FloatElement, FloatType, NestedAbsmax, Nf4Tensor, QuantType};
+use crate::format::{
+    Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, stored_floats,
+};
+use crate::op::Nf4Weight;
 
 /// Somewhere that tensors can be looked up by key.
 pub(super) trait TensorSource {
@@ -46,31 +50,16 @@ impl StoredTensor<'_> {
         })
     }
 
-    /// The elements, once the dtype is known to be that of `T`. Bits are kept, NaNs included.
-    pub fn elements<T: FloatElement>(&self) -> Vec<T> {
-        let size = T::FLOAT_TYPE.size_bytes();
-        let mut elements = vec![T::zeroed(); self.bytes.len() / size];
-        let target = bytemuck::cast_slice_mut::<T, u8>(&mut elements);
-        // A mapped tensor need not be aligned, so its bytes are copied, not cast.
-        for (to, from) in target.iter_mut().zip(self.bytes) {
-            *to = *from;
-        }
-        if cfg!(target_endian = "big") {
-            target.chunks_exact_mut(size).for_each(<[u8]>::reverse);
-        }
-        elements
-    }
-
-    /// The elements of an F32 tensor, all finite.
-    fn finite_f32(&self, key: &str) -> Result<Vec<f32>, Nf4Error> {
+    /// Checks that a tensor holds finite f32 values.
+    fn check_finite_f32(&self, key: &str) -> Result<(), Nf4Error> {
         self.check_dtype(key, &[Dtype::F32])?;
-        let values: Vec<f32> = self.elements();
-        match values.iter().position(|value| !value.is_finite()) {
-            None => Ok(values),
-            Some(index) => Err(Nf4Error::NonFinite {
+        let mut values = stored_floats(self.bytes).enumerate();
+        match values.find(|(_, value)| !value.is_finite()) {
+            None => Ok(()),
+            Some((index, given)) => Err(Nf4Error::NonFinite {
                 tensor: key.into(),
                 index,
-                given: values[index],
+                given,
             }),
         }
     }
@@ -121,23 +110,76 @@ pub(super) fn is_transposed(codes: &StoredTensor<'_>, prefix: &str) -> Result<bo
     }
 }
 
-/// Reads a plain tensor that is stored as `T`.
-pub(super) fn load_float<T: FloatElement>(
-    source: &impl TensorSource,
-    key: &str,
-) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
-    let stored = source.stored(key)?;
-    let expected = match T::FLOAT_TYPE {
-        FloatType::F16 => Dtype::F16,
-        FloatType::BF16 => Dtype::BF16,
-        FloatType::F32 => Dtype::F32,
-    };
-    stored.check_dtype(key, &[expected])?;
-    Ok((stored.elements(), stored.info.shape.to_vec()))
+/// A quantized weight in mapped files, checked, with nothing of any size copied.
+#[derive(Debug)]
+pub(super) struct StoredWeight<'a> {
+    pub state: QuantState,
+    /// Whether the parameter is the transpose of what is stored.
+    pub transposed: bool,
+    codes: &'a [u8],
+    absmax: &'a [u8],
+    /// Scales and map of the 8-bit codes that `absmax` then is.
+    nested: Option<(&'a [u8], Box<[f32; 256]>)>,
 }
 
-/// Puts the weight `prefix` together.
-pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+impl StoredWeight<'_> {
+    /// The parts, in the files.
+    pub fn parts(&self) -> WeightParts<'_> {
+        let scales = match (&self.nested, self.state.nested) {
+            (Some((absmax, map)), Some(nested)) => ScaleParts::Nested {
+                codes: self.absmax,
+                absmax: Floats::Stored(absmax),
+                map,
+                offset: nested.offset,
+                block_size: nested.block_size,
+            },
+            _ => ScaleParts::Flat(Floats::Stored(self.absmax)),
+        };
+        WeightParts {
+            codes: self.codes,
+            scales,
+            shape: &self.state.shape,
+            dtype: self.state.dtype,
+            config: self.state.config(),
+        }
+    }
+
+    /// What the parameter is that the weight is stored for.
+    pub fn form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
+        let mut shape = self.state.shape.clone();
+        // The transpose of a vector is itself, and bitsandbytes has none for more dimensions.
+        let transposed = self.transposed && shape.len() > 1;
+        if transposed {
+            if shape.len() > 2 {
+                return Err(Nf4Error::NotAMatrix {
+                    tensor: prefix.into(),
+                    shape,
+                });
+            }
+            shape.reverse();
+        }
+        Ok(WeightForm {
+            shape,
+            dtype: self.state.dtype,
+            config: self.state.config(),
+            transposed,
+        })
+    }
+
+    /// The device image, in the one allocation that it needs.
+    pub fn to_packed(&self, form: &WeightForm) -> Result<Vec<u32>, Nf4Error> {
+        let layout = PackedLayout::for_shape(&form.shape, form.config)?;
+        let mut words = self.parts().to_packed(&layout);
+        words[layout.header..].copy_from_slice(&layout.form_header(form));
+        Ok(words)
+    }
+}
+
+/// Finds and checks the parts of the weight `prefix`.
+pub(super) fn find_weight<'a>(
+    source: &'a impl TensorSource,
+    prefix: &str,
+) -> Result<StoredWeight<'a>, Nf4Error> {
     let (named, state_key, stored_state) = find_quant_state(source, prefix)?;
     let contradiction = |message: String| Nf4Error::QuantState {
         key: state_key.clone(),
@@ -162,41 +204,57 @@ pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<Nf4Te
     let codes = source.stored(prefix)?;
     codes.check_dtype(prefix, &[Dtype::U8, Dtype::BF16, Dtype::F16, Dtype::F32])?;
     // Both forms hold the same flat codes.
-    is_transposed(&codes, prefix)?;
+    let transposed = is_transposed(&codes, prefix)?;
     check_quant_map(source, &format!("{prefix}.quant_map"), state.quant_type)?;
 
     let absmax_key = format!("{prefix}.absmax");
     let nested_key = format!("{prefix}.nested_absmax");
-    let stored_absmax = source.stored(&absmax_key)?;
-    let absmax = match state.nested {
+    let absmax = source.stored(&absmax_key)?;
+    let nested = match state.nested {
         None => {
             if source.find(&nested_key).is_some() {
                 return Err(contradiction(format!(
                     "has no nested_offset, but `{nested_key}` is there"
                 )));
             }
-            Absmax::Flat(stored_absmax.finite_f32(&absmax_key)?)
+            absmax.check_finite_f32(&absmax_key)?;
+            None
         }
-        Some(nested) => {
-            stored_absmax.check_dtype(&absmax_key, &[Dtype::U8])?;
-            Absmax::Nested(NestedAbsmax {
-                codes: stored_absmax.bytes.to_vec(),
-                absmax: source.stored(&nested_key)?.finite_f32(&nested_key)?,
-                map: nested_map(source, &format!("{prefix}.nested_quant_map"))?,
-                offset: nested.offset,
-                block_size: nested.block_size,
-            })
+        Some(_) => {
+            absmax.check_dtype(&absmax_key, &[Dtype::U8])?;
+            let nested = source.stored(&nested_key)?;
+            nested.check_finite_f32(&nested_key)?;
+            let map = nested_map(source, &format!("{prefix}.nested_quant_map"))?;
+            Some((nested.bytes, map))
         }
     };
-    Nf4Tensor::from_parts(
-        codes.bytes.to_vec(),
-        absmax,
-        state.shape,
-        state.block_size,
-        state.dtype,
-        state.quant_type,
-    )
-    .map_err(|error| with_full_key(error, prefix))
+    let weight = StoredWeight {
+        state,
+        transposed,
+        codes: codes.bytes,
+        absmax: absmax.bytes,
+        nested,
+    };
+    match weight.parts().check() {
+        Ok(()) => Ok(weight),
+        Err(error) => Err(with_full_key(error, prefix)),
+    }
+}
+
+/// Copies the weight `prefix` to host memory.
+pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+    Nf4Tensor::copy_of(&find_weight(source, prefix)?.parts())
+}
+
+/// Copies the weight `prefix` to a device.
+pub(super) fn load_weight(
+    source: &impl TensorSource,
+    prefix: &str,
+    device: &Device,
+) -> Result<Nf4Weight, Nf4Error> {
+    let weight = find_weight(source, prefix)?;
+    let form = weight.form(prefix)?;
+    Nf4Weight::from_image(weight.to_packed(&form)?, form, device)
 }
 
 /// bitsandbytes' kernels ignore the stored map and use their own table, so a file with another
@@ -208,9 +266,9 @@ fn check_quant_map(
 ) -> Result<(), Nf4Error> {
     let stored = source.stored(key)?;
     stored.check_dtype(key, &[Dtype::F32])?;
-    let values: Vec<f32> = stored.elements();
     let table = quant_type.codebook();
-    check_len(key, table.len(), values.len())?;
+    check_len(key, table.len(), stored.bytes.len() / 4)?;
+    let values: Vec<f32> = stored_floats(stored.bytes).collect();
     let differs = |&index: &usize| {
         // bitsandbytes stores FP4's second zero as +0.0 and decodes it to -0.0.
         let second_zero = quant_type == QuantType::Fp4 && index == 8 && values[index] == 0.0;
@@ -229,16 +287,14 @@ fn check_quant_map(
 
 /// The file's own map of the scales; unlike the codebook it is used, by bitsandbytes too.
 fn nested_map(source: &impl TensorSource, key: &str) -> Result<Box<[f32; 256]>, Nf4Error> {
-    let values = source.stored(key)?.finite_f32(key)?;
-    let given = values.len();
-    values
-        .into_boxed_slice()
-        .try_into()
-        .map_err(|_| Nf4Error::Length {
-            tensor: key.into(),
-            expected: 256,
-            given,
-        })
+    let stored = source.stored(key)?;
+    stored.check_finite_f32(key)?;
+    check_len(key, 256, stored.bytes.len() / 4)?;
+    let mut map = Box::new([0.0; 256]);
+    map.iter_mut()
+        .zip(stored_floats(stored.bytes))
+        .for_each(|(to, from)| *to = from);
+    Ok(map)
 }
 
 fn check_len(key: &str, expected: usize, given: usize) -> Result<(), Nf4Error> {

@@ -2,7 +2,9 @@
 //! weight, and a plain reference implementation. No GPU and no Burn in here.
 
 mod codebook;
+mod form;
 mod packed;
+mod parts;
 mod reciprocal;
 mod reference;
 mod spec;
@@ -11,7 +13,10 @@ mod tensor;
 pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };
+pub use form::WeightForm;
+pub(crate) use packed::check_header_words;
 pub use packed::{HEADER_WORDS, PackedLayout};
+pub(crate) use parts::{Floats, ScaleParts, WeightParts, stored_floats};
 pub use reciprocal::{RECIPROCAL_STEPS, reciprocal};
 pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};

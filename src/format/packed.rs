@@ -18,6 +18,7 @@
 //! is zero.
 
 use super::codebook::DYNAMIC_MAP;
+use super::form::WeightForm;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, checked_elems};
 use crate::error::Nf4Error;
@@ -117,6 +118,14 @@ impl PackedLayout {
         [MAGIC, settings, hash as u32, (hash >> 32) as u32]
     }
 
+    /// The header of a weight of a given form. Bit 4 of the settings says that the weight in use
+    /// is the transpose of the one stored, whose shape is hashed.
+    pub fn form_header(&self, form: &WeightForm) -> [u32; HEADER_WORDS] {
+        let mut header = self.header(&form.stored_shape(), form.dtype);
+        header[1] |= u32::from(form.transposed) << 4;
+        header
+    }
+
     /// The words after the codes and scales that do not depend on the weight's values: codebook
     /// and, when nested, the dynamic map.
     pub fn tables(&self) -> Vec<u32> {
@@ -138,20 +147,27 @@ impl PackedLayout {
         shape: &[usize],
         dtype: FloatType,
     ) -> Result<(), Nf4Error> {
-        let expected = self.header(shape, dtype);
-        let fields = ["magic number", "settings", "shape hash", "shape hash"];
-        for (i, what) in fields.into_iter().enumerate() {
-            let given = found.get(i).copied();
-            if given != Some(expected[i]) {
-                return Err(Nf4Error::Header {
-                    what,
-                    expected: format!("{:#010x}", expected[i]),
-                    given: given.map_or("missing".into(), |word| format!("{word:#010x}")),
-                });
-            }
-        }
-        Ok(())
+        check_header_words(&self.header(shape, dtype), found)
     }
+}
+
+/// Compares a header with the one expected, field by field.
+pub(crate) fn check_header_words(
+    expected: &[u32; HEADER_WORDS],
+    found: &[u32],
+) -> Result<(), Nf4Error> {
+    let fields = ["magic number", "settings", "shape hash", "shape hash"];
+    for (i, what) in fields.into_iter().enumerate() {
+        let given = found.get(i).copied();
+        if given != Some(expected[i]) {
+            return Err(Nf4Error::Header {
+                what,
+                expected: format!("{:#010x}", expected[i]),
+                given: given.map_or("missing".into(), |word| format!("{word:#010x}")),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// "NF4" and the version of the layout.
@@ -165,24 +181,7 @@ impl Nf4Tensor {
 
     /// The device image: `packed_layout().words` words.
     pub fn to_packed(&self) -> Vec<u32> {
-        let layout = self.packed_layout();
-        let mut words = vec![0u32; layout.words];
-        put_bytes(&mut words, self.codes());
-        match self.absmax() {
-            Absmax::Flat(scales) => put_floats(&mut words[layout.scales..], scales),
-            Absmax::Nested(nested) => {
-                put_bytes(&mut words[layout.scales..], &nested.codes);
-                put_floats(&mut words[layout.nested_map..], nested.map.as_slice());
-                put_floats(&mut words[layout.nested_offset..], &[nested.offset]);
-                put_floats(&mut words[layout.nested_scales..], &nested.absmax);
-            }
-        }
-        put_floats(
-            &mut words[layout.codebook..],
-            self.quant_type().codebook().as_slice(),
-        );
-        words[layout.header..].copy_from_slice(&layout.header(self.shape(), self.dtype()));
-        words
+        self.parts().to_packed(&self.packed_layout())
     }
 
     /// Reads a device image back.
@@ -197,11 +196,20 @@ impl Nf4Tensor {
         config: QuantConfig,
         dtype: FloatType,
     ) -> Result<Self, Nf4Error> {
-        let elems = checked_elems(shape)?;
-        let layout = PackedLayout::new(elems, config);
+        let layout = PackedLayout::for_shape(shape, config)?;
         super::tensor::check_len("packed weight", layout.words, words.len())?;
         layout.check_header(&words[layout.header..], shape, dtype)?;
+        Self::from_image(words, &layout, shape, dtype)
+    }
 
+    /// Reads a device image whose length and header were checked.
+    pub(crate) fn from_image(
+        words: &[u32],
+        layout: &PackedLayout,
+        shape: &[usize],
+        dtype: FloatType,
+    ) -> Result<Self, Nf4Error> {
+        let (elems, config) = (layout.elems, layout.config);
         let codes = take_bytes(words, elems.div_ceil(2));
         let scales = &words[layout.scales..];
         let absmax = match config.nested_block_size {
@@ -230,27 +238,13 @@ impl Nf4Tensor {
     }
 }
 
-fn put_bytes(words: &mut [u32], bytes: &[u8]) {
-    for (word, chunk) in words.iter_mut().zip(bytes.chunks(4)) {
-        let mut quad = [0; 4];
-        quad[..chunk.len()].copy_from_slice(chunk);
-        *word = u32::from_le_bytes(quad);
-    }
-}
-
-fn put_floats(words: &mut [u32], values: &[f32]) {
-    for (word, value) in words.iter_mut().zip(values) {
-        *word = value.to_bits();
-    }
-}
-
 fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = words[..len.div_ceil(4)]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
-    bytes.truncate(len);
-    bytes
+    let words = &words[..len.div_ceil(4)];
+    if cfg!(target_endian = "little") {
+        return bytemuck::cast_slice(words)[..len].to_vec();
+    }
+    let bytes = words.iter().flat_map(|word| word.to_le_bytes());
+    bytes.take(len).collect()
 }
 
 fn take_floats(words: &[u32], len: usize) -> Vec<f32> {

@@ -63,7 +63,10 @@ impl QuantType {
 ///
 /// Blocks run over the flat row-major weight, so they cross rows where the row length is not a
 /// multiple of the size; the last block may be partial.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(try_from = "usize", into = "usize")]
 pub struct BlockSize {
     log2: u8,
 }
@@ -130,10 +133,16 @@ impl TryFrom<usize> for BlockSize {
     }
 }
 
+impl From<BlockSize> for usize {
+    fn from(size: BlockSize) -> Self {
+        size.elems()
+    }
+}
+
 /// How to quantize.
 ///
 /// The default is QLoRA's: NF4, blocks of 64, double quantization in blocks of 256.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct QuantConfig {
     /// The 4-bit data type.
     pub quant_type: QuantType,

@@ -1,5 +1,6 @@
 //! The value type of a quantized tensor in host memory.
 
+use super::parts::{Floats, ScaleParts, WeightParts};
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 use crate::error::Nf4Error;
 
@@ -77,27 +78,64 @@ impl Nf4Tensor {
         dtype: FloatType,
         quant_type: QuantType,
     ) -> Result<Self, Nf4Error> {
-        let elems = checked_elems(&shape)?;
-        check_len("weight", elems.div_ceil(2), codes.len())?;
-        let blocks = block_size.blocks(elems);
-        match &absmax {
-            Absmax::Flat(scales) => check_len("absmax", blocks, scales.len())?,
-            Absmax::Nested(nested) => {
-                check_len("absmax", blocks, nested.codes.len())?;
-                let nested_blocks = nested.block_size.blocks(blocks);
-                check_len("nested_absmax", nested_blocks, nested.absmax.len())?;
-                check_finite("nested_offset", &[nested.offset])?;
-                check_finite("nested_quant_map", nested.map.as_slice())?;
-            }
-        }
-        Ok(Self {
+        let tensor = Self {
             codes,
             absmax,
             shape,
             block_size,
             dtype,
             quant_type,
-        })
+        };
+        tensor.parts().check()?;
+        Ok(tensor)
+    }
+
+    /// The parts, where they lie.
+    pub(crate) fn parts(&self) -> WeightParts<'_> {
+        WeightParts {
+            codes: &self.codes,
+            scales: match &self.absmax {
+                Absmax::Flat(scales) => ScaleParts::Flat(Floats::Values(scales)),
+                Absmax::Nested(nested) => ScaleParts::Nested {
+                    codes: &nested.codes,
+                    absmax: Floats::Values(&nested.absmax),
+                    map: &nested.map,
+                    offset: nested.offset,
+                    block_size: nested.block_size,
+                },
+            },
+            shape: &self.shape,
+            dtype: self.dtype,
+            config: self.config(),
+        }
+    }
+
+    /// Copies parts to the heap.
+    pub(crate) fn copy_of(parts: &WeightParts<'_>) -> Result<Self, Nf4Error> {
+        let absmax = match &parts.scales {
+            ScaleParts::Flat(scales) => Absmax::Flat(scales.to_vec()),
+            ScaleParts::Nested {
+                codes,
+                absmax,
+                map,
+                offset,
+                block_size,
+            } => Absmax::Nested(NestedAbsmax {
+                codes: codes.to_vec(),
+                absmax: absmax.to_vec(),
+                map: Box::new(**map),
+                offset: *offset,
+                block_size: *block_size,
+            }),
+        };
+        Self::from_parts(
+            parts.codes.to_vec(),
+            absmax,
+            parts.shape.to_vec(),
+            parts.config.block_size,
+            parts.dtype,
+            parts.config.quant_type,
+        )
     }
 
     /// A tensor that decodes to zeros.

@@ -6,7 +6,7 @@ use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
 use crate::op::{Nf4Weight, linear};
 
 /// Configuration of an [`Nf4Linear`] to load a record into.
@@ -34,6 +34,9 @@ pub struct Nf4LinearConfig {
     /// The dtype that the weight had before it was quantized, and that of the bias.
     #[config(default = "FloatType::F32")]
     pub dtype: FloatType,
+    /// Whether the record holds the transpose of the weight, see [`Nf4Weight::is_transposed`].
+    #[config(default = false)]
+    pub transposed: bool,
 }
 
 impl Nf4LinearConfig {
@@ -55,8 +58,13 @@ impl Nf4LinearConfig {
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
     /// if a size is zero.
     pub fn init(&self, device: &Device) -> Result<Nf4Linear, Nf4Error> {
-        let shape = [self.d_output, self.d_input];
-        let weight = Nf4Weight::zeros(&shape, self.quant_config()?, self.dtype, device)?;
+        let form = WeightForm {
+            shape: vec![self.d_output, self.d_input],
+            dtype: self.dtype,
+            config: self.quant_config()?,
+            transposed: self.transposed,
+        };
+        let weight = Nf4Weight::zeros_of(form, device)?;
         let bias = self
             .bias
             .then(|| Tensor::zeros([self.d_output], (device, DType::from(self.dtype))));
@@ -191,6 +199,7 @@ impl ModuleDisplay for Nf4Linear {
             .add("quant_type", &config.quant_type.name().to_string())
             .add("block_size", &config.block_size.elems())
             .add("double_quant", &config.nested_block_size.is_some())
+            .add("transposed", &self.weight.is_transposed())
             .optional()
     }
 }

@@ -7,12 +7,16 @@ mod backend;
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
+mod linear;
+mod spec;
 mod weight;
 
 pub use backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
-pub use weight::{Nf4Weight, linear};
+pub use linear::{expert_linear, linear};
+pub(crate) use spec::FORM_CONTAINER;
+pub use weight::Nf4Weight;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Device};
 
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -43,5 +47,18 @@ impl FloatType {
                 given: format!("{dtype:?}"),
             }),
         }
+    }
+    /// Checks that a device can hold this type.
+    ///
+    /// # Errors
+    /// [`Nf4Error::DeviceDtype`].
+    pub(crate) fn check_device(self, device: &Device) -> Result<(), Nf4Error> {
+        if device.supports_dtype(DType::from(self)) {
+            return Ok(());
+        }
+        Err(Nf4Error::DeviceDtype {
+            device: format!("{device:?}"),
+            dtype: self.name().into(),
+        })
     }
 }

@@ -1,4 +1,4 @@
-//! A quantized weight on a device, and the functions over tensors.
+//! A quantized weight on a device.
 
 use burn::backend::Dispatch;
 use burn::module::{Module, Param, ParamId};
@@ -6,8 +6,11 @@ use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use std::ops::Range;
 
 use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+use super::spec::WeightSpec;
 use crate::error::Nf4Error;
-use crate::format::{FloatType, HEADER_WORDS, Nf4Tensor, PackedLayout, QuantConfig};
+use crate::format::{
+    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words,
+};
 
 /// A quantized weight on a device.
 ///
@@ -30,44 +33,53 @@ use crate::format::{FloatType, HEADER_WORDS, Nf4Tensor, PackedLayout, QuantConfi
 /// ```
 #[derive(Module, Debug)]
 pub struct Nf4Weight {
-    packed: Param<Tensor<1, Int>>,
-    #[module(skip)]
+    // First, because it says to visitors what the tensor after it is.
     spec: WeightSpec,
-}
-
-/// What a packed weight is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct WeightSpec {
-    shape: Vec<usize>,
-    dtype: FloatType,
-    layout: PackedLayout,
+    packed: Param<Tensor<1, Int>>,
 }
 
 impl Nf4Weight {
     /// Uploads a quantized tensor.
     pub fn from_host(tensor: &Nf4Tensor, device: &Device) -> Self {
-        let words = tensor.to_packed();
-        let spec = WeightSpec {
+        let form = WeightForm {
             shape: tensor.shape().to_vec(),
             dtype: tensor.dtype(),
-            layout: tensor.packed_layout(),
+            config: tensor.config(),
+            transposed: false,
         };
+        let layout = tensor.packed_layout();
+        Self::from_words(tensor.to_packed(), WeightSpec { form, layout }, device)
+    }
+
+    /// Uploads an image of a weight of the given form, with the form's header.
+    pub(crate) fn from_image(
+        words: Vec<u32>,
+        form: WeightForm,
+        device: &Device,
+    ) -> Result<Self, Nf4Error> {
+        let spec = WeightSpec::new(form)?;
+        Ok(Self::from_words(words, spec, device))
+    }
+
+    fn from_words(words: Vec<u32>, spec: WeightSpec, device: &Device) -> Self {
         let data = TensorData::new(words, [spec.layout.words]);
         Self::from_packed(Tensor::from_data(data, (device, DType::U32)), spec)
     }
 
-    /// Downloads the weight. Waits for the device.
+    /// Downloads the weight as it is stored: of a [transposed](Self::is_transposed) weight, the
+    /// transpose. Waits for the device.
     ///
     /// # Errors
     /// [`Nf4Error::Header`] if a record of another weight has been loaded into this one.
     pub fn to_host(&self) -> Result<Nf4Tensor, Nf4Error> {
         let data = self.packed.val().into_data();
-        let words: Vec<u32> = bytemuck::cast_slice(data.as_bytes()).to_vec();
-        let spec = &self.spec;
-        Nf4Tensor::from_packed(&words, &spec.shape, spec.layout.config, spec.dtype)
+        let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
+        let WeightSpec { form, layout } = &self.spec;
+        check_header_words(&layout.form_header(form), &words[layout.header..])?;
+        Nf4Tensor::from_image(words, layout, &form.stored_shape(), form.dtype)
     }
 
-    /// A weight of zeros, to load a record into.
+    /// A weight of zeros, to load a record into. Its memory is taken when it is first used.
     ///
     /// # Errors
     /// [`Nf4Error::ElementCount`] for an impossible shape.
@@ -77,8 +89,35 @@ impl Nf4Weight {
         dtype: FloatType,
         device: &Device,
     ) -> Result<Self, Nf4Error> {
-        let tensor = Nf4Tensor::zeros(shape, config, dtype)?;
-        Ok(Self::from_host(&tensor, device))
+        let form = WeightForm {
+            shape: shape.to_vec(),
+            dtype,
+            config,
+            transposed: false,
+        };
+        Self::zeros_of(form, device)
+    }
+
+    /// A weight of zeros of a given form, to load a record or a checkpoint into. Its memory is
+    /// taken when it is first used.
+    ///
+    /// # Errors
+    /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::NotAMatrix`] for a
+    /// transposed form of another rank.
+    pub fn zeros_of(form: WeightForm, device: &Device) -> Result<Self, Nf4Error> {
+        let spec = WeightSpec::new(form)?;
+        let of = spec.clone();
+        let packed = Param::uninitialized(
+            ParamId::new(),
+            move |device, _| {
+                let data = TensorData::new(of.zero_words(), [of.layout.words]);
+                Tensor::from_data(data, (device, DType::U32))
+            },
+            device.clone(),
+            false,
+            Shape::from([spec.layout.words]),
+        );
+        Ok(Self::from_param(packed, spec))
     }
 
     /// Quantizes a weight on its device.
@@ -97,14 +136,19 @@ impl Nf4Weight {
         config: QuantConfig,
     ) -> Result<Self, Nf4Error> {
         let dtype = FloatType::from_dtype(weight.dtype(), "weight")?;
-        let spec = WeightSpec::new(weight.shape().as_slice(), config, dtype)?;
+        let spec = WeightSpec::new(WeightForm {
+            shape: weight.shape().to_vec(),
+            dtype,
+            config,
+            transposed: false,
+        })?;
         #[cfg(feature = "flex")]
         super::flex::check_finite(&weight)?;
         let packed = <Dispatch as Nf4Backend>::nf4_quantize(
             weight.into_dispatch(),
             QuantizeSpec {
                 layout: spec.layout,
-                shape: spec.shape.clone(),
+                shape: spec.form.shape.clone(),
                 dtype,
             },
         );
@@ -112,8 +156,12 @@ impl Nf4Weight {
     }
 
     fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
+        Self::from_param(Param::initialized(ParamId::new(), packed), spec)
+    }
+
+    fn from_param(packed: Param<Tensor<1, Int>>, spec: WeightSpec) -> Self {
         let expected = spec.clone();
-        let packed = Param::initialized(ParamId::new(), packed).load_mapper(move |tensor| {
+        let packed = packed.load_mapper(move |tensor| {
             expected.assert_header(&tensor);
             tensor
         });
@@ -129,7 +177,7 @@ impl Nf4Weight {
     /// [`Nf4Error::Shape`] if the weight has another rank, [`Nf4Error::DeviceDtype`] if the device
     /// has no such type.
     pub fn dequantize<const D: usize>(&self, dtype: FloatType) -> Result<Tensor<D>, Nf4Error> {
-        let shape = &self.spec.shape;
+        let shape = &self.spec.form.shape;
         if shape.len() != D {
             return Err(Nf4Error::Shape {
                 tensor: "weight".into(),
@@ -137,12 +185,15 @@ impl Nf4Weight {
                 given: shape.clone(),
             });
         }
-        let columns = shape.last().copied().unwrap_or(1);
-        let flat = self.decode(0, self.spec.layout.elems / columns, columns, dtype)?;
-        Ok(flat.reshape(Shape::from(shape.clone())))
+        let stored = self.decode(0, &self.spec.form.stored_shape(), dtype)?;
+        if self.spec.form.transposed {
+            return Ok(stored.transpose());
+        }
+        Ok(stored)
     }
 
-    /// Decodes rows `rows.start..rows.end` of a matrix.
+    /// Decodes rows `rows.start..rows.end` of a matrix. A [transposed](Self::is_transposed) weight
+    /// is decoded whole for it, for a moment.
     ///
     /// # Shapes
     /// - returns `[rows.len(), in_features]`
@@ -164,42 +215,80 @@ impl Nf4Weight {
                 rows: out_features,
             });
         }
-        self.decode(rows.start * in_features, rows.len(), in_features, dtype)
+        if self.spec.form.transposed {
+            let stored: Tensor<2> = self.decode(0, &[in_features, out_features], dtype)?;
+            return Ok(stored.slice([0..in_features, rows]).transpose());
+        }
+        self.decode(rows.start * in_features, &[rows.len(), in_features], dtype)
     }
 
-    fn decode(
+    /// Decodes `weight[index]` along the first dimension, such as the matrix of one expert, and
+    /// nothing else.
+    ///
+    /// # Shapes
+    /// - returns the weight's shape without its first dimension, which must leave `D` dimensions
+    ///
+    /// # Errors
+    /// [`Nf4Error::Shape`] if the weight has another rank than `D + 1`, [`Nf4Error::RowRange`] if
+    /// there is no such index, [`Nf4Error::DeviceDtype`] if the device has no such type.
+    pub fn dequantize_index<const D: usize>(
+        &self,
+        index: usize,
+        dtype: FloatType,
+    ) -> Result<Tensor<D>, Nf4Error> {
+        let shape = &self.spec.form.shape;
+        if D == 0 || shape.len() != D + 1 {
+            return Err(Nf4Error::Shape {
+                tensor: "weight".into(),
+                expected: vec![0; D + 1],
+                given: shape.clone(),
+            });
+        }
+        let start = self.start_of(index)?;
+        if self.spec.form.transposed {
+            let row = self.dequantize_rows(index..index + 1, dtype)?;
+            return Ok(row.reshape(Shape::from(shape[1..].to_vec())));
+        }
+        self.decode(start, &shape[1..], dtype)
+    }
+
+    /// The first element of `weight[index]`.
+    pub(super) fn start_of(&self, index: usize) -> Result<usize, Nf4Error> {
+        let count = self.spec.form.shape.first().copied().unwrap_or(0);
+        if index >= count {
+            return Err(Nf4Error::RowRange {
+                start: index,
+                end: index.saturating_add(1),
+                rows: count,
+            });
+        }
+        Ok(index * (self.spec.layout.elems / count))
+    }
+
+    /// Decodes a range of the stored elements.
+    fn decode<const D: usize>(
         &self,
         start: usize,
-        rows: usize,
-        columns: usize,
+        shape: &[usize],
         dtype: FloatType,
-    ) -> Result<Tensor<2>, Nf4Error> {
+    ) -> Result<Tensor<D>, Nf4Error> {
         let packed = self.packed.val();
-        self.check_device_dtype(&packed.device(), dtype)?;
+        dtype.check_device(&packed.device())?;
+        let columns = shape.last().copied().unwrap_or(1);
         let spec = DequantizeSpec {
             layout: self.spec.layout,
-            rows,
+            rows: shape.iter().product::<usize>() / columns,
             columns,
             start,
             dtype,
         };
         let out = <Dispatch as Nf4Backend>::nf4_dequantize(packed.into_dispatch(), spec);
-        Ok(Tensor::from_dispatch(out))
-    }
-
-    fn check_device_dtype(&self, device: &Device, dtype: FloatType) -> Result<(), Nf4Error> {
-        if device.supports_dtype(DType::from(dtype)) {
-            return Ok(());
-        }
-        Err(Nf4Error::DeviceDtype {
-            device: format!("{device:?}"),
-            dtype: dtype.name().into(),
-        })
+        Ok(Tensor::<2>::from_dispatch(out).reshape(Shape::from(shape.to_vec())))
     }
 
     /// The shape of the weight.
     pub fn shape(&self) -> &[usize] {
-        &self.spec.shape
+        &self.spec.form.shape
     }
 
     /// `[out_features, in_features]`.
@@ -208,18 +297,31 @@ impl Nf4Weight {
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank.
     pub fn matrix_dims(&self) -> Result<[usize; 2], Nf4Error> {
         self.spec
+            .form
             .shape
             .as_slice()
             .try_into()
             .map_err(|_| Nf4Error::NotAMatrix {
                 tensor: "weight".into(),
-                shape: self.spec.shape.clone(),
+                shape: self.spec.form.shape.clone(),
             })
+    }
+
+    /// Whether the packed tensor holds the transpose of the weight, as in checkpoints whose codes
+    /// have the shape `[1, k]`. Blocks then run along the columns; shapes, decoded values and
+    /// products are those of the weight, and only [`to_host`](Self::to_host) gives what is stored.
+    pub fn is_transposed(&self) -> bool {
+        self.spec.form.transposed
+    }
+
+    /// What the weight is, apart from its values.
+    pub fn form(&self) -> &WeightForm {
+        &self.spec.form
     }
 
     /// The dtype that the weight had before it was quantized.
     pub fn dtype(&self) -> FloatType {
-        self.spec.dtype
+        self.spec.form.dtype
     }
 
     /// How the weight is quantized.
@@ -249,101 +351,6 @@ impl Nf4Weight {
 
     /// Bytes that the weight takes when decoded to its original dtype.
     pub fn dense_size_bytes(&self) -> usize {
-        self.spec.layout.elems * self.spec.dtype.size_bytes()
+        self.spec.layout.elems * self.spec.form.dtype.size_bytes()
     }
-}
-
-impl WeightSpec {
-    fn new(shape: &[usize], config: QuantConfig, dtype: FloatType) -> Result<Self, Nf4Error> {
-        Ok(Self {
-            shape: shape.to_vec(),
-            dtype,
-            layout: PackedLayout::for_shape(shape, config)?,
-        })
-    }
-
-    /// Reads the header of a packed tensor that a record brings.
-    fn assert_header(&self, packed: &Tensor<1, Int>) {
-        let header = self.layout.header;
-        let found = packed
-            .clone()
-            .slice(header..header + HEADER_WORDS)
-            .into_data();
-        let found: Vec<u32> = found.iter::<u32>().collect();
-        if let Err(error) = self.layout.check_header(&found, &self.shape, self.dtype) {
-            panic!("cannot load the record: {error}");
-        }
-    }
-}
-
-/// `y = x Wᵀ + b` with a packed weight `W`.
-///
-/// `W` is decoded to the dtype of `x`, here and again in the backward pass, and not kept in
-/// between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
-/// result, which is a constant to autodiff.
-///
-/// # Shapes
-/// - `x`: `[..., in_features]`
-/// - `weight`: `[out_features, in_features]`
-/// - `bias`: `[out_features]`
-/// - returns `[..., out_features]`
-///
-/// # Errors
-/// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias`
-/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32.
-pub fn linear<const D: usize>(
-    x: Tensor<D>,
-    weight: &Nf4Weight,
-    bias: Option<Tensor<1>>,
-) -> Result<Tensor<D>, Nf4Error> {
-    let [out_features, in_features] = weight.matrix_dims()?;
-    let dtype = FloatType::from_dtype(x.dtype(), "x")?;
-    let mut shape: Vec<usize> = x.dims().to_vec();
-    if shape.last() != Some(&in_features) {
-        let given = shape.clone();
-        if let Some(last) = shape.last_mut() {
-            *last = in_features;
-        }
-        return Err(Nf4Error::Shape {
-            tensor: "x".into(),
-            expected: shape,
-            given,
-        });
-    }
-    if let Some(bias) = &bias
-        && bias.dims() != [out_features]
-    {
-        return Err(Nf4Error::Shape {
-            tensor: "bias".into(),
-            expected: vec![out_features],
-            given: bias.dims().to_vec(),
-        });
-    }
-
-    let rows = shape.iter().product::<usize>() / in_features;
-    shape[D - 1] = out_features;
-    if rows == 0 {
-        // Burn's reshape would read the zero as "keep this dimension".
-        return Ok(Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype())));
-    }
-    let spec = DequantizeSpec {
-        layout: weight.spec.layout,
-        rows: out_features,
-        columns: in_features,
-        start: 0,
-        dtype,
-    };
-    // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
-    let given = x.dtype();
-    let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
-    let y = <Dispatch as Nf4Backend>::nf4_linear(
-        x.into_dispatch(),
-        weight.packed.val().into_dispatch(),
-        spec,
-    );
-    let mut y = Tensor::<2>::from_dispatch(y);
-    if let Some(bias) = bias {
-        y = y + bias.unsqueeze();
-    }
-    Ok(y.cast(given).reshape(Shape::from(shape)))
 }

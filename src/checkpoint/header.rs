@@ -1,0 +1,159 @@
+//! The header of a safetensors file.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+
+use safetensors::Dtype;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
+
+use super::json::{UniqueMap, shape};
+
+/// Bytes of the length that precedes the header.
+const PREFIX_BYTES: usize = 8;
+
+/// A header, or an index, may be this long, in bytes (the limit of the safetensors format).
+pub(super) const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// The entry of a header that is no tensor.
+const METADATA: &str = "__metadata__";
+
+/// A tensor's line of the header; the range lies within the file.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Range<usize>,
+}
+
+/// A line as it is written. A field that is there twice is an error of serde's.
+#[derive(Deserialize)]
+struct Line {
+    dtype: Dtype,
+    #[serde(deserialize_with = "shape")]
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+/// All lines, with ranges that begin at the end of the header.
+struct Lines(BTreeMap<String, Entry>);
+
+impl<'de> Deserialize<'de> for Lines {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(LinesVisitor)
+    }
+}
+
+struct LinesVisitor;
+
+impl<'de> Visitor<'de> for LinesVisitor {
+    type Value = Lines;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Lines, A::Error> {
+        let mut lines = BTreeMap::new();
+        let mut metadata = None;
+        while let Some(key) = map.next_key::<String>()? {
+            let twice = || A::Error::custom(format!("`{key}` is there twice"));
+            let within = |error: A::Error| A::Error::custom(format!("`{key}`: {error}"));
+            if key == METADATA {
+                let texts = map.next_value::<UniqueMap<String>>().map_err(within)?;
+                if metadata.replace(texts.0.len()).is_some() {
+                    return Err(twice());
+                }
+                continue;
+            }
+            if lines.contains_key(&key) {
+                return Err(twice());
+            }
+            let line = map.next_value::<Line>().map_err(within)?;
+            let entry = line
+                .check()
+                .map_err(|what| within(A::Error::custom(what)))?;
+            lines.insert(key, entry);
+        }
+        Ok(Lines(lines))
+    }
+}
+
+impl Line {
+    /// Checks the offsets against dtype and shape.
+    fn check(self) -> Result<Entry, String> {
+        let Self {
+            dtype,
+            shape,
+            data_offsets: (start, end),
+        } = self;
+        let bits = shape
+            .iter()
+            .try_fold(dtype.bitsize(), |bits, &dim| bits.checked_mul(dim))
+            .filter(|bits| bits.is_multiple_of(8));
+        match (end.checked_sub(start), bits) {
+            (Some(len), Some(bits)) if len == bits / 8 => Ok(Entry {
+                dtype,
+                shape,
+                bytes: start..end,
+            }),
+            _ => Err(format!(
+                "{dtype} of shape {shape:?} does not take the bytes {start}..{end}"
+            )),
+        }
+    }
+}
+
+/// Finds every tensor of a file, or says what is wrong with it.
+///
+/// Not by the safetensors crate: it keeps the last of two tensors of one name, and adds up offsets
+/// near `usize::MAX` without a check.
+pub(super) fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
+    let Some((prefix, rest)) = file.split_first_chunk::<PREFIX_BYTES>() else {
+        return Err(format!("{} bytes are too few for a header", file.len()));
+    };
+    let declared = u64::from_le_bytes(*prefix);
+    let header = usize::try_from(declared)
+        .ok()
+        .filter(|&len| len <= MAX_HEADER_BYTES)
+        .and_then(|len| rest.get(..len))
+        .ok_or_else(|| {
+            format!(
+                "a header of {declared} bytes is over {MAX_HEADER_BYTES} \
+                 or does not fit a file of {}",
+                file.len()
+            )
+        })?;
+    let Lines(mut entries) =
+        serde_json::from_slice(header).map_err(|error| format!("invalid header: {error}"))?;
+
+    // One after the other without a gap, each byte in one tensor.
+    let mut in_order: Vec<(&Range<usize>, &str)> = entries
+        .iter()
+        .map(|(key, entry)| (&entry.bytes, key.as_str()))
+        .collect();
+    in_order.sort_unstable_by_key(|(bytes, _)| (bytes.start, bytes.end));
+    let mut covered = 0;
+    for (bytes, key) in in_order {
+        if bytes.start != covered {
+            return Err(format!(
+                "invalid header: `{key}` begins at byte {}, the one before ends at {covered}",
+                bytes.start
+            ));
+        }
+        covered = bytes.end;
+    }
+    let data_bytes = rest.len() - header.len();
+    if covered != data_bytes {
+        return Err(format!(
+            "the tensors take {covered} bytes, but {data_bytes} follow the header"
+        ));
+    }
+    let data_start = PREFIX_BYTES + header.len();
+    for entry in entries.values_mut() {
+        // Offsets ascend to `covered`, so both ends lie within the file.
+        entry.bytes = data_start + entry.bytes.start..data_start + entry.bytes.end;
+    }
+    Ok(entries)
+}

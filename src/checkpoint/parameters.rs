@@ -1,0 +1,194 @@
+//! The parameters of a module, found without making or reading any of them.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor};
+use burn_store::burn_pack::{Bytes, Tensor as PackTensor};
+use burn_store::{ModuleAdapter, ModuleContext, PyTorchToBurnAdapter};
+use safetensors::Dtype;
+
+use crate::error::TensorForm;
+use crate::format::WeightForm;
+use crate::op::FORM_CONTAINER;
+
+/// The last part of the path of a packed weight's tensor.
+pub(super) const PACKED: &str = "packed";
+
+/// A parameter of a module.
+#[derive(Debug, Clone)]
+pub(super) struct Parameter {
+    /// Its path; of a packed weight, that of the weight and not of the tensor in it.
+    pub path: String,
+    /// The path that PyTorch uses for it, where that is another one.
+    pub pytorch_path: Option<String>,
+    /// Whether PyTorch stores it transposed.
+    pub transposed: bool,
+    pub device: Device,
+    pub kind: Kind,
+}
+
+/// What a parameter can hold.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Kind {
+    Packed(WeightForm),
+    Float(Vec<usize>),
+    Int(Vec<usize>),
+    Bool(Vec<usize>),
+}
+
+/// Dtypes that an integer parameter takes.
+pub(super) const INTS: [Dtype; 8] = [
+    Dtype::I64,
+    Dtype::I32,
+    Dtype::I16,
+    Dtype::I8,
+    Dtype::U64,
+    Dtype::U32,
+    Dtype::U16,
+    Dtype::U8,
+];
+
+/// Dtypes that a float parameter takes.
+pub(super) const FLOATS: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
+
+impl Parameter {
+    /// What a checkpoint must hold for it.
+    pub fn expected(&self) -> TensorForm {
+        let dense = |dtypes: &[Dtype], shape: &[usize]| {
+            let names: Vec<String> = dtypes.iter().map(Dtype::to_string).collect();
+            TensorForm {
+                dtype: names.join(", "),
+                shape: self.stored_shape(shape),
+                quantized: false,
+            }
+        };
+        match &self.kind {
+            Kind::Packed(form) => form_of_weight(form),
+            Kind::Float(shape) => dense(&FLOATS, shape),
+            Kind::Int(shape) => dense(&INTS, shape),
+            Kind::Bool(shape) => dense(&[Dtype::BOOL], shape),
+        }
+    }
+
+    /// A shape as PyTorch stores it.
+    fn stored_shape(&self, shape: &[usize]) -> Vec<usize> {
+        match self.transposed {
+            false => shape.to_vec(),
+            true => shape.iter().rev().copied().collect(),
+        }
+    }
+}
+
+/// A quantized weight, to be told of.
+pub(super) fn form_of_weight(form: &WeightForm) -> TensorForm {
+    TensorForm {
+        dtype: form.to_string(),
+        shape: form.shape.clone(),
+        quantized: true,
+    }
+}
+
+/// Lists the parameters of a module.
+pub(super) fn parameters_of<M: Module>(module: &M, skip_enum_variants: bool) -> Vec<Parameter> {
+    let mut walk = Walk {
+        skip_enum_variants,
+        ..Walk::default()
+    };
+    module.visit(&mut walk);
+    walk.found
+}
+
+/// Where a visit is.
+#[derive(Default)]
+struct Walk {
+    path: Vec<String>,
+    containers: Vec<String>,
+    /// The form that a weight has told before its tensor.
+    form: Option<WeightForm>,
+    skip_enum_variants: bool,
+    found: Vec<Parameter>,
+}
+
+impl Walk {
+    fn names(&self, container_type: &str) -> bool {
+        !(self.skip_enum_variants && container_type.starts_with("Enum:"))
+    }
+
+    fn found(&mut self, device: Device, kind: Kind) {
+        let depth = match kind {
+            Kind::Packed(_) => self.path.len() - 1,
+            _ => self.path.len(),
+        };
+        let path = self.path[..depth].join(".");
+        let context = ModuleContext::new(&self.containers);
+        let pytorch_name = self.path[..depth].last().and_then(|name| {
+            PyTorchToBurnAdapter.get_alternative_param_name(name, context.module_type()?)
+        });
+        let pytorch_path = pytorch_name.map(|name| match path.rsplit_once('.') {
+            Some((parent, _)) => format!("{parent}.{name}"),
+            None => name,
+        });
+        // What Burn's adapter does to a matrix of this name tells whether it is transposed.
+        let probe = PackTensor::new(
+            path.clone(),
+            DType::U8,
+            Shape::from([1, 2]),
+            None,
+            Bytes::from_bytes_vec(vec![0; 2]),
+        );
+        let transposed = match &kind {
+            Kind::Float(shape) if shape.len() == 2 => {
+                PyTorchToBurnAdapter.adapt(probe, context).shape == Shape::from([2, 1])
+            }
+            _ => false,
+        };
+        self.found.push(Parameter {
+            path,
+            pytorch_path,
+            transposed,
+            device,
+            kind,
+        });
+    }
+}
+
+impl ModuleVisitor for Walk {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        if container_type == FORM_CONTAINER {
+            self.form = serde_json::from_str(name).ok();
+            return;
+        }
+        self.containers.push(container_type.into());
+        if self.names(container_type) {
+            self.path.push(name.into());
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        if container_type == FORM_CONTAINER {
+            return;
+        }
+        self.containers.pop();
+        if self.names(container_type) {
+            self.path.pop();
+        }
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.found(
+            param.lazy_device(),
+            Kind::Float(param.lazy_shape().to_vec()),
+        );
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let kind = match self.form.take() {
+            Some(form) if self.path.last().is_some_and(|name| name == PACKED) => Kind::Packed(form),
+            _ => Kind::Int(param.lazy_shape().to_vec()),
+        };
+        self.found(param.lazy_device(), kind);
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.found(param.lazy_device(), Kind::Bool(param.lazy_shape().to_vec()));
+    }
+}

@@ -1,0 +1,183 @@
+//! The parameters of a checkpoint as tensors that are read when they are asked for.
+
+use std::sync::Arc;
+
+use burn::tensor::{BoolStore, Bytes, DType, Shape, TensorData};
+use burn_store::burn_pack::{Error as PackError, Tensor as PackTensor};
+use burn_store::{KeyRemapper, bridge};
+use safetensors::Dtype;
+
+use super::folder::Checkpoint;
+use super::parameters::form_of_weight;
+use super::weight::{StoredTensor, TensorSource, find_weight};
+use crate::error::{Nf4Error, TensorForm};
+use crate::format::{FloatType, PackedLayout, WeightForm};
+
+/// A parameter of a checkpoint.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub key: String,
+    /// The key after remapping.
+    pub path: String,
+    pub kind: EntryKind,
+    /// Bytes in the files.
+    pub size_bytes: usize,
+}
+
+/// What a parameter of a checkpoint is.
+#[derive(Debug, Clone)]
+pub(super) enum EntryKind {
+    Packed(WeightForm),
+    Dense { dtype: Dtype, shape: Vec<usize> },
+}
+
+impl Entry {
+    /// What there is, for reports.
+    pub fn given(&self) -> TensorForm {
+        match &self.kind {
+            EntryKind::Packed(form) => form_of_weight(form),
+            EntryKind::Dense { dtype, shape } => TensorForm {
+                dtype: dtype.to_string(),
+                shape: shape.clone(),
+                quantized: false,
+            },
+        }
+    }
+}
+
+/// Lists the parameters of a checkpoint, every quantized weight checked.
+pub(super) fn entries(
+    checkpoint: &Checkpoint,
+    remapper: &KeyRemapper,
+) -> Result<Vec<Entry>, Nf4Error> {
+    let keys = checkpoint.parameters();
+    // The remapper takes tensors only.
+    let named = |key: &&str| {
+        let nothing = Bytes::from_bytes_vec(Vec::new());
+        PackTensor::new(key.to_string(), DType::U8, Shape::from([0]), None, nothing)
+    };
+    let (_, renamed) = remapper.remap(keys.iter().map(named).collect());
+    let entry = |(path, key): (String, String)| {
+        let kind = if checkpoint.is_quantized(&key) {
+            EntryKind::Packed(checkpoint.weight_form(&key)?)
+        } else {
+            let info = checkpoint.tensor_info(&key)?;
+            EntryKind::Dense {
+                dtype: info.dtype,
+                shape: info.shape.to_vec(),
+            }
+        };
+        let size_bytes = checkpoint.parameter_bytes(&key);
+        Ok(Entry {
+            key,
+            path,
+            kind,
+            size_bytes,
+        })
+    };
+    renamed.into_iter().map(entry).collect()
+}
+
+/// How a parameter is to be read.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ReadAs {
+    /// The type to convert floats to.
+    pub dtype: Option<FloatType>,
+    /// Whether to transpose a dense matrix.
+    pub transposed: bool,
+}
+
+/// A tensor that is read when it is asked for; `done` is called each time. `None` where Burn has
+/// no such dtype.
+pub(super) fn deferred(
+    checkpoint: &Arc<Checkpoint>,
+    entry: &Entry,
+    name: String,
+    read_as: ReadAs,
+    done: impl Fn() + Send + Sync + 'static,
+) -> Result<Option<PackTensor>, Nf4Error> {
+    let (dtype, shape) = match &entry.kind {
+        EntryKind::Packed(form) => {
+            let layout = PackedLayout::for_shape(&form.shape, form.config)?;
+            (DType::U32, vec![layout.words])
+        }
+        EntryKind::Dense { dtype, shape } => {
+            let mut shape = shape.clone();
+            if read_as.transposed {
+                shape.reverse();
+            }
+            match burn_dtype(*dtype, read_as.dtype) {
+                Some(dtype) => (dtype, shape),
+                None => return Ok(None),
+            }
+        }
+    };
+    let (checkpoint, key, kind) = (checkpoint.clone(), entry.key.clone(), entry.kind.clone());
+    let to = Shape::from(shape);
+    let read = {
+        let to = to.clone();
+        move || -> Result<TensorData, Nf4Error> {
+            let bytes = match &kind {
+                EntryKind::Packed(form) => {
+                    Bytes::from_elems(find_weight(&*checkpoint, &key)?.to_packed(form)?)
+                }
+                EntryKind::Dense { shape, .. } => {
+                    let stored = checkpoint.stored(&key)?;
+                    let matrix = match (read_as.transposed, shape.as_slice()) {
+                        (true, &[rows, columns]) => Some([rows, columns]),
+                        _ => None,
+                    };
+                    read_dense(&stored, &key, read_as.dtype, matrix)?
+                }
+            };
+            done();
+            Ok(TensorData::from_bytes(bytes, to.clone(), dtype))
+        }
+    };
+    let provider = move || read().map_err(|error| PackError::ValidationError(error.to_string()));
+    Ok(Some(bridge::deferred(name, dtype, to, None, provider)))
+}
+
+fn read_dense(
+    stored: &StoredTensor<'_>,
+    key: &str,
+    dtype: Option<FloatType>,
+    transposed: Option<[usize; 2]>,
+) -> Result<Bytes, Nf4Error> {
+    if let Ok(from) = stored.float_type(key) {
+        let to = dtype.unwrap_or(from);
+        return Ok(super::float::float_bytes(stored, from, to, transposed));
+    }
+    let mut bytes = stored.bytes.to_vec();
+    if stored.info.dtype == Dtype::BOOL {
+        // Anything but 0 and 1 would be no bool.
+        bytes
+            .iter_mut()
+            .for_each(|byte| *byte = (*byte != 0).into());
+    }
+    if cfg!(target_endian = "big") {
+        let size = stored.info.dtype.bitsize() / 8;
+        bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+    }
+    Ok(Bytes::from_bytes_vec(bytes))
+}
+
+/// What Burn calls a dtype, floats converted to `float`.
+fn burn_dtype(dtype: Dtype, float: Option<FloatType>) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F16 => float.unwrap_or(FloatType::F16).into(),
+        Dtype::BF16 => float.unwrap_or(FloatType::BF16).into(),
+        Dtype::F32 => float.unwrap_or(FloatType::F32).into(),
+        Dtype::F64 => DType::F64,
+        Dtype::I64 => DType::I64,
+        Dtype::I32 => DType::I32,
+        Dtype::I16 => DType::I16,
+        Dtype::I8 => DType::I8,
+        Dtype::U64 => DType::U64,
+        Dtype::U32 => DType::U32,
+        Dtype::U16 => DType::U16,
+        Dtype::U8 => DType::U8,
+        Dtype::BOOL => DType::Bool(BoolStore::Native),
+        _ => return None,
+    })
+}

@@ -1,0 +1,325 @@
+//! A checkpoint as a store that modules load from.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn_store::burn_pack::Tensor as PackTensor;
+use burn_store::{ApplyError, ApplyResult, KeyRemapper, ModuleSnapshot, ModuleStore};
+
+use super::folder::Checkpoint;
+use super::matching::{Allowed, match_up};
+use super::parameters::{PACKED, parameters_of};
+use super::progress::Progress;
+use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+
+/// A checkpoint as a store that any Burn module loads from, by path.
+///
+/// Quantized weights go to the [`Nf4Weight`](crate::Nf4Weight)s of the module, as they are, and
+/// dense tensors to its other parameters, in PyTorch's layout: the weight of a
+/// [`Linear`](burn::nn::Linear) is transposed, a norm's `weight` and `bias` are its `gamma` and
+/// `beta`. Each is read when its turn comes, so that beside the module one is in memory at a time.
+///
+/// Everything is compared before anything is loaded: if a tensor is missing, unexpected or of
+/// another shape or dtype, the module stays as it was and the error lists all of them.
+///
+/// ```no_run
+/// use burn::module::Module;
+/// use burn::nn::{Embedding, EmbeddingConfig};
+/// use burn::tensor::Device;
+/// use burn_nf4::checkpoint::CheckpointStore;
+/// use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
+/// use burn_store::ModuleSnapshot;
+///
+/// #[derive(Module, Debug)]
+/// struct Model {
+///     embed_tokens: Embedding,
+///     lm_head: Nf4Linear,
+/// }
+///
+/// let device = Device::default();
+/// let mut model = Model {
+///     embed_tokens: EmbeddingConfig::new(32000, 2048).init(&device),
+///     lm_head: Nf4LinearConfig::new(2048, 32000).with_bias(false).init(&device)?,
+/// };
+/// let mut store = CheckpointStore::open("folder")?
+///     .with_key_remapping("^model\\.", "")?
+///     .on_progress(|progress| println!("{}", progress.parameter));
+/// model.load_from(&mut store)?;
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+pub struct CheckpointStore {
+    checkpoint: Arc<Checkpoint>,
+    remapper: KeyRemapper,
+    allowed: Allowed,
+    dtype: Option<FloatType>,
+    skip_enum_variants: bool,
+    report: Arc<Mutex<Report>>,
+    /// Everything, by remapped key, once it was asked for.
+    tensors: Option<BTreeMap<String, PackTensor>>,
+}
+
+type Callback = Box<dyn FnMut(Progress<'_>) + Send>;
+
+/// How far a load is, and who is told.
+#[derive(Default)]
+struct Report {
+    callback: Option<Callback>,
+    parameters: [usize; 2],
+    bytes: [usize; 2],
+}
+
+impl Report {
+    fn done(&mut self, parameter: &str, size_bytes: usize) {
+        self.parameters[0] += 1;
+        self.bytes[0] += size_bytes;
+        if let Some(callback) = &mut self.callback {
+            callback(Progress {
+                parameter,
+                parameters_done: self.parameters[0],
+                parameters_total: self.parameters[1],
+                bytes_done: self.bytes[0],
+                bytes_total: self.bytes[1],
+            });
+        }
+    }
+}
+
+impl CheckpointStore {
+    /// Opens a file or folder.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        Ok(Self::new(Arc::new(Checkpoint::open(path)?)))
+    }
+
+    /// A store of a checkpoint that is open.
+    pub fn new(checkpoint: Arc<Checkpoint>) -> Self {
+        Self {
+            checkpoint,
+            remapper: KeyRemapper::new(),
+            allowed: Allowed::default(),
+            dtype: None,
+            skip_enum_variants: false,
+            report: Arc::default(),
+            tensors: None,
+        }
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.checkpoint
+    }
+
+    /// Replaces a regular expression in every parameter's key, after those given before.
+    /// `$1` stands for the first group.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Pattern`] if it is not a regular expression.
+    pub fn with_key_remapping(mut self, from: &str, to: &str) -> Result<Self, Nf4Error> {
+        self.remapper = self
+            .remapper
+            .add_pattern(from, to)
+            .map_err(|error| Nf4Error::Pattern {
+                field: "key remapping",
+                pattern: from.into(),
+                message: error.to_string(),
+            })?;
+        self.tensors = None;
+        Ok(self)
+    }
+
+    /// Sets how keys are renamed. The key of a quantized weight is that of the parameter; its
+    /// other tensors follow.
+    pub fn remap(mut self, remapper: KeyRemapper) -> Self {
+        self.remapper = remapper;
+        self.tensors = None;
+        self
+    }
+
+    /// Whether parameters that the checkpoint lacks keep their values, and tensors that the
+    /// module lacks are left out. Mismatched ones are errors still.
+    pub fn allow_partial(mut self, allow: bool) -> Self {
+        self.allowed = Allowed {
+            missing: allow,
+            unexpected: allow,
+        };
+        self
+    }
+
+    /// Whether parameters that the checkpoint lacks keep their values, such as those of adapters.
+    pub fn allow_missing(mut self, allow: bool) -> Self {
+        self.allowed.missing = allow;
+        self
+    }
+
+    /// Whether tensors that the module lacks are left out.
+    pub fn allow_unexpected(mut self, allow: bool) -> Self {
+        self.allowed.unexpected = allow;
+        self
+    }
+
+    /// Converts dense floats to a type, rather than load each as it is stored.
+    pub fn with_dtype(mut self, dtype: FloatType) -> Self {
+        self.dtype = Some(dtype);
+        self.tensors = None;
+        self
+    }
+
+    /// Whether the names of enum variants in the module are no part of a path.
+    pub fn skip_enum_variants(mut self, skip: bool) -> Self {
+        self.skip_enum_variants = skip;
+        self
+    }
+
+    /// Calls a function after each parameter that is loaded into a module.
+    pub fn on_progress(self, callback: impl FnMut(Progress<'_>) + Send + 'static) -> Self {
+        self.report().callback = Some(Box::new(callback));
+        self
+    }
+
+    fn report(&self) -> std::sync::MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A tensor of which the report is told when it is read.
+    fn reported(
+        &self,
+        entry: &Entry,
+        name: String,
+        read_as: ReadAs,
+    ) -> Result<Option<PackTensor>, Nf4Error> {
+        let (report, key, size_bytes) = (self.report.clone(), entry.key.clone(), entry.size_bytes);
+        let done = move || {
+            let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+            report.done(&key, size_bytes);
+        };
+        deferred(&self.checkpoint, entry, name, read_as, done)
+    }
+}
+
+impl fmt::Debug for CheckpointStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointStore")
+            .field("path", &self.checkpoint.path())
+            .field("remapper", &self.remapper)
+            .field("allowed", &self.allowed)
+            .field("dtype", &self.dtype)
+            .field("skip_enum_variants", &self.skip_enum_variants)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ModuleStore for CheckpointStore {
+    type Error = Nf4Error;
+
+    /// Always [`Nf4Error::ReadOnly`].
+    fn collect_from<M: ModuleSnapshot>(&mut self, _module: &M) -> Result<(), Nf4Error> {
+        Err(Nf4Error::ReadOnly {
+            path: self.checkpoint.path().into(),
+        })
+    }
+
+    /// Loads every parameter of the module.
+    ///
+    /// # Errors
+    /// - [`Nf4Error::Misfit`] with every tensor that is missing, unexpected or mismatched, unless
+    ///   that is allowed, [`Nf4Error::SamePath`] for two of one path; nothing has been loaded then
+    /// - those of [`Checkpoint::load_weight`] for a quantized weight that is broken
+    /// - [`Nf4Error::DeviceDtype`] if a parameter's device has no such type
+    /// - [`Nf4Error::Load`] if a parameter could not be loaded, as when the progress callback
+    ///   panics; others have been loaded then
+    fn apply_to<M: ModuleSnapshot>(&mut self, module: &mut M) -> Result<ApplyResult, Nf4Error> {
+        let parameters = parameters_of(module, self.skip_enum_variants);
+        let entries = entries(&self.checkpoint, &self.remapper)?;
+        let path = self.checkpoint.path();
+        let matched = match_up(&parameters, &entries, self.allowed, path)?;
+
+        let mut tensors = Vec::with_capacity(matched.pairs.len());
+        let mut size_bytes = 0;
+        for &(parameter, entry) in &matched.pairs {
+            let name = match entry.kind {
+                EntryKind::Packed(_) => format!("{}.{PACKED}", parameter.path),
+                EntryKind::Dense { .. } => parameter.path.clone(),
+            };
+            let read_as = ReadAs {
+                dtype: self.dtype,
+                transposed: parameter.transposed,
+            };
+            let Some(tensor) = self.reported(entry, name, read_as)? else {
+                continue;
+            };
+            if let Ok(dtype) = FloatType::from_dtype(tensor.dtype, &entry.key) {
+                dtype.check_device(&parameter.device)?;
+            }
+            size_bytes += entry.size_bytes;
+            tensors.push(tensor);
+        }
+        {
+            let mut report = self.report();
+            report.parameters = [0, tensors.len()];
+            report.bytes = [0, size_bytes];
+        }
+        let mut result = module.apply(tensors, None, None, self.skip_enum_variants);
+        let unused = matched.unexpected.iter().map(|entry| entry.path.clone());
+        result.unused.extend(unused);
+        match result.errors.first() {
+            None => Ok(result),
+            Some(error) => Err(load_error(error)),
+        }
+    }
+
+    /// The tensor of a remapped key, in the layout of the checkpoint; that of a quantized weight
+    /// `P` is the packed one, under `P.packed`.
+    fn get_tensor(&mut self, name: &str) -> Result<Option<&PackTensor>, Nf4Error> {
+        Ok(self.get_all_tensors()?.get(name))
+    }
+
+    /// All tensors, as of [`get_tensor`](Self::get_tensor), but for those of dtypes that Burn
+    /// does not have.
+    fn get_all_tensors(&mut self) -> Result<&BTreeMap<String, PackTensor>, Nf4Error> {
+        let tensors = match self.tensors.take() {
+            Some(tensors) => tensors,
+            None => {
+                let mut tensors = BTreeMap::new();
+                for entry in entries(&self.checkpoint, &self.remapper)? {
+                    let name = match entry.kind {
+                        EntryKind::Packed(_) => format!("{}.{PACKED}", entry.path),
+                        EntryKind::Dense { .. } => entry.path.clone(),
+                    };
+                    let read_as = ReadAs {
+                        dtype: self.dtype,
+                        transposed: false,
+                    };
+                    let tensor = deferred(&self.checkpoint, &entry, name.clone(), read_as, || {})?;
+                    tensors.extend(tensor.map(|tensor| (name, tensor)));
+                }
+                tensors
+            }
+        };
+        Ok(self.tensors.insert(tensors))
+    }
+
+    fn keys(&mut self) -> Result<Vec<String>, Nf4Error> {
+        Ok(self.get_all_tensors()?.keys().cloned().collect())
+    }
+}
+
+fn load_error(error: &ApplyError) -> Nf4Error {
+    let (key, message) = match error {
+        ApplyError::ShapeMismatch { path, .. } | ApplyError::DTypeMismatch { path, .. } => {
+            (path, error.to_string())
+        }
+        ApplyError::AdapterError { path, message } | ApplyError::LoadError { path, message } => {
+            (path, message.clone())
+        }
+    };
+    Nf4Error::Load {
+        key: key.clone(),
+        message,
+    }
+}

@@ -1,0 +1,143 @@
+//! The parts of a quantized weight, borrowed from wherever they lie.
+
+use super::packed::PackedLayout;
+use super::spec::{BlockSize, FloatType, QuantConfig};
+use super::tensor::{check_finite, check_len, checked_elems};
+use crate::error::Nf4Error;
+
+/// The parts of a weight, in an [`Nf4Tensor`](super::Nf4Tensor) or in a mapped file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WeightParts<'a> {
+    /// Two codes a byte.
+    pub codes: &'a [u8],
+    pub scales: ScaleParts<'a>,
+    pub shape: &'a [usize],
+    pub dtype: FloatType,
+    /// Agrees with `scales` in whether they are nested.
+    pub config: QuantConfig,
+}
+
+/// The scale of each block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ScaleParts<'a> {
+    Flat(Floats<'a>),
+    Nested {
+        codes: &'a [u8],
+        absmax: Floats<'a>,
+        map: &'a [f32; 256],
+        offset: f32,
+        block_size: BlockSize,
+    },
+}
+
+/// f32 values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Floats<'a> {
+    Values(&'a [f32]),
+    /// Little-endian, at any alignment, as in a mapped file.
+    Stored(&'a [u8]),
+}
+
+impl Floats<'_> {
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Values(values) => values.len(),
+            Self::Stored(bytes) => bytes.len() / 4,
+        }
+    }
+
+    /// The values on the heap.
+    pub fn to_vec(self) -> Vec<f32> {
+        match self {
+            Self::Values(values) => values.to_vec(),
+            Self::Stored(bytes) => stored_floats(bytes).collect(),
+        }
+    }
+}
+
+/// The values of little-endian bytes.
+pub(crate) fn stored_floats(bytes: &[u8]) -> impl ExactSizeIterator<Item = f32> {
+    let (quads, _) = bytes.as_chunks::<4>();
+    quads.iter().map(|&quad| f32::from_le_bytes(quad))
+}
+
+impl WeightParts<'_> {
+    /// Checks the lengths against each other, and what a decode multiplies everything with.
+    ///
+    /// # Errors
+    /// Those of [`Nf4Tensor::from_parts`](super::Nf4Tensor::from_parts).
+    pub fn check(&self) -> Result<(), Nf4Error> {
+        let elems = checked_elems(self.shape)?;
+        check_len("weight", elems.div_ceil(2), self.codes.len())?;
+        let blocks = self.config.block_size.blocks(elems);
+        match &self.scales {
+            ScaleParts::Flat(scales) => check_len("absmax", blocks, scales.len()),
+            ScaleParts::Nested {
+                codes,
+                absmax,
+                map,
+                offset,
+                block_size,
+            } => {
+                check_len("absmax", blocks, codes.len())?;
+                check_len("nested_absmax", block_size.blocks(blocks), absmax.len())?;
+                check_finite("nested_offset", &[*offset])?;
+                check_finite("nested_quant_map", map.as_slice())
+            }
+        }
+    }
+
+    /// The device image of checked parts, in the one allocation that it needs. `layout` is theirs.
+    pub fn to_packed(self, layout: &PackedLayout) -> Vec<u32> {
+        let mut words = vec![0u32; layout.words];
+        put_bytes(&mut words, self.codes);
+        match &self.scales {
+            ScaleParts::Flat(scales) => put_floats(&mut words[layout.scales..], *scales),
+            ScaleParts::Nested {
+                codes,
+                absmax,
+                map,
+                offset,
+                ..
+            } => {
+                put_bytes(&mut words[layout.scales..], codes);
+                put_floats(
+                    &mut words[layout.nested_map..],
+                    Floats::Values(map.as_slice()),
+                );
+                put_floats(
+                    &mut words[layout.nested_offset..],
+                    Floats::Values(&[*offset]),
+                );
+                put_floats(&mut words[layout.nested_scales..], *absmax);
+            }
+        }
+        let codebook = self.config.quant_type.codebook();
+        put_floats(
+            &mut words[layout.codebook..],
+            Floats::Values(codebook.as_slice()),
+        );
+        words[layout.header..].copy_from_slice(&layout.header(self.shape, self.dtype));
+        words
+    }
+}
+
+/// Writes bytes into words, little-endian. There is room for them.
+fn put_bytes(words: &mut [u32], bytes: &[u8]) {
+    let used = bytes.len().div_ceil(4);
+    bytemuck::cast_slice_mut::<u32, u8>(words)[..bytes.len()].copy_from_slice(bytes);
+    if cfg!(target_endian = "big") {
+        words[..used].iter_mut().for_each(|w| *w = w.swap_bytes());
+    }
+}
+
+fn put_floats(words: &mut [u32], values: Floats<'_>) {
+    match values {
+        Floats::Values(values) => {
+            for (word, value) in words.iter_mut().zip(values) {
+                *word = value.to_bits();
+            }
+        }
+        Floats::Stored(bytes) => put_bytes(words, bytes),
+    }
+}

@@ -1,0 +1,301 @@
+//! Real checkpoints, damaged at random: whatever is read is either refused by a typed error or
+//! gives weights that every accessor can decode, and nothing panics.
+//!
+//! A run takes some hundred inputs. `NF4_FUZZ_SECONDS=600 cargo test --release --test fuzz_readers
+//! -- --nocapture` goes on for ten minutes with other seeds each time and says how many it took;
+//! `NF4_FUZZ_SEED` repeats the one input that a failure names.
+#![cfg(feature = "flex")]
+
+mod golden;
+mod mutation;
+mod stored;
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use burn::module::Module;
+use burn::nn::{Embedding, EmbeddingConfig, RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor};
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, SafetensorsFile};
+use burn_nf4::format::{FloatType, Nf4Tensor};
+use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
+use burn_store::{ModuleSnapshot, ModuleStore};
+use mutation::{Files, mutate};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// Inputs of a run without a time limit.
+const CASES: u64 = 400;
+
+/// What became of the inputs.
+#[derive(Debug, Default)]
+struct Tally {
+    inputs: u64,
+    opened: u64,
+    weights_loaded: u64,
+    weights_refused: u64,
+    modules_loaded: u64,
+}
+
+/// Some real folders, small ones more often.
+fn corpus() -> Vec<Files> {
+    let mut corpus = Vec::new();
+    for name in golden::names() {
+        let bytes = fs::read(golden::path(&format!("{name}.safetensors"))).unwrap();
+        if bytes.len() < 200_000 {
+            corpus.push(vec![("model.safetensors".to_string(), bytes)]);
+        }
+    }
+    assert!(corpus.len() > 10);
+    for name in ["f32", "bf16", "f32_sharded"] {
+        let folder = PathBuf::from("tests/fixtures/hf").join(name).join("model");
+        let mut files = Files::new();
+        for entry in fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            if name.contains("safetensors") {
+                files.push((name, fs::read(entry.path()).unwrap()));
+            }
+        }
+        files.sort();
+        corpus.push(files);
+    }
+    corpus
+}
+
+/// A part of the model of `tests/fixtures/hf`.
+#[derive(Module, Debug)]
+struct Model {
+    embed_tokens: Embedding,
+    norm: RmsNorm,
+    layers: Vec<Layer>,
+}
+
+#[derive(Module, Debug)]
+struct Layer {
+    down_proj: Nf4Linear,
+    up_proj: Nf4Linear,
+}
+
+fn model(device: &Device) -> Model {
+    let linear = |d_input, d_output| {
+        Nf4LinearConfig::new(d_input, d_output)
+            .with_bias(false)
+            .init(device)
+            .unwrap()
+    };
+    let layer = |_| Layer {
+        down_proj: linear(352, 128),
+        up_proj: linear(128, 352),
+    };
+    Model {
+        embed_tokens: EmbeddingConfig::new(256, 128).init(device),
+        norm: RmsNormConfig::new(128).init(device),
+        layers: (0..2).map(layer).collect(),
+    }
+}
+
+/// Loads and decodes a weight in every way there is.
+fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
+    let device = Device::flex();
+    let host = checkpoint.load_nf4(prefix);
+    let transposed = checkpoint.is_transposed(prefix);
+    let weight = checkpoint.load_weight(prefix, &device);
+    let host = match (host, &weight) {
+        (Ok(host), Ok(_)) => host,
+        (Ok(host), Err(error)) => {
+            // The one thing that has no device form.
+            assert!(matches!(error, Nf4Error::NotAMatrix { .. }), "{error}");
+            assert!(transposed.unwrap() && host.shape().len() > 2);
+            return;
+        }
+        (Err(error), _) => {
+            let also = weight.expect_err("refused on the way to the host");
+            // As text: a NaN in it is not equal to itself.
+            assert_eq!(error.to_string(), also.to_string());
+            tally.weights_refused += 1;
+            return;
+        }
+    };
+    tally.weights_loaded += 1;
+    let weight = weight.unwrap();
+    assert_eq!(weight.to_host().unwrap(), host);
+    assert_eq!(checkpoint.weight_form(prefix).unwrap(), *weight.form());
+    assert!(host.code(host.elems() - 1) < 16);
+    let words = host.to_packed();
+    let layout = host.packed_layout();
+    assert_eq!(words.len(), layout.words);
+    let back = Nf4Tensor::from_packed(&words, host.shape(), host.config(), host.dtype());
+    assert_eq!(back.unwrap(), host);
+    let decoded: Vec<f32> = host.dequantize();
+    assert_eq!(decoded.len(), host.elems());
+    assert!(host.size_bytes() > 0 && weight.size_bytes() > 0);
+
+    let shape = weight.shape().to_vec();
+    match *shape.as_slice() {
+        [_] => assert_eq!(
+            weight.dequantize::<1>(FloatType::F32).unwrap().dims(),
+            [decoded.len()]
+        ),
+        [rows, columns] => {
+            let dense = weight.dequantize::<2>(FloatType::BF16).unwrap();
+            assert_eq!(dense.dims(), [rows, columns]);
+            let last = weight.dequantize_rows(rows - 1..rows, FloatType::F32);
+            assert_eq!(last.unwrap().dims(), [1, columns]);
+            let layer = Nf4Linear::new(weight, None).unwrap();
+            let y = layer.forward(Tensor::<2>::ones([1, columns], &device));
+            assert_eq!(y.into_data().num_elements(), rows);
+        }
+        [experts, rows, columns] => {
+            let one = weight.dequantize_index::<2>(experts - 1, FloatType::F16);
+            assert_eq!(one.unwrap().dims(), [rows, columns]);
+        }
+        _ => assert!(weight.matrix_dims().is_err()),
+    }
+}
+
+/// Reads all of a folder.
+fn use_folder(folder: &Path, tally: &mut Tally) {
+    let device = Device::flex();
+    for entry in fs::read_dir(folder).unwrap() {
+        // Alone a shard is as good as any file.
+        if let Ok(file) = SafetensorsFile::open(entry.unwrap().path()) {
+            for prefix in file.quantized_weights() {
+                let host = file.load_nf4(prefix);
+                let weight = file.load_weight(prefix, &device);
+                assert!(host.is_ok() || weight.is_err());
+            }
+        }
+    }
+    let checkpoint = match Checkpoint::open(folder) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => {
+            let (Nf4Error::Io { path, .. }
+            | Nf4Error::Safetensors { path, .. }
+            | Nf4Error::Index { path, .. }) = &error
+            else {
+                panic!("{error:?}");
+            };
+            assert!(path.starts_with(folder), "{error}");
+            return;
+        }
+    };
+    tally.opened += 1;
+    let mut size_bytes = 0;
+    for key in checkpoint.keys() {
+        assert!(checkpoint.contains(key));
+        let info = checkpoint.tensor_info(key).unwrap();
+        let bytes = checkpoint.tensor_bytes(key).unwrap();
+        size_bytes += bytes.len();
+        assert_eq!(
+            info.shape.iter().product::<usize>() * info.dtype.bitsize(),
+            bytes.len() * 8
+        );
+        let floats = checkpoint.load_float::<f32>(key);
+        assert!(floats.is_err() || bytes.len() == 4 * floats.unwrap().0.len());
+        let to = Some(FloatType::F16);
+        let same = |dims: &[usize]| assert_eq!(dims, info.shape);
+        match info.shape.len() {
+            1 => drop(
+                checkpoint
+                    .load_tensor::<1>(key, None, &device)
+                    .map(|t| same(&t.dims())),
+            ),
+            2 => drop(
+                checkpoint
+                    .load_tensor::<2>(key, to, &device)
+                    .map(|t| same(&t.dims())),
+            ),
+            _ => drop(
+                checkpoint
+                    .load_tensor::<3>(key, to, &device)
+                    .map(|t| same(&t.dims())),
+            ),
+        }
+    }
+    assert_eq!(checkpoint.size_bytes(), size_bytes);
+    for key in checkpoint.parameters() {
+        let _ = checkpoint.is_quantized(key);
+        let _ = checkpoint.is_transposed(key);
+    }
+    for prefix in checkpoint.quantized_weights() {
+        use_weight(&checkpoint, prefix, tally);
+    }
+
+    let mut store = CheckpointStore::open(folder).unwrap().allow_partial(true);
+    if let Ok(tensors) = store.get_all_tensors() {
+        for tensor in tensors.values() {
+            assert_eq!(tensor.to_bytes().unwrap().len(), tensor.byte_len());
+        }
+    }
+    let mut store = store
+        .with_key_remapping(r"^model\.(layers\.\d\.mlp\.)?", "$1")
+        .unwrap()
+        .with_key_remapping(r"mlp\.", "")
+        .unwrap();
+    match model(&device).load_from(&mut store) {
+        Ok(result) => {
+            assert!(result.errors.is_empty());
+            tally.modules_loaded += u64::from(!result.applied.is_empty());
+        }
+        Err(error) => assert!(!matches!(error, Nf4Error::Load { .. }), "{error}"),
+    }
+}
+
+fn run(corpus: &[Files], seed: u64, tally: &mut Tally) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    // The 3 folders come last and have more to damage.
+    let at = if rng.random_bool(0.3) {
+        corpus.len() - 1 - rng.random_range(0..3)
+    } else {
+        rng.random_range(0..corpus.len() - 3)
+    };
+    let mut files = corpus[at].clone();
+    mutate(&mut files, &mut rng);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, bytes) in &files {
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    tally.inputs += 1;
+    let result = catch_unwind(AssertUnwindSafe(|| use_folder(folder.path(), tally)));
+    assert!(result.is_ok(), "NF4_FUZZ_SEED={seed}");
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().expect("a number"))
+}
+
+#[test]
+fn damaged_checkpoints_are_refused_or_read() {
+    let corpus = corpus();
+    let mut tally = Tally::default();
+    if let Some(seed) = number("NF4_FUZZ_SEED") {
+        run(&corpus, seed, &mut tally);
+        println!("{tally:?}");
+        return;
+    }
+    match number("NF4_FUZZ_SECONDS") {
+        None => (0..CASES).for_each(|seed| run(&corpus, seed, &mut tally)),
+        Some(seconds) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let start = Instant::now();
+            let mut seed = now.as_secs() << 32;
+            while start.elapsed() < Duration::from_secs(seconds) {
+                run(&corpus, seed, &mut tally);
+                seed += 1;
+            }
+        }
+    }
+    println!("{tally:?}");
+    // Damage that never gets past the header would test little.
+    assert!(tally.opened > tally.inputs / 4, "{tally:?}");
+    assert!(
+        tally.weights_loaded > 0 && tally.weights_refused > 0,
+        "{tally:?}"
+    );
+    assert!(tally.modules_loaded > 0, "{tally:?}");
+}
