@@ -84,6 +84,12 @@ impl LoraModule {
                 Part::Magnitude | Part::Bias => &[d_output],
             };
             tensor.check_shape(expected, &part.key(path))?;
+            if expected.contains(&0) {
+                return Err(Nf4Error::ElementCount {
+                    tensor: part.key(path),
+                    shape: expected.to_vec(),
+                });
+            }
             tensor.check_finite(&part.key(path))?;
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! The names of an adapter's tensors.
 
-use super::config::{LoraBias, LoraConfig};
+use super::config::LoraConfig;
+use super::setting::LoraBias;
 
 /// What PEFT's wrappers put before the name that a module has in the base model.
 const PREFIX: &str = "base_model.model.";

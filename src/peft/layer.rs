@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::adapter::{Adapter, LoraModule};
-use super::config::LoraBias;
+use super::setting::LoraBias;
 use super::tensor::DenseTensor;
 use crate::error::Nf4Error;
 use crate::format::FloatType;

@@ -3,7 +3,8 @@
 
 use fancy_regex::Regex;
 
-use super::config::{LoraConfig, ModuleNames, OneOrMany, PatternMap, TargetModules};
+use super::config::LoraConfig;
+use super::setting::{ModuleNames, OneOrMany, PatternMap, TargetModules};
 use crate::error::Nf4Error;
 
 /// Answers by the path of a module, such as `model.layers.0.self_attn.q_proj`, what the settings

@@ -32,18 +32,22 @@
 //! adapter.save("tiny-llama-lora-2")?;
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
+//!
+//! [`merge_16bit`] and [`merge_4bit`] put an adapter into the weights of its base model.
 
 mod adapter;
 mod config;
 mod keys;
 mod layer;
 mod matcher;
+mod merge;
 mod options;
+mod setting;
 mod tensor;
 
 pub use adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule};
-pub use config::{
-    InitLoraWeights, LoraBias, LoraConfig, ModuleNames, OneOrMany, PatternMap, TargetModules,
-};
+pub use config::LoraConfig;
 pub use matcher::ModuleMatcher;
+pub use merge::{MergeLoss, MergeOptions, Merged, merge_4bit, merge_16bit};
+pub use setting::{InitLoraWeights, LoraBias, ModuleNames, OneOrMany, PatternMap, TargetModules};
 pub use tensor::DenseTensor;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::config::InitLoraWeights;
+use super::setting::InitLoraWeights;
 use crate::error::Nf4Error;
 
 /// Refused unless `null`: an empty object turns them on with their defaults.

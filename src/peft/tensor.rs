@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 
-use half::{bf16, f16};
 use safetensors::tensor::View;
 
+use crate::checkpoint::elements::{elements, float_type, le_bytes, stored_dtype, with_float_type};
 use crate::checkpoint::{Dtype, SafetensorsFile};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatElement, FloatType};
 
 /// A dense float tensor in host memory, with the bits that a file holds or will hold.
 ///
@@ -42,11 +42,10 @@ impl DenseTensor {
                 given: values.len(),
             });
         }
-        let bytes = match dtype {
-            FloatType::F16 => to_bytes(values, |v| f16::from_f32(v).to_le_bytes()),
-            FloatType::BF16 => to_bytes(values, |v| bf16::from_f32(v).to_le_bytes()),
-            FloatType::F32 => to_bytes(values, f32::to_le_bytes),
-        };
+        let bytes = with_float_type!(dtype, T => {
+            let rounded: Vec<T> = values.iter().map(|&value| T::from_f32(value)).collect();
+            le_bytes(&rounded).into_owned()
+        });
         Ok(Self {
             dtype,
             shape: shape.to_vec(),
@@ -57,8 +56,13 @@ impl DenseTensor {
     /// Reads a tensor of a file, bit for bit.
     pub(super) fn read(file: &SafetensorsFile, key: &str) -> Result<Self, Nf4Error> {
         let info = file.tensor_info(key)?;
+        let dtype = float_type(info.dtype).ok_or_else(|| Nf4Error::Dtype {
+            tensor: key.into(),
+            expected: "F16, BF16, F32".into(),
+            given: info.dtype.to_string(),
+        })?;
         Ok(Self {
-            dtype: float_type(info.dtype, key)?,
+            dtype,
             shape: info.shape.to_vec(),
             bytes: file.tensor_bytes(key)?.to_vec(),
         })
@@ -81,7 +85,7 @@ impl DenseTensor {
 
     /// The values, widened exactly.
     pub fn to_f32(&self) -> Vec<f32> {
-        widen(&self.bytes, self.dtype)
+        with_float_type!(self.dtype, T => widen(&elements::<T>(&self.bytes)))
     }
 
     /// Looks for a NaN or an infinity; `key` is named in the error.
@@ -101,36 +105,11 @@ impl DenseTensor {
     }
 }
 
-/// The float type of a stored tensor.
-pub(super) fn float_type(dtype: Dtype, key: &str) -> Result<FloatType, Nf4Error> {
-    match dtype {
-        Dtype::F16 => Ok(FloatType::F16),
-        Dtype::BF16 => Ok(FloatType::BF16),
-        Dtype::F32 => Ok(FloatType::F32),
-        given => Err(Nf4Error::Dtype {
-            tensor: key.into(),
-            expected: "F16, BF16, F32".into(),
-            given: given.to_string(),
-        }),
-    }
+pub(super) fn widen<T: FloatElement>(elements: &[T]) -> Vec<f32> {
+    elements.iter().map(|element| element.to_f32()).collect()
 }
 
-/// Little-endian elements as f32.
-pub(super) fn widen(bytes: &[u8], dtype: FloatType) -> Vec<f32> {
-    fn values<const N: usize>(bytes: &[u8], of: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-        bytes.as_chunks().0.iter().map(|bytes| of(*bytes)).collect()
-    }
-    match dtype {
-        FloatType::F16 => values(bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        FloatType::BF16 => values(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        FloatType::F32 => values(bytes, f32::from_le_bytes),
-    }
-}
-
-fn to_bytes<const N: usize>(values: &[f32], of: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|&value| of(value)).collect()
-}
-
+/// Looks for a NaN or an infinity; `key` is named in the error.
 pub(super) fn check_finite(values: &[f32], key: &str) -> Result<(), Nf4Error> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
@@ -144,11 +123,7 @@ pub(super) fn check_finite(values: &[f32], key: &str) -> Result<(), Nf4Error> {
 
 impl View for &DenseTensor {
     fn dtype(&self) -> Dtype {
-        match self.dtype {
-            FloatType::F16 => Dtype::F16,
-            FloatType::BF16 => Dtype::BF16,
-            FloatType::F32 => Dtype::F32,
-        }
+        stored_dtype(self.dtype)
     }
 
     fn shape(&self) -> &[usize] {
