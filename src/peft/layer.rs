@@ -24,7 +24,8 @@ impl Adapter {
         let config = QLoraLinearConfig::new(self.matcher().rank(module)?)
             .with_alpha(self.matcher().alpha(module)?)
             .with_dropout(self.config().lora_dropout)
-            .with_use_rslora(self.config().use_rslora);
+            .with_use_rslora(self.config().use_rslora)
+            .with_use_dora(self.config().use_dora);
         Ok(config)
     }
 
@@ -63,7 +64,12 @@ impl Adapter {
         let base = burn::module::Module::to_device(base, device);
         let lora_a = transposed(&tensors.lora_a, device);
         let lora_b = transposed(&tensors.lora_b, device);
+        // The magnitudes are given, and need not be computed.
+        let config = config.with_use_dora(false);
         let mut layer = config.init_with(base, lora_a, lora_b)?;
+        if let Some(magnitude) = &tensors.magnitude {
+            layer = layer.with_magnitude(vector(magnitude, device))?;
+        }
         if self.config().bias != LoraBias::None
             && let Some(bias) = layer.base.bias.take()
         {
@@ -95,10 +101,11 @@ impl Adapter {
             (Some(bias), LoraBias::All | LoraBias::LoraOnly) => Some(to_host(bias.val())?),
             _ => None,
         };
+        let magnitude = layer.lora_magnitude.as_ref();
         let tensors = LoraModule {
             lora_a: to_host(layer.lora_a.val().transpose())?,
             lora_b: to_host(layer.lora_b.val().transpose())?,
-            magnitude: None,
+            magnitude: magnitude.map(|m| to_host(m.val())).transpose()?,
             bias,
         };
         self.insert(module, tensors)
