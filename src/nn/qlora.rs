@@ -274,7 +274,7 @@ impl QLoraLinear {
                     .base
                     .weight
                     .dequantize_rows(start..end, FloatType::F32)?;
-                let branch = b.clone().slice([start..end]).matmul(a.clone());
+                let branch = b.clone().narrow(0, start, end - start).matmul(a.clone());
                 let merged = weight.inner() + branch * self.scale;
                 let norms = (merged.clone() * merged).sum_dim(1).sqrt();
                 Ok(norms.reshape([end - start]))

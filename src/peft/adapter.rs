@@ -123,7 +123,8 @@ impl Parts {
             (Part::Magnitude, use_dora && self.magnitude.is_none()),
         ]
         .into_iter()
-        .filter_map(|(part, is_missing)| is_missing.then(|| part.key(path)))
+        .filter(|(_, is_missing)| *is_missing)
+        .map(|(part, _)| part.key(path))
         .collect()
     }
 }

@@ -159,8 +159,9 @@ impl ModuleMatcher {
                 || names_module(names, module) && layers.contain(module)?),
             Targets::AllLinear { is_classifier } => {
                 let name = module.rsplit_once('.').map_or(module, |(_, name)| name);
-                Ok(!OUTPUT_HEADS.contains(&name)
-                    && !(*is_classifier && CLASSIFIER_HEADS.contains(&module)))
+                let is_head = OUTPUT_HEADS.contains(&name)
+                    || (*is_classifier && CLASSIFIER_HEADS.contains(&module));
+                Ok(!is_head)
             }
         }
     }
