@@ -399,7 +399,7 @@ fn norms_of_a_large_weight_cover_every_row(#[case] rows: usize, #[case] columns:
     let device = Device::flex();
     let config = QuantConfig::flat();
     let dense = Tensor::<2>::ones([rows, columns], &device);
-    let scales = Tensor::<1>::from_floats([1.0, 2.0, 3.0], &device).slice([0..rows]);
+    let scales = Tensor::<1>::from_floats([1.0, 2.0, 3.0], &device).narrow(0, 0, rows);
     let dense = dense * scales.unsqueeze_dim(1);
     let weight = Nf4Weight::quantize(dense, config).expect("valid");
     let base = Nf4Linear::new(weight, None).expect("a matrix");

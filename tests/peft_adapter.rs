@@ -16,6 +16,7 @@ use burn_nf4::peft::{
     ADAPTER_FILE, Adapter, CONFIG_FILE, DenseTensor, LoraBias, LoraConfig, LoraModule,
     TargetModules,
 };
+use proptest::prelude::*;
 use rstest::rstest;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
@@ -485,4 +486,48 @@ fn a_folder_without_the_files_is_an_error_that_names_them() {
     let config = fixtures().join("adapter_final").join(CONFIG_FILE);
     fs::copy(config, folder.path().join(CONFIG_FILE)).expect("it can be written");
     missing(ADAPTER_FILE);
+}
+
+/// Bytes changed, or the end cut off.
+fn mutated(bytes: &[u8], changes: &[(prop::sample::Index, u8)], cut: Option<usize>) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for (index, byte) in changes {
+        let index = index.index(bytes.len());
+        bytes[index] = *byte;
+    }
+    bytes.truncate(cut.unwrap_or(usize::MAX));
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever is read is valid: it can be written, and read again to the same.
+    #[test]
+    fn damaged_folders_are_refused_or_read_without_a_panic(
+        config in prop::collection::vec((any::<prop::sample::Index>(), 32u8..127), 0..4),
+        header in prop::collection::vec((any::<prop::sample::Index>(), 32u8..127), 0..4),
+        cut in prop::option::weighted(0.1, 0usize..4000),
+    ) {
+        let source = fixtures().join("adapter_final");
+        let read = |file: &str| fs::read(source.join(file)).expect("it is there");
+        let folder = TempDir::new().expect("a folder");
+        let json = mutated(&read(CONFIG_FILE), &config, cut.filter(|cut| cut % 2 == 0));
+        fs::write(folder.path().join(CONFIG_FILE), json).expect("it can be written");
+        let mut tensors = read(ADAPTER_FILE);
+        let end = 8 + u64::from_le_bytes(*tensors.first_chunk().expect("a header")) as usize;
+        // The data would only change values.
+        let changed = mutated(&tensors[8..end], &header, None);
+        tensors[8..end].copy_from_slice(&changed);
+        tensors.truncate(cut.filter(|cut| cut % 2 == 1).unwrap_or(usize::MAX));
+        fs::write(folder.path().join(ADAPTER_FILE), tensors).expect("it can be written");
+
+        if let Ok(adapter) = Adapter::open(folder.path()) {
+            let copy = TempDir::new().expect("a folder");
+            adapter.save(copy.path()).expect("it can be written");
+            let again = Adapter::open(copy.path()).expect("it was valid");
+            prop_assert_eq!(again.config(), adapter.config());
+            prop_assert!(again.modules().eq(adapter.modules()));
+        }
+    }
 }
