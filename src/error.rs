@@ -248,6 +248,47 @@ pub enum Nf4Error {
         /// The file or folder.
         path: PathBuf,
     },
+    /// The `adapter_config.json` of an adapter is malformed, or its settings contradict each other.
+    #[error("{}: {message}", path.display())]
+    AdapterConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// An adapter uses a setting that changes what it computes and is not supported.
+    #[error("adapter setting `{key}` is {given}, which is not supported")]
+    AdapterOption {
+        /// The setting's name.
+        key: String,
+        /// The value given, as JSON.
+        given: String,
+    },
+    /// The tensors of an adapter are not those that its settings ask for.
+    #[error(
+        "{}: missing tensors: [{}], unexpected tensors: [{}]",
+        path.display(), missing.join(", "), unexpected.join(", ")
+    )]
+    AdapterKeys {
+        /// The file.
+        path: PathBuf,
+        /// Keys that must be there and are not.
+        missing: Vec<String>,
+        /// Keys that nothing asks for.
+        unexpected: Vec<String>,
+    },
+    /// A module that an adapter does not adapt, or must not.
+    #[error("module `{module}` is not one that the adapter adapts")]
+    NotAdapted {
+        /// The module's path.
+        module: String,
+    },
+    /// A base model without parameters that an adapter changes.
+    #[error("the base model lacks what the adapter changes: [{}]", missing.join(", "))]
+    BaseLacks {
+        /// The parameters that are not there.
+        missing: Vec<String>,
+    },
 }
 
 /// A tensor of a checkpoint that does not fit a module: missing where nothing was given,

@@ -11,6 +11,7 @@ mod kernel;
 pub mod launch;
 pub mod nn;
 pub mod op;
+pub mod peft;
 
 pub use error::{Nf4Error, TensorForm, TensorMisfit};
 pub use op::{Nf4Weight, expert_linear, linear};

@@ -197,6 +197,10 @@ mod flex {
             let layer = qlora(&device);
             let kept = measure(&device, live_bytes, |x| layer.forward(x));
             assert_nothing_large_kept("QLoraLinear", kept);
+            let dora = layer.with_magnitude(Tensor::ones([SIZE], &device));
+            let dora = dora.expect("it fits");
+            let kept = measure(&device, live_bytes, |x| dora.forward(x));
+            assert_nothing_large_kept("QLoraLinear with DoRA", kept);
         }
     }
 

@@ -14,9 +14,11 @@ use super::staging::{io, is_model_file};
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
-pub(super) use dequantize::transpose;
 pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
+pub(crate) use dequantize::{decode, transpose};
+pub(crate) use model_config::ModelConfig;
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
+pub(crate) use quantize::{quantize, write_dense};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub struct Converted {
 }
 
 /// The file that describes the model.
-const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
 
 /// Extensions of files that hold weights in one form or another, which the new ones replace.
 const WEIGHT_EXTENSIONS: [&str; 10] = [
@@ -52,7 +54,7 @@ const WEIGHT_EXTENSIONS: [&str; 10] = [
 const TEMPLATE_FOLDERS: [&str; 2] = ["additional_chat_templates", "chat_templates"];
 
 /// Refuses to write a folder into itself, then starts it.
-fn start_writer(
+pub(crate) fn start_writer(
     source: &Checkpoint,
     folder: &Path,
     max_shard_bytes: usize,
@@ -74,13 +76,16 @@ fn start_writer(
 }
 
 /// The folder that was opened; a single file has none that would be its own.
-fn source_folder(source: &Checkpoint) -> Option<&Path> {
+pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
     source.path().is_dir().then(|| source.path())
 }
 
 /// Copies tokenizer, chat templates, generation settings and the like: every file that holds
 /// neither weights nor the model's configuration.
-fn copy_other_files(writer: &mut CheckpointWriter, source: &Checkpoint) -> Result<(), Nf4Error> {
+pub(crate) fn copy_other_files(
+    writer: &mut CheckpointWriter,
+    source: &Checkpoint,
+) -> Result<(), Nf4Error> {
     let Some(folder) = source_folder(source) else {
         return Ok(());
     };
@@ -124,7 +129,7 @@ fn is_replaced(name: &str) -> bool {
 }
 
 /// Calls the callback after each parameter.
-struct Reporter<'a, F> {
+pub(crate) struct Reporter<'a, F> {
     callback: F,
     source: &'a Checkpoint,
     parameters_done: usize,
@@ -134,7 +139,7 @@ struct Reporter<'a, F> {
 }
 
 impl<'a, F: FnMut(Progress<'_>)> Reporter<'a, F> {
-    fn new(source: &'a Checkpoint, parameters_total: usize, callback: F) -> Self {
+    pub(crate) fn new(source: &'a Checkpoint, parameters_total: usize, callback: F) -> Self {
         Self {
             callback,
             source,
@@ -145,7 +150,7 @@ impl<'a, F: FnMut(Progress<'_>)> Reporter<'a, F> {
         }
     }
 
-    fn done(&mut self, parameter: &str) {
+    pub(crate) fn done(&mut self, parameter: &str) {
         self.parameters_done += 1;
         self.bytes_done += self.source.parameter_bytes(parameter);
         (self.callback)(Progress {

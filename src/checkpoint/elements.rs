@@ -27,13 +27,13 @@ macro_rules! with_float_type {
         }
     };
 }
-pub(super) use with_float_type;
+pub(crate) use with_float_type;
 
 /// Fewer elements than this are cast by one thread.
 const TASK_ELEMS: usize = 1 << 16;
 
 /// The type of a stored float tensor; `None` for integers and for floats that are not weights'.
-pub(super) fn float_type(dtype: Dtype) -> Option<FloatType> {
+pub(crate) fn float_type(dtype: Dtype) -> Option<FloatType> {
     match dtype {
         Dtype::F16 => Some(FloatType::F16),
         Dtype::BF16 => Some(FloatType::BF16),
@@ -43,7 +43,7 @@ pub(super) fn float_type(dtype: Dtype) -> Option<FloatType> {
 }
 
 /// The dtype under which a type is stored.
-pub(super) fn stored_dtype(float_type: FloatType) -> Dtype {
+pub(crate) fn stored_dtype(float_type: FloatType) -> Dtype {
     match float_type {
         FloatType::F16 => Dtype::F16,
         FloatType::BF16 => Dtype::BF16,
@@ -52,7 +52,7 @@ pub(super) fn stored_dtype(float_type: FloatType) -> Dtype {
 }
 
 /// The elements of a tensor stored as `T`; in place, where the file has them aligned.
-pub(super) fn elements<T: FloatElement>(bytes: &[u8]) -> Cow<'_, [T]> {
+pub(crate) fn elements<T: FloatElement>(bytes: &[u8]) -> Cow<'_, [T]> {
     if cfg!(target_endian = "little")
         && let Ok(elements) = bytemuck::try_cast_slice(bytes)
     {
@@ -66,7 +66,7 @@ pub(super) fn elements<T: FloatElement>(bytes: &[u8]) -> Cow<'_, [T]> {
 }
 
 /// The bytes to store; the reverse of [`elements`].
-pub(super) fn le_bytes<T: FloatElement>(elements: &[T]) -> Cow<'_, [u8]> {
+pub(crate) fn le_bytes<T: FloatElement>(elements: &[T]) -> Cow<'_, [u8]> {
     let bytes = bytemuck::cast_slice(elements);
     if cfg!(target_endian = "little") {
         return bytes.into();
@@ -88,7 +88,7 @@ fn swap_bytes<T>(bytes: &mut [u8]) {
 ///
 /// # Errors
 /// [`Nf4Error::NonFinite`], with `key`, at the first finite one that has no finite neighbour.
-pub(super) fn cast<S: FloatElement, T: FloatElement>(
+pub(crate) fn cast<S: FloatElement, T: FloatElement>(
     elements: &[S],
     key: &str,
 ) -> Result<Vec<T>, Nf4Error> {

@@ -42,8 +42,8 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
-mod convert;
-mod elements;
+pub(crate) mod convert;
+pub(crate) mod elements;
 mod file;
 mod float;
 mod folder;

@@ -151,8 +151,16 @@ impl Nf4Linear {
     /// # Panics
     /// If `x` does not fit the weight or is neither f16, bf16 nor f32.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let bias = self.bias.as_ref().map(|bias| bias.val().cast(dtype));
+        let bias = self.bias.as_ref().map(|bias| bias.val().cast(x.dtype()));
+        self.product(x, bias)
+    }
+
+    /// `x Wᵀ`.
+    pub(super) fn forward_without_bias<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.product(x, None)
+    }
+
+    fn product<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
         match linear(x, &self.weight, bias) {
             Ok(y) => y,
             Err(error) => panic!("Nf4Linear::forward: {error}"),

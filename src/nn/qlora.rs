@@ -9,6 +9,9 @@ use super::Nf4Linear;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
+/// Decoded weights that exist at a time while norms are taken: 16 MiB.
+const NORM_CHUNK_ELEMS: usize = 1 << 22;
+
 /// Configuration of the low-rank branch of a [`QLoraLinear`].
 #[derive(Config, Debug)]
 pub struct QLoraLinearConfig {
@@ -23,6 +26,9 @@ pub struct QLoraLinearConfig {
     /// Whether the factor is `α / √r` (rank-stabilised LoRA, arXiv 2312.03732) instead of `α / r`.
     #[config(default = false)]
     pub use_rslora: bool,
+    /// Whether each output has a trained magnitude (DoRA, arXiv 2402.09353).
+    #[config(default = false)]
+    pub use_dora: bool,
 }
 
 impl QLoraLinearConfig {
@@ -33,7 +39,8 @@ impl QLoraLinearConfig {
     }
 
     /// Puts a fresh branch on a frozen layer: `A` uniform in `±1/√d_input` (PyTorch's
-    /// `kaiming_uniform` with `a = √5`, as in PEFT), `B` zero, so that nothing changes at first.
+    /// `kaiming_uniform` with `a = √5`, as in PEFT), `B` zero, and with DoRA the magnitudes those of
+    /// the weight, so that nothing changes at first.
     ///
     /// The branch is created on `device`, which needs autodiff to train it, and the frozen layer
     /// is moved there.
@@ -55,7 +62,8 @@ impl QLoraLinearConfig {
     }
 
     /// Puts a given branch on a frozen layer on the same device. The matrices are taken as values,
-    /// without their graph.
+    /// without their graph. With DoRA the magnitudes are those of the weight with the branch;
+    /// [`QLoraLinear::with_magnitude`] sets others.
     ///
     /// # Shapes
     /// - `lora_a`: `[d_input, rank]`, the transpose of PEFT's `lora_A.weight`
@@ -115,19 +123,33 @@ impl QLoraLinearConfig {
                 self.dropout.to_string(),
             );
         }
-        Ok(QLoraLinear {
+        let mut layer = QLoraLinear {
             base,
             lora_a,
             lora_b,
+            lora_magnitude: None,
             dropout: DropoutConfig::new(self.dropout).init(),
             scale: self.scale(),
-        })
+        };
+        if self.use_dora {
+            let device = layer.lora_a.lazy_device();
+            let magnitude = layer.row_norms()?;
+            let magnitude = Tensor::from_data(magnitude.into_data(), (&device, DType::F32));
+            layer.lora_magnitude = Some(Param::from_tensor(magnitude));
+        }
+        Ok(layer)
     }
 }
 
 /// QLoRA: `y = x Wᵀ + b + s · (dropout(x) A) B`, with `W` frozen in 4 bit and `A`, `B` trained.
 ///
 /// Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+///
+/// With a magnitude `m` (DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
+/// 2402.09353) each row of the weight with its branch is brought to the length `m`:
+/// `y = m / n · (x Wᵀ + s (x A) B) + b`, where `n` is the norm of each row of `W + s (A B)ᵀ`. As in
+/// the paper, and in PEFT, `n` is a constant to the gradient. Where dropout acts, it acts as in
+/// PEFT: `y = x Wᵀ + b + (m / n - 1) · d Wᵀ + m / n · s (d A) B` with `d = dropout(x)`.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -153,6 +175,8 @@ pub struct QLoraLinear {
     pub lora_a: Param<Tensor<2>>,
     /// `B`, `[rank, d_output]`.
     pub lora_b: Param<Tensor<2>>,
+    /// With DoRA the length of each row of the weight, `[d_output]`.
+    pub lora_magnitude: Option<Param<Tensor<1>>>,
     /// Dropout on the input of the branch.
     pub dropout: Dropout,
     /// The factor `s` of the branch.
@@ -171,25 +195,119 @@ impl QLoraLinear {
     /// # Panics
     /// If `x` does not fit the weight or is neither f16, bf16 nor f32.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let a = self.lora_a.val();
-        let b = self.lora_b.val();
-        let mut shape = x.dims();
-        let [d_output, d_input] = self.base.dims();
+        let shape = x.dims();
         let rows = x.shape().num_elements() / shape[D - 1].max(1);
-
-        let y = self.base.forward(x.clone());
         if rows == 0 {
-            return y;
+            return self.base.forward(x);
         }
-        let branch_in = self.dropout.forward(x).cast(a.dtype());
-        // Folding the batch axes keeps both products plain matrix products.
-        let branch = branch_in.reshape([rows, d_input]).matmul(a).matmul(b) * self.scale;
-        shape[D - 1] = d_output;
-        y + branch.cast(dtype).reshape(shape)
+        match &self.lora_magnitude {
+            None => {
+                let y = self.base.forward(x.clone());
+                let branch = self.branch(self.dropout.forward(x), rows);
+                let branch = branch.cast(y.dtype()).reshape(y.shape());
+                y + branch
+            }
+            Some(magnitude) => self.forward_dora(x, rows, magnitude.val()),
+        }
     }
 
-    /// The dense layer with the branch added to the weight: `W + s (A B)ᵀ`, summed in f32.
+    /// `s (x A) B`, in the dtype of `A`, with the batch axes folded: that keeps both products plain
+    /// matrix products.
+    fn branch<const D: usize>(&self, x: Tensor<D>, rows: usize) -> Tensor<2> {
+        let [_, d_input] = self.base.dims();
+        let a = self.lora_a.val();
+        let x = x.cast(a.dtype()).reshape([rows, d_input]);
+        x.matmul(a).matmul(self.lora_b.val()) * self.scale
+    }
+
+    fn forward_dora<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        rows: usize,
+        magnitude: Tensor<1>,
+    ) -> Tensor<D> {
+        let norms = match self.row_norms() {
+            Ok(norms) => norms,
+            Err(error) => panic!("QLoraLinear::forward: {error}"),
+        };
+        let dtype = x.dtype();
+        let branch_dtype = self.lora_a.val().dtype();
+        let factor: Tensor<2> = (magnitude.cast(DType::F32) / norms)
+            .cast(branch_dtype)
+            .unsqueeze();
+        let [d_output, _] = self.base.dims();
+        let fold = |y: Tensor<D>| y.cast(branch_dtype).reshape([rows, d_output]);
+
+        let drops = self.dropout.prob > 0.0
+            && self.dropout.training.is_enabled()
+            && x.device().is_autodiff();
+        if drops {
+            let y = self.base.forward(x.clone());
+            let x = self.dropout.forward(x);
+            let dropped = fold(self.base.forward_without_bias(x.clone()));
+            let change = (factor.clone() - 1.0) * dropped + factor * self.branch(x, rows);
+            let change = change.cast(dtype).reshape(y.shape());
+            return y + change;
+        }
+        let y = self.base.forward_without_bias(x.clone());
+        let shape = y.shape();
+        let y = (fold(y) + self.branch(x, rows)) * factor;
+        let y = match &self.base.bias {
+            None => y,
+            Some(bias) => y + bias.val().cast(branch_dtype).unsqueeze(),
+        };
+        y.cast(dtype).reshape(shape)
+    }
+
+    /// The norm of each row of the weight with its branch, `W + s (A B)ᵀ`, outside of any graph, in
+    /// f32. The weight is decoded a few rows at a time.
+    fn row_norms(&self) -> Result<Tensor<1>, Nf4Error> {
+        let [d_output, d_input] = self.base.dims();
+        let a = self.lora_a.val().inner().cast(DType::F32).transpose();
+        let b = self.lora_b.val().inner().cast(DType::F32).transpose();
+        let step = (NORM_CHUNK_ELEMS / d_input).max(1);
+        let norms = (0..d_output)
+            .step_by(step)
+            .map(|start| {
+                let end = (start + step).min(d_output);
+                let weight = self
+                    .base
+                    .weight
+                    .dequantize_rows(start..end, FloatType::F32)?;
+                let branch = b.clone().narrow(0, start, end - start).matmul(a.clone());
+                let merged = weight.inner() + branch * self.scale;
+                let norms = (merged.clone() * merged).sum_dim(1).sqrt();
+                Ok(norms.reshape([end - start]))
+            })
+            .collect::<Result<Vec<Tensor<1>>, Nf4Error>>()?;
+        // A row of zeros stays one, whatever its magnitude.
+        Ok(Tensor::cat(norms, 0).clamp_min(f32::MIN_POSITIVE))
+    }
+
+    /// The layer with these magnitudes, which makes it a DoRA layer. They are taken as values,
+    /// without their graph, to the device of the layer.
+    ///
+    /// # Shapes
+    /// - `magnitude`: `[d_output]`
+    ///
+    /// # Errors
+    /// [`Nf4Error::Shape`] if they do not fit.
+    pub fn with_magnitude(mut self, magnitude: Tensor<1>) -> Result<Self, Nf4Error> {
+        let [d_output, _] = self.base.dims();
+        if magnitude.dims() != [d_output] {
+            return Err(Nf4Error::Shape {
+                tensor: "lora_magnitude".into(),
+                expected: vec![d_output],
+                given: magnitude.dims().to_vec(),
+            });
+        }
+        let magnitude = magnitude.detach().to_device(&self.lora_a.lazy_device());
+        self.lora_magnitude = Some(Param::from_tensor(magnitude));
+        Ok(self)
+    }
+
+    /// The dense layer with the branch added to the weight: `W + s (A B)ᵀ`, summed in f32, and with
+    /// DoRA each row brought to its magnitude.
     ///
     /// # Errors
     /// [`Nf4Error::NonFinite`] if a merged weight overflows `dtype` or is NaN,
@@ -203,7 +321,12 @@ impl QLoraLinear {
             .transpose();
         let a = self.lora_a.val().cast(DType::F32);
         let b = self.lora_b.val().cast(DType::F32);
-        let merged = (weight + a.matmul(b) * self.scale).cast(DType::from(dtype));
+        let mut merged = weight + a.matmul(b) * self.scale;
+        if let Some(magnitude) = &self.lora_magnitude {
+            let factor = magnitude.val().cast(DType::F32) / self.row_norms()?;
+            merged = merged * factor.unsqueeze();
+        }
+        let merged = merged.cast(DType::from(dtype));
         let data = merged.to_data();
         if let Some((index, given)) = data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
             return Err(Nf4Error::NonFinite {
@@ -234,6 +357,7 @@ impl ModuleDisplay for QLoraLinear {
             .add("base", &self.base)
             .add("rank", &self.rank())
             .add("scale", &self.scale)
+            .add("dora", &self.lora_magnitude.is_some())
             .add("dropout", &self.dropout.prob)
             .optional()
     }

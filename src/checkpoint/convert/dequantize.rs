@@ -132,7 +132,7 @@ fn write_decoded<T: FloatElement>(
 }
 
 /// All values of a weight.
-fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
+pub(crate) fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
     let layout = weight.packed_layout();
     let words = weight.to_packed();
     drop(weight);
@@ -142,11 +142,7 @@ fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
 }
 
 /// The transpose of a `[rows, columns]` matrix.
-pub(in crate::checkpoint) fn transpose<T: Copy>(
-    values: &[T],
-    rows: usize,
-    columns: usize,
-) -> Vec<T> {
+pub(crate) fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
     (0..columns)
         .flat_map(|column| (0..rows).map(move |row| values[row * columns + column]))
         .collect()

@@ -29,7 +29,7 @@ const QUANTIZATION: &str = "quantization_config";
 
 /// The entries, each as it was read unless it is set here.
 #[derive(Debug)]
-pub(super) struct ModelConfig {
+pub(crate) struct ModelConfig {
     entries: Map<String, Value>,
 }
 
@@ -138,6 +138,12 @@ impl ModelConfig {
             "quant_method": "bitsandbytes",
         });
         self.entries.insert(QUANTIZATION.into(), quantization);
+    }
+
+    /// Whether it says that the output head is the embedding.
+    pub fn ties_embeddings(&self) -> bool {
+        let tied = self.entries.get("tie_word_embeddings");
+        tied.and_then(Value::as_bool) == Some(true)
     }
 
     /// Takes out the quantization.

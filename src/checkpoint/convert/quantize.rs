@@ -161,7 +161,7 @@ pub fn quantize_checkpoint(
 }
 
 /// Writes a tensor that is not quantized, rounded to `dtype` if it is of another float type.
-pub(super) fn write_dense(
+pub(crate) fn write_dense(
     writer: &mut CheckpointWriter,
     key: &str,
     info: TensorInfo<'_>,
@@ -179,7 +179,7 @@ pub(super) fn write_dense(
     }
 }
 
-fn quantize<T: FloatElement>(
+pub(crate) fn quantize<T: FloatElement>(
     weight: &[T],
     shape: &[usize],
     config: QuantConfig,

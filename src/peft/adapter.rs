@@ -1,0 +1,350 @@
+//! An adapter in host memory, and its folder.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::serialize_to_file;
+
+use super::config::LoraConfig;
+use super::keys::{Key, Part, full_key, is_full};
+use super::matcher::ModuleMatcher;
+use super::tensor::DenseTensor;
+use crate::checkpoint::SafetensorsFile;
+use crate::error::Nf4Error;
+
+/// The file of an adapter's settings.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// The file of an adapter's tensors.
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+
+/// A LoRA adapter: its settings, and the tensors of each adapted module, bit for bit as stored.
+///
+/// Modules are named by their path in the base model, such as
+/// `model.layers.0.self_attn.q_proj`.
+///
+/// ```no_run
+/// use burn_nf4::peft::Adapter;
+///
+/// let adapter = Adapter::open("tiny-llama-lora")?;
+/// for (path, module) in adapter.modules() {
+///     println!("{path}: rank {}, factor {}", module.rank(), adapter.scale(path)?);
+/// }
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    config: LoraConfig,
+    matcher: ModuleMatcher,
+    modules: BTreeMap<String, LoraModule>,
+    full: BTreeMap<String, DenseTensor>,
+}
+
+/// The tensors of one adapted module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoraModule {
+    /// `[r, in_features]`.
+    pub lora_a: DenseTensor,
+    /// `[out_features, r]`.
+    pub lora_b: DenseTensor,
+    /// `[out_features]`, with DoRA.
+    pub magnitude: Option<DenseTensor>,
+    /// The trained bias of the base layer, `[out_features]`.
+    pub bias: Option<DenseTensor>,
+}
+
+impl LoraModule {
+    /// Rank of the branch.
+    pub fn rank(&self) -> usize {
+        self.lora_b.shape().get(1).copied().unwrap_or(0)
+    }
+
+    /// `[out_features, in_features]` of the adapted weight.
+    pub fn dims(&self) -> [usize; 2] {
+        let size = |tensor: &DenseTensor, axis| tensor.shape().get(axis).copied().unwrap_or(0);
+        [size(&self.lora_b, 0), size(&self.lora_a, 1)]
+    }
+
+    fn parts(&self) -> impl Iterator<Item = (Part, &DenseTensor)> {
+        let optional = [(Part::Magnitude, &self.magnitude), (Part::Bias, &self.bias)];
+        let optional = optional.into_iter();
+        [(Part::A, &self.lora_a), (Part::B, &self.lora_b)]
+            .into_iter()
+            .chain(optional.filter_map(|(part, tensor)| Some((part, tensor.as_ref()?))))
+    }
+
+    /// Shapes agree with each other and with the rank, and everything is finite.
+    fn check(&self, path: &str, rank: usize) -> Result<(), Nf4Error> {
+        let [d_output, d_input] = self.dims();
+        for (part, tensor) in self.parts() {
+            let expected: &[usize] = match part {
+                Part::A => &[rank, d_input],
+                Part::B => &[d_output, rank],
+                Part::Magnitude | Part::Bias => &[d_output],
+            };
+            tensor.check_shape(expected, &part.key(path))?;
+            if expected.contains(&0) {
+                return Err(Nf4Error::ElementCount {
+                    tensor: part.key(path),
+                    shape: expected.to_vec(),
+                });
+            }
+            tensor.check_finite(&part.key(path))?;
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a module while they are being collected.
+#[derive(Default)]
+struct Parts {
+    lora_a: Option<DenseTensor>,
+    lora_b: Option<DenseTensor>,
+    magnitude: Option<DenseTensor>,
+    bias: Option<DenseTensor>,
+}
+
+impl Parts {
+    fn slot(&mut self, part: Part) -> &mut Option<DenseTensor> {
+        match part {
+            Part::A => &mut self.lora_a,
+            Part::B => &mut self.lora_b,
+            Part::Magnitude => &mut self.magnitude,
+            Part::Bias => &mut self.bias,
+        }
+    }
+
+    /// The keys that must be there and are not.
+    fn missing(&self, path: &str, use_dora: bool) -> Vec<String> {
+        [
+            (Part::A, self.lora_a.is_none()),
+            (Part::B, self.lora_b.is_none()),
+            (Part::Magnitude, use_dora && self.magnitude.is_none()),
+        ]
+        .into_iter()
+        .filter(|(_, is_missing)| *is_missing)
+        .map(|(part, _)| part.key(path))
+        .collect()
+    }
+}
+
+impl Adapter {
+    /// An adapter without tensors, to be filled by [`insert_layer`](Self::insert_layer).
+    ///
+    /// # Errors
+    /// Those of [`LoraConfig::check`].
+    pub fn new(config: LoraConfig) -> Result<Self, Nf4Error> {
+        config.check()?;
+        Ok(Self {
+            matcher: config.matcher()?,
+            config,
+            modules: BTreeMap::new(),
+            full: BTreeMap::new(),
+        })
+    }
+
+    /// Reads the folder of an adapter.
+    ///
+    /// # Errors
+    /// Those of [`LoraConfig::parse`] and [`SafetensorsFile::open`], and naming the full key
+    /// - [`Nf4Error::AdapterKeys`] for tensors that are missing or that the settings do not ask
+    ///   for, all of them together
+    /// - [`Nf4Error::Shape`] for a tensor that does not fit the others or the rank
+    /// - [`Nf4Error::Dtype`] unless it is F16, BF16 or F32
+    /// - [`Nf4Error::NonFinite`] if it holds a NaN or an infinity
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        let folder = folder.as_ref();
+        let config_path = folder.join(CONFIG_FILE);
+        let json = fs::read(&config_path).map_err(|error| io(&config_path, &error))?;
+        let mut adapter = Self::new(LoraConfig::parse(&json, &config_path)?)?;
+        let file = SafetensorsFile::open(folder.join(ADAPTER_FILE))?;
+
+        let mut modules: BTreeMap<&str, Parts> = BTreeMap::new();
+        let mut unexpected = Vec::new();
+        for key in file.keys() {
+            match Key::parse(key, &adapter.config) {
+                Some(Key::Part(path, part)) if adapter.matcher.is_target(path)? => {
+                    let tensor = DenseTensor::read(&file, key)?;
+                    *modules.entry(path).or_default().slot(part) = Some(tensor);
+                }
+                Some(Key::Full(parameter)) => {
+                    let tensor = DenseTensor::read(&file, key)?;
+                    tensor.check_finite(key)?;
+                    adapter.full.insert(parameter.into(), tensor);
+                }
+                _ => unexpected.push(key.to_string()),
+            }
+        }
+        let use_dora = adapter.config.use_dora;
+        let missing = modules.iter();
+        let missing: Vec<String> = missing
+            .flat_map(|(path, parts)| parts.missing(path, use_dora))
+            .collect();
+        if !missing.is_empty() || !unexpected.is_empty() {
+            return Err(Nf4Error::AdapterKeys {
+                path: file.path().into(),
+                missing,
+                unexpected,
+            });
+        }
+        for (path, parts) in modules {
+            if let (Some(lora_a), Some(lora_b)) = (parts.lora_a, parts.lora_b) {
+                let module = LoraModule {
+                    lora_a,
+                    lora_b,
+                    magnitude: parts.magnitude,
+                    bias: parts.bias,
+                };
+                module.check(path, adapter.matcher.rank(path)?)?;
+                adapter.modules.insert(path.into(), module);
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// Writes the folder as PEFT does, creating it where it is not there.
+    ///
+    /// Each file is written beside the old one first and then put in its place, so that a process
+    /// that ends midway leaves whole files.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Io`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), Nf4Error> {
+        let folder = folder.as_ref();
+        fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
+        let mut tensors: Vec<(String, &DenseTensor)> = Vec::new();
+        for (path, module) in &self.modules {
+            tensors.extend(
+                module
+                    .parts()
+                    .map(|(part, tensor)| (part.key(path), tensor)),
+            );
+        }
+        let full = self.full.iter();
+        tensors.extend(full.map(|(parameter, tensor)| (full_key(parameter), tensor)));
+
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        replace(&folder.join(ADAPTER_FILE), |path| {
+            serialize_to_file(tensors, Some(metadata), path).map_err(|error| error.to_string())
+        })?;
+        replace(&folder.join(CONFIG_FILE), |path| {
+            fs::write(path, self.config.to_json()).map_err(|error| error.to_string())
+        })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// The compiled settings: which modules are adapted, and how.
+    pub fn matcher(&self) -> &ModuleMatcher {
+        &self.matcher
+    }
+
+    /// The factor of a module's branch.
+    ///
+    /// # Errors
+    /// Those of [`ModuleMatcher::scale`].
+    pub fn scale(&self, module: &str) -> Result<f64, Nf4Error> {
+        self.matcher.scale(module)
+    }
+
+    /// The adapted modules by path, sorted.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, &LoraModule)> {
+        self.modules
+            .iter()
+            .map(|(path, module)| (path.as_str(), module))
+    }
+
+    /// The tensors of a module.
+    pub fn module(&self, path: &str) -> Option<&LoraModule> {
+        self.modules.get(path)
+    }
+
+    /// Sets the tensors of a module.
+    ///
+    /// # Errors
+    /// [`Nf4Error::NotAdapted`] if the settings do not select it, [`Nf4Error::Shape`] if a tensor
+    /// does not fit the others or the rank, [`Nf4Error::NonFinite`] if one holds a NaN or an
+    /// infinity, [`Nf4Error::Config`] if it has a magnitude without `use_dora` or the other way
+    /// round, or a bias without `bias`.
+    pub fn insert(&mut self, path: &str, module: LoraModule) -> Result<(), Nf4Error> {
+        if !self.matcher.is_target(path)? {
+            return Err(Nf4Error::NotAdapted {
+                module: path.into(),
+            });
+        }
+        if module.magnitude.is_some() != self.config.use_dora {
+            return Err(Nf4Error::Config {
+                field: "use_dora",
+                expected: "true with a magnitude, false without",
+                given: self.config.use_dora.to_string(),
+            });
+        }
+        if module.bias.is_some() && self.config.bias == super::LoraBias::None {
+            return Err(Nf4Error::Config {
+                field: "bias",
+                expected: "all or lora_only with a trained bias",
+                given: "none".into(),
+            });
+        }
+        module.check(path, self.matcher.rank(path)?)?;
+        self.modules.insert(path.into(), module);
+        Ok(())
+    }
+
+    /// The parameters of the base model that the adapter replaces as a whole, by name, sorted:
+    /// those of `modules_to_save`, biases with `bias` `all`, and resized embeddings.
+    pub fn full_tensors(&self) -> impl Iterator<Item = (&str, &DenseTensor)> {
+        self.full
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The tensor that replaces a parameter of the base model, such as `lm_head.weight`.
+    pub fn full_tensor(&self, parameter: &str) -> Option<&DenseTensor> {
+        self.full.get(parameter)
+    }
+
+    /// Replaces a parameter of the base model.
+    ///
+    /// # Errors
+    /// [`Nf4Error::NotAdapted`] if the settings do not have it saved, [`Nf4Error::NonFinite`] if
+    /// it holds a NaN or an infinity.
+    pub fn insert_full(&mut self, parameter: &str, tensor: DenseTensor) -> Result<(), Nf4Error> {
+        if !is_full(parameter, &self.config) {
+            return Err(Nf4Error::NotAdapted {
+                module: parameter.into(),
+            });
+        }
+        tensor.check_finite(&full_key(parameter))?;
+        self.full.insert(parameter.into(), tensor);
+        Ok(())
+    }
+}
+
+/// Writes a new file and puts it in the place of the old one.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<(), Nf4Error> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let written = write(&partial)
+        .and_then(|()| fs::rename(&partial, path).map_err(|error| error.to_string()));
+    written.map_err(|message| {
+        // What is left of a failed write is of no use; the error says why it failed.
+        let _ = fs::remove_file(&partial);
+        Nf4Error::Io {
+            path: path.into(),
+            message,
+        }
+    })
+}
+
+fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
+    Nf4Error::Io {
+        path: path.into(),
+        message: error.to_string(),
+    }
+}

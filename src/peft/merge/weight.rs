@@ -1,0 +1,133 @@
+//! A weight of the base model on its way through a merge.
+
+use super::Target;
+use super::loss::Sums;
+use crate::checkpoint::convert::{decode, quantize, transpose};
+use crate::checkpoint::elements::{
+    cast, elements, float_type, le_bytes, stored_dtype, with_float_type,
+};
+use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
+use crate::error::Nf4Error;
+use crate::format::{FloatType, QuantConfig};
+use crate::peft::tensor::{check_finite, widen};
+
+/// A weight of the base model, widened, in the orientation that the model has it in.
+pub(super) struct BaseWeight {
+    pub values: Vec<f32>,
+    pub shape: Vec<usize>,
+    dtype: FloatType,
+    form: Form,
+}
+
+/// How a weight is stored.
+#[derive(Clone, Copy)]
+enum Form {
+    Dense,
+    Quantized {
+        config: QuantConfig,
+        storage: Dtype,
+        transposed: bool,
+    },
+}
+
+impl BaseWeight {
+    pub fn read(base: &Checkpoint, key: &str) -> Result<Self, Nf4Error> {
+        let info = base.tensor_info(key)?;
+        if !base.is_quantized(key) {
+            let dtype = float_type(info.dtype).ok_or_else(|| Nf4Error::Dtype {
+                tensor: key.into(),
+                expected: "F16, BF16, F32".into(),
+                given: info.dtype.to_string(),
+            })?;
+            let bytes = base.tensor_bytes(key)?;
+            return Ok(Self {
+                values: with_float_type!(dtype, T => widen(&elements::<T>(bytes))),
+                shape: info.shape.to_vec(),
+                dtype,
+                form: Form::Dense,
+            });
+        }
+        let weight = base.load_nf4(key)?;
+        let (dtype, shape) = (weight.dtype(), weight.shape().to_vec());
+        let form = Form::Quantized {
+            config: weight.config(),
+            storage: info.dtype,
+            transposed: base.is_transposed(key)?,
+        };
+        let mut weight = Self {
+            values: with_float_type!(dtype, T => widen(&decode::<T>(weight))),
+            shape,
+            dtype,
+            form,
+        };
+        if let Form::Quantized {
+            transposed: true, ..
+        } = form
+        {
+            weight.transpose(key)?;
+        }
+        Ok(weight)
+    }
+
+    pub fn dims(&self, key: &str) -> Result<[usize; 2], Nf4Error> {
+        let dims = self.shape.as_slice().try_into();
+        dims.map_err(|_| Nf4Error::NotAMatrix {
+            tensor: key.into(),
+            shape: self.shape.clone(),
+        })
+    }
+
+    pub fn transpose(&mut self, key: &str) -> Result<(), Nf4Error> {
+        let [rows, columns] = self.dims(key)?;
+        self.values = transpose(&self.values, rows, columns);
+        self.shape.reverse();
+        Ok(())
+    }
+
+    /// Stores the weight, and adds to `sums` what that costs.
+    pub fn write(
+        mut self,
+        writer: &mut CheckpointWriter,
+        key: &str,
+        target: Target,
+        sums: Option<&mut Sums>,
+    ) -> Result<(), Nf4Error> {
+        check_finite(&self.values, key)?;
+        let stored = match (target, self.form) {
+            (
+                Target::AsBase,
+                Form::Quantized {
+                    config,
+                    storage,
+                    transposed,
+                },
+            ) => {
+                if transposed {
+                    self.transpose(key)?;
+                }
+                with_float_type!(self.dtype, T => {
+                    let rounded = cast::<f32, T>(&self.values, key)?;
+                    let weight = quantize(&rounded, &self.shape, config, key)?;
+                    writer.write_nf4(key, &weight, storage, transposed)?;
+                    widen(&decode::<T>(weight))
+                })
+            }
+            _ => {
+                let dtype = match target {
+                    Target::Float(Some(dtype)) => dtype,
+                    _ => self.dtype,
+                };
+                with_float_type!(dtype, T => {
+                    let rounded = cast::<f32, T>(&self.values, key)?;
+                    let bytes = le_bytes(&rounded);
+                    writer.write_tensor(key, stored_dtype(dtype), &self.shape, &bytes)?;
+                    widen(&rounded)
+                })
+            }
+        };
+        if let Some(sums) = sums {
+            sums.compare(&self.values, &stored);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,53 @@
+//! LoRA adapters in the form that [PEFT](https://github.com/huggingface/peft) writes.
+//!
+//! A folder holds `adapter_config.json`, the settings ([`LoraConfig`]), and
+//! `adapter_model.safetensors`, the tensors ([`Adapter`]):
+//!
+//! | key | shape |
+//! |---|---|
+//! | `base_model.model.M.lora_A.weight` | `[r, in_features]` |
+//! | `base_model.model.M.lora_B.weight` | `[out_features, r]` |
+//! | `base_model.model.M.lora_magnitude_vector`, with DoRA | `[out_features]` |
+//! | `base_model.model.M.base_layer.bias`, with `bias` other than `none` | `[out_features]` |
+//! | `base_model.model.P`, with `modules_to_save` or `bias` `all` | that of the parameter `P` |
+//!
+//! for each adapted module `M`, such as `model.layers.0.self_attn.q_proj`. The settings mean what
+//! they mean in PEFT 0.21; one that changes the result and is not supported is refused by name.
+//!
+//! ```no_run
+//! use burn::tensor::Device;
+//! use burn_nf4::checkpoint::Checkpoint;
+//! use burn_nf4::nn::Nf4Linear;
+//! use burn_nf4::peft::Adapter;
+//!
+//! let device = Device::default().autodiff();
+//! let base = Checkpoint::open("tiny-llama-bnb-4bit")?;
+//! let mut adapter = Adapter::open("tiny-llama-lora")?;
+//! let module = "model.layers.0.self_attn.q_proj";
+//! let weight = base.load_nf4(&format!("{module}.weight"))?;
+//! let linear = Nf4Linear::from_host(&weight, None, &device)?;
+//! let layer = adapter.layer(module, linear, &device)?;
+//! // ... train the layer ...
+//! adapter.insert_layer(module, &layer)?;
+//! adapter.save("tiny-llama-lora-2")?;
+//! # Ok::<(), burn_nf4::Nf4Error>(())
+//! ```
+//!
+//! [`merge_16bit`] and [`merge_4bit`] put an adapter into the weights of its base model.
+
+mod adapter;
+mod config;
+mod keys;
+mod layer;
+mod matcher;
+mod merge;
+mod options;
+mod setting;
+mod tensor;
+
+pub use adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule};
+pub use config::LoraConfig;
+pub use matcher::ModuleMatcher;
+pub use merge::{MergeLoss, MergeOptions, Merged, merge_4bit, merge_16bit};
+pub use setting::{InitLoraWeights, LoraBias, ModuleNames, OneOrMany, PatternMap, TargetModules};
+pub use tensor::DenseTensor;
