@@ -111,6 +111,9 @@ enum Kernel {
 /// Rows of `x` that the tensor core kernel takes at most.
 pub const TENSOR_CORE_ROWS: usize = 64;
 
+/// Rows of `x` up to which the gemv kernel is preferred.
+pub const GEMV_ROWS: usize = 4;
+
 /// Rows of `x` that a plane of the gemv kernel multiplies with at once.
 const GEMV_COLUMNS: usize = 4;
 
@@ -141,6 +144,23 @@ impl MatmulPlan {
                     .or_else(|_| Ok(Self::gemv(client, layout, product, bias)))
             }
         }
+    }
+
+    /// Works out a product with the kernel that beats decoding the weight and multiplying with it,
+    /// if there is one: tensor cores up to [`TENSOR_CORE_ROWS`] rows, the other kernel up to
+    /// [`GEMV_ROWS`].
+    pub fn preferred(
+        client: &Client,
+        layout: &PackedLayout,
+        product: Product,
+        bias: bool,
+    ) -> Option<Self> {
+        let plan = Self::new(client, layout, product, bias, None).ok()?;
+        let limit = match plan.variant() {
+            MatmulVariant::TensorCore => TENSOR_CORE_ROWS,
+            MatmulVariant::Gemv => GEMV_ROWS,
+        };
+        (product.m <= limit).then_some(plan)
     }
 
     /// Works out a product on tensor cores with a given tile.

@@ -5,7 +5,7 @@ mod matmul;
 mod quantize;
 
 pub use dequantize::{DequantizePlan, Variant, dequantize};
-pub use matmul::{MatmulPlan, MatmulVariant, Product, TENSOR_CORE_ROWS, TensorCoreTile};
+pub use matmul::{GEMV_ROWS, MatmulPlan, MatmulVariant, Product, TENSOR_CORE_ROWS, TensorCoreTile};
 pub use quantize::quantize;
 
 use cubecl::ir::{ElemType, FloatKind};

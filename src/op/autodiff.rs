@@ -6,7 +6,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
-use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+use super::backend::{DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec, add_bias};
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -36,6 +36,24 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear(x, packed, spec)),
         }
+    }
+
+    fn nf4_matmul(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self> {
+        Self::nf4_linear(x, packed, spec.weight)
+    }
+
+    fn nf4_matmul_bias(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self> {
+        let y = Self::nf4_linear(x, packed, spec.weight);
+        add_bias::<Self>(y, bias, spec)
     }
 
     fn nf4_linear_backward(

@@ -5,7 +5,7 @@
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension};
-use burn::tensor::DType;
+use burn::tensor::{DType, Shape};
 
 use crate::format::{FloatType, PackedLayout};
 
@@ -22,6 +22,26 @@ pub struct DequantizeSpec {
     pub start: usize,
     /// Type to decode to.
     pub dtype: FloatType,
+}
+
+/// A product of a few rows with a packed weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatmulSpec {
+    /// The weight, whole, and the type of the product.
+    pub weight: DequantizeSpec,
+    /// Rows of `x`.
+    pub m: usize,
+}
+
+impl MatmulSpec {
+    /// Products with more rows always go over the decoded weight.
+    pub const MAX_ROWS: usize = 64;
+
+    /// The product, if it has few rows and takes the whole weight.
+    pub fn of(weight: DequantizeSpec, m: usize) -> Option<Self> {
+        let whole = weight.start == 0 && weight.rows * weight.columns == weight.layout.elems;
+        (whole && m <= Self::MAX_ROWS).then_some(Self { weight, m })
+    }
 }
 
 /// How to quantize a weight.
@@ -50,7 +70,7 @@ pub trait Nf4Backend: Backend {
     /// # Shapes
     /// - `weight`: `spec.shape`, of `spec.dtype`
     /// - returns `[spec.layout.words]`, u32
-    #[fusion(dtype = DType::U32, shape = burn::tensor::Shape::from([spec.layout.words]))]
+    #[fusion(dtype = DType::U32, shape = Shape::from([spec.layout.words]))]
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self>;
 
     /// Decodes a range of a packed weight.
@@ -58,7 +78,7 @@ pub trait Nf4Backend: Backend {
     /// # Shapes
     /// - `packed`: `[spec.layout.words]`, u32
     /// - returns `[spec.rows, spec.columns]`, of `spec.dtype`
-    #[fusion(dtype = DType::from(spec.dtype), shape = burn::tensor::Shape::from([spec.rows, spec.columns]))]
+    #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.rows, spec.columns]))]
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
 
     /// `y = x Wᵀ` with a packed weight `W`.
@@ -73,9 +93,37 @@ pub trait Nf4Backend: Backend {
         packed: IntTensor<Self>,
         spec: DequantizeSpec,
     ) -> FloatTensor<Self> {
-        let weight = Self::nf4_dequantize(packed, spec);
-        Self::float_matmul(x, Self::float_swap_dims(weight, 0, 1))
+        if let Some(spec) = MatmulSpec::of(spec, x.shape()[0]) {
+            return Self::nf4_matmul(x, packed, spec);
+        }
+        decoded_matmul::<Self>(x, packed, spec)
     }
+
+    /// `y = x Wᵀ` for few rows of `x`, in one operation, so that a backend can multiply with the
+    /// packed weight as it is.
+    ///
+    /// # Shapes
+    /// - `x`: `[spec.m, k]`, of `spec.weight.dtype`
+    /// - `packed`: as for `nf4_linear`
+    /// - returns `[spec.m, n]`
+    #[fusion(dtype = DType::from(spec.weight.dtype), shape = Shape::from([spec.m, spec.weight.rows]))]
+    fn nf4_matmul(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self>;
+
+    /// `y = x Wᵀ + b`, otherwise as [`nf4_matmul`](Self::nf4_matmul).
+    ///
+    /// # Shapes
+    /// - `bias`: `[n]`, of `spec.weight.dtype`
+    #[fusion(dtype = DType::from(spec.weight.dtype), shape = Shape::from([spec.m, spec.weight.rows]))]
+    fn nf4_matmul_bias(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self>;
 
     /// `dx = dy W`, the gradient of [`nf4_linear`](Self::nf4_linear) for `x`. The weight is
     /// decoded again.
@@ -93,6 +141,27 @@ pub trait Nf4Backend: Backend {
         let weight = Self::nf4_dequantize(packed, spec);
         Self::float_matmul(grad, weight)
     }
+}
+
+/// `y = x Wᵀ` over the decoded weight.
+pub(super) fn decoded_matmul<B: Nf4Backend>(
+    x: FloatTensor<B>,
+    packed: IntTensor<B>,
+    spec: DequantizeSpec,
+) -> FloatTensor<B> {
+    let weight = B::nf4_dequantize(packed, spec);
+    B::float_matmul(x, B::float_swap_dims(weight, 0, 1))
+}
+
+/// Adds a bias to the rows of `y`.
+pub(super) fn add_bias<B: Backend>(
+    y: FloatTensor<B>,
+    bias: FloatTensor<B>,
+    spec: MatmulSpec,
+) -> FloatTensor<B> {
+    let n = spec.weight.rows;
+    let bias = B::float_reshape(bias, Shape::from([1, n]));
+    B::float_add(y, B::float_expand(bias, Shape::from([spec.m, n])))
 }
 
 /// Checks in debug builds what the functions in front have promised.

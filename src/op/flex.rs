@@ -6,7 +6,9 @@ use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
-use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec, debug_check};
+use super::backend::{
+    DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec, add_bias, debug_check, decoded_matmul,
+};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType};
 use crate::host;
@@ -37,6 +39,24 @@ impl Nf4Backend for Flex {
         };
         let shape = Shape::from([spec.rows, spec.columns]);
         FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
+    }
+
+    fn nf4_matmul(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self> {
+        decoded_matmul::<Self>(x, packed, spec.weight)
+    }
+
+    fn nf4_matmul_bias(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: MatmulSpec,
+    ) -> FloatTensor<Self> {
+        let y = Self::nf4_matmul(x, packed, spec);
+        add_bias::<Self>(y, bias, spec)
     }
 }
 

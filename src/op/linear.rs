@@ -3,7 +3,7 @@
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Shape, Tensor};
 
-use super::backend::{DequantizeSpec, Nf4Backend};
+use super::backend::{DequantizeSpec, MatmulSpec, Nf4Backend};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -114,7 +114,20 @@ fn linear_at<const D: usize>(
     // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
     let given = x.dtype();
     let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
+    // Autodiff wants the sum as an operation of its own.
+    let fused = match (&bias, MatmulSpec::of(spec, rows)) {
+        (Some(bias), Some(fused)) if !transposed && !x.device().is_autodiff() => {
+            (bias.dtype() == DType::from(dtype)).then_some(fused)
+        }
+        _ => None,
+    };
     let (x, packed) = (x.into_dispatch(), weight.packed().into_dispatch());
+    if let (Some(fused), Some(bias)) = (fused, &bias) {
+        let bias = bias.clone().into_dispatch();
+        let y = <Dispatch as Nf4Backend>::nf4_matmul_bias(x, packed, bias, fused);
+        let y = Tensor::<2>::from_dispatch(y);
+        return Ok(y.cast(given).reshape(Shape::from(shape)));
+    }
     let y = match transposed {
         false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
         // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its gradient.

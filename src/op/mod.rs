@@ -11,7 +11,7 @@ mod linear;
 mod spec;
 mod weight;
 
-pub use backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+pub use backend::{DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec};
 pub use linear::{expert_linear, linear};
 pub(crate) use spec::FORM_CONTAINER;
 pub use weight::Nf4Weight;
