@@ -47,10 +47,10 @@ pub struct Args {
     /// The Python that calls the CPU library; needs no packages.
     #[arg(long, value_name = "PYTHON", default_value = "python3")]
     pub cpu_python: String,
-    /// Also time the tensor core product with this tile: row tiles, row planes, k planes, chunks;
+    /// Also time the tensor core product with this tile: row tiles, row planes, k planes, chunks, k cubes;
     /// may be given several times.
     #[cfg(feature = "cube")]
-    #[arg(long, value_name = "A,B,C,D", value_parser = parse_tile)]
+    #[arg(long, value_name = "A,B,C,D,E", value_parser = parse_tile)]
     pub tile: Vec<burn_nf4::launch::TensorCoreTile>,
     /// Where to write the results, one JSON object a line.
     #[arg(
@@ -178,12 +178,15 @@ impl Args {
 fn parse_tile(text: &str) -> Result<burn_nf4::launch::TensorCoreTile, String> {
     let numbers: Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
     match numbers.as_deref() {
-        Ok(&[row_tiles, row_planes, k_planes, chunks]) => Ok(burn_nf4::launch::TensorCoreTile {
-            row_tiles,
-            row_planes,
-            k_planes,
-            chunks,
-        }),
-        _ => Err("expected four numbers with commas between them".into()),
+        Ok(&[row_tiles, row_planes, k_planes, chunks, k_cubes]) => {
+            Ok(burn_nf4::launch::TensorCoreTile {
+                row_tiles,
+                row_planes,
+                k_planes,
+                chunks,
+                k_cubes,
+            })
+        }
+        _ => Err("expected five numbers with commas between them".into()),
     }
 }

@@ -43,8 +43,9 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) {
                     row_planes,
                     k_planes,
                     chunks,
+                    k_cubes,
                 } = tile;
-                let id = format!("tile-{row_tiles}-{row_planes}-{k_planes}-{chunks}");
+                let id = format!("tile-{row_tiles}-{row_planes}-{k_planes}-{chunks}-{k_cubes}");
                 wanted.push((name(&id, shape, m), m, None, Some(tile)));
             }
         }

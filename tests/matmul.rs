@@ -277,6 +277,7 @@ fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
 fn cuda_tensor_core_tiles(
     #[values(1, 2)] row_tiles: usize,
     #[values((1, 1, 4), (1, 8, 1), (1, 4, 2), (2, 4, 1), (4, 2, 1))] shape: (usize, usize, usize),
+    #[values(1, 3)] k_cubes: usize,
 ) {
     let client = client(&Device::cuda(0));
     let (row_planes, k_planes, chunks) = shape;
@@ -285,6 +286,7 @@ fn cuda_tensor_core_tiles(
         row_planes,
         k_planes,
         chunks,
+        k_cubes,
     };
     let mut ran = 0;
     for (m, n, k) in [(1, 80, 1024), (12, 130, 2112), (33, 300, 1536)] {

@@ -39,21 +39,52 @@ pub struct TensorCoreBlueprint {
     pub chunks: usize,
     /// Rows of `x` kept in shared memory: all there are up to eight, else `8 * column_tiles`.
     pub x_rows: usize,
+    /// Cubes share the work along `k` too: sums go to `parts` instead of `out`.
+    pub split: bool,
     /// Whether there is a bias to add.
     pub bias: bool,
 }
 
 impl TensorCoreBlueprint {
+    /// Elements along `k` that a plane decodes in a round.
+    pub const fn plane_k(&self) -> usize {
+        CHUNK * self.chunks
+    }
+
     /// Elements along `k` of a round.
     pub const fn round_k(&self) -> usize {
-        CHUNK * self.chunks * self.k_planes
+        self.plane_k() * self.k_planes
+    }
+
+    /// Whether planes have nothing of `x` in common, so that no plane waits for another.
+    const fn apart(&self) -> bool {
+        self.row_planes == 1
+    }
+
+    /// Vectors of `x` staged for a plane, or for all planes of a cube that share them.
+    const fn x_vectors(&self) -> usize {
+        self.x_rows * self.plane_k() / 8 * if self.apart() { 1 } else { self.k_planes }
+    }
+
+    /// Units that stage them.
+    const fn x_units(&self) -> usize {
+        32 * if self.apart() {
+            1
+        } else {
+            self.row_planes * self.k_planes
+        }
+    }
+
+    /// Scales staged for a plane.
+    const fn plane_scales(&self) -> usize {
+        16 * self.row_tiles * (self.plane_k() >> self.run_log2)
     }
 
     /// Bytes of shared memory that a cube takes.
     pub const fn shared_bytes(&self) -> usize {
         let cube_rows = 16 * self.row_tiles * self.row_planes;
         let map = 256 * 4;
-        let scales = cube_rows * (self.round_k() >> self.run_log2 | 1) * 4;
+        let scales = cube_rows * self.k_planes * (self.plane_k() >> self.run_log2 | 1) * 4;
         let staged = self.x_rows * self.round_k() * 2;
         let partial = self.k_planes * 8 * self.column_tiles * cube_rows * 4;
         map + 2 * scales + 2 * staged + partial
@@ -67,12 +98,14 @@ const CHUNK: usize = 128;
 ///
 /// - `x`: `[m, k]`, two elements a u32, in vectors of eight elements; `packed`: the whole packed
 ///   weight, and `words` the same buffer once more; `bias`: `[n]`, unused without one; `out`:
-///   `[m, n]`.
+///   `[m, n]`; `parts`: `[k_cubes, m, n]`, unused unless split.
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`, all its rows: planes with the same place along `k` share what is staged of `x`, those
 ///   with the same rows add their sums up at the end.
+/// - With `split`, `k_cubes` cubes share those columns, each taking some rounds.
 /// - Each round works on a piece along `k`, with its part of `x` and its scales in shared memory.
-///   Those and the codes of the next round are loaded while this one is computed.
+///   Those and the codes of the next round are loaded while this one is computed. A plane stages
+///   its own scales; where planes share rows of `x`, the cube stages those together.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
 ///   `k` is a multiple of `2^run_log2`, `m` at most `8 * column_tiles`.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -83,10 +116,12 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     words: &[u32],
     bias: &[F],
     out: &mut [F],
+    parts: &mut [f32],
     view: PackedView,
     m: usize,
     n: usize,
     k: usize,
+    k_cubes: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
@@ -97,51 +132,92 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     let x_rows = comptime!(blueprint.x_rows);
     let plane_rows = comptime!(16 * row_tiles);
     let cube_rows = comptime!(plane_rows * blueprint.row_planes);
-    let plane_k = comptime!(chunks * CHUNK);
+    let plane_k = comptime!(blueprint.plane_k());
     let round_k = comptime!(blueprint.round_k());
-    let x_vectors = comptime!(round_k / 8);
+    // A row of `x` in shared memory, in vectors, and a row of scales; an odd pitch spreads the
+    // latter over the banks.
+    let x_pitch = comptime!(plane_k / 8);
     let run_log2 = comptime!(blueprint.run_log2 as usize);
-    let runs = comptime!(round_k >> blueprint.run_log2);
-    // An odd pitch spreads the rows over the banks.
+    let runs = comptime!(plane_k >> blueprint.run_log2);
     let pitch = comptime!(runs | 1);
 
     let unit = UNIT_POS as usize;
     let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
-    let group = (UNIT_POS_X >> 2) as usize;
-    let member = (UNIT_POS_X & 3) as usize;
-    let row_plane = UNIT_POS_Y as usize % comptime!(blueprint.row_planes);
-    let k_plane = UNIT_POS_Y as usize / comptime!(blueprint.row_planes);
-    let cube_row = CUBE_POS * cube_rows;
+    let lane = UNIT_POS_X as usize;
+    let plane = UNIT_POS_Y as usize;
+    let group = lane >> 2usize;
+    let member = lane & 3;
+    let row_plane = plane % comptime!(blueprint.row_planes);
+    let k_plane = plane / comptime!(blueprint.row_planes);
+    let mut cube = CUBE_POS;
+    let mut k_cube = 0usize.runtime();
+    if comptime!(blueprint.split) {
+        k_cube = CUBE_POS % k_cubes;
+        cube = CUBE_POS / k_cubes;
+    }
+    let cube_row = cube * cube_rows;
     let plane_row = row_plane * plane_rows;
     let lane_row = cube_row + plane_row + group;
     // Where this lane's 32 elements of a chunk start, counted from the round's first element.
     let lane_k = k_plane * plane_k + member * 32;
+    let rounds = k.div_ceil(round_k.runtime());
+    let rounds_each = rounds.div_ceil(k_cubes);
+    let first_round = k_cube * rounds_each;
+    let end_round = usize::min(first_round + rounds_each, rounds);
+    let first_k = first_round * round_k;
 
     // Two halves: while one is read, the next round is put into the other.
-    let scale_half = comptime!(cube_rows * pitch);
-    let x_half = comptime!(x_rows * x_vectors);
+    let plane_scales = comptime!(plane_rows * pitch);
+    let scale_half = comptime!(plane_scales * blueprint.row_planes * k_planes);
+    let x_half = comptime!(x_rows * x_pitch * k_planes);
     let mut scales = Shared::<[f32]>::new_slice(comptime!(2 * scale_half));
     let mut staged = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(2 * x_half));
     let mut map = Shared::<[f32]>::new_slice(256usize);
 
+    // Who stages what of `x`: the plane its own part, or the cube all of it.
+    let x_all = comptime!(blueprint.x_vectors());
+    let x_units = comptime!(blueprint.x_units());
+    let mut x_unit = unit;
+    let mut x_plane = 0usize.runtime();
+    if comptime!(blueprint.apart()) {
+        x_unit = lane;
+        x_plane = k_plane;
+    }
+
     // What is loaded ahead of the round that needs it.
-    let x_each = comptime!(x_half.div_ceil(units));
-    let scales_each = comptime!((cube_rows * runs).div_ceil(units));
+    let x_each = comptime!(x_all.div_ceil(x_units));
+    let scales_each = comptime!(blueprint.plane_scales().div_ceil(32));
     let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
     let mut next_codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
     let mut next_x = Array::<Vector<u32, Const<4>>>::new(x_each);
     let mut next_scale_codes = Array::<u32>::new(scales_each);
     let mut next_absmax = Array::<f32>::new(scales_each);
-    load_codes(packed, &mut next_codes, lane_row, lane_k, n, k, blueprint);
-    load_x(x, &mut next_x, unit, 0usize.runtime(), m, k, blueprint);
+    load_codes(
+        packed,
+        &mut next_codes,
+        lane_row,
+        first_k + lane_k,
+        n,
+        k,
+        blueprint,
+    );
+    load_x(
+        x,
+        &mut next_x,
+        x_unit,
+        first_k + x_plane * plane_k,
+        m,
+        k,
+        blueprint,
+    );
     load_scales(
         words,
         &view,
         &mut next_scale_codes,
         &mut next_absmax,
-        unit,
-        cube_row,
-        0usize.runtime(),
+        lane,
+        cube_row + plane_row,
+        first_k + k_plane * plane_k,
         n,
         k,
         blueprint,
@@ -166,13 +242,14 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     if comptime!(x_rows < 8) {
         x_row = usize::min(group, comptime!(x_rows - 1).runtime());
     }
-    let x_base = x_row * x_vectors + (lane_k >> 3usize);
+    let x_base = (k_plane * x_rows + x_row) * x_pitch + member * 4;
     let mut x_at = Array::<usize>::new(4usize);
     #[unroll]
     for q in 0..4usize {
         x_at[q] = x_base + (q ^ fold);
     }
-    let scale_at = (plane_row + group) * pitch + (lane_k >> run_log2);
+    let scales_base = plane * plane_scales;
+    let scale_at = scales_base + group * pitch + (member * 32 >> run_log2);
 
     let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
     let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -184,40 +261,44 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         sums.push(sum);
     }
 
-    let rounds = k.div_ceil(round_k.runtime());
-    for round in 0..rounds {
-        let half = round & 1;
+    for round in first_round..end_round {
+        let half = (round - first_round) & 1;
         let x_start = half * x_half;
         let scale_start = half * scale_half;
         #[unroll]
         for e in 0..x_each {
-            let i = unit + comptime!(e * units);
-            if comptime!((e + 1) * units <= x_half) || i < x_half {
-                let row = i / x_vectors;
-                let column = i % x_vectors;
-                staged[x_start + row * x_vectors + swizzle(row, column)] = next_x[e];
+            let i = x_unit + comptime!(e * x_units);
+            if comptime!((e + 1) * x_units <= x_all) || i < x_all {
+                let row = i / x_pitch;
+                let column = i % x_pitch;
+                let at = x_start + x_plane * comptime!(x_rows * x_pitch) + row * x_pitch;
+                staged[at + swizzle(row % x_rows, column)] = next_x[e];
             }
         }
         #[unroll]
         for e in 0..scales_each {
-            let i = unit + comptime!(e * units);
-            if comptime!((e + 1) * units <= cube_rows * runs) || i < cube_rows * runs {
+            let i = lane + comptime!(e * 32);
+            if comptime!((e + 1) * 32 <= blueprint.plane_scales()) || i < blueprint.plane_scales() {
                 let scale = if comptime!(blueprint.nested_log2 != 0) {
                     let value = map[next_scale_codes[e] as usize];
                     opaque(value * next_absmax[e], view.zero) + offset
                 } else {
                     next_absmax[e]
                 };
-                scales[scale_start + i / runs * pitch + i % runs] = scale;
+                scales[scale_start + scales_base + i / runs * pitch + i % runs] = scale;
             }
         }
         #[unroll]
         for c in 0..comptime!(2 * row_tiles * chunks) {
             codes[c] = next_codes[c];
         }
-        sync_cube();
+        if comptime!(blueprint.apart()) {
+            sync_plane();
+        } else {
+            sync_cube();
+        }
 
-        if round + 1 < rounds {
+        if round + 1 < end_round {
             let start = (round + 1) * round_k;
             load_codes(
                 packed,
@@ -228,15 +309,23 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                 k,
                 blueprint,
             );
-            load_x(x, &mut next_x, unit, start, m, k, blueprint);
+            load_x(
+                x,
+                &mut next_x,
+                x_unit,
+                start + x_plane * plane_k,
+                m,
+                k,
+                blueprint,
+            );
             load_scales(
                 words,
                 &view,
                 &mut next_scale_codes,
                 &mut next_absmax,
-                unit,
-                cube_row,
-                start,
+                lane,
+                cube_row + plane_row,
+                start + k_plane * plane_k,
                 n,
                 k,
                 blueprint,
@@ -257,7 +346,7 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                 let mut x_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
                 #[unroll]
                 for tile in 0..column_tiles {
-                    let further = comptime!(tile * 8 * x_vectors + chunk * CHUNK / 8);
+                    let further = comptime!(tile * 8 * x_pitch + chunk * CHUNK / 8);
                     let four = staged[x_start + x_at[q] + further];
                     let mut first = Array::<Vector<F, Const<2>>>::new(2usize);
                     let mut second = Array::<Vector<F, Const<2>>>::new(2usize);
@@ -319,17 +408,22 @@ pub fn matmul_tensor_core_kernel<F: Float>(
             for plane in 0..k_planes {
                 sum += partial[comptime!(plane * columns * cube_rows) + i];
             }
-            if comptime!(blueprint.bias) {
-                sum += f32::cast_from(bias[cube_row + row]);
+            let at = i / cube_rows * n + cube_row + row;
+            if comptime!(blueprint.split) {
+                parts[k_cube * m * n + at] = sum;
+            } else {
+                if comptime!(blueprint.bias) {
+                    sum += f32::cast_from(bias[cube_row + row]);
+                }
+                out[at] = F::cast_from(sum);
             }
-            out[i / cube_rows * n + cube_row + row] = F::cast_from(sum);
         }
         i += units;
     }
 }
 
-/// Loads a unit's share of the scales of a round, not yet decoded: codes and nested scales, or the
-/// scales themselves.
+/// Loads a lane's share of its plane's scales of a round, not yet decoded: codes and nested scales,
+/// or the scales themselves.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn load_scales(
@@ -337,21 +431,19 @@ fn load_scales(
     view: &PackedView,
     codes: &mut Array<u32>,
     absmax: &mut Array<f32>,
-    unit: usize,
-    cube_row: usize,
+    lane: usize,
+    plane_row: usize,
     start: usize,
     n: usize,
     k: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
 ) {
-    let cube_rows = comptime!(16 * blueprint.row_tiles * blueprint.row_planes);
-    let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
-    let runs = comptime!(blueprint.round_k() >> blueprint.run_log2);
+    let runs = comptime!(blueprint.plane_k() >> blueprint.run_log2);
     #[unroll]
-    for e in 0..comptime!((cube_rows * runs).div_ceil(units)) {
-        let i = unit + comptime!(e * units);
-        let row = cube_row + i / runs;
-        let at = start + (i % runs << comptime!(blueprint.run_log2 as usize));
+    for e in 0..comptime!(blueprint.plane_scales().div_ceil(32)) {
+        let i = lane + comptime!(e * 32);
+        let row = plane_row + i / runs;
+        let at = start + ((i % runs) << comptime!(blueprint.run_log2 as usize));
         codes[e] = 0u32;
         absmax[e] = 0.0f32;
         if row < n && at < k {
@@ -368,7 +460,8 @@ fn load_scales(
     }
 }
 
-/// Loads a unit's share of the part of `x` that a round needs.
+/// Loads a unit's share of the part of `x` that a round needs: rows of a plane's piece along `k`,
+/// then the next plane's.
 #[cube]
 fn load_x(
     x: &[Vector<u32, Const<4>>],
@@ -379,13 +472,14 @@ fn load_x(
     k: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
 ) {
-    let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
-    let x_vectors = comptime!(blueprint.round_k() / 8);
+    let units = comptime!(blueprint.x_units());
+    let pitch = comptime!(blueprint.plane_k() / 8);
     #[unroll]
-    for e in 0..comptime!((blueprint.x_rows * x_vectors).div_ceil(units)) {
+    for e in 0..comptime!(blueprint.x_vectors().div_ceil(units)) {
         let i = unit + comptime!(e * units);
-        let row = i / x_vectors;
-        let at = start + i % x_vectors * 8;
+        let row = i / pitch % blueprint.x_rows;
+        let piece = i / comptime!(pitch * blueprint.x_rows);
+        let at = start + piece * comptime!(blueprint.plane_k()) + i % pitch * 8;
         let mut value = Vector::<u32, Const<4>>::new(0u32);
         if row < m && at < k {
             value = x[(row * k + at) / 8];
@@ -469,4 +563,32 @@ fn decode_pair<F: Float>(
 #[cube]
 fn swizzle(row: usize, column: usize) -> usize {
     column ^ ((column >> 3) & 1) ^ ((row & 1) << 1)
+}
+
+/// Adds up the sums of cubes that shared the work along `k`.
+///
+/// - `parts`: `[k_cubes, m, n]`; `bias`: `[n]`, unused without one; `out`: `[m, n]`.
+/// - A unit an element.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub fn add_parts_kernel<F: Float>(
+    parts: &[f32],
+    bias: &[F],
+    out: &mut [F],
+    m: usize,
+    n: usize,
+    k_cubes: usize,
+    #[comptime] has_bias: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at < m * n {
+        let mut sum = 0.0f32;
+        for part in 0..k_cubes {
+            sum += parts[part * m * n + at];
+        }
+        if has_bias {
+            sum += f32::cast_from(bias[at % n]);
+        }
+        out[at] = F::cast_from(sum);
+    }
 }

@@ -12,7 +12,9 @@ use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
-use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel};
+use crate::kernel::tensor_core::{
+    TensorCoreBlueprint, add_parts_kernel, matmul_tensor_core_kernel,
+};
 
 /// A kernel that multiplies with a packed weight without decoding it to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,24 +62,28 @@ pub struct TensorCoreTile {
     pub k_planes: usize,
     /// Runs of 128 elements a plane decodes between two barriers.
     pub chunks: usize,
+    /// Cubes that share the work along `k`; more than one costs a second launch.
+    pub k_cubes: usize,
 }
 
 impl TensorCoreTile {
     /// The tile that suits a product.
     pub fn for_product(product: &Product) -> Self {
-        let (row_tiles, row_planes, k_planes, chunks) = match product.m {
-            0..=8 if product.k >= 8192 => (1, 1, 8, 4),
-            0..=8 => (1, 1, 4, 4),
-            9..=16 => (1, 2, 4, 2),
-            17..=32 => (1, 2, 4, 1),
-            _ if product.n <= 8192 => (1, 2, 4, 1),
-            _ => (2, 4, 2, 1),
+        let narrow = product.n <= 8192;
+        let (row_tiles, row_planes, k_planes, chunks, k_cubes) = match product.m {
+            0..=8 if product.k >= 8192 => (1, 1, 8, 2, 1),
+            0..=8 => (1, 1, 8, 1, 1),
+            9..=16 if narrow => (1, 2, 8, 1, 1),
+            9..=16 => (2, 2, 4, 1, 1),
+            _ if narrow => (1, 2, 4, 1, 1),
+            _ => (2, 4, 2, 1, 1),
         };
         Self {
             row_tiles,
             row_planes,
             k_planes,
             chunks,
+            k_cubes,
         }
     }
 
@@ -105,7 +111,10 @@ enum Kernel {
         blueprint: GemvBlueprint,
         vector: usize,
     },
-    TensorCore(TensorCoreBlueprint),
+    TensorCore {
+        blueprint: TensorCoreBlueprint,
+        k_cubes: usize,
+    },
 }
 
 /// Rows of `x` that the tensor core kernel takes at most.
@@ -221,6 +230,7 @@ impl MatmulPlan {
             chunks: tile.chunks,
             // Each value compiles a kernel, so only few.
             x_rows: if m <= 8 { m } else { 8 * column_tiles },
+            split: tile.k_cubes > 1,
             bias,
         };
         let units = 32 * tile.planes();
@@ -230,11 +240,14 @@ impl MatmulPlan {
             return impossible(format!("{tile:?} is more than a cube may have"));
         }
         let cube_rows = 16 * tile.row_tiles * tile.row_planes;
+        // No cube without a round.
+        let rounds = k.div_ceil(blueprint.round_k());
+        let k_cubes = rounds.div_ceil(rounds.div_ceil(tile.k_cubes.max(1)));
         Ok(Self {
             product,
             cube_dim: CubeDim::new_2d(32, tile.planes() as u32),
-            cube_count: cube_count(client, n.div_ceil(cube_rows)),
-            kernel: Kernel::TensorCore(blueprint),
+            cube_count: cube_count(client, n.div_ceil(cube_rows) * k_cubes),
+            kernel: Kernel::TensorCore { blueprint, k_cubes },
             address: address_type(layout.elems.max(m * n).max(m * k)),
         })
     }
@@ -284,7 +297,7 @@ impl MatmulPlan {
     pub fn variant(&self) -> MatmulVariant {
         match self.kernel {
             Kernel::Gemv { .. } => MatmulVariant::Gemv,
-            Kernel::TensorCore(_) => MatmulVariant::TensorCore,
+            Kernel::TensorCore { .. } => MatmulVariant::TensorCore,
         }
     }
 
@@ -309,7 +322,7 @@ impl MatmulPlan {
         let size = dtype.size_bytes();
         let with_bias = match self.kernel {
             Kernel::Gemv { blueprint, .. } => blueprint.bias,
-            Kernel::TensorCore(blueprint) => blueprint.bias,
+            Kernel::TensorCore { blueprint, .. } => blueprint.bias,
         };
         let bias_bytes = bias.as_ref().map_or(0, |bias| bias.size_in_used() as usize);
         for (tensor, expected, given) in [
@@ -335,42 +348,69 @@ impl MatmulPlan {
         let elem = elem_type(dtype);
         // SAFETY: the buffers hold what is declared here (checked above, and `layout` is that of
         // the weight, whose elements are `n * k`); the kernels guard every row by `m` and `n` and
-        // every element by `k`. A bias that is not there is never read.
+        // every element by `k`. A bias that is not there is never read, parts that are not asked for
+        // are never written.
         unsafe {
-            let bias_arg = match bias {
-                Some(bias) => BufferArg::from_raw_parts(bias, n),
+            let bias_arg = || match &bias {
+                Some(bias) => BufferArg::from_raw_parts(bias.clone(), n),
                 None => BufferArg::from_raw_parts(x.clone(), 1),
             };
-            let out = BufferArg::from_raw_parts(out, m * n);
+            let out_arg = || BufferArg::from_raw_parts(out.clone(), m * n);
             let words = || BufferArg::from_raw_parts(packed.clone(), layout.words);
             match self.kernel {
-                Kernel::TensorCore(blueprint) => matmul_tensor_core_kernel::launch_unchecked(
-                    client,
-                    self.cube_count.clone(),
-                    self.cube_dim,
-                    address,
-                    BufferArg::from_raw_parts(x, m * k / 2),
-                    words(),
-                    words(),
-                    bias_arg,
-                    out,
-                    view,
-                    m,
-                    n,
-                    k,
-                    blueprint,
-                    elem,
-                ),
+                Kernel::TensorCore { blueprint, k_cubes } => {
+                    let parts = match blueprint.split {
+                        true => client.empty(k_cubes * m * n * 4),
+                        false => out.clone(),
+                    };
+                    let parts_len = if blueprint.split { k_cubes * m * n } else { 1 };
+                    matmul_tensor_core_kernel::launch_unchecked(
+                        client,
+                        self.cube_count.clone(),
+                        self.cube_dim,
+                        address,
+                        BufferArg::from_raw_parts(x.clone(), m * k / 2),
+                        words(),
+                        words(),
+                        bias_arg(),
+                        out_arg(),
+                        BufferArg::from_raw_parts(parts.clone(), parts_len),
+                        view,
+                        m,
+                        n,
+                        k,
+                        k_cubes,
+                        blueprint,
+                        elem,
+                    );
+                    if blueprint.split {
+                        let units = units_per_cube(client);
+                        add_parts_kernel::launch_unchecked(
+                            client,
+                            cube_count(client, (m * n).div_ceil(units as usize)),
+                            CubeDim::new_1d(units),
+                            address,
+                            BufferArg::from_raw_parts(parts, parts_len),
+                            bias_arg(),
+                            out_arg(),
+                            m,
+                            n,
+                            k_cubes,
+                            blueprint.bias,
+                            elem,
+                        );
+                    }
+                }
                 Kernel::Gemv { blueprint, vector } => matmul_gemv_kernel::launch_unchecked(
                     client,
                     self.cube_count.clone(),
                     self.cube_dim,
                     address,
                     vector,
-                    BufferArg::from_raw_parts(x, m * k),
+                    BufferArg::from_raw_parts(x.clone(), m * k),
                     words(),
-                    bias_arg,
-                    out,
+                    bias_arg(),
+                    out_arg(),
                     view,
                     m,
                     n,
