@@ -1,0 +1,105 @@
+//! What can go wrong when a model is opened, run or trained.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use burn_nf4::Nf4Error;
+
+/// An error of the example, for people to read.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The library could not read or build something.
+    #[error(transparent)]
+    Nf4(#[from] Nf4Error),
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// A file that is not the JSON expected.
+    #[error("{}: {message}", path.display())]
+    Json { path: PathBuf, message: String },
+    /// A field of `config.json` whose value this model does not implement.
+    #[error("config.json: `{field}` is {given}, supported: {supported}")]
+    Unsupported {
+        field: &'static str,
+        given: String,
+        supported: &'static str,
+    },
+    /// The tensors of the checkpoint are not those of the model.
+    #[error("{0}")]
+    Tensors(Box<TensorFaults>),
+    /// The tokenizer failed.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// An argument, or a combination of them, that cannot be served.
+    #[error("{0}")]
+    Argument(String),
+    /// A checkpoint of a training run that cannot be read or continued.
+    #[error("{}: {message}", path.display())]
+    Resume { path: PathBuf, message: String },
+    /// The model could not be fetched.
+    #[error("cannot fetch {repo}: {message}")]
+    Fetch { repo: String, message: String },
+}
+
+impl ModelError {
+    /// Wraps an error of the file system with the path it concerns.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// Wraps an error of the JSON reader with the path it concerns.
+    pub fn json(path: impl Into<PathBuf>) -> impl FnOnce(serde_json::Error) -> Self {
+        let path = path.into();
+        move |error| Self::Json {
+            path,
+            message: error.to_string(),
+        }
+    }
+}
+
+/// Everything that is wrong with the tensors of a checkpoint, found in one pass.
+#[derive(Debug, Default)]
+pub struct TensorFaults {
+    /// Where the tensors were looked for.
+    pub path: PathBuf,
+    /// Parameters of the model that the checkpoint does not hold.
+    pub missing: Vec<String>,
+    /// Parameters of the checkpoint that the model has no use for.
+    pub unexpected: Vec<String>,
+    /// Parameters of another shape or dtype, each with what is wrong.
+    pub mismatched: Vec<String>,
+}
+
+impl TensorFaults {
+    /// An error, unless nothing was found.
+    pub fn into_result(self) -> Result<(), ModelError> {
+        if self.missing.is_empty() && self.unexpected.is_empty() && self.mismatched.is_empty() {
+            return Ok(());
+        }
+        Err(ModelError::Tensors(Box::new(self)))
+    }
+}
+
+impl fmt::Display for TensorFaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} does not fit the model of its config.json",
+            self.path.display()
+        )?;
+        for (title, faults) in [
+            ("missing", &self.missing),
+            ("unexpected", &self.unexpected),
+            ("mismatched", &self.mismatched),
+        ] {
+            for fault in faults {
+                write!(f, "\n  {title}: {fault}")?;
+            }
+        }
+        Ok(())
+    }
+}

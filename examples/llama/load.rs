@@ -1,0 +1,275 @@
+//! From a checkpoint to a model.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{DType, Device, Tensor};
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{Checkpoint, Progress, QuantState};
+use burn_nf4::format::FloatType;
+use burn_nf4::nn::Nf4Linear;
+
+use crate::attention::Attention;
+use crate::config::LlamaConfig;
+use crate::error::{ModelError, TensorFaults};
+use crate::model::{DecoderLayer, Llama, Mlp, RmsNorm};
+use crate::projection::Projection;
+
+/// Builds the model and reads its weights onto the device, one at a time.
+///
+/// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
+/// is trainable. All that is missing, unexpected or of another form is listed in one error, before
+/// anything is read.
+pub fn load(
+    checkpoint: &Checkpoint,
+    config: &LlamaConfig,
+    dtype: FloatType,
+    device: &Device,
+    mut on_progress: impl FnMut(Progress<'_>),
+) -> Result<Llama, ModelError> {
+    let parameters = parameters(config);
+    check(checkpoint, config, &parameters)?;
+    let mut reader = Reader {
+        checkpoint,
+        dtype,
+        device,
+        on_progress: &mut on_progress,
+        done: 0,
+        total: parameters.len(),
+        bytes_done: 0,
+        bytes_total: checkpoint.size_bytes(),
+    };
+    Ok(reader.model(config)?.no_grad())
+}
+
+/// The parameters of the model and their shapes.
+fn parameters(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let hidden = config.hidden_size;
+    let mut found = vec![
+        ("model.embed_tokens.weight".into(), vec![config.vocab_size, hidden]),
+        ("model.norm.weight".into(), vec![hidden]),
+    ];
+    if !config.tie_word_embeddings {
+        found.push(("lm_head.weight".into(), vec![config.vocab_size, hidden]));
+    }
+    for index in 0..config.num_hidden_layers {
+        let layer = format!("model.layers.{index}");
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            found.push((format!("{layer}.{norm}.weight"), vec![hidden]));
+        }
+        for (name, [d_output, d_input], bias) in linears(config) {
+            found.push((format!("{layer}.{name}.weight"), vec![d_output, d_input]));
+            if bias {
+                found.push((format!("{layer}.{name}.bias"), vec![d_output]));
+            }
+        }
+    }
+    found
+}
+
+/// Name, `[d_output, d_input]` and bias of the linear layers of a layer.
+fn linears(config: &LlamaConfig) -> [(&'static str, [usize; 2], bool); 7] {
+    let hidden = config.hidden_size;
+    let inner = config.intermediate_size;
+    let q = config.num_attention_heads * config.head_dim;
+    let kv = config.num_key_value_heads * config.head_dim;
+    [
+        ("self_attn.q_proj", [q, hidden], config.attention_bias),
+        ("self_attn.k_proj", [kv, hidden], config.attention_bias),
+        ("self_attn.v_proj", [kv, hidden], config.attention_bias),
+        ("self_attn.o_proj", [hidden, q], config.attention_bias),
+        ("mlp.gate_proj", [inner, hidden], config.mlp_bias),
+        ("mlp.up_proj", [inner, hidden], config.mlp_bias),
+        ("mlp.down_proj", [hidden, inner], config.mlp_bias),
+    ]
+}
+
+/// Compares names, shapes and dtypes with the checkpoint's, without reading a weight.
+fn check(
+    checkpoint: &Checkpoint,
+    config: &LlamaConfig,
+    parameters: &[(String, Vec<usize>)],
+) -> Result<(), ModelError> {
+    let mut faults = TensorFaults {
+        path: checkpoint.path().into(),
+        ..TensorFaults::default()
+    };
+    for (key, expected) in parameters {
+        if !checkpoint.contains(key) {
+            faults.missing.push(format!("{key} {expected:?}"));
+            continue;
+        }
+        let linear = key.ends_with("_proj.weight") || key == "lm_head.weight";
+        let given = match checkpoint.is_quantized(key) {
+            true if !linear => {
+                let fault = format!("{key} is quantized, expected a float tensor {expected:?}");
+                faults.mismatched.push(fault);
+                continue;
+            }
+            true => quantized_shape(checkpoint, key)?,
+            false => {
+                let info = checkpoint.tensor_info(key)?;
+                let name = info.dtype.to_string();
+                if !["F32", "F16", "BF16"].contains(&name.as_str()) {
+                    let fault = format!("{key} has dtype {name}, expected F32, F16 or BF16");
+                    faults.mismatched.push(fault);
+                }
+                info.shape.to_vec()
+            }
+        };
+        if &given != expected {
+            let fault = format!("{key} has shape {given:?}, expected {expected:?}");
+            faults.mismatched.push(fault);
+        }
+    }
+    let known = |key: &str| {
+        parameters.iter().any(|(name, _)| name == key)
+            // Buffers and copies that transformers does not read either.
+            || key.ends_with(".rotary_emb.inv_freq")
+            || (config.tie_word_embeddings && key == "lm_head.weight")
+    };
+    faults.unexpected = checkpoint
+        .parameters()
+        .into_iter()
+        .filter(|key| !known(key))
+        .map(String::from)
+        .collect();
+    faults.into_result()
+}
+
+/// The shape that a packed weight has when it is decoded.
+fn quantized_shape(checkpoint: &Checkpoint, key: &str) -> Result<Vec<usize>, Nf4Error> {
+    let state_key = ["nf4", "fp4"]
+        .map(|name| format!("{key}.quant_state.bitsandbytes__{name}"))
+        .into_iter()
+        .find(|state_key| checkpoint.contains(state_key))
+        .unwrap_or_default();
+    let state = QuantState::parse(checkpoint.tensor_bytes(&state_key)?, &state_key)?;
+    let mut shape = state.shape;
+    if checkpoint.is_transposed(key)? {
+        shape.reverse();
+    }
+    Ok(shape)
+}
+
+struct Reader<'a> {
+    checkpoint: &'a Checkpoint,
+    dtype: FloatType,
+    device: &'a Device,
+    on_progress: &'a mut dyn FnMut(Progress<'_>),
+    done: usize,
+    total: usize,
+    bytes_done: usize,
+    bytes_total: usize,
+}
+
+impl Reader<'_> {
+    fn model(&mut self, config: &LlamaConfig) -> Result<Llama, ModelError> {
+        let embed_tokens = self.tensor::<2>("model.embed_tokens.weight")?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| self.layer(&format!("model.layers.{index}"), config))
+            .collect::<Result<_, ModelError>>()?;
+        let norm = self.norm("model.norm", config)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(self.projection("lm_head", false)?),
+        };
+        Ok(Llama {
+            embed_tokens: Param::from_tensor(embed_tokens),
+            layers,
+            norm,
+            lm_head,
+            sliding_window: config.sliding_window,
+        })
+    }
+
+    fn layer(&mut self, path: &str, config: &LlamaConfig) -> Result<DecoderLayer, ModelError> {
+        let [q, k, v, o, gate, up, down] =
+            linears(config).map(|(name, _, bias)| self.projection(&format!("{path}.{name}"), bias));
+        Ok(DecoderLayer {
+            input_layernorm: self.norm(&format!("{path}.input_layernorm"), config)?,
+            self_attn: Attention {
+                q_proj: q?,
+                k_proj: k?,
+                v_proj: v?,
+                o_proj: o?,
+                num_heads: config.num_attention_heads,
+                num_kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+            },
+            post_attention_layernorm: self
+                .norm(&format!("{path}.post_attention_layernorm"), config)?,
+            mlp: Mlp {
+                gate_proj: gate?,
+                up_proj: up?,
+                down_proj: down?,
+            },
+        })
+    }
+
+    fn norm(&mut self, path: &str, config: &LlamaConfig) -> Result<RmsNorm, ModelError> {
+        Ok(RmsNorm {
+            weight: Param::from_tensor(self.tensor(&format!("{path}.weight"))?),
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    fn projection(&mut self, path: &str, bias: bool) -> Result<Projection, ModelError> {
+        let key = format!("{path}.weight");
+        let bias = match bias {
+            true => Some(self.tensor::<1>(&format!("{path}.bias"))?),
+            false => None,
+        };
+        if !self.checkpoint.is_quantized(&key) {
+            let weight = self.tensor::<2>(&key)?.transpose();
+            return Ok(Projection::Dense(Linear {
+                weight: Param::from_tensor(weight),
+                bias: bias.map(Param::from_tensor),
+            }));
+        }
+        let host = self.checkpoint.load_nf4(&key)?;
+        let bytes = host.size_bytes();
+        let layer = Nf4Linear::from_host(&host, bias, self.device)?;
+        self.report(&key, bytes);
+        Ok(Projection::Nf4(layer))
+    }
+
+    /// A float tensor in the dtype of the model.
+    fn tensor<const D: usize>(&mut self, key: &str) -> Result<Tensor<D>, ModelError> {
+        let tensor = self.read(key)?;
+        let bytes = self.checkpoint.tensor_bytes(key)?.len();
+        self.report(key, bytes);
+        Ok(tensor)
+    }
+
+    fn read<const D: usize>(&self, key: &str) -> Result<Tensor<D>, ModelError> {
+        use burn::tensor::TensorData;
+        let device = self.device;
+        let tensor: Tensor<D> = match self.checkpoint.tensor_info(key)?.dtype.to_string().as_str() {
+            "BF16" => {
+                let (values, shape) = self.checkpoint.load_float::<half::bf16>(key)?;
+                Tensor::from_data(TensorData::new(values, shape), (device, DType::BF16))
+            }
+            "F16" => {
+                let (values, shape) = self.checkpoint.load_float::<half::f16>(key)?;
+                Tensor::from_data(TensorData::new(values, shape), (device, DType::F16))
+            }
+            _ => {
+                let (values, shape) = self.checkpoint.load_float::<f32>(key)?;
+                Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+            }
+        };
+        Ok(tensor.cast(DType::from(self.dtype)))
+    }
+
+    fn report(&mut self, parameter: &str, bytes: usize) {
+        self.done += 1;
+        self.bytes_done += bytes;
+        (self.on_progress)(Progress {
+            parameter,
+            parameters_done: self.done,
+            parameters_total: self.total,
+            bytes_done: self.bytes_done,
+            bytes_total: self.bytes_total,
+        });
+    }
+}
