@@ -1,2 +1,49 @@
-//! x
-fn main() {}
+//! Runs and fine-tunes a Llama-family model whose weights stay in NF4.
+//!
+//! ```text
+//! cargo run --release --example llama -- generate --model FOLDER --prompt "Once upon a time"
+//! cargo run --release --example llama -- generate --model org/name --chat --prompt "Hello"
+//! cargo run --release --example llama -- finetune --model FOLDER --data text.txt --output OUT
+//! ```
+
+mod attention;
+mod cache;
+mod commands;
+mod config;
+mod device;
+mod error;
+mod fetch;
+mod generate;
+mod load;
+mod model;
+mod progress;
+mod projection;
+mod rope;
+mod sample;
+mod text;
+
+use clap::{Parser, Subcommand};
+
+use commands::GenerateArgs;
+
+/// Run and fine-tune Llama-family models in NF4.
+#[derive(Parser, Debug)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Generate(GenerateArgs),
+}
+
+fn main() {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => args.run(),
+    };
+    if let Err(error) = result {
+        eprintln!("error: {error}");
+        std::process::exit(1);
+    }
+}

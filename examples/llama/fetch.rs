@@ -1,0 +1,72 @@
+//! From the name of a model to a folder.
+
+use std::path::{Path, PathBuf};
+
+use burn_nf4::checkpoint::{INDEX_FILE, SINGLE_FILE};
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::config::{parse, read};
+use crate::error::ModelError;
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The folder of a model: `name` itself if there is such a path, else the files of the repository
+/// `name` (`org/name`) of the Hugging Face hub, fetched into its cache.
+pub fn folder(name: &str) -> Result<PathBuf, ModelError> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Ok(path.into());
+    }
+    let parts: Vec<&str> = name.split('/').collect();
+    if parts.len() != 2 || parts.iter().any(|part| part.is_empty() || part.starts_with('.')) {
+        return Err(ModelError::Argument(format!(
+            "`{name}` is neither a folder nor a repository `org/name`"
+        )));
+    }
+    fetch(name)
+}
+
+/// Fetches only what is needed, with hf-hub's progress bars.
+fn fetch(name: &str) -> Result<PathBuf, ModelError> {
+    let failed = |error: ApiError| ModelError::Fetch {
+        repo: name.into(),
+        message: error.to_string(),
+    };
+    let repo = ApiBuilder::from_env()
+        .with_progress(true)
+        .build()
+        .map_err(failed)?
+        .model(name.into());
+    let held: BTreeSet<String> = repo
+        .info()
+        .map_err(failed)?
+        .siblings
+        .into_iter()
+        .map(|file| file.rfilename)
+        .collect();
+    for required in ["config.json", "tokenizer.json"] {
+        repo.get(required).map_err(failed)?;
+    }
+    for optional in ["generation_config.json", "tokenizer_config.json"] {
+        if held.contains(optional) {
+            repo.get(optional).map_err(failed)?;
+        }
+    }
+    if held.contains(INDEX_FILE) {
+        let path = repo.get(INDEX_FILE).map_err(failed)?;
+        let index: Index = parse(&read(&path)?, &path)?;
+        let shards: BTreeSet<&String> = index.weight_map.values().collect();
+        for shard in shards {
+            repo.get(shard).map_err(failed)?;
+        }
+    } else {
+        repo.get(SINGLE_FILE).map_err(failed)?;
+    }
+    let config = repo.get("config.json").map_err(failed)?;
+    Ok(config.parent().unwrap_or(Path::new(".")).into())
+}

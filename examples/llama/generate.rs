@@ -1,0 +1,129 @@
+//! Continuing texts token by token.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::cache::KvCache;
+use crate::config::LlamaConfig;
+use crate::error::ModelError;
+use crate::model::Llama;
+use crate::sample::{Sampler, Sampling};
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The tokens of each row.
+    pub prompts: Vec<Vec<u32>>,
+    pub max_tokens: usize,
+    pub sampling: Sampling,
+    /// Tokens that end a row.
+    pub eos: Vec<u32>,
+}
+
+/// How it went.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The tokens generated for each row, without the one that ended it.
+    pub tokens: Vec<Vec<u32>>,
+    pub prompt_tokens: usize,
+    pub prompt_time: Duration,
+    /// Tokens after the first of each row, of all rows.
+    pub decoded_tokens: usize,
+    pub decode_time: Duration,
+    pub cache_bytes: usize,
+}
+
+/// Continues every prompt until its row ends or `max_tokens` are there.
+///
+/// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
+/// gets each token as it comes, with its row.
+pub fn generate(
+    model: &Llama,
+    config: &LlamaConfig,
+    request: &Request,
+    mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
+) -> Result<Report, ModelError> {
+    let rows = request.prompts.len();
+    let longest = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
+    if let Some(row) = request.prompts.iter().position(Vec::is_empty) {
+        return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
+    }
+    for &id in request.prompts.iter().flatten() {
+        if id as usize >= config.vocab_size {
+            return Err(ModelError::Argument(format!(
+                "token {id} is not in the vocabulary of {}",
+                config.vocab_size
+            )));
+        }
+    }
+
+    let start = Instant::now();
+    let padding: Vec<usize> = request.prompts.iter().map(|p| longest - p.len()).collect();
+    let ids: Vec<i64> = request
+        .prompts
+        .iter()
+        .zip(&padding)
+        .flat_map(|(prompt, &pad)| {
+            std::iter::repeat_n(0, pad).chain(prompt.iter().map(|&id| i64::from(id)))
+        })
+        .collect();
+    let ids = TensorData::new(ids, [rows, longest]);
+    let mut ids = Tensor::<2, Int>::from_data(ids, &model.device());
+    let mut rope = model.rope_tables(config);
+    let mut cache = KvCache::new(config.num_hidden_layers, padding);
+    let mut sampler = Sampler::new(request.sampling, rows);
+
+    let mut tokens = vec![Vec::new(); rows];
+    let mut open = vec![true; rows];
+    let mut prompt_time = None;
+    let mut decoded_tokens = 0;
+    for _ in 0..request.max_tokens {
+        let logits = model.next_logits(ids, &mut rope, &mut cache);
+        let (next, host) = sampler.next(logits);
+        if prompt_time.is_some() {
+            decoded_tokens += open.iter().filter(|&&open| open).count();
+        }
+        prompt_time.get_or_insert_with(|| start.elapsed());
+        for (row, &id) in host.iter().enumerate() {
+            if !open[row] {
+                continue;
+            }
+            if request.eos.contains(&id) {
+                open[row] = false;
+                continue;
+            }
+            tokens[row].push(id);
+            on_token(row, id)?;
+        }
+        if !open.contains(&true) {
+            break;
+        }
+        ids = next;
+    }
+    let prompt_time = prompt_time.unwrap_or_default();
+    Ok(Report {
+        tokens,
+        prompt_tokens: request.prompts.iter().map(Vec::len).sum(),
+        prompt_time,
+        decoded_tokens,
+        decode_time: start.elapsed().saturating_sub(prompt_time),
+        cache_bytes: cache.size_bytes(),
+    })
+}
+
+impl Report {
+    /// Tokens of the prompts a second.
+    pub fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens, self.prompt_time)
+    }
+
+    /// Tokens generated a second, of all rows together.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.decoded_tokens, self.decode_time)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64().max(1e-9)
+}
