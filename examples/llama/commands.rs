@@ -6,8 +6,10 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::peft::Adapter;
 use clap::Args;
 
+use crate::adapter;
 use crate::config::LlamaConfig;
 use crate::device::{DTypeName, DeviceName};
 use crate::error::ModelError;
@@ -75,7 +77,6 @@ pub struct GenerateArgs {
 
 /// A model with all that belongs to it.
 pub struct Opened {
-    pub folder: PathBuf,
     pub model: Llama,
     pub config: LlamaConfig,
     pub text: Text,
@@ -106,7 +107,6 @@ impl ModelArgs {
             mebibytes(dense as u64),
         );
         Ok(Opened {
-            folder,
             model,
             config,
             text,
@@ -132,11 +132,14 @@ fn load_model(
 impl GenerateArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         let Opened {
-            model,
+            mut model,
             config,
             text,
-            ..
         } = self.model.open(false)?;
+        if let Some(folder) = &self.adapter {
+            let device = model.device();
+            model = adapter::apply(model, &Adapter::open(folder)?, &device)?;
+        }
         let prompts: Vec<Vec<u32>> = self
             .prompt
             .iter()

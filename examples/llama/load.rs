@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, Progress, QuantState};
 use burn_nf4::format::FloatType;
@@ -226,39 +226,21 @@ impl Reader<'_> {
                 bias: bias.map(Param::from_tensor),
             }));
         }
-        let host = self.checkpoint.load_nf4(&key)?;
-        let bytes = host.size_bytes();
-        let layer = Nf4Linear::from_host(&host, bias, self.device)?;
+        let weight = self.checkpoint.load_weight(&key, self.device)?;
+        let bytes = weight.size_bytes();
+        let layer = Nf4Linear::new(weight, bias)?;
         self.report(&key, bytes);
         Ok(Projection::Nf4(layer))
     }
 
     /// A float tensor in the dtype of the model.
     fn tensor<const D: usize>(&mut self, key: &str) -> Result<Tensor<D>, ModelError> {
-        let tensor = self.read(key)?;
+        let tensor = self
+            .checkpoint
+            .load_tensor(key, Some(self.dtype), self.device)?;
         let bytes = self.checkpoint.tensor_bytes(key)?.len();
         self.report(key, bytes);
         Ok(tensor)
-    }
-
-    fn read<const D: usize>(&self, key: &str) -> Result<Tensor<D>, ModelError> {
-        use burn::tensor::TensorData;
-        let device = self.device;
-        let tensor: Tensor<D> = match self.checkpoint.tensor_info(key)?.dtype.to_string().as_str() {
-            "BF16" => {
-                let (values, shape) = self.checkpoint.load_float::<half::bf16>(key)?;
-                Tensor::from_data(TensorData::new(values, shape), (device, DType::BF16))
-            }
-            "F16" => {
-                let (values, shape) = self.checkpoint.load_float::<half::f16>(key)?;
-                Tensor::from_data(TensorData::new(values, shape), (device, DType::F16))
-            }
-            _ => {
-                let (values, shape) = self.checkpoint.load_float::<f32>(key)?;
-                Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
-            }
-        };
-        Ok(tensor.cast(DType::from(self.dtype)))
     }
 
     fn report(&mut self, parameter: &str, bytes: usize) {

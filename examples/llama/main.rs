@@ -6,13 +6,17 @@
 //! cargo run --release --example llama -- finetune --model FOLDER --data text.txt --output OUT
 //! ```
 
+mod adapter;
 mod attention;
+mod backward;
 mod cache;
 mod commands;
 mod config;
+mod data;
 mod device;
 mod error;
 mod fetch;
+mod finetune;
 mod generate;
 mod load;
 mod model;
@@ -20,11 +24,15 @@ mod progress;
 mod projection;
 mod rope;
 mod sample;
+mod schedule;
 mod text;
+mod train;
+mod watch;
 
 use clap::{Parser, Subcommand};
 
 use commands::GenerateArgs;
+use finetune::FinetuneArgs;
 
 /// Run and fine-tune Llama-family models in NF4.
 #[derive(Parser, Debug)]
@@ -36,11 +44,13 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Generate(GenerateArgs),
+    Finetune(Box<FinetuneArgs>),
 }
 
 fn main() {
     let result = match Cli::parse().command {
         Command::Generate(args) => args.run(),
+        Command::Finetune(args) => args.run(),
     };
     if let Err(error) = result {
         eprintln!("error: {error}");

@@ -1,0 +1,212 @@
+//! The command `finetune`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use burn_nf4::peft::{LoraConfig, TargetModules};
+use clap::Args;
+
+use crate::adapter;
+use crate::commands::{ModelArgs, Opened};
+use crate::data::{Batch, Dataset};
+use crate::error::ModelError;
+use crate::progress::{mebibytes, peak_memory_bytes, seconds};
+use crate::schedule::{Decay, Schedule};
+use crate::train::{Settings, Trainer, latest_checkpoint};
+use crate::watch::{StepReport, Watch};
+
+/// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
+#[derive(Args, Debug)]
+pub struct FinetuneArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A .txt file, or a .jsonl file with `text` or `messages` in each line.
+    #[arg(long)]
+    pub data: PathBuf,
+    /// Where to save the adapter and the checkpoints.
+    #[arg(long)]
+    pub output: PathBuf,
+    /// Rank of the adapter.
+    #[arg(long, default_value_t = 8)]
+    pub r: usize,
+    /// Numerator of the adapter's factor.
+    #[arg(long, default_value_t = 16.0)]
+    pub alpha: f64,
+    /// Probability of dropping an input of the adapter.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Use the factor alpha / sqrt(r) instead of alpha / r.
+    #[arg(long)]
+    pub rslora: bool,
+    /// The layers to adapt, by the end of their path, or `all-linear`.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    )]
+    pub target_modules: Vec<String>,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 2e-4)]
+    pub lr: f64,
+    /// How the learning rate falls.
+    #[arg(long, value_enum, default_value_t = Decay::Constant)]
+    pub schedule: Decay,
+    /// Steps in which the learning rate rises from zero.
+    #[arg(long, default_value_t = 0)]
+    pub warmup: usize,
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f32,
+    /// Examples in one pass.
+    #[arg(long, default_value_t = 1)]
+    pub batch_size: usize,
+    /// Passes in one step.
+    #[arg(long, default_value_t = 1)]
+    pub grad_accum: usize,
+    /// Most tokens of an example.
+    #[arg(long, default_value_t = 512)]
+    pub seq_len: usize,
+    /// Passes over the data, unless --steps is given.
+    #[arg(long, default_value_t = 1)]
+    pub epochs: usize,
+    /// Steps of the optimizer.
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Keep only the input of each layer and compute the rest twice: less memory, a third more
+    /// time.
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Save a checkpoint every so many steps.
+    #[arg(long)]
+    pub save_every: Option<usize>,
+    /// Go on from the last checkpoint in the output folder.
+    #[arg(long)]
+    pub resume: bool,
+    /// Print lines even in a terminal.
+    #[arg(long)]
+    pub no_tui: bool,
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+}
+
+impl FinetuneArgs {
+    pub fn run(&self) -> Result<(), ModelError> {
+        if self.batch_size == 0 || self.grad_accum == 0 {
+            return Err(ModelError::Argument(
+                "--batch-size and --grad-accum must be at least 1".into(),
+            ));
+        }
+        let Opened {
+            model,
+            config,
+            text,
+        } = self.model.open(true)?;
+        let eos = config.eos_token_ids.first().copied();
+        let data = Dataset::read(&self.data, &text, eos, self.seq_len)?;
+        let per_epoch = data.steps_per_epoch(self.batch_size * self.grad_accum);
+        let total = self.steps.unwrap_or(self.epochs * per_epoch);
+
+        let lora = self.lora();
+        let settings = self.settings(&lora, &data, total);
+        let device = model.device();
+        device.seed(self.seed);
+        let model = adapter::fresh(model, lora.clone(), &device)?;
+        let checkpointing = self.gradient_checkpointing;
+        let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing);
+        if self.resume {
+            trainer = match latest_checkpoint(&self.output)? {
+                Some(folder) => {
+                    eprintln!("going on from {}", folder.display());
+                    trainer.resume(&folder)?
+                }
+                None => {
+                    return Err(ModelError::Resume {
+                        path: self.output.clone(),
+                        message: "holds no checkpoint".into(),
+                    });
+                }
+            };
+        }
+        eprintln!("{} examples, {total} steps, {per_epoch} an epoch", data.len());
+        self.train(&mut trainer, &data, total)?;
+
+        trainer.save_adapter(&self.output)?;
+        println!("saved the adapter in {}", self.output.display());
+        if let Some(peak) = peak_memory_bytes() {
+            println!("peak memory of the process: {}", mebibytes(peak));
+        }
+        Ok(())
+    }
+
+    fn train(
+        &self,
+        trainer: &mut Trainer,
+        data: &Dataset,
+        total: usize,
+    ) -> Result<(), ModelError> {
+        let mut watch = Watch::open(&self.output, !self.no_tui, trainer.step, total)?;
+        let start = Instant::now();
+        while trainer.step < total && !watch.should_stop() {
+            let batches = data.step(trainer.step, self.batch_size, self.grad_accum, self.seed);
+            let learning_rate = trainer.rate();
+            let begun = Instant::now();
+            let loss = trainer.step(&batches);
+            let tokens: usize = batches.iter().map(Batch::tokens).sum();
+            watch.step(&StepReport {
+                step: trainer.step,
+                loss,
+                learning_rate,
+                tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
+            })?;
+            if !loss.is_finite() {
+                return Err(ModelError::Argument(format!(
+                    "the loss of step {} is {loss}: lower the learning rate",
+                    trainer.step
+                )));
+            }
+            if self.save_every.is_some_and(|every| trainer.step.is_multiple_of(every.max(1))) {
+                watch.saved(&trainer.save_checkpoint(&self.output)?);
+            }
+        }
+        if watch.should_stop() {
+            watch.saved(&trainer.save_checkpoint(&self.output)?);
+        }
+        // Closes the TUI before anything else is printed.
+        drop(watch);
+        println!("{} steps in {}", trainer.step, seconds(start.elapsed()));
+        Ok(())
+    }
+
+    fn lora(&self) -> LoraConfig {
+        let targets = match self.target_modules.as_slice() {
+            [all] if all == "all-linear" => TargetModules::AllLinear,
+            names => TargetModules::list(names.iter().cloned()),
+        };
+        LoraConfig {
+            r: self.r,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            use_rslora: self.rslora,
+            task_type: Some("CAUSAL_LM".into()),
+            base_model_name_or_path: Some(self.model.model.clone()),
+            ..LoraConfig::new(targets)
+        }
+    }
+
+    fn settings(&self, lora: &LoraConfig, data: &Dataset, total: usize) -> Settings {
+        Settings {
+            schedule: Schedule {
+                peak: self.lr,
+                decay: self.schedule,
+                warmup: self.warmup,
+                total,
+            },
+            weight_decay: self.weight_decay,
+            batch_size: self.batch_size,
+            grad_accum: self.grad_accum,
+            seq_len: self.seq_len,
+            seed: self.seed,
+            data: data.fingerprint(),
+            lora: lora.to_json(),
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! A training run: its steps, and the folders it can be continued from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
+use burn_nf4::peft::{Adapter, LoraConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{apply, extract};
+use crate::backward::{PassOptions, backward};
+use crate::config::{LlamaConfig, parse, read};
+use crate::data::Batch;
+use crate::error::ModelError;
+use crate::model::Llama;
+use crate::rope::RopeTables;
+use crate::schedule::Schedule;
+
+/// All that decides what a run computes. A run is continued only under the same settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub schedule: Schedule,
+    pub weight_decay: f32,
+    pub batch_size: usize,
+    pub grad_accum: usize,
+    pub seq_len: usize,
+    pub seed: u64,
+    /// Of the data, see `Dataset::fingerprint`.
+    pub data: u64,
+    /// `adapter_config.json`'s text.
+    pub lora: String,
+}
+
+/// A run under way.
+pub struct Trainer {
+    pub model: Llama,
+    optimizer: ModuleOptimizer,
+    rope: RopeTables,
+    lora: LoraConfig,
+    settings: Settings,
+    checkpointing: bool,
+    /// Steps done.
+    pub step: usize,
+}
+
+/// What a checkpoint says of the run.
+#[derive(Serialize, Deserialize)]
+struct State {
+    step: usize,
+    settings: Settings,
+}
+
+const STATE_FILE: &str = "trainer_state.json";
+const OPTIMIZER_FILE: &str = "optimizer.bpk";
+const CHECKPOINT_PREFIX: &str = "checkpoint-";
+
+impl Trainer {
+    /// A run from the start, of a model with its branches on.
+    pub fn new(
+        model: Llama,
+        config: &LlamaConfig,
+        lora: LoraConfig,
+        settings: Settings,
+        checkpointing: bool,
+    ) -> Self {
+        let optimizer = AdamWConfig::new()
+            // PyTorch's; Burn's own default is larger.
+            .with_epsilon(1e-8)
+            .with_weight_decay(settings.weight_decay)
+            .init();
+        Self {
+            rope: model.rope_tables(config),
+            model,
+            optimizer,
+            lora,
+            settings,
+            checkpointing,
+            step: 0,
+        }
+    }
+
+    /// The learning rate of the next step.
+    pub fn rate(&self) -> f64 {
+        self.settings.schedule.rate(self.step)
+    }
+
+    /// One step of the optimizer, on the gradients of all batches. Returns the mean loss of their
+    /// targets before the step.
+    pub fn step(&mut self, batches: &[Batch]) -> f32 {
+        let targets = batches.iter().map(Batch::targets).sum();
+        let mut grads = GradientsAccumulator::new();
+        let mut loss = None;
+        for (index, batch) in batches.iter().enumerate() {
+            let options = PassOptions {
+                checkpointing: self.checkpointing,
+                dropout_seed: (self.lora.lora_dropout > 0.0).then(|| self.dropout_seed(index)),
+            };
+            let part = backward(
+                &self.model,
+                &mut self.rope,
+                batch,
+                targets,
+                options,
+                &mut grads,
+            );
+            loss = Some(match loss {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        let rate = self.rate();
+        self.model = self
+            .optimizer
+            .step(rate, self.model.clone(), grads.grads());
+        self.step += 1;
+        loss.map_or(f32::NAN, |loss| loss.into_scalar::<f32>())
+    }
+
+    /// Apart for every batch of the run, with room for one seed a layer.
+    fn dropout_seed(&self, batch: usize) -> u64 {
+        let count = self.step * self.settings.grad_accum + batch;
+        self.settings.seed ^ (count as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+
+    /// Saves the adapter in PEFT's form.
+    pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
+        extract(&self.model, self.lora.clone())?.save(folder)?;
+        Ok(())
+    }
+
+    /// Saves all that the run needs to go on, in `checkpoint-N` of the folder.
+    pub fn save_checkpoint(&self, output: &Path) -> Result<PathBuf, ModelError> {
+        let folder = output.join(format!("{CHECKPOINT_PREFIX}{}", self.step));
+        // Under another name until it is whole, so that an interrupted write is not taken up.
+        let part = output.join(format!("part-{}", self.step));
+        for stale in [&part, &folder] {
+            if stale.exists() {
+                fs::remove_dir_all(stale).map_err(ModelError::io(stale))?;
+            }
+        }
+        self.save_adapter(&part)?;
+        self.optimizer
+            .save(part.join(OPTIMIZER_FILE))
+            .map_err(|error| resume_error(&part, error))?;
+        let state = State {
+            step: self.step,
+            settings: self.settings.clone(),
+        };
+        let path = part.join(STATE_FILE);
+        let text = serde_json::to_vec_pretty(&state).map_err(ModelError::json(&path))?;
+        fs::write(&path, text).map_err(ModelError::io(&path))?;
+        fs::rename(&part, &folder).map_err(ModelError::io(&folder))?;
+        Ok(folder)
+    }
+
+    /// Goes on where a checkpoint was saved.
+    pub fn resume(mut self, folder: &Path) -> Result<Self, ModelError> {
+        let path = folder.join(STATE_FILE);
+        let state: State = parse(&read(&path)?, &path)?;
+        if state.settings != self.settings {
+            return Err(resume_error(
+                folder,
+                format!(
+                    "was saved under other settings or data:\n  saved {:?}\n  given {:?}",
+                    state.settings, self.settings
+                ),
+            ));
+        }
+        let device = self.model.device();
+        self.model = apply(self.model, &Adapter::open(folder)?, &device)?;
+        self.optimizer = self
+            .optimizer
+            .load(folder.join(OPTIMIZER_FILE))
+            .map_err(|error| resume_error(folder, error))?;
+        self.step = state.step;
+        Ok(self)
+    }
+}
+
+/// The checkpoint of a folder that was saved last.
+pub fn latest_checkpoint(output: &Path) -> Result<Option<PathBuf>, ModelError> {
+    if !output.exists() {
+        return Ok(None);
+    }
+    let entries = fs::read_dir(output).map_err(ModelError::io(output))?;
+    let mut latest = None;
+    for entry in entries {
+        let entry = entry.map_err(ModelError::io(output))?;
+        let name = entry.file_name();
+        let step: Option<usize> = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(CHECKPOINT_PREFIX))
+            .and_then(|step| step.parse().ok());
+        if let Some(step) = step
+            && latest.as_ref().is_none_or(|&(last, _)| step > last)
+        {
+            latest = Some((step, entry.path()));
+        }
+    }
+    Ok(latest.map(|(_, path)| path))
+}
+
+fn resume_error(path: &Path, message: impl ToString) -> ModelError {
+    ModelError::Resume {
+        path: path.into(),
+        message: message.to_string(),
+    }
+}
