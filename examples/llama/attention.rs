@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::cache::LayerCache;
 use crate::projection::Projection;
-use crate::rope::Rotation;
+use crate::rotation::Rotation;
 
 /// Added to the score of a position that must not be seen. Finite, so that a row of padding, which
 /// sees nothing, gives no NaN.

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use crate::attention::Pass;
 use crate::data::Batch;
 use crate::model::{DecoderLayer, Llama};
-use crate::rope::RopeTables;
+use crate::rotation::RopeTables;
 
 /// How a pass through the layers is made.
 #[derive(Debug, Clone, Copy)]

@@ -179,7 +179,11 @@ impl GenerateArgs {
         println!();
         if rows > 1 {
             // Rows of the same prompt say the same when nothing is drawn.
-            let shown = if self.temperature > 0.0 { rows } else { prompts.len().min(rows) };
+            let shown = if self.temperature > 0.0 {
+                rows
+            } else {
+                prompts.len().min(rows)
+            };
             for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
                 let decoded = text
                     .tokenizer

@@ -120,11 +120,7 @@ impl LlamaConfig {
             "llama" => false,
             "mistral" => true,
             _ => {
-                return Err(unsupported(
-                    "model_type",
-                    &raw.model_type,
-                    "llama, mistral",
-                ));
+                return Err(unsupported("model_type", &raw.model_type, "llama, mistral"));
             }
         };
         if raw.hidden_act != "silu" {
@@ -141,7 +137,7 @@ impl LlamaConfig {
         let kv_heads = raw
             .num_key_value_heads
             .unwrap_or(if mistral { 8 } else { heads });
-        if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(unsupported(
                 "num_key_value_heads",
                 format!("{kv_heads} for {heads} heads"),
@@ -149,7 +145,7 @@ impl LlamaConfig {
             ));
         }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(unsupported("head_dim", head_dim, "a positive even number"));
         }
         let dtype = raw.dtype.or(raw.torch_dtype);

@@ -23,7 +23,11 @@ pub fn folder(name: &str) -> Result<PathBuf, ModelError> {
         return Ok(path.into());
     }
     let parts: Vec<&str> = name.split('/').collect();
-    if parts.len() != 2 || parts.iter().any(|part| part.is_empty() || part.starts_with('.')) {
+    if parts.len() != 2
+        || parts
+            .iter()
+            .any(|part| part.is_empty() || part.starts_with('.'))
+    {
         return Err(ModelError::Argument(format!(
             "`{name}` is neither a folder nor a repository `org/name`"
         )));

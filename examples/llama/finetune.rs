@@ -126,7 +126,10 @@ impl FinetuneArgs {
                 }
             };
         }
-        eprintln!("{} examples, {total} steps, {per_epoch} an epoch", data.len());
+        eprintln!(
+            "{} examples, {total} steps, {per_epoch} an epoch",
+            data.len()
+        );
         self.train(&mut trainer, &data, total)?;
 
         trainer.save_adapter(&self.output)?;
@@ -137,12 +140,7 @@ impl FinetuneArgs {
         Ok(())
     }
 
-    fn train(
-        &self,
-        trainer: &mut Trainer,
-        data: &Dataset,
-        total: usize,
-    ) -> Result<(), ModelError> {
+    fn train(&self, trainer: &mut Trainer, data: &Dataset, total: usize) -> Result<(), ModelError> {
         let mut watch = Watch::open(&self.output, !self.no_tui, trainer.step, total)?;
         let start = Instant::now();
         while trainer.step < total && !watch.should_stop() {
@@ -163,7 +161,10 @@ impl FinetuneArgs {
                     trainer.step
                 )));
             }
-            if self.save_every.is_some_and(|every| trainer.step.is_multiple_of(every.max(1))) {
+            if self
+                .save_every
+                .is_some_and(|every| trainer.step.is_multiple_of(every.max(1)))
+            {
                 watch.saved(&trainer.save_checkpoint(&self.output)?);
             }
         }

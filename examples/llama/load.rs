@@ -45,7 +45,10 @@ pub fn load(
 fn parameters(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let hidden = config.hidden_size;
     let mut found = vec![
-        ("model.embed_tokens.weight".into(), vec![config.vocab_size, hidden]),
+        (
+            "model.embed_tokens.weight".into(),
+            vec![config.vocab_size, hidden],
+        ),
         ("model.norm.weight".into(), vec![hidden]),
     ];
     if !config.tie_word_embeddings {

@@ -23,6 +23,7 @@ mod model;
 mod progress;
 mod projection;
 mod rope;
+mod rotation;
 mod sample;
 mod schedule;
 mod text;

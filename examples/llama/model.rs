@@ -9,7 +9,7 @@ use crate::cache::{KvCache, LayerCache, element_bytes};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::projection::Projection;
-use crate::rope::RopeTables;
+use crate::rotation::RopeTables;
 
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]
@@ -144,15 +144,6 @@ impl Llama {
         }
     }
 
-    /// The logits of every position.
-    ///
-    /// # Shapes
-    /// - `ids`: `[batch, length]`
-    /// - returns `[batch, length, vocab_size]`
-    pub fn logits(&self, ids: Tensor<2, Int>, rope: &mut RopeTables) -> Tensor<3> {
-        self.head(self.hidden(ids, rope, None))
-    }
-
     /// The logits of the last position, `[batch, vocab_size]`.
     pub fn next_logits(
         &self,
@@ -195,9 +186,8 @@ impl Llama {
     ) -> Result<Self, ModelError> {
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.into_iter().enumerate() {
-            let mut map = |name: &str, projection| {
-                map(&format!("model.layers.{index}.{name}"), projection)
-            };
+            let mut map =
+                |name: &str, projection| map(&format!("model.layers.{index}.{name}"), projection);
             let (attention, mlp) = (layer.self_attn, layer.mlp);
             layers.push(DecoderLayer {
                 self_attn: Attention {

@@ -59,21 +59,6 @@ impl Projection {
         }
     }
 
-    /// `[d_input, d_output]`.
-    pub fn dims(&self) -> [usize; 2] {
-        let dense = |layer: &Linear| layer.weight.dims();
-        let packed = |layer: &Nf4Linear| {
-            let [d_output, d_input] = layer.dims();
-            [d_input, d_output]
-        };
-        match self {
-            Self::Nf4(layer) => packed(layer),
-            Self::QLora(layer) => packed(&layer.base),
-            Self::Dense(layer) => dense(layer),
-            Self::DenseLora(layer) => dense(&layer.base),
-        }
-    }
-
     /// Bytes of packed weights and of float weights held.
     pub fn size_bytes(&self) -> (usize, usize) {
         let dense = |layer: &Linear| {
@@ -96,26 +81,6 @@ impl Projection {
             Self::Dense(base) | Self::DenseLora(DenseLora { base, .. }) => {
                 dense_lora(base, lora, device).map(Self::DenseLora)
             }
-        }
-    }
-
-    /// The matrices of the branch, `A` as `[d_input, rank]` and `B` as `[rank, d_output]`, and its
-    /// factor.
-    pub fn branch(&self) -> Option<(Tensor<2>, Tensor<2>, f64)> {
-        match self {
-            Self::QLora(QLoraLinear {
-                lora_a,
-                lora_b,
-                scale,
-                ..
-            })
-            | Self::DenseLora(DenseLora {
-                lora_a,
-                lora_b,
-                scale,
-                ..
-            }) => Some((lora_a.val(), lora_b.val(), *scale)),
-            Self::Nf4(_) | Self::Dense(_) => None,
         }
     }
 }

@@ -1,11 +1,10 @@
 //! Rotary position embeddings with the scaling variants of transformers.
 //!
-//! Formulas: `modeling_rope_utils.py` of transformers 5.17.0, in the same precisions: frequencies
-//! and angles in f32, the tables cast to the type of the model at the end.
+//! Formulas: `modeling_rope_utils.py` of transformers 5.17.0, in the same precisions: scalars in f64,
+//! frequencies in f32.
 
 use std::f64::consts::PI;
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::Deserialize;
 
 use crate::config::unsupported;
@@ -37,8 +36,9 @@ pub struct RopeParameters {
 pub struct RopeConfig {
     scaling: RopeScaling,
     theta: f64,
-    head_dim: usize,
-    max_positions: usize,
+    pub head_dim: usize,
+    /// Positions that the model was made for.
+    pub max_positions: usize,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -116,10 +116,18 @@ impl RopeConfig {
                 let factor = parameters
                     .factor
                     .unwrap_or(max_positions as f64 / original_positions);
-                let mscale = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+                let mscale = |scale: f64| {
+                    if factor <= 1.0 {
+                        1.0
+                    } else {
+                        0.1 * scale * factor.ln() + 1.0
+                    }
+                };
                 let nonzero = |value: Option<f64>| value.filter(|&value| value != 0.0);
-                let inferred = match (nonzero(parameters.mscale), nonzero(parameters.mscale_all_dim))
-                {
+                let inferred = match (
+                    nonzero(parameters.mscale),
+                    nonzero(parameters.mscale_all_dim),
+                ) {
                     (Some(one), Some(all)) => mscale(one) / mscale(all),
                     _ => mscale(1.0),
                 };
@@ -148,13 +156,8 @@ impl RopeConfig {
         })
     }
 
-    /// Positions that the model was made for.
-    pub fn max_positions(&self) -> usize {
-        self.max_positions
-    }
-
     /// Whether the angles of a position depend on the length of the sequence.
-    fn is_dynamic(&self) -> bool {
+    pub fn is_dynamic(&self) -> bool {
         matches!(self.scaling, RopeScaling::Dynamic { .. })
     }
 
@@ -233,8 +236,7 @@ impl RopeConfig {
         }
         (0..self.head_dim / 2)
             .map(|pair| {
-                let position =
-                    (self.theta as f32).powf(2.0 * pair as f32 / self.head_dim as f32);
+                let position = (self.theta as f32).powf(2.0 * pair as f32 / self.head_dim as f32);
                 let ramp = ((pair as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 let keep = 1.0 - ramp;
                 1.0 / (factor as f32 * position) * (1.0 - keep) + 1.0 / position * keep
@@ -250,137 +252,5 @@ impl RopeConfig {
             } => attention_factor,
             _ => 1.0,
         }
-    }
-}
-
-/// Cosines and sines of the positions used so far, on the device.
-///
-/// The sine table carries the sign of the rotation, so that a rotation is
-/// `x cos + swap_halves(x) sin`.
-#[derive(Debug)]
-pub struct RopeTables {
-    config: RopeConfig,
-    device: Device,
-    dtype: DType,
-    /// Length of the sequence that the tables are for; matters to the dynamic variant alone.
-    sequence: usize,
-    rows: usize,
-    cos: Option<Tensor<2>>,
-    sin: Option<Tensor<2>>,
-}
-
-/// The two tables at the positions of one forward pass: `[batch or 1, 1, length, head_dim]`.
-#[derive(Debug, Clone)]
-pub struct Rotation {
-    cos: Tensor<4>,
-    sin: Tensor<4>,
-}
-
-/// The tables grow by this many positions at a time.
-const ROWS_STEP: usize = 1024;
-
-impl RopeTables {
-    pub fn new(config: RopeConfig, device: &Device, dtype: DType) -> Self {
-        Self {
-            config,
-            device: device.clone(),
-            dtype,
-            sequence: 0,
-            rows: 0,
-            cos: None,
-            sin: None,
-        }
-    }
-
-    /// The rotation of positions `start..start + length`, each row of the batch shifted left by its
-    /// padding.
-    pub fn rotation(&mut self, start: usize, length: usize, padding: &[usize]) -> Rotation {
-        let end = start + length;
-        let (cos, sin) = self.tables(end);
-        let head_dim = self.config.head_dim;
-        if padding.iter().all(|&pad| pad == 0) {
-            let rows = |table: Tensor<2>| {
-                table
-                    .slice([start..end, 0..head_dim])
-                    .reshape([1, 1, length, head_dim])
-            };
-            return Rotation {
-                cos: rows(cos),
-                sin: rows(sin),
-            };
-        }
-        let positions: Vec<i64> = padding
-            .iter()
-            .flat_map(|&pad| (start..end).map(move |index| index.saturating_sub(pad) as i64))
-            .collect();
-        let batch = padding.len();
-        let positions = Tensor::<1, Int>::from_data(
-            TensorData::new(positions, [batch * length]),
-            &self.device,
-        );
-        let rows = |table: Tensor<2>| {
-            table
-                .select(0, positions.clone())
-                .reshape([batch, 1, length, head_dim])
-        };
-        Rotation {
-            cos: rows(cos),
-            sin: rows(sin),
-        }
-    }
-
-    /// Tables of at least `end` positions.
-    fn tables(&mut self, end: usize) -> (Tensor<2>, Tensor<2>) {
-        let stale = self.config.is_dynamic() && self.sequence != end.max(self.config.max_positions);
-        if let (Some(cos), Some(sin)) = (&self.cos, &self.sin)
-            && self.rows >= end
-            && !stale
-        {
-            return (cos.clone(), sin.clone());
-        }
-        let rows = end.div_ceil(ROWS_STEP) * ROWS_STEP;
-        self.sequence = end.max(self.config.max_positions);
-        self.rows = rows;
-        let frequencies = self.config.inverse_frequencies(self.sequence);
-        let factor = self.config.attention_factor() as f32;
-        let angles: Vec<f32> = (0..rows)
-            .flat_map(|position| {
-                frequencies
-                    .iter()
-                    .map(move |frequency| position as f32 * frequency)
-            })
-            .collect();
-        let half = frequencies.len();
-        let table = |value: fn(f32) -> f32, first_sign: f32| {
-            let halves: Vec<f32> = angles
-                .chunks(half)
-                .flat_map(|row| {
-                    let values = row.iter().map(move |&angle| value(angle) * factor);
-                    values.clone().map(move |v| v * first_sign).chain(values)
-                })
-                .collect();
-            Tensor::<2>::from_data(
-                TensorData::new(halves, [rows, 2 * half]),
-                (&self.device, DType::F32),
-            )
-            .cast(self.dtype)
-        };
-        let (cos, sin) = (table(f32::cos, 1.0), table(f32::sin, -1.0));
-        self.cos = Some(cos.clone());
-        self.sin = Some(sin.clone());
-        (cos, sin)
-    }
-}
-
-impl Rotation {
-    /// Rotates queries or keys, `[batch, heads, length, head_dim]`.
-    pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let [.., head_dim] = x.dims();
-        let half = head_dim / 2;
-        let swapped = Tensor::cat(
-            vec![x.clone().narrow(3, half, half), x.clone().narrow(3, 0, half)],
-            3,
-        );
-        x * self.cos.clone() + swapped * self.sin.clone()
     }
 }

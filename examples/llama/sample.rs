@@ -17,16 +17,6 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// Takes the likeliest token.
-    pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        }
-    }
-
     fn is_greedy(&self) -> bool {
         self.temperature <= 0.0 || self.top_k == 1
     }
@@ -95,7 +85,9 @@ impl Sampler {
             candidates.select_nth_unstable_by(top_k - 1, likelier);
             candidates.truncate(top_k);
         }
-        let max = candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.0));
+        let max = candidates
+            .iter()
+            .fold(f32::NEG_INFINITY, |max, c| max.max(c.0));
         for candidate in candidates.iter_mut() {
             candidate.0 = (candidate.0 - max).exp();
         }

@@ -66,11 +66,7 @@ impl Text {
     }
 
     /// The tokens of a conversation, ready for the answer if `answer`.
-    pub fn encode_chat(
-        &self,
-        messages: &[Message],
-        answer: bool,
-    ) -> Result<Vec<u32>, ModelError> {
+    pub fn encode_chat(&self, messages: &[Message], answer: bool) -> Result<Vec<u32>, ModelError> {
         match &self.chat {
             // The template brings the special tokens itself.
             Ok(format) => self.encode_with(&format.render(messages, answer), false),
@@ -117,7 +113,9 @@ impl ChatFormat {
         let turn = |role: &str, content: &str| format!("<|im_start|>{role}\n{content}<|im_end|>\n");
         let mut text = String::new();
         if let Some(system) = self.default_system
-            && messages.first().is_none_or(|message| message.role != "system")
+            && messages
+                .first()
+                .is_none_or(|message| message.role != "system")
         {
             text += &turn("system", system);
         }

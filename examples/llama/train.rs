@@ -13,7 +13,7 @@ use crate::config::{LlamaConfig, parse, read};
 use crate::data::Batch;
 use crate::error::ModelError;
 use crate::model::Llama;
-use crate::rope::RopeTables;
+use crate::rotation::RopeTables;
 use crate::schedule::Schedule;
 
 /// All that decides what a run computes. A run is continued only under the same settings.
@@ -109,9 +109,7 @@ impl Trainer {
             });
         }
         let rate = self.rate();
-        self.model = self
-            .optimizer
-            .step(rate, self.model.clone(), grads.grads());
+        self.model = self.optimizer.step(rate, self.model.clone(), grads.grads());
         self.step += 1;
         loss.map_or(f32::NAN, |loss| loss.into_scalar::<f32>())
     }

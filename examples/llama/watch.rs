@@ -49,12 +49,7 @@ const LOG_FILE: &str = "log.jsonl";
 
 impl Watch {
     /// Opens the view, and the log in `output`; a run that starts at step 0 starts it anew.
-    pub fn open(
-        output: &Path,
-        tui: bool,
-        start: usize,
-        total: usize,
-    ) -> Result<Self, ModelError> {
+    pub fn open(output: &Path, tui: bool, start: usize, total: usize) -> Result<Self, ModelError> {
         fs::create_dir_all(output).map_err(ModelError::io(output))?;
         let path = output.join(LOG_FILE);
         let log = File::options()
