@@ -48,5 +48,7 @@ mod fixtures;
 mod generation;
 #[path = "llama/parity.rs"]
 mod parity;
+#[path = "llama/texts.rs"]
+mod texts;
 #[path = "llama/training.rs"]
 mod training;

@@ -105,6 +105,21 @@ impl Dataset {
         Ok(Self { examples })
     }
 
+    /// Refuses tokens that a model of this vocabulary does not know.
+    pub fn check_vocabulary(&self, size: usize) -> Result<(), ModelError> {
+        match self
+            .examples
+            .iter()
+            .flatten()
+            .find(|&&id| id as usize >= size)
+        {
+            None => Ok(()),
+            Some(id) => Err(ModelError::Argument(format!(
+                "the tokenizer gives token {id}, the model has a vocabulary of {size}"
+            ))),
+        }
+    }
+
     /// Number of examples.
     pub fn len(&self) -> usize {
         self.examples.len()

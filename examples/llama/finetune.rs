@@ -102,6 +102,7 @@ impl FinetuneArgs {
         } = self.model.open(true)?;
         let eos = config.eos_token_ids.first().copied();
         let data = Dataset::read(&self.data, &text, eos, self.seq_len)?;
+        data.check_vocabulary(config.vocab_size)?;
         let per_epoch = data.steps_per_epoch(self.batch_size * self.grad_accum);
         let total = self.steps.unwrap_or(self.epochs * per_epoch);
 

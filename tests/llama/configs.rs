@@ -12,7 +12,6 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::fixtures::{fixture, open};
 use crate::load;
-use crate::text::{ChatFormat, Message};
 
 /// A small config with some fields set, or with `null` taken out.
 fn config(fields: Value) -> Result<LlamaConfig, ModelError> {
@@ -149,33 +148,4 @@ fn packed_layers_stay_packed() {
         "{packed} of {linear}"
     );
     assert_eq!(dense, 2 * config.vocab_size * config.hidden_size * 4);
-}
-
-const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-
-#[test]
-fn the_chat_template_of_smollm2_is_applied() {
-    let format = ChatFormat::recognise(Some(SMOLLM2)).unwrap();
-    let message = |role: &str, content: &str| Message {
-        role: role.into(),
-        content: content.into(),
-    };
-    let user = message("user", "Hi");
-    assert_eq!(
-        format.render(std::slice::from_ref(&user), true),
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging \
-         Face<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    );
-    let own = [message("system", "Be brief."), user];
-    assert_eq!(
-        format.render(&own, false),
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-    );
-}
-
-#[rstest]
-#[case::none(None)]
-#[case::unknown(Some("{{ messages }}"))]
-fn an_unknown_chat_template_is_refused(#[case] template: Option<&str>) {
-    assert!(ChatFormat::recognise(template).is_err());
 }

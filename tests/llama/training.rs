@@ -5,6 +5,7 @@ use std::fs;
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_nf4::checkpoint::SafetensorsFile;
+use burn_nf4::format::FloatType;
 use burn_nf4::peft::{Adapter, LoraConfig};
 use rstest::rstest;
 use serde::Deserialize;
@@ -14,6 +15,7 @@ use crate::config::LlamaConfig;
 use crate::data::{Batch, Dataset};
 use crate::error::ModelError;
 use crate::fixtures::{fixture, ints, io, logits, max_difference, open};
+use crate::projection::Projection;
 use crate::schedule::{Decay, Schedule};
 use crate::train::{Settings, Trainer, latest_checkpoint};
 
@@ -101,6 +103,45 @@ fn the_last_adapter_of_peft_gives_its_logits() {
     let ours = logits(&model, &config, &ids, &shape);
     let difference = max_difference(&ours, &final_logits());
     assert!(difference < 1e-4, "{difference:e}");
+}
+
+/// "Dynamic" checkpoints leave layers in 16 bit; PEFT adapts those too.
+#[test]
+fn layers_that_are_not_packed_are_adapted_alike() {
+    let dense = |device: &Device| {
+        let (model, config) = open("hf/f32/model", None, device);
+        let model = model.map_projections(|_, layer| match layer {
+            Projection::Nf4(layer) => {
+                Ok(Projection::Dense(layer.to_dense(FloatType::F32)?.no_grad()))
+            }
+            other => Ok(other),
+        });
+        (model.unwrap(), config)
+    };
+    let adapter = |name: &str| Adapter::open(fixture(name)).unwrap();
+
+    let device = Device::default();
+    let (model, config) = dense(&device);
+    let model = apply(model, &adapter("hf/f32/adapter_final"), &device).unwrap();
+    let (ids, shape, _) = io("hf/f32/io.safetensors");
+    let ours = logits(&model, &config, &ids, &shape);
+    assert!(max_difference(&ours, &final_logits()) < 1e-4);
+
+    let device = device.autodiff();
+    let (model, config) = dense(&device);
+    let init = adapter("hf/f32/adapter_init");
+    let lora = init.config().clone();
+    let model = apply(model, &init, &device).unwrap();
+    let run = peft_run();
+    let mut trainer = Trainer::new(model, &config, lora, settings(run.lr, 0.0, 3), false);
+    for (batch, expected) in peft_batches().into_iter().zip(run.losses).take(3) {
+        let loss = trainer.step(&[batch]);
+        assert!((loss - expected).abs() < 1e-5, "{loss} and {expected}");
+    }
+    let output = tempfile::tempdir().unwrap();
+    trainer.save_adapter(output.path()).unwrap();
+    let saved = Adapter::open(output.path()).unwrap();
+    assert_eq!(saved.modules().count(), init.modules().count());
 }
 
 /// Running layers twice changes no operation, so the losses are the same bits.
