@@ -137,8 +137,8 @@ fn open_tui(interrupter: Interrupter, start: usize, total: usize) -> Box<dyn Met
             .into(),
         });
     }
-    // The whole run is one epoch to the view: its items are the steps.
-    tui.start(1, 0, Some(total), Some("QLoRA fine-tuning"));
+    // The whole run is one epoch to the view, counted from 1: its items are the steps.
+    tui.start(1, 1, Some(total), Some("QLoRA fine-tuning"));
     tui.start_split("train", total);
     tui.update_split(start);
     tui
