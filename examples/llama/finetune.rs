@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::adapter;
 use crate::commands::{ModelArgs, Opened};
+use crate::config::parse;
 use crate::data::{Batch, Dataset};
 use crate::error::ModelError;
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
@@ -107,7 +108,7 @@ impl FinetuneArgs {
         let total = self.steps.unwrap_or(self.epochs * per_epoch);
 
         let lora = self.lora();
-        let settings = self.settings(&lora, &data, total);
+        let settings = self.settings(&lora, &data, total)?;
         let device = model.device();
         device.seed(self.seed);
         let model = adapter::fresh(model, lora.clone(), &device)?;
@@ -144,6 +145,7 @@ impl FinetuneArgs {
     fn train(&self, trainer: &mut Trainer, data: &Dataset, total: usize) -> Result<(), ModelError> {
         let mut watch = Watch::open(&self.output, !self.no_tui, trainer.step, total)?;
         let start = Instant::now();
+        let first = trainer.step;
         while trainer.step < total && !watch.should_stop() {
             let batches = data.step(trainer.step, self.batch_size, self.grad_accum, self.seed);
             let learning_rate = trainer.rate();
@@ -174,7 +176,11 @@ impl FinetuneArgs {
         }
         // Closes the TUI before anything else is printed.
         drop(watch);
-        println!("{} steps in {}", trainer.step, seconds(start.elapsed()));
+        println!(
+            "{} steps in {}",
+            trainer.step - first,
+            seconds(start.elapsed())
+        );
         Ok(())
     }
 
@@ -194,8 +200,19 @@ impl FinetuneArgs {
         }
     }
 
-    fn settings(&self, lora: &LoraConfig, data: &Dataset, total: usize) -> Settings {
-        Settings {
+    fn settings(
+        &self,
+        lora: &LoraConfig,
+        data: &Dataset,
+        total: usize,
+    ) -> Result<Settings, ModelError> {
+        // The model may lie elsewhere when the run goes on.
+        let lora = LoraConfig {
+            base_model_name_or_path: None,
+            ..lora.clone()
+        };
+        let lora = parse(lora.to_json().as_bytes(), &self.output)?;
+        Ok(Settings {
             schedule: Schedule {
                 peak: self.lr,
                 decay: self.schedule,
@@ -208,7 +225,7 @@ impl FinetuneArgs {
             seq_len: self.seq_len,
             seed: self.seed,
             data: data.fingerprint(),
-            lora: lora.to_json(),
-        }
+            lora,
+        })
     }
 }

@@ -27,8 +27,21 @@ pub struct Settings {
     pub seed: u64,
     /// Of the data, see `Dataset::fingerprint`.
     pub data: u64,
-    /// `adapter_config.json`'s text.
-    pub lora: String,
+    /// `adapter_config.json`.
+    pub lora: serde_json::Value,
+}
+
+impl Settings {
+    /// The settings that differ, each with both values.
+    fn differences(&self, given: &Self) -> Result<Vec<String>, ModelError> {
+        let value = |settings| serde_json::to_value(settings).map_err(ModelError::json(STATE_FILE));
+        let (saved, given) = (value(self)?, value(given)?);
+        let fields = saved.as_object().into_iter().flatten();
+        Ok(fields
+            .filter(|(name, saved)| given[*name] != **saved)
+            .map(|(name, saved)| format!("{name} was {saved}, now {}", given[name]))
+            .collect())
+    }
 }
 
 /// A run under way.
@@ -155,14 +168,10 @@ impl Trainer {
     pub fn resume(mut self, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join(STATE_FILE);
         let state: State = parse(&read(&path)?, &path)?;
-        if state.settings != self.settings {
-            return Err(resume_error(
-                folder,
-                format!(
-                    "was saved under other settings or data:\n  saved {:?}\n  given {:?}",
-                    state.settings, self.settings
-                ),
-            ));
+        let differing = state.settings.differences(&self.settings)?;
+        if !differing.is_empty() {
+            let message = format!("was saved under other settings: {}", differing.join("; "));
+            return Err(resume_error(folder, message));
         }
         let device = self.model.device();
         self.model = apply(self.model, &Adapter::open(folder)?, &device)?;

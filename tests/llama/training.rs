@@ -54,7 +54,7 @@ fn settings(lr: f64, weight_decay: f32, total: usize) -> Settings {
         seq_len: 64,
         seed: 7,
         data: 0,
-        lora: String::new(),
+        lora: serde_json::Value::Null,
     }
 }
 
@@ -200,7 +200,7 @@ fn with_dropout(dropout: f64, checkpointing: bool) -> Trainer {
     let model = apply(model, &with_dropout, &device).unwrap();
     let mut settings = settings(2e-3, 0.01, 6);
     settings.schedule.decay = Decay::Cosine;
-    settings.lora = lora.to_json();
+    settings.lora = serde_json::from_str(&lora.to_json()).unwrap();
     Trainer::new(model, &config, lora, settings, checkpointing)
 }
 
@@ -234,8 +234,11 @@ fn a_run_is_not_resumed_under_other_settings() {
     let mut first = with_dropout(0.0, false);
     first.step(&peft_batches()[..1]);
     let folder = first.save_checkpoint(output.path()).unwrap();
-    let result = with_dropout(0.1, false).resume(&folder);
-    assert!(matches!(result, Err(ModelError::Resume { .. })));
+    match with_dropout(0.1, false).resume(&folder) {
+        Err(ModelError::Resume { message, .. }) => assert!(message.contains("lora"), "{message}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("resumed"),
+    }
 }
 
 #[test]
