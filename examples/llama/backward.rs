@@ -1,5 +1,6 @@
 //! The loss of a batch and its gradients, with and without gradient checkpointing.
 
+use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
@@ -45,11 +46,12 @@ pub fn backward(
         return loss.detach();
     }
 
-    // Only the inputs stay; detaching the output lets go of all that lies between.
+    // Only the inputs stay. Without a parameter that wants a gradient no graph is kept; dropping one
+    // would not do, as Burn frees the graphs of dropped tensors in a later backward pass only.
     let mut inputs = Vec::with_capacity(model.layers.len());
     for (index, layer) in model.layers.iter().enumerate() {
         inputs.push(x.clone());
-        x = forward(layer, x, &pass, index, options).detach();
+        x = forward(&layer.clone().no_grad(), x, &pass, index, options);
     }
     let x = x.require_grad();
     let loss = loss(model, x.clone(), ids, batch, targets);
