@@ -20,6 +20,7 @@ pub fn fresh(model: Llama, lora: LoraConfig, device: &Device) -> Result<Llama, M
         if !adapter.matcher().is_target(path)? {
             return Ok(layer);
         }
+        check_layer(&adapter, path, &layer)?;
         adapted += 1;
         let layer = layer.with_lora(&adapter.layer_config(path)?, device)?;
         Ok(with_stable_ids(layer, path))
@@ -41,6 +42,7 @@ pub fn apply(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, 
             return Ok(layer);
         };
         left.retain(|left| *left != path);
+        check_layer(adapter, path, &layer)?;
         let layer = match layer {
             Projection::Nf4(base) => Projection::QLora(adapter.layer(path, base, device)?),
             Projection::QLora(QLoraLinear { base, .. }) => {
@@ -87,16 +89,22 @@ pub fn extract(model: &Llama, lora: LoraConfig) -> Result<Adapter, ModelError> {
 
 /// The library reads more than this model trains or applies.
 fn check_supported(adapter: &Adapter) -> Result<(), ModelError> {
-    let refuse = |what: &str| {
-        Err(ModelError::Argument(format!(
-            "the adapter has {what}, which this example does not apply"
-        )))
-    };
-    if adapter.config().use_dora {
-        return refuse("use_dora");
+    if adapter.full_tensors().next().is_none() {
+        return Ok(());
     }
-    if adapter.full_tensors().next().is_some() {
-        return refuse("modules_to_save or trained biases");
+    Err(ModelError::Argument(
+        "the adapter has modules_to_save or trained biases, which this example does not apply"
+            .into(),
+    ))
+}
+
+/// DoRA is there for packed layers only.
+fn check_layer(adapter: &Adapter, path: &str, layer: &Projection) -> Result<(), ModelError> {
+    let dense = matches!(layer, Projection::Dense(_) | Projection::DenseLora(_));
+    if dense && adapter.config().use_dora {
+        return Err(ModelError::Argument(format!(
+            "the adapter has use_dora, and `{path}` is not quantized"
+        )));
     }
     Ok(())
 }
@@ -135,24 +143,28 @@ fn with_matrices(
 /// Names the trained matrices after their layer, so that the state of the optimizer, which knows
 /// them by their id, finds them again in another run.
 fn with_stable_ids(layer: Projection, path: &str) -> Projection {
-    let named = |param: Param<Tensor<2>>, name: &str| {
-        let id = ParamId::from(stable_hash(&format!("{path}.{name}")));
-        let (_, value, mapper) = param.consume();
-        Param::from_mapped_value(id, value, mapper)
-    };
     match layer {
         Projection::QLora(layer) => Projection::QLora(QLoraLinear {
-            lora_a: named(layer.lora_a, "lora_A"),
-            lora_b: named(layer.lora_b, "lora_B"),
+            lora_a: named(layer.lora_a, path, "lora_A"),
+            lora_b: named(layer.lora_b, path, "lora_B"),
+            lora_magnitude: layer
+                .lora_magnitude
+                .map(|magnitude| named(magnitude, path, "lora_magnitude_vector")),
             ..layer
         }),
         Projection::DenseLora(layer) => Projection::DenseLora(DenseLora {
-            lora_a: named(layer.lora_a, "lora_A"),
-            lora_b: named(layer.lora_b, "lora_B"),
+            lora_a: named(layer.lora_a, path, "lora_A"),
+            lora_b: named(layer.lora_b, path, "lora_B"),
             ..layer
         }),
         frozen => frozen,
     }
+}
+
+fn named<const D: usize>(param: Param<Tensor<D>>, path: &str, name: &str) -> Param<Tensor<D>> {
+    let id = ParamId::from(stable_hash(&format!("{path}.{name}")));
+    let (_, value, mapper) = param.consume();
+    Param::from_mapped_value(id, value, mapper)
 }
 
 /// FNV-1a, the same in every build, unlike the standard library's hasher.

@@ -39,6 +39,9 @@ pub struct FinetuneArgs {
     /// Use the factor alpha / sqrt(r) instead of alpha / r.
     #[arg(long)]
     pub rslora: bool,
+    /// Train a magnitude for each output beside the adapter (DoRA).
+    #[arg(long)]
+    pub dora: bool,
     /// The layers to adapt, by the end of their path, or `all-linear`.
     #[arg(
         long,
@@ -194,6 +197,7 @@ impl FinetuneArgs {
             lora_alpha: self.alpha,
             lora_dropout: self.dropout,
             use_rslora: self.rslora,
+            use_dora: self.dora,
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: Some(self.model.model.clone()),
             ..LoraConfig::new(targets)
