@@ -67,24 +67,34 @@ pub struct TensorCoreTile {
 }
 
 impl TensorCoreTile {
-    /// The tile that suits a product.
-    pub fn for_product(product: &Product) -> Self {
-        let narrow = product.n <= 8192;
-        let (row_tiles, row_planes, k_planes, chunks, k_cubes) = match product.m {
-            0..=8 if product.k >= 8192 => (1, 1, 8, 2, 1),
-            0..=8 => (1, 1, 8, 1, 1),
-            9..=16 if narrow => (1, 2, 8, 1, 1),
-            9..=16 => (2, 2, 4, 1, 1),
-            _ if narrow => (1, 2, 4, 1, 1),
-            _ => (2, 4, 2, 1, 1),
-        };
-        Self {
+    /// The tile that suits a product on a device with so many multiprocessors, by what was fastest
+    /// on an H200 (`benches/NOTES.md`).
+    ///
+    /// A few rows of `x` want many small cubes. Many rows want large ones, so that each part of
+    /// `x` is fetched by few; where the weight has too few rows to give every multiprocessor one,
+    /// cubes share the work along `k`.
+    pub fn for_product(product: &Product, multiprocessors: usize) -> Self {
+        let Product { m, n, k, .. } = *product;
+        let tile = |row_tiles, row_planes, k_planes, chunks| Self {
             row_tiles,
             row_planes,
             k_planes,
             chunks,
-            k_cubes,
+            k_cubes: 1,
+        };
+        match m {
+            0..=8 if k >= 8192 => tile(1, 1, 8, 2),
+            0..=8 => tile(1, 1, 8, 1),
+            9..=16 if n <= 8192 && k < 8192 => tile(2, 1, 8, 1),
+            9..=16 => tile(2, 2, 4, 1).sharing(n, 2 * multiprocessors),
+            _ => tile(2, 4, 2, 1).sharing(n, multiprocessors),
         }
+    }
+
+    /// As many cubes along `k` as it takes to have `cubes` in all, or one.
+    fn sharing(self, n: usize, cubes: usize) -> Self {
+        let k_cubes = (cubes / n.div_ceil(16 * self.row_tiles * self.row_planes)).max(1);
+        Self { k_cubes, ..self }
     }
 
     const fn planes(&self) -> usize {
@@ -144,11 +154,11 @@ impl MatmulPlan {
         match variant {
             Some(MatmulVariant::Gemv) => Ok(Self::gemv(client, layout, product, bias)),
             Some(MatmulVariant::TensorCore) => {
-                let tile = TensorCoreTile::for_product(&product);
+                let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
                 Self::with_tile(client, layout, product, bias, tile)
             }
             None => {
-                let tile = TensorCoreTile::for_product(&product);
+                let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
                 Self::with_tile(client, layout, product, bias, tile)
                     .or_else(|_| Ok(Self::gemv(client, layout, product, bias)))
             }
@@ -422,6 +432,11 @@ impl MatmulPlan {
         }
         Ok(())
     }
+}
+
+fn multiprocessors(client: &Client) -> usize {
+    let hardware = &client.properties().hardware;
+    hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
 }
 
 fn check(client: &Client, layout: &PackedLayout, product: &Product) -> Result<(), Nf4Error> {
