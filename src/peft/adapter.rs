@@ -226,7 +226,11 @@ impl Adapter {
 
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         replace(&folder.join(ADAPTER_FILE), |path| {
-            serialize_to_file(tensors, Some(metadata), path).map_err(|error| error.to_string())
+            // safetensors makes files that only their owner can read.
+            let usual = fs::File::create(path).and_then(|file| file.metadata());
+            let usual = usual.map_err(|error| error.to_string())?.permissions();
+            serialize_to_file(tensors, Some(metadata), path).map_err(|error| error.to_string())?;
+            fs::set_permissions(path, usual).map_err(|error| error.to_string())
         })?;
         replace(&folder.join(CONFIG_FILE), |path| {
             fs::write(path, self.config.to_json()).map_err(|error| error.to_string())

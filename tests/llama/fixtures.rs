@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
 use burn_nf4::format::FloatType;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 use crate::config::LlamaConfig;
 use crate::load;
@@ -45,6 +47,24 @@ pub fn io(path: &str) -> (Vec<i64>, Vec<usize>, Vec<f32>) {
     let (ids, shape) = ints(&file, "input_ids");
     let (logits, _) = file.load_float::<f32>("logits").unwrap();
     (ids, shape, logits)
+}
+
+/// Writes what [`io`] reads.
+pub fn write_io(path: &Path, ids: &[i64], shape: &[usize], logits: &[f32]) {
+    let vocabulary = logits.len() / ids.len();
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let logits: Vec<u8> = logits
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    let of_logits = [shape, &[vocabulary]].concat();
+    let view =
+        |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+    let tensors = [
+        ("input_ids", view(Dtype::I64, shape, &ids)),
+        ("logits", view(Dtype::F32, &of_logits, &logits)),
+    ];
+    safetensors::serialize_to_file(tensors, None, path).unwrap();
 }
 
 /// The logits of every position.

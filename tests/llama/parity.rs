@@ -1,10 +1,13 @@
 //! Logits against transformers'.
 
 use burn::tensor::Device;
+use burn_nf4::checkpoint::{
+    Checkpoint, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
+};
 use burn_nf4::format::FloatType;
 use rstest::rstest;
 
-use crate::fixtures::{io, logits, max_difference, open};
+use crate::fixtures::{fixture, io, logits, max_difference, open, write_io};
 
 #[rstest]
 #[case::single("hf/f32/model")]
@@ -39,6 +42,32 @@ fn bf16_logits_are_within_the_rounding_of_transformers() {
     // And on the whole, not at the worst logit alone.
     let (ours, theirs) = (rms(&ours, &theirs), rms(&theirs, &exact));
     assert!(ours <= theirs, "{ours:e} against {theirs:e}");
+}
+
+/// A folder that was quantized here is a model again. Its weights were in NF4 before, so that only
+/// their scales are rounded anew.
+#[test]
+fn a_folder_quantized_here_has_nearly_the_same_logits() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = match std::env::var_os("NF4_EXPORT") {
+        // For `scripts/peer_load.py` elsewhere.
+        Some(folder) => folder.into(),
+        None => temporary.path().to_path_buf(),
+    };
+    let quantized = Checkpoint::open(fixture("hf/f32/model")).unwrap();
+    let dense = temporary.path().join("dense");
+    dequantize_checkpoint(&quantized, &dense, &DequantizeOptions::default(), |_| ()).unwrap();
+    let dense = Checkpoint::open(dense).unwrap();
+    let model = folder.join("quantized");
+    quantize_checkpoint(&dense, &model, &QuantizeOptions::default(), |_| ()).unwrap();
+
+    let (model, config) = open(model.to_str().unwrap(), None, &Device::default());
+    let (ids, shape, theirs) = io("hf/f32/io.safetensors");
+    let ours = logits(&model, &config, &ids, &shape);
+    let difference = max_difference(&ours, &theirs);
+    // Scales have eight bits, but are near the values that they had: see `verify`.
+    assert!(difference > 0.0 && difference < 1e-2, "{difference:e}");
+    write_io(&folder.join("quantized.safetensors"), &ids, &shape, &ours);
 }
 
 fn rms(a: &[f32], b: &[f32]) -> f64 {

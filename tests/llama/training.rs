@@ -1,6 +1,7 @@
 //! Fine-tuning against PEFT's, and against itself.
 
 use std::fs;
+use std::path::PathBuf;
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -14,7 +15,7 @@ use crate::adapter::{apply, fresh};
 use crate::config::LlamaConfig;
 use crate::data::{Batch, Dataset};
 use crate::error::ModelError;
-use crate::fixtures::{fixture, ints, io, logits, max_difference, open};
+use crate::fixtures::{fixture, ints, io, logits, max_difference, open, write_io};
 use crate::projection::Projection;
 use crate::schedule::{Decay, Schedule};
 use crate::train::{Settings, Trainer, latest_checkpoint};
@@ -91,6 +92,12 @@ fn forty_steps_have_the_losses_of_peft_and_end_at_its_logits() {
     let difference = max_difference(&ours, &final_logits());
     // Forty updates of up to 2e-3 a weight, each from gradients that differ by a rounding.
     assert!(difference < 1e-4, "{difference:e}");
+
+    // For `scripts/peer_load.py --adapter FOLDER/adapter --io FOLDER/io.safetensors` elsewhere.
+    if let Some(folder) = std::env::var_os("NF4_EXPORT").map(PathBuf::from) {
+        trainer.save_adapter(&folder.join("adapter")).unwrap();
+        write_io(&folder.join("io.safetensors"), &ids, &shape, &ours);
+    }
 }
 
 #[test]
