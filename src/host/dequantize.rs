@@ -202,6 +202,15 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// The bits of the scale of each block, if they are there as such.
+    #[inline(always)]
+    pub(super) fn flat_scales(&self) -> Option<&'a [u32]> {
+        match self.scales {
+            Scales::Flat(scales) => Some(scales),
+            Scales::Nested { .. } => None,
+        }
+    }
+
     /// The scale of block `block`.
     #[inline(always)]
     fn scale(&self, block: usize) -> f32 {

@@ -258,10 +258,14 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
     /// The scale of each 64 weights of a row, for blocks of at least 64 and rows that start at a
     /// multiple of it; whether vector code can take them.
     #[inline(always)]
-    fn scales(&self, row: usize, scales: &mut Vec<f32>) -> bool {
+    fn scales<'s>(&'s self, row: usize, scales: &'s mut Vec<f32>) -> (&'s [f32], bool) {
         let source = &self.decoder.source;
         let log2 = source.block_size_log2 - 6;
         let (start, end) = (row * self.k / 64, (row + 1) * self.k / 64);
+        if let (0, Some(flat)) = (log2, source.flat_scales()) {
+            let scales: &[f32] = bytemuck::cast_slice(&flat[start..end]);
+            return (scales, are_plain(scales));
+        }
         scales.clear();
         let (mut block, blocks_end) = (start >> log2, ((end - 1) >> log2) + 1);
         while block < blocks_end {
@@ -277,9 +281,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
             }
             block += blocks;
         }
-        scales
-            .iter()
-            .fold(true, |all, &scale| all & is_plain(scale))
+        (scales, are_plain(scales))
     }
 
     /// Whether vector code can take the scales of a row.
@@ -291,9 +293,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
         for first in blocks.clone().step_by(BATCH) {
             let count = (blocks.end - first).min(BATCH);
             let (batch, _) = source.scales(first, count);
-            all &= batch[..count]
-                .iter()
-                .fold(true, |all, &scale| all & is_plain(scale));
+            all &= are_plain(&batch[..count]);
         }
         all
     }
@@ -305,13 +305,18 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
 /// The processor must have the instructions that it uses.
 type Rows<T, E> = unsafe fn(&Product<T, E>, usize, &mut [f32]);
 
-/// Whether all weights with this scale are finite or rounded from finite ones, and none subnormal.
+/// Whether all weights with these scales are rounded from finite numbers, and none is subnormal.
 #[inline(always)]
-fn is_plain(scale: f32) -> bool {
+fn are_plain(scales: &[f32]) -> bool {
     // The smallest level but zero is above 2^-8.
-    const SMALLEST: u32 = ((127 - 118) << 23) as u32;
-    let magnitude = scale.to_bits() & i32::MAX as u32;
-    (magnitude == 0) | (magnitude >= SMALLEST) & (magnitude < f32::INFINITY.to_bits())
+    const SMALLEST: u32 = 9 << 23;
+    let odd = |&scale: &f32| {
+        let magnitude = scale.to_bits() & i32::MAX as u32;
+        // What is too small wraps around to above all others.
+        let above = magnitude.wrapping_sub(SMALLEST);
+        u32::from((above >= f32::INFINITY.to_bits() - SMALLEST) & (magnitude != 0))
+    };
+    scales.iter().fold(0, |any, scale| any | odd(scale)) == 0
 }
 
 /// A tile of a product in terms of one set of vector instructions.

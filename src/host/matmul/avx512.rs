@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{CHUNK, Dot, Product, tiles};
+use super::{CHUNK, Dot, Product, TILE, tiles};
 use crate::format::FloatElement;
 use crate::host::dequantize::round_512;
 
@@ -26,10 +26,10 @@ pub(super) unsafe fn rows<T: FloatElement>(
     // SAFETY: this function has the features; `fused` says what `fused` asks for.
     unsafe {
         match (product.fused, product.m) {
-            (true, 1) => fused::<T, Single, 1>(product, first, sums),
-            (true, 2) => fused::<T, Single, 2>(product, first, sums),
-            (true, 3) => fused::<T, Single, 3>(product, first, sums),
-            (true, 4) => fused::<T, Single, 4>(product, first, sums),
+            (true, 1) => fused::<T, Single, 1, 4>(product, first, sums),
+            (true, 2) => fused::<T, Single, 2, 2>(product, first, sums),
+            (true, 3) => fused::<T, Single, 3, 1>(product, first, sums),
+            (true, 4) => fused::<T, Single, 4, 1>(product, first, sums),
             _ => tiles::<T, Single>(product, first, sums),
         }
     }
@@ -48,10 +48,10 @@ pub(super) unsafe fn rows_bf16<T: FloatElement>(
     // SAFETY: as in `rows`.
     unsafe {
         match (product.fused, product.m) {
-            (true, 1) => fused::<T, Brain, 1>(product, first, sums),
-            (true, 2) => fused::<T, Brain, 2>(product, first, sums),
-            (true, 3) => fused::<T, Brain, 3>(product, first, sums),
-            (true, 4) => fused::<T, Brain, 4>(product, first, sums),
+            (true, 1) => fused::<T, Brain, 1, 4>(product, first, sums),
+            (true, 2) => fused::<T, Brain, 2, 2>(product, first, sums),
+            (true, 3) => fused::<T, Brain, 3, 1>(product, first, sums),
+            (true, 4) => fused::<T, Brain, 4, 1>(product, first, sums),
             _ => tiles::<T, Brain>(product, first, sums),
         }
     }
@@ -64,8 +64,8 @@ trait Chunk: Dot {
     /// The tables of two blocks with plain scales, of values rounded to `R`.
     ///
     /// # Safety
-    /// The processor must have the instructions.
-    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: [f32; 2]) -> Self::Tables;
+    /// The processor must have the instructions, and `scales` two elements.
+    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: *const f32) -> Self::Tables;
 
     /// The weights whose codes are in bits `4 * step` on of each lane.
     ///
@@ -74,51 +74,100 @@ trait Chunk: Dot {
     unsafe fn look_up(tables: Self::Tables, codes: __m512i, step: usize) -> Self::Vector;
 }
 
-/// Makes the product with some rows of the weight, decoded into registers.
+/// Makes the product with some rows of the weight, decoded into registers: [`TILE`] rows together,
+/// which share what is loaded of x, each with `PARTS` sums, so that additions need not wait for
+/// each other.
 ///
 /// # Safety
 /// The processor must have the instructions of `D`, and the product be `fused` and have `M` rows
 /// of x.
 #[inline(always)]
-unsafe fn fused<T: FloatElement, D: Chunk, const M: usize>(
+unsafe fn fused<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize>(
     product: &Product<T, D::Element>,
     first: usize,
     sums: &mut [f32],
 ) {
-    const PARTS: usize = 4;
-    let k = product.k;
-    assert!(product.fused && product.m == M && product.factors.len() == M * k);
-    let source = &product.decoder.source;
-    let x = product.factors.as_ptr();
-    let mut scales = Vec::with_capacity(k / 64 + 1);
-    for (row, sums) in (first..).zip(sums.as_chunks_mut::<M>().0) {
-        if !product.scales(row, &mut scales) {
-            product.careful(row, sums);
-            continue;
+    assert!(product.fused && product.m == M && product.factors.len() == M * product.k);
+    let mut buffers: [Vec<f32>; TILE] = Default::default();
+    let sums = sums.as_chunks_mut::<M>().0;
+    for (first, sums) in (first..).step_by(TILE).zip(sums.chunks_mut(TILE)) {
+        let (mut scales, mut plain) = ([&[][..]; TILE], [false; TILE]);
+        for (i, buffer) in buffers.iter_mut().take(sums.len()).enumerate() {
+            (scales[i], plain[i]) = product.scales(first + i, buffer);
         }
-        let codes = source.codes[row * k / 8..][..k / 8].as_chunks::<16>().0;
-        let scales = scales.as_chunks::<2>().0;
-        // SAFETY: the caller vouches for the instructions; a chunk's codes are 64 bytes, and each
-        // row of x has a chunk for each of the weight's.
+        // SAFETY: as the caller vouches; the scales are those of the rows.
         unsafe {
-            let codebook = _mm512_loadu_ps(source.codebook.as_ptr());
-            let mut partial = [[D::zero(); PARTS]; M];
-            for (chunk, (codes, &scales)) in codes.iter().zip(scales).enumerate() {
-                let codes = _mm512_loadu_si512(codes.as_ptr().cast());
-                let tables = D::tables::<T>(codebook, scales);
-                for step in 0..CHUNK / D::LANES {
-                    let w = D::look_up(tables, codes, step);
+            if plain == [true; TILE] {
+                let sums = sums.first_chunk_mut().expect("each row was looked at");
+                of_rows::<T, D, M, PARTS, TILE>(product, first, &scales, sums);
+                continue;
+            }
+            for (i, (row, sums)) in (first..).zip(sums).enumerate() {
+                if plain[i] {
+                    let (scales, sums) = (scales[i..].first_chunk(), std::array::from_mut(sums));
+                    let scales = scales.expect("a row's scales");
+                    of_rows::<T, D, M, PARTS, 1>(product, row, scales, sums);
+                } else {
+                    product.careful(row, sums);
+                }
+            }
+        }
+    }
+}
+
+/// Makes the product with `R` rows of the weight. Each sum is the same whatever `R` is.
+///
+/// # Safety
+/// As [`fused`], and `scales` must be plain.
+#[inline(always)]
+unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize, const R: usize>(
+    product: &Product<T, D::Element>,
+    first: usize,
+    scales: &[&[f32]; R],
+    sums: &mut [[f32; M]; R],
+) {
+    let (source, k) = (&product.decoder.source, product.k);
+    let codes = &source.codes[first * k / 8..][..R * k / 8];
+    assert!(scales.iter().all(|scales| scales.len() == k / 64));
+    let scales = scales.each_ref().map(|scales| scales.as_ptr());
+    let (codes, x) = (codes.as_ptr(), product.factors.as_ptr());
+    // SAFETY: the caller vouches for the instructions; a row has a chunk of codes, 64 bytes, for
+    // each 128 elements of k, as has each row of x of factors, and two scales.
+    unsafe {
+        let codebook = _mm512_loadu_ps(source.codebook.as_ptr());
+        let mut partial = [[[D::zero(); PARTS]; M]; R];
+        for chunk in 0..k / CHUNK {
+            let mut chunk_codes = [_mm512_setzero_si512(); R];
+            let mut tables = [D::tables::<T>(codebook, scales[0].add(2 * chunk)); R];
+            for row in 0..R {
+                let codes = codes.add(row * (k / 8) + chunk * (CHUNK / 8));
+                chunk_codes[row] = _mm512_loadu_si512(codes.cast());
+                // Rows are too short for the processor to see by itself what comes next. Past the
+                // end of the weight this does nothing.
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(R * (k / 8)).cast());
+                if row > 0 {
+                    tables[row] = D::tables::<T>(codebook, scales[row].add(2 * chunk));
+                }
+            }
+            for step in 0..CHUNK / D::LANES {
+                let mut x_vectors = [D::load(x.add(chunk * CHUNK + step * D::LANES)); M];
+                for (i, vector) in x_vectors.iter_mut().enumerate().skip(1) {
+                    *vector = D::load(x.add(i * k + chunk * CHUNK + step * D::LANES));
+                }
+                for row in 0..R {
+                    let w = D::look_up(tables[row], chunk_codes[row], step);
                     for i in 0..M {
-                        let x = D::load(x.add(i * k + chunk * CHUNK + step * D::LANES));
-                        let partial = &mut partial[i][step % PARTS];
-                        *partial = D::add_product(*partial, w, x);
+                        let partial = &mut partial[row][i][step % PARTS];
+                        *partial = D::add_product(*partial, w, x_vectors[i]);
                     }
                 }
             }
-            for (sum, partial) in sums.iter_mut().zip(partial) {
-                *sum = 0.0;
-                for part in partial {
-                    *sum += D::total(part);
+        }
+        for row in 0..R {
+            for i in 0..M {
+                sums[row][i] = 0.0;
+                for part in 0..PARTS {
+                    sums[row][i] += D::total(partial[row][i][part]);
                 }
             }
         }
@@ -164,10 +213,10 @@ impl Chunk for Single {
     type Tables = [__m512; 2];
 
     #[inline(always)]
-    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: [f32; 2]) -> [__m512; 2] {
+    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: *const f32) -> [__m512; 2] {
         // SAFETY: the caller vouches for the features.
         unsafe {
-            let [first, second] = scales;
+            let (first, second) = (*scales, *scales.add(1));
             [
                 round_512::<R>(_mm512_mul_ps(codebook, _mm512_set1_ps(first))),
                 round_512::<R>(_mm512_mul_ps(codebook, _mm512_set1_ps(second))),
@@ -231,10 +280,10 @@ impl Chunk for Brain {
     type Tables = __m512i;
 
     #[inline(always)]
-    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: [f32; 2]) -> __m512i {
+    unsafe fn tables<R: FloatElement>(codebook: __m512, scales: *const f32) -> __m512i {
         // SAFETY: the caller vouches for the features; the types differ in name only.
         unsafe {
-            let [first, second] = scales;
+            let (first, second) = (*scales, *scales.add(1));
             let first = _mm512_mul_ps(codebook, _mm512_set1_ps(first));
             let second = _mm512_mul_ps(codebook, _mm512_set1_ps(second));
             std::mem::transmute(_mm512_cvtne2ps_pbh(second, first))
