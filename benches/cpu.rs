@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::args::{Args, Sizes};
+use crate::cpu_matmul;
 use crate::problems::{self, Problem, Weight, dtype_name};
 use crate::puzzle::{self, Puzzle};
 use crate::report::{Method, Place, Report, Subject, Timing, cpu_name};
@@ -39,18 +40,20 @@ pub fn benches(args: &Args, report: &mut Report) -> Result<(), Box<dyn Error>> {
     }
     dequantize(args, report, &place, copy);
     quantize(args, report, &place, copy);
+    cpu_matmul::benches(args, report, &place);
     if let Some(puzzle) = puzzle_on_host(args, &place) {
         puzzle.print(&["reference"]);
         puzzle.record(report, 0);
     }
     if let Some(library) = &args.cpu_peer {
         peer(args, library, report, &place, copy)?;
+        cpu_matmul::peer(args, library, report, &place)?;
     }
     Ok(())
 }
 
 /// Median time of `call`, after one that warms up.
-fn time(mut call: impl FnMut()) -> Timing {
+pub fn time(mut call: impl FnMut()) -> Timing {
     call();
     let samples = (0..SAMPLES).map(|_| time_once(&mut call)).collect();
     Timing::of(samples, Method::Clock)
@@ -248,14 +251,14 @@ fn time_plain<T: FloatElement>(
 }
 
 /// bitsandbytes' CPU library in a Python process that makes a call when told to.
-struct PeerProcess {
+pub struct PeerProcess {
     child: Child,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
 }
 
 impl PeerProcess {
-    fn answer(&mut self) -> Result<Value, Box<dyn Error>> {
+    pub fn answer(&mut self) -> Result<Value, Box<dyn Error>> {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
         if line.is_empty() {
@@ -271,7 +274,7 @@ impl PeerProcess {
         Ok(serde_json::from_value(self.answer()?)?)
     }
 
-    fn end(mut self) -> Result<(), Box<dyn Error>> {
+    pub fn end(mut self) -> Result<(), Box<dyn Error>> {
         drop(self.orders.take());
         let status = self.child.wait()?;
         if status.success() {
@@ -290,8 +293,6 @@ fn peer(
     copy: f64,
 ) -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
-    let script = folder.path().join("peer_cpu.py");
-    std::fs::write(&script, include_str!("peer_cpu.py"))?;
     let config = QuantConfig::flat();
     let mut ratios = Vec::new();
     for problem in problems::CPU_PEER {
@@ -304,7 +305,8 @@ fn peer(
             report.head("Dequantization on the CPU from plain scales, both in turns, wall time");
         }
         let weight = Weight::new(problem.shape, config, 1);
-        let mut process = start_peer(args, library, &script, &weight, problem, folder.path())?;
+        let job = write_for_peer(library, &weight, problem, folder.path())?;
+        let mut process = start_peer(args, folder.path(), &job)?;
         let ready = process.answer()?;
         if let Some(missing) = ready["missing"].as_str() {
             println!("{:44} not run: {missing}", name("bitsandbytes_cpu"));
@@ -324,38 +326,42 @@ fn peer(
             ..subject
         };
         report.add(place, subject, theirs, copy);
-        ratios.push((problem, ours, theirs));
+        ratios.push((problem.id(), ours, theirs));
     }
-    if !ratios.is_empty() {
-        println!(
-            "\nbitsandbytes' CPU library / ours, {} threads each; the best calls are what other \
-             programs on the machine disturbed least",
-            rayon::current_num_threads()
-        );
-        for (problem, ours, theirs) in ratios {
-            println!(
-                "{:20} median {:>8.1} / {:>8.1} us = {:>5.2}x   best {:>8.1} / {:>8.1} us = {:>5.2}x",
-                problem.id(),
-                theirs.median_us,
-                ours.median_us,
-                theirs.median_us / ours.median_us,
-                theirs.best_us,
-                ours.best_us,
-                theirs.best_us / ours.best_us
-            );
-        }
-    }
+    print_ratios(ratios.into_iter());
     Ok(())
 }
 
-fn start_peer(
-    args: &Args,
+/// Ours and theirs of each name.
+pub fn print_ratios(ratios: impl ExactSizeIterator<Item = (String, Timing, Timing)>) {
+    if ratios.len() == 0 {
+        return;
+    }
+    println!(
+        "\nbitsandbytes' CPU library / ours, {} threads each; the best calls are what other \
+         programs on the machine disturbed least",
+        rayon::current_num_threads()
+    );
+    for (name, ours, theirs) in ratios {
+        println!(
+            "{name:36} median {:>8.1} / {:>8.1} us = {:>5.2}x   best {:>8.1} / {:>8.1} us = {:>5.2}x",
+            theirs.median_us,
+            ours.median_us,
+            theirs.median_us / ours.median_us,
+            theirs.best_us,
+            ours.best_us,
+            theirs.best_us / ours.best_us
+        );
+    }
+}
+
+/// Writes what the peer needs; its job.
+fn write_for_peer(
     library: &Path,
-    script: &Path,
     weight: &Weight,
     problem: Problem,
     folder: &Path,
-) -> Result<PeerProcess, Box<dyn Error>> {
+) -> std::io::Result<Value> {
     let tensor = weight.tensor();
     let Absmax::Flat(scales) = tensor.absmax() else {
         unreachable!("quantized without double quantization");
@@ -366,12 +372,19 @@ fn start_peer(
         bytemuck::cast_slice::<f32, u8>(scales),
     )?;
     std::fs::write(folder.join("decoded"), weight.decoded(problem.dtype))?;
-    let job = json!({
+    Ok(json!({
+        "kind": "dequantize",
         "library": library,
         "folder": folder,
         "shape": problem.shape,
         "dtype": dtype_name(problem.dtype),
-    });
+    }))
+}
+
+/// A process that answers whether it can do the job, then waits for orders.
+pub fn start_peer(args: &Args, folder: &Path, job: &Value) -> Result<PeerProcess, Box<dyn Error>> {
+    let script = folder.join("peer_cpu.py");
+    std::fs::write(&script, include_str!("peer_cpu.py"))?;
     let mut child = Command::new(&args.cpu_python)
         .arg(script)
         .arg(job.to_string())
@@ -391,7 +404,7 @@ fn start_peer(
 
 /// Times ours and the peer's calls in turns, so that both see the same machine. Threads of either
 /// that spin for a while after a call have stopped when the other's turn comes.
-fn take_turns(
+pub fn take_turns(
     mut call: &mut dyn FnMut(),
     peer: &mut PeerProcess,
 ) -> Result<(Timing, Timing), Box<dyn Error>> {

@@ -12,6 +12,7 @@ mod args;
 #[cfg(feature = "cube")]
 mod chart;
 mod cpu;
+mod cpu_matmul;
 #[cfg(feature = "cube")]
 mod device_time;
 #[cfg(feature = "cube")]

@@ -14,12 +14,16 @@ mod avx2;
 mod avx512;
 mod portable;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::round as round_512;
+pub(super) use portable::round;
+
 /// Decoding this many elements takes two or three times as long as handing work to another thread
 /// (10 to 20 us); fewer are not divided.
-const fn task_elems(simd: Simd) -> usize {
+pub(super) const fn task_elems(simd: Simd) -> usize {
     match simd {
         Simd::Portable => 1 << 16,
-        Simd::Avx2 | Simd::Avx512 => 1 << 19,
+        Simd::Avx2 | Simd::Avx512 | Simd::Avx512Bf16 => 1 << 19,
     }
 }
 
@@ -67,12 +71,7 @@ pub fn dequantize_with<T: FloatElement>(
     out: &mut [T],
 ) {
     simd.assert_available();
-    assert!(
-        words.len() >= layout.words,
-        "packed weight of {} words, expected {}",
-        words.len(),
-        layout.words
-    );
+    assert_words(words, layout);
     let left = layout.elems.checked_sub(start);
     assert!(
         left.is_some_and(|left| out.len() <= left),
@@ -88,35 +87,48 @@ pub fn dequantize_with<T: FloatElement>(
     task.divide(start, out);
 }
 
+/// # Panics
+/// If `words` is shorter than `layout` asks for.
+pub(super) fn assert_words(words: &[u32], layout: &PackedLayout) {
+    assert!(
+        words.len() >= layout.words,
+        "packed weight of {} words, expected {}",
+        words.len(),
+        layout.words
+    );
+}
+
 /// How to decode any range of one weight.
-struct Task<'a> {
-    source: Source<'a>,
+pub(super) struct Task<'a> {
+    pub(super) source: Source<'a>,
     /// Checked to be available.
-    simd: Simd,
+    pub(super) simd: Simd,
     /// Whether to write past the caches.
-    stream: bool,
+    pub(super) stream: bool,
 }
 
 impl Task<'_> {
     /// Halves the range until it is small, between rayon's threads.
     fn divide<T: FloatElement>(&self, start: usize, out: &mut [T]) {
         if out.len() <= task_elems(self.simd) {
-            return self.decode(start, out);
+            return self.decode::<T, T>(start, out);
         }
         let middle = (start + out.len() / 2).next_multiple_of(TASK_ALIGN_ELEMS);
         let (left, right) = out.split_at_mut(middle - start);
         rayon::join(|| self.divide(start, left), || self.divide(middle, right));
     }
 
-    /// Decodes a range on this thread.
-    fn decode<T: FloatElement>(&self, start: usize, out: &mut [T]) {
+    /// Decodes a range on this thread: values rounded to `R`, as `T`.
+    ///
+    /// `T` is `R` or f32.
+    pub(super) fn decode<T: FloatElement, R: FloatElement>(&self, start: usize, out: &mut [T]) {
         let source = &self.source;
         // The first word can be wanted in part; everything else works on whole words.
         let head = out.len().min(start.next_multiple_of(8) - start);
         let (first, rest) = out.split_at_mut(head);
         if !first.is_empty() {
             let scale = source.scale(start >> source.block_size_log2);
-            let table = portable::table(source.codebook, scale);
+            let table = portable::table::<T, R>(source.codebook, scale);
             portable::look_up(&table, source.codes[start / 8], start % 8, first);
         }
         let start = start + head;
@@ -126,28 +138,34 @@ impl Task<'_> {
         // the processor has them, and the alignment is checked above.
         unsafe {
             match (self.simd, stream) {
-                (Simd::Portable, _) => decode::<T, portable::Portable>(source, start, rest),
+                (Simd::Portable, _) => decode::<T, R, portable::Portable>(source, start, rest),
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx2, true) => avx2::decode::<T, true>(source, start, rest),
+                (Simd::Avx2, true) => avx2::decode::<T, R, true>(source, start, rest),
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx2, false) => avx2::decode::<T, false>(source, start, rest),
+                (Simd::Avx2, false) => avx2::decode::<T, R, false>(source, start, rest),
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx512, true) => avx512::decode::<T, true>(source, start, rest),
+                (Simd::Avx512 | Simd::Avx512Bf16, true) => {
+                    avx512::decode::<T, R, true>(source, start, rest)
+                }
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx512, false) => avx512::decode::<T, false>(source, start, rest),
+                (Simd::Avx512 | Simd::Avx512Bf16, false) => {
+                    avx512::decode::<T, R, false>(source, start, rest)
+                }
                 #[cfg(not(target_arch = "x86_64"))]
-                (Simd::Avx2 | Simd::Avx512, _) => unreachable!("checked by dequantize_with"),
+                (Simd::Avx2 | Simd::Avx512 | Simd::Avx512Bf16, _) => {
+                    unreachable!("checked by dequantize_with")
+                }
             }
         }
     }
 }
 
 /// The sections of a packed weight.
-struct Source<'a> {
-    codes: &'a [u32],
+pub(super) struct Source<'a> {
+    pub(super) codes: &'a [u32],
     scales: Scales<'a>,
-    codebook: &'static [f32; 16],
-    block_size_log2: u32,
+    pub(super) codebook: &'static [f32; 16],
+    pub(super) block_size_log2: u32,
 }
 
 enum Scales<'a> {
@@ -162,7 +180,7 @@ enum Scales<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn new(words: &'a [u32], layout: &PackedLayout) -> Self {
+    pub(super) fn new(words: &'a [u32], layout: &PackedLayout) -> Self {
         let scales = match layout.config.nested_block_size {
             None => Scales::Flat(&words[layout.scales..layout.codebook]),
             Some(block_size) => Scales::Nested {
@@ -181,6 +199,15 @@ impl<'a> Source<'a> {
             scales,
             codebook: quant_type.codebook(),
             block_size_log2: layout.config.block_size.log2(),
+        }
+    }
+
+    /// The bits of the scale of each block, if they are there as such.
+    #[inline(always)]
+    pub(super) fn flat_scales(&self) -> Option<&'a [u32]> {
+        match self.scales {
+            Scales::Flat(scales) => Some(scales),
+            Scales::Nested { .. } => None,
         }
     }
 
@@ -205,7 +232,7 @@ impl<'a> Source<'a> {
 
     /// The scales of up to [`BATCH`] blocks from `first` on, and whether all are finite.
     #[inline(always)]
-    fn scales(&self, first: usize, blocks: usize) -> ([f32; BATCH], bool) {
+    pub(super) fn scales(&self, first: usize, blocks: usize) -> ([f32; BATCH], bool) {
         let mut scales = [0.0; BATCH];
         match self.scales {
             Scales::Flat(words) => {
@@ -246,7 +273,7 @@ impl<'a> Source<'a> {
 const GROUP: usize = 32;
 
 /// Blocks whose scales are decoded together.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 /// The inner part of decoding, in terms of one set of vector instructions.
 ///
@@ -255,11 +282,16 @@ trait Vector {
     /// The decoded value of each code in a block.
     type Table<T: FloatElement>: Copy;
 
-    /// The table of a block with a finite scale.
+    /// The table of a block with a finite scale, of values rounded to `R`.
+    ///
+    /// `T` is `R` or f32.
     ///
     /// # Safety
     /// The processor must have the instructions.
-    unsafe fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> Self::Table<T>;
+    unsafe fn table<T: FloatElement, R: FloatElement>(
+        codebook: &[f32; 16],
+        scale: f32,
+    ) -> Self::Table<T>;
 
     /// Decodes one group.
     ///
@@ -278,14 +310,18 @@ trait Vector {
 /// # Safety
 /// What `V`'s methods ask for. All groups start at a multiple of 8 elements from `out` on.
 #[inline(always)]
-unsafe fn decode<T: FloatElement, V: Vector>(source: &Source, mut start: usize, out: &mut [T]) {
+unsafe fn decode<T: FloatElement, R: FloatElement, V: Vector>(
+    source: &Source,
+    mut start: usize,
+    out: &mut [T],
+) {
     debug_assert!(out.is_empty() || start.is_multiple_of(8));
     let block_elems = 1usize << source.block_size_log2;
     let head = out.len().min(start.next_multiple_of(block_elems) - start);
     let (first, mut rest) = out.split_at_mut(head);
     if !first.is_empty() {
         // SAFETY: as the caller vouches.
-        unsafe { decode_part::<T, V>(source, start, first) };
+        unsafe { decode_part::<T, R, V>(source, start, first) };
         start += head;
     }
     while rest.len() >= block_elems {
@@ -300,10 +336,10 @@ unsafe fn decode<T: FloatElement, V: Vector>(source: &Source, mut start: usize, 
             match (finite, block_elems) {
                 // Products may be NaN, which a table in registers is not made for.
                 (false, _) => {
-                    decode_blocks::<T, portable::Portable, 1>(source, scales, codes, part)
+                    decode_blocks::<T, R, portable::Portable, 1>(source, scales, codes, part)
                 }
-                (true, 32) => decode_blocks::<T, V, 1>(source, scales, codes, part),
-                (true, _) => decode_blocks::<T, V, 2>(source, scales, codes, part),
+                (true, 32) => decode_blocks::<T, R, V, 1>(source, scales, codes, part),
+                (true, _) => decode_blocks::<T, R, V, 2>(source, scales, codes, part),
             }
         }
         start += part.len();
@@ -311,7 +347,7 @@ unsafe fn decode<T: FloatElement, V: Vector>(source: &Source, mut start: usize, 
     }
     if !rest.is_empty() {
         // SAFETY: as the caller vouches.
-        unsafe { decode_part::<T, V>(source, start, rest) };
+        unsafe { decode_part::<T, R, V>(source, start, rest) };
     }
 }
 
@@ -320,7 +356,7 @@ unsafe fn decode<T: FloatElement, V: Vector>(source: &Source, mut start: usize, 
 /// # Safety
 /// As [`decode`], and the scales must be such as `V::table` can take.
 #[inline(always)]
-unsafe fn decode_blocks<T: FloatElement, V: Vector, const GROUPS: usize>(
+unsafe fn decode_blocks<T: FloatElement, R: FloatElement, V: Vector, const GROUPS: usize>(
     source: &Source,
     scales: &[f32],
     codes: &[u32],
@@ -335,7 +371,7 @@ unsafe fn decode_blocks<T: FloatElement, V: Vector, const GROUPS: usize>(
         .zip(out.chunks_exact_mut(groups_per_block))
     {
         // SAFETY: as the caller vouches.
-        let table = unsafe { V::table::<T>(source.codebook, scale) };
+        let table = unsafe { V::table::<T, R>(source.codebook, scale) };
         for (codes, out) in codes.iter().zip(out) {
             for (codes, out) in codes.iter().zip(out) {
                 // SAFETY: as the caller vouches.
@@ -350,13 +386,17 @@ unsafe fn decode_blocks<T: FloatElement, V: Vector, const GROUPS: usize>(
 /// # Safety
 /// As [`decode`].
 #[inline(always)]
-unsafe fn decode_part<T: FloatElement, V: Vector>(source: &Source, start: usize, out: &mut [T]) {
+unsafe fn decode_part<T: FloatElement, R: FloatElement, V: Vector>(
+    source: &Source,
+    start: usize,
+    out: &mut [T],
+) {
     let scale = source.scale(start >> source.block_size_log2);
     let mut codes = &source.codes[start / 8..];
     let mut rest = out;
     if scale.is_finite() {
         // SAFETY: as the caller vouches.
-        let table = unsafe { V::table::<T>(source.codebook, scale) };
+        let table = unsafe { V::table::<T, R>(source.codebook, scale) };
         let (groups, after) = rest.as_chunks_mut();
         let (group_codes, _) = codes.as_chunks();
         codes = &codes[4 * groups.len()..];
@@ -367,7 +407,7 @@ unsafe fn decode_part<T: FloatElement, V: Vector>(source: &Source, start: usize,
         rest = after;
     }
     if !rest.is_empty() {
-        let table = portable::table(source.codebook, scale);
+        let table = portable::table::<T, R>(source.codebook, scale);
         for (&word, out) in codes.iter().zip(rest.chunks_mut(8)) {
             portable::look_up(&table, word, 0, out);
         }

@@ -21,10 +21,12 @@
 //! ```
 
 mod dequantize;
+mod matmul;
 mod quantize;
 mod simd;
 
 pub use dequantize::{dequantize, dequantize_with};
+pub use matmul::{matmul, matmul_with};
 pub use quantize::{quantize, quantize_with};
 pub use simd::Simd;
 

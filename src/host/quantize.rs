@@ -158,9 +158,13 @@ impl Task {
             Simd::Avx2 => unsafe { avx2::encode(self, weight, codes, scales) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { avx512::encode(self, weight, codes, scales) },
+            Simd::Avx512 | Simd::Avx512Bf16 => unsafe {
+                avx512::encode(self, weight, codes, scales)
+            },
             #[cfg(not(target_arch = "x86_64"))]
-            Simd::Avx2 | Simd::Avx512 => unreachable!("checked by quantize_with"),
+            Simd::Avx2 | Simd::Avx512 | Simd::Avx512Bf16 => {
+                unreachable!("checked by quantize_with")
+            }
         };
         if !last_weight.is_empty() {
             finite &= portable::encode(self, last_weight, last_codes, last_scale);

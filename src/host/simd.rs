@@ -3,7 +3,8 @@
 /// A set of vector instructions with an implementation of its own.
 ///
 /// For tests and benchmarks; everybody else wants what [`detect`](Self::detect) finds, which is
-/// what [`dequantize`](super::dequantize()) and [`quantize`](super::quantize()) use.
+/// what [`dequantize`](super::dequantize()), [`matmul`](super::matmul()) and
+/// [`quantize`](super::quantize()) use.
 #[doc(hidden)]
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -14,11 +15,13 @@ pub enum Simd {
     Avx2,
     /// AVX-512 F, BW and VL (x86-64-v4).
     Avx512,
+    /// As [`Avx512`](Self::Avx512), with the dot products of bf16; only matrix products differ.
+    Avx512Bf16,
 }
 
 impl Simd {
     /// All of them, slowest first.
-    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// The best that this processor has.
     pub fn detect() -> Self {
@@ -42,8 +45,12 @@ impl Simd {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
         }
     }
 

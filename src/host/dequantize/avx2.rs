@@ -6,19 +6,19 @@ use std::arch::x86_64::*;
 use super::{GROUP, Source, Vector};
 use crate::format::{FloatElement, FloatType};
 
-/// Decodes a range whose start is a multiple of 8, past the caches if `STREAM`.
+/// Decodes a range whose start is a multiple of 8, rounded to `R`, past the caches if `STREAM`.
 ///
 /// # Safety
 /// The processor must have AVX2, F16C and FMA; `out` must be aligned to 16 bytes if `STREAM`.
 #[target_feature(enable = "avx2,f16c,fma")]
-pub(super) unsafe fn decode<T: FloatElement, const STREAM: bool>(
+pub(super) unsafe fn decode<T: FloatElement, R: FloatElement, const STREAM: bool>(
     source: &Source,
     start: usize,
     out: &mut [T],
 ) {
     // SAFETY: this function has the features. Eight elements are at least 16 bytes, so what holds
     // of the alignment of `out` holds for all groups.
-    unsafe { super::decode::<T, Avx2<STREAM>>(source, start, out) };
+    unsafe { super::decode::<T, R, Avx2<STREAM>>(source, start, out) };
     if STREAM {
         // Streaming stores are weakly ordered; other threads must see them before what follows.
         _mm_sfence();
@@ -33,7 +33,10 @@ impl<const STREAM: bool> Vector for Avx2<STREAM> {
     type Table<T: FloatElement> = [__m256i; 2];
 
     #[inline(always)]
-    unsafe fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> [__m256i; 2] {
+    unsafe fn table<T: FloatElement, R: FloatElement>(
+        codebook: &[f32; 16],
+        scale: f32,
+    ) -> [__m256i; 2] {
         // SAFETY: the caller vouches for the features; 16 floats are 64 bytes, the size of the
         // two loads.
         unsafe {
@@ -41,7 +44,7 @@ impl<const STREAM: bool> Vector for Avx2<STREAM> {
             let low = _mm256_mul_ps(_mm256_loadu_ps(codebook.as_ptr()), scale);
             let high = _mm256_mul_ps(_mm256_loadu_ps(codebook.as_ptr().add(8)), scale);
             match T::FLOAT_TYPE {
-                FloatType::F32 => [_mm256_castps_si256(low), _mm256_castps_si256(high)],
+                FloatType::F32 => [low, high].map(|values| _mm256_castps_si256(round::<R>(values))),
                 FloatType::F16 => byte_tables(
                     _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low),
                     _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high),
@@ -75,6 +78,20 @@ impl<const STREAM: bool> Vector for Avx2<STREAM> {
                     store::<STREAM>(out.add(1), second);
                 }
             }
+        }
+    }
+}
+
+/// Finite values rounded to `R`.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn round<R: FloatElement>(values: __m256) -> __m256 {
+    match R::FLOAT_TYPE {
+        FloatType::F32 => values,
+        FloatType::F16 => _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)),
+        FloatType::BF16 => {
+            let widened = _mm256_cvtepu16_epi32(to_bf16(values));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(widened))
         }
     }
 }

@@ -6,19 +6,19 @@ use std::arch::x86_64::*;
 use super::{GROUP, Source, Vector};
 use crate::format::{FloatElement, FloatType};
 
-/// Decodes a range whose start is a multiple of 8, past the caches if `STREAM`.
+/// Decodes a range whose start is a multiple of 8, rounded to `R`, past the caches if `STREAM`.
 ///
 /// # Safety
 /// The processor must have AVX-512 F, BW and VL; `out` must be aligned to 16 bytes if `STREAM`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn decode<T: FloatElement, const STREAM: bool>(
+pub(super) unsafe fn decode<T: FloatElement, R: FloatElement, const STREAM: bool>(
     source: &Source,
     start: usize,
     out: &mut [T],
 ) {
     // SAFETY: this function has the features. Eight elements are at least 16 bytes, so what holds
     // of the alignment of `out` holds for all groups.
-    unsafe { super::decode::<T, Avx512<STREAM>>(source, start, out) };
+    unsafe { super::decode::<T, R, Avx512<STREAM>>(source, start, out) };
     if STREAM {
         // Streaming stores are weakly ordered; other threads must see them before what follows.
         _mm_sfence();
@@ -32,14 +32,14 @@ impl<const STREAM: bool> Vector for Avx512<STREAM> {
     type Table<T: FloatElement> = __m512i;
 
     #[inline(always)]
-    unsafe fn table<T: FloatElement>(codebook: &[f32; 16], scale: f32) -> __m512i {
+    unsafe fn table<T: FloatElement, R: FloatElement>(codebook: &[f32; 16], scale: f32) -> __m512i {
         // SAFETY: the caller vouches for the features; 16 floats are 64 bytes, the size of the
         // load.
         unsafe {
             let codebook = _mm512_loadu_ps(codebook.as_ptr());
             let products = _mm512_mul_ps(codebook, _mm512_set1_ps(scale));
             match T::FLOAT_TYPE {
-                FloatType::F32 => _mm512_castps_si512(products),
+                FloatType::F32 => _mm512_castps_si512(round::<R>(products)),
                 FloatType::F16 => {
                     let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products);
                     _mm512_broadcast_i64x4(halves)
@@ -70,21 +70,41 @@ impl<const STREAM: bool> Vector for Avx512<STREAM> {
     }
 }
 
+/// Finite values rounded to `R`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(in crate::host) fn round<R: FloatElement>(values: __m512) -> __m512 {
+    match R::FLOAT_TYPE {
+        FloatType::F32 => values,
+        FloatType::F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)),
+        FloatType::BF16 => {
+            let high_half = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            _mm512_castsi512_ps(_mm512_and_si512(round_to_bf16(values), high_half))
+        }
+    }
+}
+
+/// Finite values as bf16, in the high half of each result.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn round_to_bf16(values: __m512) -> __m512i {
+    // To nearest, ties to even: add just less than a half, and the rest if the result would be
+    // odd.
+    let bits = _mm512_castps_si512(values);
+    let odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x1_0000));
+    let rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1))
+}
+
 /// Finite products as bf16, twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn bf16_table(products: __m512) -> __m512i {
-    // To nearest, ties to even: add just less than a half, and the rest if the result would be
-    // odd. What is wanted is then in the high half of each product.
-    let bits = _mm512_castps_si512(products);
-    let odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x1_0000));
-    let rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    let rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
     let high_halves = _mm512_set_epi16(
         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, //
         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
     );
-    _mm512_permutexvar_epi16(high_halves, rounded)
+    _mm512_permutexvar_epi16(high_halves, round_to_bf16(products))
 }
 
 #[inline]
