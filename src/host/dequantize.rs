@@ -163,12 +163,12 @@ impl Task<'_> {
 /// The sections of a packed weight.
 pub(super) struct Source<'a> {
     pub(super) codes: &'a [u32],
-    scales: Scales<'a>,
+    pub(super) scales: Scales<'a>,
     pub(super) codebook: &'static [f32; 16],
     pub(super) block_size_log2: u32,
 }
 
-enum Scales<'a> {
+pub(super) enum Scales<'a> {
     Flat(&'a [u32]),
     Nested {
         codes: &'a [u32],
@@ -199,15 +199,6 @@ impl<'a> Source<'a> {
             scales,
             codebook: quant_type.codebook(),
             block_size_log2: layout.config.block_size.log2(),
-        }
-    }
-
-    /// The bits of the scale of each block, if they are there as such.
-    #[inline(always)]
-    pub(super) fn flat_scales(&self) -> Option<&'a [u32]> {
-        match self.scales {
-            Scales::Flat(scales) => Some(scales),
-            Scales::Nested { .. } => None,
         }
     }
 

@@ -9,7 +9,7 @@ use bytemuck::Zeroable;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::dequantize::{BATCH, Source, Task, round};
+use super::dequantize::{BATCH, Scales, Source, Task, round};
 use super::{Simd, dequantize};
 use crate::format::{FloatElement, FloatType, PackedLayout};
 
@@ -262,8 +262,15 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
         let source = &self.decoder.source;
         let log2 = source.block_size_log2 - 6;
         let (start, end) = (row * self.k / 64, (row + 1) * self.k / 64);
-        if let (0, Some(flat)) = (log2, source.flat_scales()) {
+        if let (0, Scales::Flat(flat)) = (log2, &source.scales) {
             let scales: &[f32] = bytemuck::cast_slice(&flat[start..end]);
+            return (scales, are_plain(scales));
+        }
+        scales.clear();
+        #[cfg(target_arch = "x86_64")]
+        if log2 == 0 && start.is_multiple_of(16) && end.is_multiple_of(16) {
+            // SAFETY: only code with AVX-512 decodes into registers.
+            unsafe { avx512::nested_scales(source, start..end, scales) };
             return (scales, are_plain(scales));
         }
         scales.clear();

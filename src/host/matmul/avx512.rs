@@ -6,12 +6,13 @@
 //! been put in the same.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::bf16;
 
 use super::{CHUNK, Dot, Product, TILE, tiles};
 use crate::format::FloatElement;
-use crate::host::dequantize::round_512;
+use crate::host::dequantize::{Scales, Source, round_512};
 
 /// Makes the product with some rows of the weight.
 ///
@@ -170,6 +171,41 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
                     sums[row][i] += D::total(partial[row][i][part]);
                 }
             }
+        }
+    }
+}
+
+/// Decodes the nested scales of some blocks, from a multiple of 16 to another.
+///
+/// # Safety
+/// The processor must have AVX-512 F, BW and VL.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn nested_scales(source: &Source, blocks: Range<usize>, scales: &mut Vec<f32>) {
+    let Scales::Nested {
+        codes,
+        map,
+        absmax,
+        offset,
+        block_size_log2,
+    } = source.scales
+    else {
+        unreachable!("flat scales need no decoding");
+    };
+    scales.resize(blocks.len(), 0.0);
+    let codes = codes[blocks.start / 4..blocks.end / 4].as_chunks::<4>().0;
+    let scales = scales.as_chunks_mut::<16>().0;
+    for (i, (codes, scales)) in codes.iter().zip(scales).enumerate() {
+        // A nested block holds at least 32.
+        let absmax = f32::from_bits(absmax[(blocks.start + 16 * i) >> block_size_log2]);
+        // SAFETY: four words have 16 codes, each less than the length of the map; 16 scales are
+        // written.
+        unsafe {
+            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr().cast());
+            let products = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
+            let sums = _mm512_add_ps(products, _mm512_set1_ps(offset));
+            _mm512_storeu_ps(scales.as_mut_ptr(), sums);
         }
     }
 }
