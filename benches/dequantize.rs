@@ -88,12 +88,13 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     }
     device_time::dequantize(&gpu, args, report);
     device_time::quantize(&gpu, args, report);
-    matmul::benches(&gpu, args, report);
+    let mut products = matmul::benches(&gpu, args, report);
     let mut puzzle = puzzle::on_gpu(&gpu, args, report);
     host_cost::run(&gpu, args, report);
     if let Some(python) = &args.peer {
-        peer::run(&gpu, args, python, puzzle.as_mut(), report)?;
+        peer::run(&gpu, args, python, puzzle.as_mut(), &mut products, report)?;
     }
+    matmul::summarise(&products);
     if !args.list {
         chart::draw(&gpu.place, &report.rows, &args.svg)?;
     }

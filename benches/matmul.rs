@@ -1,162 +1,348 @@
 //! Device time of matrix products with a packed weight, cold: weights rotate over several times
 //! the device's cache.
 
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
-use burn_nf4::launch::{MatmulPlan, MatmulVariant, Product, TensorCoreTile};
+use std::time::Instant;
+
+use burn::tensor::{DType, Distribution, Tensor};
+use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
+use burn_nf4::launch::{MatmulPlan, MatmulVariant, Product, TensorCoreTile, check_dtype};
 use cubecl::server::Handle;
 use half::bf16;
 use serde_json::json;
 
-use crate::args::Args;
+use crate::args::{Args, Sizes};
 use crate::device_time::ROTATION_BYTES;
 use crate::gpu::{DeviceWeight, Gpu};
 use crate::problems::Weight;
-use crate::report::Report;
+use crate::report::{Method, Report, Timing};
 use crate::timing::{self, Window};
 
+const DTYPE: FloatType = FloatType::BF16;
 /// `[n, k]`.
-pub const SHAPES: [[usize; 2]; 3] = [[14336, 4096], [4096, 14336], [4096, 4096]];
-/// Rows of x.
-pub const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 48, 64];
+const SHAPES: [[usize; 2]; 3] = [[14336, 4096], [4096, 14336], [4096, 4096]];
+const SMALL_SHAPES: [[usize; 2]; 1] = [[512, 1024]];
+/// Rows of `x`.
+const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 48, 64];
+/// Burn's own product with a dense weight.
+pub const BURN_DENSE: &str = "burn_dense";
+
+/// The time of one implementation on one product.
+#[derive(Clone)]
+pub struct Timed {
+    pub variant: String,
+    pub shape: [usize; 2],
+    pub m: usize,
+    pub timing: Timing,
+    /// `|y - exact| / |exact|` in the Frobenius norm, the exact product in f64 over the weight
+    /// decoded to bf16; of some columns.
+    pub relative_error: Option<f64>,
+}
+
+/// What is timed.
+#[derive(Clone, Copy)]
+enum Implementation {
+    Default,
+    Forced(MatmulVariant),
+    Tile(TensorCoreTile),
+}
+
+impl Implementation {
+    fn all(args: &Args) -> Vec<Self> {
+        let forced = MatmulVariant::ALL.into_iter().map(Self::Forced);
+        let tiles = args.tile.iter().copied().map(Self::Tile);
+        forced.chain([Self::Default]).chain(tiles).collect()
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Default => "default".into(),
+            Self::Forced(variant) => variant.name().into(),
+            Self::Tile(tile) => format!(
+                "tile-{}-{}-{}-{}-{}",
+                tile.row_tiles, tile.row_planes, tile.k_planes, tile.chunks, tile.k_cubes
+            ),
+        }
+    }
+
+    fn plan(
+        self,
+        gpu: &Gpu,
+        layout: &PackedLayout,
+        product: Product,
+    ) -> Result<MatmulPlan, String> {
+        let client = &gpu.client;
+        let plan = match self {
+            Self::Default => MatmulPlan::new(client, layout, product, false, None),
+            Self::Forced(variant) => MatmulPlan::new(client, layout, product, false, Some(variant)),
+            Self::Tile(tile) => MatmulPlan::with_tile(client, layout, product, false, tile),
+        };
+        plan.map_err(|error| error.to_string())
+    }
+}
 
 /// The name of a bench.
 pub fn name(variant: &str, [n, k]: [usize; 2], m: usize) -> String {
     format!("matmul/{variant}/bf16/{n}x{k}/m{m}")
 }
 
-/// Every kernel on every shape and number of rows.
-pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) {
-    let dtype = FloatType::BF16;
-    let mut headed = false;
-    for shape in SHAPES {
-        let [n, k] = shape;
-        let mut wanted: Vec<(String, usize, Option<MatmulVariant>, Option<TensorCoreTile>)> =
-            Vec::new();
-        for m in ROWS {
-            for variant in MatmulVariant::ALL {
-                wanted.push((name(variant.name(), shape, m), m, Some(variant), None));
-            }
-            wanted.push((name("default", shape, m), m, None, None));
-            for &tile in &args.tile {
-                let TensorCoreTile {
-                    row_tiles,
-                    row_planes,
-                    k_planes,
-                    chunks,
-                    k_cubes,
-                } = tile;
-                let id = format!("tile-{row_tiles}-{row_planes}-{k_planes}-{chunks}-{k_cubes}");
-                wanted.push((name(&id, shape, m), m, None, Some(tile)));
-            }
+/// The shapes that are timed, `[n, k]`.
+pub fn shapes(gpu: &Gpu) -> &'static [[usize; 2]] {
+    match gpu.sizes {
+        Sizes::Full => &SHAPES,
+        Sizes::Small => &SMALL_SHAPES,
+    }
+}
+
+/// All shapes with all numbers of rows.
+pub fn products(gpu: &Gpu) -> impl Iterator<Item = ([usize; 2], usize)> {
+    let shapes = shapes(gpu).iter();
+    shapes.flat_map(|&shape| ROWS.into_iter().map(move |m| (shape, m)))
+}
+
+/// The same for ours and for peers.
+pub fn x_values(m: usize, k: usize) -> Vec<bf16> {
+    (0..m * k)
+        .map(|i| bf16::from_f32((i * 7919 % 1013) as f32 / 506.5 - 1.0))
+        .collect()
+}
+
+/// Every kernel on every shape and number of rows, then Burn's dense product.
+pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
+    let mut all = Vec::new();
+    if let Err(error) = check_dtype(&gpu.client, DTYPE) {
+        if !args.list {
+            println!("matmul/* not run: {error}");
         }
-        wanted.retain(|(name, ..)| args.starts(name));
+        return all;
+    }
+    for &shape in shapes(gpu) {
+        let wanted: Vec<(Implementation, usize)> = ROWS
+            .into_iter()
+            .flat_map(|m| Implementation::all(args).into_iter().map(move |i| (i, m)))
+            .filter(|(implementation, m)| args.starts(&name(&implementation.name(), shape, *m)))
+            .collect();
         if wanted.is_empty() {
             continue;
         }
+        if all.is_empty() {
+            head("Matrix products with a packed weight, bf16, device time, weights rotated");
+        }
+        all.extend(packed(gpu, shape, &wanted, report));
+    }
+    dense(gpu, args, report, &mut all);
+    all
+}
+
+pub fn head(title: &str) {
+    println!("\n{title}");
+    println!(
+        "{:44} {:>10} {:>8} {:>10}",
+        "", "median us", "spread", "rel. error"
+    );
+}
+
+/// Prints, writes and returns a result.
+pub fn take(gpu: &Gpu, timed: Timed, report: &mut Report) -> Timed {
+    let name = name(&timed.variant, timed.shape, timed.m);
+    let Timing {
+        median_us,
+        spread_us,
+        method,
+        ..
+    } = timed.timing;
+    let error = timed.relative_error;
+    println!(
+        "{name:44} {median_us:>10.2} {spread_us:>8.2} {:>10}",
+        error.map_or("-".into(), |error| format!("{error:.2e}"))
+    );
+    report.record(&json!({
+        "kind": "matmul",
+        "name": name,
+        "device": gpu.place.device,
+        "backend": gpu.place.backend,
+        "variant": timed.variant,
+        "shape": timed.shape,
+        "m": timed.m,
+        "median_us": median_us,
+        "spread_us": spread_us,
+        "method": method,
+        "relative_error": error,
+    }));
+    timed
+}
+
+fn packed(
+    gpu: &Gpu,
+    shape: [usize; 2],
+    wanted: &[(Implementation, usize)],
+    report: &mut Report,
+) -> Vec<Timed> {
+    let [n, k] = shape;
+    let client = &gpu.client;
+    let weight = Weight::new(shape, QuantConfig::default(), 1);
+    let layout = &weight.layout;
+    let rotation = if gpu.is_card { ROTATION_BYTES } else { 1 };
+    let copies = (rotation / (layout.words * 4)).max(2);
+    let weights: Vec<DeviceWeight> = (0..copies)
+        .map(|_| DeviceWeight::new(client, &weight))
+        .collect();
+    let tensor = weight.tensor();
+    let columns: Vec<(usize, Vec<bf16>)> = (0..n)
+        .step_by((n / 61).max(1))
+        .map(|row| (row, tensor.dequantize_range(row * k, k)))
+        .collect();
+
+    let mut all = Vec::new();
+    for &(implementation, m) in wanted {
+        let variant = implementation.name();
+        let name = name(&variant, shape, m);
+        let dtype = DTYPE;
+        let plan = match implementation.plan(gpu, layout, Product { m, n, k, dtype }) {
+            Ok(plan) => plan,
+            Err(error) => {
+                println!("{name:44} not run: {error}");
+                continue;
+            }
+        };
+        let x = x_values(m, k);
+        let x_handle = client.create_from_slice(bytemuck::cast_slice(&x));
+        let out: Vec<Handle> = (0..copies).map(|_| client.empty(m * n * 2)).collect();
+        let launch = |i: usize| {
+            let (packed, out) = (weights[i % copies].packed.clone(), out[i % copies].clone());
+            plan.launch(client, x_handle.clone(), packed, layout, None, out)
+                .expect("buffers are large enough");
+        };
+        let error = || {
+            let read = gpu.read(&out[0], m * n * 2);
+            let got: Vec<bf16> = bytemuck::pod_collect_to_vec(&read);
+            let (mut error, mut norm) = (0.0, 0.0);
+            for (column, decoded) in &columns {
+                for row in 0..m {
+                    let exact: f64 = x[row * k..(row + 1) * k]
+                        .iter()
+                        .zip(decoded)
+                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                        .sum();
+                    error += (f64::from(got[row * n + column]) - exact).powi(2);
+                    norm += exact * exact;
+                }
+            }
+            // Rounding to bf16 alone is 2^-9 at worst.
+            let relative = f64::sqrt(error / norm);
+            assert!(relative < 4e-3, "{name}: relative error {relative}");
+            relative
+        };
+        launch(0);
+        error();
+        let window = Window {
+            launches: if gpu.is_card { copies } else { 2 },
+            launch: &launch,
+            poison: None,
+            copier: Some(&gpu.copier),
+        };
+        let timing = timing::device_time(client, &window);
+        let timed = Timed {
+            variant,
+            shape,
+            m,
+            timing,
+            relative_error: Some(error()),
+        };
+        all.push(take(gpu, timed, report));
+    }
+    all
+}
+
+/// Burn's product with a dense weight, by the clock over calls back to back: it is tuned on its
+/// first call, which can take half a minute for each product.
+fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
+    for (shape, m) in products(gpu) {
+        let name = name(BURN_DENSE, shape, m);
+        if !args.starts(&name) {
+            continue;
+        }
+        let [n, k] = shape;
+        let options = (&gpu.device, DType::BF16);
+        let random = |dims: [usize; 2]| Tensor::<2>::random(dims, Distribution::Default, options);
+        let copies = if gpu.is_card {
+            ROTATION_BYTES / (n * k * 2)
+        } else {
+            1
+        }
+        .max(2);
+        let weights: Vec<Tensor<2>> = (0..copies).map(|_| random([n, k])).collect();
+        let x = random([m, k]);
+        let calls = if gpu.is_card { 50 } else { 2 };
+        let run = || {
+            for i in 0..calls {
+                drop(x.clone().matmul(weights[i % copies].clone().transpose()));
+            }
+            gpu.device.sync().expect("the device works");
+        };
+        run();
+        let samples = (0..7).map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64() * 1e6 / calls as f64
+        });
+        let timed = Timed {
+            variant: BURN_DENSE.into(),
+            shape,
+            m,
+            timing: Timing::of(samples.collect(), Method::Clock),
+            relative_error: None,
+        };
+        all.push(take(gpu, timed, report));
+    }
+}
+
+/// Prints ours beside the others, and draws time against rows.
+pub fn summarise(all: &[Timed]) {
+    let of = |variant: &str, shape, m| {
+        all.iter()
+            .find(|timed| timed.variant == variant && timed.shape == shape && timed.m == m)
+    };
+    let mut headed = false;
+    for ours in all.iter().filter(|timed| timed.variant == "default") {
+        let others = ["bitsandbytes", "cublas", BURN_DENSE].map(|v| of(v, ours.shape, ours.m));
+        if others.iter().all(Option::is_none) {
+            continue;
+        }
         if !headed {
-            println!("\nMatrix products, bf16, device time, weights rotated");
+            println!("\nMedian time in microseconds, and how many times ours; relative errors");
             println!(
-                "{:44} {:>10} {:>8} {:>8} {:>7}",
-                "", "median us", "spread", "GB/s", "% copy"
+                "{:18} {:>8} {:>18} {:>18} {:>18} {:>10} {:>13}",
+                "",
+                "default",
+                "bitsandbytes",
+                "cuBLAS dense",
+                "Burn dense",
+                "error",
+                "bitsandbytes"
             );
             headed = true;
         }
-        let weight = Weight::new(shape, QuantConfig::default(), 1);
-        let packed_bytes = weight.layout.words * 4;
-        let copies = (ROTATION_BYTES / packed_bytes).max(2);
-        let weights: Vec<DeviceWeight> = (0..copies)
-            .map(|_| DeviceWeight::new(&gpu.client, &weight))
-            .collect();
-        let tensor: Nf4Tensor = weight.tensor();
-        let check_rows: Vec<usize> = (0..n).step_by(n / 61).collect();
-        let decoded: Vec<Vec<bf16>> = check_rows
-            .iter()
-            .map(|row| tensor.dequantize_range(row * k, k))
-            .collect();
-        for (name, m, variant, tile) in wanted {
-            let x: Vec<bf16> = (0..m * k)
-                .map(|i| bf16::from_f32(((i * 7919 % 1013) as f32 / 506.5) - 1.0))
-                .collect();
-            let x_handle = gpu.client.create_from_slice(bytemuck::cast_slice(&x));
-            let product = Product { m, n, k, dtype };
-            let layout = &weight.layout;
-            let plan = match tile {
-                Some(tile) => MatmulPlan::with_tile(&gpu.client, layout, product, false, tile),
-                None => MatmulPlan::new(&gpu.client, layout, product, false, variant),
-            };
-            let plan = match plan {
-                Ok(plan) => plan,
-                Err(error) => {
-                    println!("{name:44} not run: {error}");
-                    continue;
-                }
-            };
-            let out: Vec<Handle> = (0..copies).map(|_| gpu.client.empty(m * n * 2)).collect();
-            let launch = |i: usize| {
-                let i = i % copies;
-                plan.launch(
-                    &gpu.client,
-                    x_handle.clone(),
-                    weights[i].packed.clone(),
-                    layout,
-                    None,
-                    out[i].clone(),
-                )
-                .expect("buffers are large enough");
-            };
-            let check = |when: &str| {
-                let read = gpu.read(&out[0], m * n * 2);
-                let got: Vec<bf16> = bytemuck::pod_collect_to_vec(&read);
-                let mut error = 0.0f64;
-                let mut norm = 0.0f64;
-                for (at, row) in check_rows.iter().enumerate() {
-                    for column in 0..m {
-                        let sum: f64 = (0..k)
-                            .map(|i| f64::from(x[column * k + i]) * f64::from(decoded[at][i]))
-                            .sum();
-                        error += (f64::from(got[column * n + row]) - sum).powi(2);
-                        norm += sum * sum;
-                    }
-                }
-                let relative = (error / norm).sqrt();
-                assert!(relative < 4e-3, "{name}, {when}: relative error {relative}");
-                relative
-            };
-            launch(0);
-            let relative = check("before timing");
-            let timing = timing::device_time(
-                &gpu.client,
-                &Window {
-                    launches: copies,
-                    launch: &launch,
-                    poison: None,
-                    copier: Some(&gpu.copier),
-                },
-            );
-            check("as timed");
-            let bytes = packed_bytes + (m * k + m * n) * 2;
-            let gb_s = bytes as f64 / timing.median_us / 1e3;
-            println!(
-                "{name:44} {:>10.2} {:>8.2} {:>8.1} {:>7.1}",
-                timing.median_us,
-                timing.spread_us,
-                gb_s,
-                gb_s * 1e11 / gpu.copy
-            );
-            report.record(&json!({
-                "kind": "matmul",
-                "name": name,
-                "device": gpu.place.device,
-                "variant": plan.variant().name(),
-                "shape": shape,
-                "m": m,
-                "median_us": timing.median_us,
-                "spread_us": timing.spread_us,
-                "bytes": bytes,
-                "gb_s": gb_s,
-                "percent_of_copy": gb_s * 1e11 / gpu.copy,
-                "relative_error": relative,
-            }));
-        }
+        let us = ours.timing.median_us;
+        let cell = |other: Option<&Timed>| match other {
+            Some(other) => {
+                let theirs = other.timing.median_us;
+                format!("{theirs:.1} ({:.2}x)", theirs / us)
+            }
+            None => "-".into(),
+        };
+        let error = |timed: Option<&Timed>| {
+            let error = timed.and_then(|timed| timed.relative_error);
+            error.map_or("-".into(), |error| format!("{error:.2e}"))
+        };
+        let [n, k] = ours.shape;
+        println!(
+            "{:18} {us:>8.1} {:>18} {:>18} {:>18} {:>10} {:>13}",
+            format!("{n}x{k} m{}", ours.m),
+            cell(others[0]),
+            cell(others[1]),
+            cell(others[2]),
+            error(Some(ours)),
+            error(others[0]),
+        );
     }
 }

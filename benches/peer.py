@@ -5,7 +5,7 @@ JOBS is a JSON file: "rotation_bytes" and "jobs", each naming files with a weigh
 what it must decode to. Prints one JSON object a line, each with "what". A missing package is told
 ("missing") and its jobs are left out; a job that breaks is told ("failed").
 
-Peers: bitsandbytes' dequantize_4bit and quantize_4bit; the launches of Unsloth's fast_dequantize,
+Peers: bitsandbytes' dequantize_4bit, quantize_4bit and matmul_4bit; cuBLAS; the launches of Unsloth's fast_dequantize,
 which are bitsandbytes' C entry points for the scales and for the codes with an addition of the
 offset in between; and a Triton kernel that does all in one launch.
 """
@@ -307,6 +307,12 @@ def rotation(job, rotation_bytes):
     return copies, max(copies, 20)
 
 
+class Cublas:
+    """PyTorch's product with the dense weight."""
+
+    package = torch
+
+
 class Session:
     """Runs jobs and keeps the last weight, as neighbouring jobs share it."""
 
@@ -316,7 +322,12 @@ class Session:
         self.weights = (None, None, None)
 
     def peer(self, name):
-        kinds = {"bitsandbytes": Bitsandbytes, "two_launch": TwoLaunch, "triton": Triton}
+        kinds = {
+            "bitsandbytes": Bitsandbytes,
+            "two_launch": TwoLaunch,
+            "triton": Triton,
+            "cublas": Cublas,
+        }
         kind = kinds[name]
         if not kind.package:
             return None
@@ -363,6 +374,31 @@ class Session:
         same = same_bits(call(dense[0])[0], read(job["codes"], torch.uint8))
         calls = [lambda w=w: call(w) for w in dense]
         say("time", name=job["name"], same=same, **device_time(calls, 8))
+
+    def matmul(self, job, peer):
+        """y = x W^T in bf16: bitsandbytes' matmul_4bit, or cuBLAS over the dense weight."""
+        files, m = job["weight"], job["m"]
+        n, k = files["shape"]
+        copies = max(self.rotation_bytes // job["bytes"], 2)
+        x = read(job["x"], torch.bfloat16).view(m, k)
+        dense = read(files["decoded"], torch.bfloat16).view(n, k)
+        if isinstance(peer, Cublas):
+            copies = max(self.rotation_bytes // (n * k * 2), 2)
+            weights = [dense] + [dense.clone() for _ in range(copies - 1)]
+            calls = [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+        else:
+            weights, _ = self.rotated(files, copies)
+            calls = [lambda w=w: bnb.matmul_4bit(x, w.column.t(), w.state) for w in weights]
+        exact = x.double() @ dense.double().t()
+        error = (calls[0]().double() - exact).norm() / exact.norm()
+        say(
+            "product",
+            variant=job["variant"],
+            shape=[n, k],
+            m=m,
+            relative_error=error.item(),
+            **device_time(calls, copies),
+        )
 
     def puzzle(self, job, peer):
         self.weights = (None, None, None)

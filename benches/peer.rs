@@ -16,6 +16,7 @@ use crate::device_time::{
     ROTATION_BYTES, dequantize_name, quantize_configs, quantize_name, quantized,
 };
 use crate::gpu::Gpu;
+use crate::matmul::{self, Timed};
 use crate::problems::{self, Problem, Weight, dtype_name};
 use crate::puzzle::Puzzle;
 use crate::report::{Method, Report, Row, Subject, Timing};
@@ -24,6 +25,9 @@ use crate::report::{Method, Report, Row, Subject, Timing};
 const DEQUANTIZERS: [&str; 3] = ["bitsandbytes", "two_launch", "triton"];
 /// What it can quantize with.
 const QUANTIZER: &str = "bitsandbytes";
+
+/// What it can multiply with.
+const MULTIPLIERS: [&str; 2] = ["bitsandbytes", "cublas"];
 
 /// A line of `peer.py`.
 #[derive(Deserialize)]
@@ -54,6 +58,17 @@ enum Line {
         method: PeerMethod,
         same: bool,
     },
+    /// A matrix product.
+    Product {
+        variant: String,
+        shape: [usize; 2],
+        m: usize,
+        median_us: f64,
+        spread_us: f64,
+        best_us: f64,
+        method: PeerMethod,
+        relative_error: f64,
+    },
     Puzzle {
         name: String,
         seconds: Vec<f64>,
@@ -72,6 +87,15 @@ enum PeerMethod {
     Queued,
 }
 
+impl From<PeerMethod> for Method {
+    fn from(method: PeerMethod) -> Self {
+        match method {
+            PeerMethod::Graph => Self::Graph,
+            PeerMethod::Queued => Self::Queued,
+        }
+    }
+}
+
 /// Runs the peers and prints how they compare.
 ///
 /// # Errors
@@ -81,6 +105,7 @@ pub fn run(
     args: &Args,
     python: &str,
     puzzle: Option<&mut Puzzle>,
+    products: &mut Vec<Timed>,
     report: &mut Report,
 ) -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
@@ -91,6 +116,7 @@ pub fn run(
     };
     jobs.dequantize(gpu, args)?;
     jobs.quantize(gpu, args)?;
+    jobs.matmul(gpu, args)?;
     if let Some(puzzle) = &puzzle {
         jobs.puzzle(puzzle, args)?;
     }
@@ -117,7 +143,7 @@ pub fn run(
     for line in BufReader::new(child.stdout.take().expect("piped")).lines() {
         let line = line?;
         match serde_json::from_str(&line) {
-            Ok(line) => take(gpu, line, &jobs.subjects, &mut scores, report),
+            Ok(line) => take(gpu, line, &jobs.subjects, &mut scores, products, report),
             // Libraries print what they like.
             Err(_) => println!("{python}: {line}"),
         }
@@ -149,6 +175,7 @@ fn take(
     line: Line,
     subjects: &HashMap<String, Subject>,
     scores: &mut Vec<(String, Vec<f64>)>,
+    products: &mut Vec<Timed>,
     report: &mut Report,
 ) {
     match line {
@@ -168,17 +195,37 @@ fn take(
         } => {
             let mut subject = subjects[&name].clone();
             subject.same_bits = Some(same);
-            let method = match method {
-                PeerMethod::Graph => Method::Graph,
-                PeerMethod::Queued => Method::Queued,
-            };
             let timing = Timing {
                 median_us,
                 spread_us,
                 best_us,
-                method,
+                method: method.into(),
             };
             report.add(&gpu.place, subject, timing, gpu.copy);
+        }
+        Line::Product {
+            variant,
+            shape,
+            m,
+            median_us,
+            spread_us,
+            best_us,
+            method,
+            relative_error,
+        } => {
+            let timed = Timed {
+                variant,
+                shape,
+                m,
+                timing: Timing {
+                    median_us,
+                    spread_us,
+                    best_us,
+                    method: method.into(),
+                },
+                relative_error: Some(relative_error),
+            };
+            products.push(matmul::take(gpu, timed, report));
         }
         Line::Puzzle { name, seconds } => scores.push((name, seconds)),
         Line::Failed { name, error } => println!("{name:44} failed: {error}"),
@@ -285,6 +332,38 @@ impl Jobs {
                     "bytes": problem.bytes(config),
                 }));
                 self.add_subject("quantize", name, QUANTIZER, problem, config, false);
+            }
+        }
+        Ok(())
+    }
+
+    fn matmul(&mut self, gpu: &Gpu, args: &Args) -> std::io::Result<()> {
+        let mut last: Option<([usize; 2], Value)> = None;
+        for (shape, m) in matmul::products(gpu) {
+            for variant in MULTIPLIERS {
+                let name = matmul::name(variant, shape, m);
+                if !args.starts(&name) {
+                    continue;
+                }
+                let files = match &last {
+                    Some((same, files)) if *same == shape => files.clone(),
+                    _ => {
+                        let weight = Weight::new(shape, QuantConfig::default(), 1);
+                        let id = format!("m{}x{}", shape[0], shape[1]);
+                        self.weight(&id, &weight, FloatType::BF16)?
+                    }
+                };
+                last = Some((shape, files.clone()));
+                let x = matmul::x_values(m, shape[1]);
+                self.list.push(json!({
+                    "kind": "matmul",
+                    "name": name,
+                    "variant": variant,
+                    "weight": files,
+                    "m": m,
+                    "x": self.write(&format!("x{m}x{}", shape[1]), bytemuck::cast_slice(&x))?,
+                    "bytes": shape[0] * shape[1] / 2,
+                }));
             }
         }
         Ok(())

@@ -219,7 +219,7 @@ fn print_report(report: &Report, rows: usize) {
     let _ = writeln!(
         err,
         "prompt: {} tokens in {}, {:.1} tokens/s\n\
-         decode: {} tokens in {}, {:.1} tokens/s ({rows} rows)\n\
+         decode: {} tokens in {}, {:.1} tokens/s ({rows} rows), median {:.2} ms a step\n\
          KV cache: {}; peak memory of the process: {}",
         report.prompt_tokens,
         seconds(report.prompt_time),
@@ -227,6 +227,7 @@ fn print_report(report: &Report, rows: usize) {
         report.decoded_tokens,
         seconds(report.decode_time),
         report.decode_rate(),
+        report.step_time.as_secs_f64() * 1e3,
         mebibytes(report.cache_bytes as u64),
         peak_memory_bytes().map_or_else(|| "unknown".into(), mebibytes),
     );

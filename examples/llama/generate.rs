@@ -31,6 +31,8 @@ pub struct Report {
     /// Tokens after the first of each row, of all rows.
     pub decoded_tokens: usize,
     pub decode_time: Duration,
+    /// The median time of a step after the first: on a GPU the first steps compile and tune.
+    pub step_time: Duration,
     pub cache_bytes: usize,
 }
 
@@ -78,13 +80,19 @@ pub fn generate(
     let mut open = vec![true; rows];
     let mut prompt_time = None;
     let mut decoded_tokens = 0;
+    let mut step_times = Vec::new();
+    let mut step_start = start;
     for _ in 0..request.max_tokens {
         let logits = model.next_logits(ids, &mut rope, &mut cache);
         let (next, host) = sampler.next(logits);
         if prompt_time.is_some() {
             decoded_tokens += open.iter().filter(|&&open| open).count();
         }
+        if prompt_time.is_some() {
+            step_times.push(step_start.elapsed());
+        }
         prompt_time.get_or_insert_with(|| start.elapsed());
+        step_start = Instant::now();
         for (row, &id) in host.iter().enumerate() {
             if !open[row] {
                 continue;
@@ -102,12 +110,17 @@ pub fn generate(
         ids = next;
     }
     let prompt_time = prompt_time.unwrap_or_default();
+    step_times.sort_unstable();
     Ok(Report {
         tokens,
         prompt_tokens: request.prompts.iter().map(Vec::len).sum(),
         prompt_time,
         decoded_tokens,
         decode_time: start.elapsed().saturating_sub(prompt_time),
+        step_time: step_times
+            .get(step_times.len() / 2)
+            .copied()
+            .unwrap_or_default(),
         cache_bytes: cache.size_bytes(),
     })
 }

@@ -84,7 +84,7 @@ impl TensorCoreBlueprint {
     pub const fn shared_bytes(&self) -> usize {
         let cube_rows = 16 * self.row_tiles * self.row_planes;
         let map = 256 * 4;
-        let scales = cube_rows * self.k_planes * (self.plane_k() >> self.run_log2 | 1) * 4;
+        let scales = cube_rows * self.k_planes * ((self.plane_k() >> self.run_log2) | 1) * 4;
         let staged = self.x_rows * self.round_k() * 2;
         let partial = self.k_planes * 8 * self.column_tiles * cube_rows * 4;
         map + 2 * scales + 2 * staged + partial
@@ -249,7 +249,7 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         x_at[q] = x_base + (q ^ fold);
     }
     let scales_base = plane * plane_scales;
-    let scale_at = scales_base + group * pitch + (member * 32 >> run_log2);
+    let scale_at = scales_base + group * pitch + ((member * 32) >> run_log2);
 
     let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
     let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -337,7 +337,7 @@ pub fn matmul_tensor_core_kernel<F: Float>(
             let mut lane_scales = Array::<f32>::new(comptime!(2 * row_tiles));
             #[unroll]
             for r in 0..comptime!(2 * row_tiles) {
-                let further = comptime!(r * 8 * pitch + (chunk * CHUNK >> blueprint.run_log2));
+                let further = comptime!(r * 8 * pitch + ((chunk * CHUNK) >> blueprint.run_log2));
                 lane_scales[r] = scales[scale_start + scale_at + further];
             }
             #[unroll]

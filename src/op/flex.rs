@@ -46,7 +46,10 @@ impl Nf4Backend for Flex {
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        decoded_matmul::<Self>(x, packed, spec.weight)
+        if spec.m > MATMUL_ROWS {
+            return decoded_matmul::<Self>(x, packed, spec.weight);
+        }
+        matmul(x, packed, None, spec)
     }
 
     fn nf4_matmul_bias(
@@ -55,9 +58,64 @@ impl Nf4Backend for Flex {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        let y = Self::nf4_matmul(x, packed, spec);
-        add_bias::<Self>(y, bias, spec)
+        if spec.m > MATMUL_ROWS {
+            let y = decoded_matmul::<Self>(x, packed, spec.weight);
+            return add_bias::<Self>(y, bias, spec);
+        }
+        matmul(x, packed, Some(bias), spec)
     }
+}
+
+/// Rows up to which multiplying with the packed weight beats decoding it for Burn's own product.
+const MATMUL_ROWS: usize = 8;
+
+fn matmul(
+    x: FlexTensor,
+    packed: FlexTensor,
+    bias: Option<FlexTensor>,
+    spec: MatmulSpec,
+) -> FlexTensor {
+    debug_check(&packed, &spec.weight.layout);
+    let x = x.to_contiguous();
+    let packed = packed.to_contiguous();
+    let bias = bias.map(|bias| bias.to_contiguous());
+    let bytes = match spec.weight.dtype {
+        FloatType::F16 => matmul_bytes::<f16>(&x, &packed, bias.as_ref(), spec),
+        FloatType::BF16 => matmul_bytes::<bf16>(&x, &packed, bias.as_ref(), spec),
+        FloatType::F32 => matmul_bytes::<f32>(&x, &packed, bias.as_ref(), spec),
+    };
+    let shape = Shape::from([spec.m, spec.weight.rows]);
+    FlexTensor::from_data(TensorData::from_bytes(
+        bytes,
+        shape,
+        spec.weight.dtype.into(),
+    ))
+}
+
+fn matmul_bytes<T: FloatElement>(
+    x: &FlexTensor,
+    packed: &FlexTensor,
+    bias: Option<&FlexTensor>,
+    spec: MatmulSpec,
+) -> Bytes {
+    let DequantizeSpec {
+        layout,
+        rows,
+        columns,
+        ..
+    } = spec.weight;
+    let mut out = vec![T::zeroed(); spec.m * rows];
+    host::matmul::<T>(
+        bytemuck::cast_slice(x.bytes()),
+        spec.m,
+        bytemuck::cast_slice(packed.bytes()),
+        &layout,
+        rows,
+        columns,
+        bias.map(|bias| bytemuck::cast_slice(bias.bytes())),
+        &mut out,
+    );
+    Bytes::from_elems(out)
 }
 
 fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u32> {
