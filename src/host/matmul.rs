@@ -453,13 +453,13 @@ unsafe fn tile<D: Dot, const R: usize, const X: usize>(
         let mut at = 0;
         while at < len {
             let mut x_vectors = [D::load(x.add(at)); X];
-            for i in 1..X {
-                x_vectors[i] = D::load(x.add(i * x_stride + at));
+            for (i, vector) in x_vectors.iter_mut().enumerate().skip(1) {
+                *vector = D::load(x.add(i * x_stride + at));
             }
-            for row in 0..R {
+            for (row, sums) in sums.iter_mut().enumerate() {
                 let w = D::load(weights.add(row * piece + at));
-                for i in 0..X {
-                    sums[row][i] = D::add_product(sums[row][i], w, x_vectors[i]);
+                for (sum, &x) in sums.iter_mut().zip(&x_vectors) {
+                    *sum = D::add_product(*sum, w, x);
                 }
             }
             at += D::LANES;

@@ -167,8 +167,8 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
         for row in 0..R {
             for i in 0..M {
                 sums[row][i] = 0.0;
-                for part in 0..PARTS {
-                    sums[row][i] += D::total(partial[row][i][part]);
+                for part in partial[row][i] {
+                    sums[row][i] += D::total(part);
                 }
             }
         }
