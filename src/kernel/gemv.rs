@@ -24,7 +24,7 @@ pub struct GemvBlueprint {
 
 /// `y = x Wᵀ + b`.
 ///
-/// - `x`: `[m, k]` in vectors of `N`, which divides eight, and is one unless `k` is a multiple of
+/// - `x`: `[m, k]` in vectors of `V`, which divides eight, and is one unless `k` is a multiple of
 ///   eight; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`.
 /// - The cube is `(lanes, rows)`. Lanes take the words of a row in turn. The cube's place along the
 ///   grid gives the rows of `W` first, then groups of `columns` rows of `x`.
@@ -32,8 +32,8 @@ pub struct GemvBlueprint {
 ///   last one and are not stored.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
-pub fn matmul_gemv_kernel<F: Float, N: Size>(
-    x: &[Vector<F, N>],
+pub fn matmul_gemv_kernel<F: Float, V: Size>(
+    x: &[Vector<F, V>],
     packed: &[u32],
     bias: &[F],
     out: &mut [F],
@@ -44,7 +44,7 @@ pub fn matmul_gemv_kernel<F: Float, N: Size>(
     #[comptime] blueprint: GemvBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
-    let vector = N::value().comptime();
+    let vector = V::value().comptime();
     let columns = comptime!(blueprint.columns);
     let block_log2 = comptime!(blueprint.decode.block_log2 as usize);
     let table = load_codebook(packed, &view, blueprint.decode);
@@ -81,7 +81,7 @@ pub fn matmul_gemv_kernel<F: Float, N: Size>(
             for v in 0..comptime!(8 / vector) {
                 let at = element + comptime!(v * vector);
                 if comptime!(blueprint.aligned) || (at >= start && at < end) {
-                    let decoded = decode_vector::<F, N>(
+                    let decoded = decode_vector::<F, V>(
                         packed,
                         &table,
                         &view,
@@ -90,12 +90,12 @@ pub fn matmul_gemv_kernel<F: Float, N: Size>(
                         scale,
                         blueprint.decode,
                     );
-                    let decoded = Vector::<f32, N>::cast_from(decoded);
+                    let decoded = Vector::<f32, V>::cast_from(decoded);
                     #[unroll]
                     for c in 0..columns {
                         let column = usize::min(first_column + c, m - 1);
                         let values = x[(column * k + at - start) / vector];
-                        let products = decoded * Vector::<f32, N>::cast_from(values);
+                        let products = decoded * Vector::<f32, V>::cast_from(values);
                         let mut sum = sums[c];
                         #[unroll]
                         for i in 0..vector {
