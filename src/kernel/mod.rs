@@ -2,6 +2,7 @@
 //! launches.
 
 pub mod decode;
+pub mod fragments;
 pub mod gemv;
 pub mod quantize;
 pub mod quantize_tiles;
