@@ -175,6 +175,7 @@ struct Product<'a, T, E> {
     m: usize,
     k: usize,
     padded_k: usize,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fused: bool,
     decoder: Task<'a>,
 }
@@ -258,6 +259,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
     /// The scale of each 64 weights of a row, for blocks of at least 64 and rows that start at a
     /// multiple of it; whether vector code can take them.
     #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn scales<'s>(&'s self, row: usize, scales: &'s mut Vec<f32>) -> (&'s [f32], bool) {
         let source = &self.decoder.source;
         let log2 = source.block_size_log2 - 6;
