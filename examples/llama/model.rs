@@ -74,6 +74,22 @@ impl DecoderLayer {
     }
 }
 
+/// `x Wᵀ` with the table of the embeddings.
+///
+/// A few rows are computed as `(W xᵀ)ᵀ`: on the CPU the transposed table, often the largest tensor
+/// of the model, would be copied for each token.
+fn tied_head(x: Tensor<3>, table: Tensor<2>) -> Tensor<3> {
+    const FEW_ROWS: usize = 64;
+    let [batch, length, hidden] = x.dims();
+    let [vocabulary, _] = table.dims();
+    if batch * length > FEW_ROWS {
+        return x.matmul(table.transpose().unsqueeze());
+    }
+    let x = x.reshape([batch * length, hidden]);
+    let y = table.matmul(x.transpose()).transpose();
+    y.reshape([batch, length, vocabulary])
+}
+
 impl Llama {
     /// Tables for this model on its device.
     pub fn rope_tables(&self, config: &LlamaConfig) -> RopeTables {
@@ -140,7 +156,7 @@ impl Llama {
         let x = self.norm.forward(x);
         match &self.lm_head {
             Some(head) => head.forward(x),
-            None => x.matmul(self.embed_tokens.val().transpose().unsqueeze()),
+            None => tied_head(x, self.embed_tokens.val()),
         }
     }
 
