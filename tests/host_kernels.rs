@@ -1,6 +1,8 @@
 //! The CPU implementation against the reference, bit for bit, with every set of vector
 //! instructions that this processor has.
 
+mod random;
+
 use std::fmt::Debug;
 
 use bytemuck::{bytes_of, cast_slice};
@@ -13,28 +15,8 @@ use burn_nf4::format::{
     Absmax, BlockSize, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType, NF4_THRESHOLDS,
     NestedAbsmax, Nf4Tensor, QuantConfig, QuantType,
 };
-use burn_nf4::host::{self, Simd};
-
-/// A reproducible stream of 64-bit numbers (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From -1 to 1.
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-}
-
-fn available() -> impl Iterator<Item = Simd> {
-    Simd::ALL.into_iter().filter(|simd| simd.is_available())
-}
+use burn_nf4::host;
+use random::{Random, available};
 
 fn config(quant_type: QuantType, block_elems: u64, nested: Option<u64>) -> QuantConfig {
     let size = |elems| BlockSize::new(elems, "test").expect("a block size of the format");

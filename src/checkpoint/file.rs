@@ -11,7 +11,8 @@ use safetensors::Dtype;
 use super::float::{load_float, load_tensor};
 use super::header::{Entry, read_header};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4, load_weight,
+    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4,
+    load_weight, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -89,13 +90,7 @@ impl SafetensorsFile {
 
     /// The quantized parameters, sorted.
     pub fn quantized_weights(&self) -> Vec<&str> {
-        let mut prefixes: Vec<&str> = self
-            .keys()
-            .filter_map(super::weight::prefix_of_quant_state)
-            .collect();
-        prefixes.sort_unstable();
-        prefixes.dedup();
-        prefixes
+        quantized_weights(self.keys())
     }
 
     /// Whether the parameter `prefix` is stored transposed.

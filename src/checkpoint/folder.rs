@@ -13,7 +13,7 @@ use super::header::MAX_HEADER_BYTES;
 use super::json::UniqueMap;
 use super::weight::{
     QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed,
-    load_nf4, load_weight, prefix_of_quant_state, quant_state_key,
+    load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -188,10 +188,7 @@ impl Checkpoint {
 
     /// The quantized parameters, sorted.
     pub fn quantized_weights(&self) -> Vec<&str> {
-        let mut prefixes: Vec<&str> = self.keys().filter_map(prefix_of_quant_state).collect();
-        prefixes.sort_unstable();
-        prefixes.dedup();
-        prefixes
+        quantized_weights(self.keys())
     }
 
     /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.

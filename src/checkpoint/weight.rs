@@ -71,6 +71,14 @@ pub(super) fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
     format!("{prefix}.quant_state.bitsandbytes__{}", quant_type.name())
 }
 
+/// The parameters that have a `quant_state` among `keys`, sorted.
+pub(super) fn quantized_weights<'a>(keys: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut prefixes: Vec<&str> = keys.filter_map(prefix_of_quant_state).collect();
+    prefixes.sort_unstable();
+    prefixes.dedup();
+    prefixes
+}
+
 /// The parameter that a key is the `quant_state` of, if it is one.
 pub(super) fn prefix_of_quant_state(key: &str) -> Option<&str> {
     let (prefix, name) = key.rsplit_once(".quant_state.bitsandbytes__")?;

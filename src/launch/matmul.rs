@@ -151,23 +151,22 @@ impl MatmulPlan {
         variant: Option<MatmulVariant>,
     ) -> Result<Self, Nf4Error> {
         check(client, layout, &product)?;
+        let gemv = || Self::gemv(client, layout, product, bias);
+        let tensor_core = || {
+            let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
+            Self::tensor_core(client, layout, product, bias, tile)
+        };
         match variant {
-            Some(MatmulVariant::Gemv) => Ok(Self::gemv(client, layout, product, bias)),
-            Some(MatmulVariant::TensorCore) => {
-                let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
-                Self::with_tile(client, layout, product, bias, tile)
-            }
-            None => {
-                let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
-                Self::with_tile(client, layout, product, bias, tile)
-                    .or_else(|_| Ok(Self::gemv(client, layout, product, bias)))
-            }
+            Some(MatmulVariant::Gemv) => Ok(gemv()),
+            Some(MatmulVariant::TensorCore) => tensor_core(),
+            None => tensor_core().or_else(|_| Ok(gemv())),
         }
     }
 
-    /// Works out a product with the kernel that beats decoding the weight and multiplying with it,
-    /// if there is one: tensor cores up to [`TENSOR_CORE_ROWS`] rows, the other kernel up to
-    /// [`GEMV_ROWS`].
+    /// Works out a product with the kernel that is preferred to decoding the weight and multiplying
+    /// with it, if there is one: tensor cores up to [`TENSOR_CORE_ROWS`] rows, where an H200 needs
+    /// less time for the whole product than for decoding and cuBLAS; the other kernel up to
+    /// [`GEMV_ROWS`], which was not measured against decoding.
     pub fn preferred(
         client: &Client,
         layout: &PackedLayout,
@@ -194,6 +193,17 @@ impl MatmulPlan {
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         check(client, layout, &product)?;
+        Self::tensor_core(client, layout, product, bias, tile)
+    }
+
+    /// The same for sizes that have been checked.
+    fn tensor_core(
+        client: &Client,
+        layout: &PackedLayout,
+        product: Product,
+        bias: bool,
+        tile: TensorCoreTile,
+    ) -> Result<Self, Nf4Error> {
         let Product { m, n, k, dtype } = product;
         let impossible = |reason: String| {
             Err(Nf4Error::Variant {
