@@ -47,11 +47,11 @@ pub struct Args {
     /// The Python that calls the CPU library; needs no packages.
     #[arg(long, value_name = "PYTHON", default_value = "python3")]
     pub cpu_python: String,
-    /// Also time the tensor core product with this tile: row tiles, row planes, k planes, chunks, k cubes;
-    /// may be given several times.
+    /// Also time a product on tensor cores with this tile: its kernel, row tiles, row planes, k
+    /// planes, chunks, depth and k cubes; may be given several times.
     #[cfg(feature = "cube")]
-    #[arg(long, value_name = "A,B,C,D,E", value_parser = parse_tile)]
-    pub tile: Vec<burn_nf4::launch::TensorCoreTile>,
+    #[arg(long, value_name = "KERNEL,A,B,C,D,E,F", value_parser = parse_tile)]
+    pub tile: Vec<Tile>,
     /// Where to write the results, one JSON object a line.
     #[arg(
         long,
@@ -174,19 +174,34 @@ impl Args {
     }
 }
 
+/// A kernel and a tile of it.
 #[cfg(feature = "cube")]
-fn parse_tile(text: &str) -> Result<burn_nf4::launch::TensorCoreTile, String> {
-    let numbers: Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
-    match numbers.as_deref() {
-        Ok(&[row_tiles, row_planes, k_planes, chunks, k_cubes]) => {
-            Ok(burn_nf4::launch::TensorCoreTile {
+pub type Tile = (
+    burn_nf4::launch::MatmulVariant,
+    burn_nf4::launch::TensorCoreTile,
+);
+
+#[cfg(feature = "cube")]
+fn parse_tile(text: &str) -> Result<Tile, String> {
+    use burn_nf4::launch::{MatmulVariant, TensorCoreTile};
+    let (kernel, sizes) = text.split_once(',').unwrap_or((text, ""));
+    let variant = MatmulVariant::ALL
+        .into_iter()
+        .find(|variant| variant.name() == kernel)
+        .ok_or_else(|| format!("no kernel is called {kernel}"))?;
+    let sizes: Result<Vec<usize>, _> = sizes.split(',').map(str::parse).collect();
+    match sizes.as_deref() {
+        Ok(&[row_tiles, row_planes, k_planes, chunks, depth, k_cubes]) => {
+            let tile = TensorCoreTile {
                 row_tiles,
                 row_planes,
                 k_planes,
                 chunks,
+                depth,
                 k_cubes,
-            })
+            };
+            Ok((variant, tile))
         }
-        _ => Err("expected five numbers with commas between them".into()),
+        _ => Err("expected a kernel and six numbers with commas between them".into()),
     }
 }

@@ -43,13 +43,16 @@ pub struct Timed {
 enum Implementation {
     Default,
     Forced(MatmulVariant),
-    Tile(TensorCoreTile),
+    Tile(MatmulVariant, TensorCoreTile),
 }
 
 impl Implementation {
     fn all(args: &Args) -> Vec<Self> {
         let forced = MatmulVariant::ALL.into_iter().map(Self::Forced);
-        let tiles = args.tile.iter().copied().map(Self::Tile);
+        let tiles = args
+            .tile
+            .iter()
+            .map(|&(variant, tile)| Self::Tile(variant, tile));
         forced.chain([Self::Default]).chain(tiles).collect()
     }
 
@@ -57,9 +60,15 @@ impl Implementation {
         match self {
             Self::Default => "default".into(),
             Self::Forced(variant) => variant.name().into(),
-            Self::Tile(tile) => format!(
-                "tile-{}-{}-{}-{}-{}",
-                tile.row_tiles, tile.row_planes, tile.k_planes, tile.chunks, tile.k_cubes
+            Self::Tile(variant, tile) => format!(
+                "{}-{}-{}-{}-{}-{}-{}",
+                variant.name(),
+                tile.row_tiles,
+                tile.row_planes,
+                tile.k_planes,
+                tile.chunks,
+                tile.depth,
+                tile.k_cubes
             ),
         }
     }
@@ -74,7 +83,9 @@ impl Implementation {
         let plan = match self {
             Self::Default => MatmulPlan::new(client, layout, product, false, None),
             Self::Forced(variant) => MatmulPlan::new(client, layout, product, false, Some(variant)),
-            Self::Tile(tile) => MatmulPlan::with_tile(client, layout, product, false, tile),
+            Self::Tile(variant, tile) => {
+                MatmulPlan::with_tile(client, layout, product, false, variant, tile)
+            }
         };
         plan.map_err(|error| error.to_string())
     }

@@ -35,12 +35,16 @@ fn values<T: FloatElement>(elems: usize, seed: u64) -> Vec<T> {
     (0..elems).map(next).collect()
 }
 
+fn floats<T: FloatElement>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|value| value.to_f32()).collect()
+}
+
 /// How the kernel is chosen.
 #[derive(Clone, Copy, Debug)]
 enum Choice {
     Default,
     Forced(MatmulVariant),
-    Tile(TensorCoreTile),
+    Tile(MatmulVariant, TensorCoreTile),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +54,8 @@ struct Case {
     k: usize,
     config: QuantConfig,
     bias: bool,
+    /// `x` is between `-2^x_log2` and `2^x_log2`.
+    x_log2: i32,
 }
 
 fn case(m: usize, n: usize, k: usize) -> Case {
@@ -59,6 +65,7 @@ fn case(m: usize, n: usize, k: usize) -> Case {
         k,
         config: QuantConfig::default(),
         bias: false,
+        x_log2: 0,
     }
 }
 
@@ -76,20 +83,25 @@ fn plan(
         Choice::Forced(variant) => {
             MatmulPlan::new(client, &layout, product, case.bias, Some(variant))
         }
-        Choice::Tile(tile) => MatmulPlan::with_tile(client, &layout, product, case.bias, tile),
+        Choice::Tile(variant, tile) => {
+            MatmulPlan::with_tile(client, &layout, product, case.bias, variant, tile)
+        }
     }
 }
 
-/// Runs one product and compares every element with the f64 product of the weight as it is decoded
-/// to the same dtype.
+/// Runs one product and compares every element with an f64 product: of the weight as it is decoded
+/// to the same dtype, or without rounding where the kernel multiplies with levels and scales.
 fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
     let Case { m, n, k, .. } = case;
     let dtype = T::FLOAT_TYPE;
     let what = format!("{case:?} {} {choice:?}", dtype.name());
     let weight: Vec<T> = values(n * k, 1);
     let tensor = Nf4Tensor::quantize(&weight, &[n, k], case.config).expect("finite values");
-    let decoded: Vec<T> = tensor.dequantize();
-    let x: Vec<T> = values(m * k, 2);
+    let x_scale = f32::powi(2.0, case.x_log2);
+    let x: Vec<T> = values::<T>(m * k, 2)
+        .iter()
+        .map(|value| T::from_f32(value.to_f32() * x_scale))
+        .collect();
     let bias: Vec<T> = values(n, 3);
 
     let upload = |values: &[T]| client.create_from_slice(bytemuck::cast_slice(values));
@@ -97,6 +109,10 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
     let bytes = m * n * dtype.size_bytes();
     let out = client.create_from_slice(&vec![POISON; bytes + GUARD_BYTES]);
     let plan = plan(client, case, dtype, choice).expect(&what);
+    let (decoded, level_rounding) = match plan.variant() {
+        MatmulVariant::Levels => (tensor.dequantize::<f32>(), f64::powi(2.0, -12)),
+        _ => (floats(&tensor.dequantize::<T>()), 0.0),
+    };
     plan.launch(
         client,
         upload(&x),
@@ -127,8 +143,8 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
             let mut sum = 0.0;
             let mut magnitude = 0.0;
             for i in 0..k {
-                let product = f64::from(x[row * k + i].to_f32())
-                    * f64::from(decoded[column * k + i].to_f32());
+                let product =
+                    f64::from(x[row * k + i].to_f32()) * f64::from(decoded[column * k + i]);
                 sum += product;
                 magnitude += product.abs();
             }
@@ -136,7 +152,9 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
                 sum += f64::from(bias[column].to_f32());
             }
             let value = f64::from(got[row * n + column].to_f32());
-            let tolerance = rounding * sum.abs() + f64::powi(2.0, -20) * magnitude + 1e-7;
+            let of_products = f64::powi(2.0, -20) + level_rounding;
+            let tolerance =
+                rounding * sum.abs() + of_products * magnitude + 1e-7 * f64::from(x_scale);
             assert!(
                 (value - sum).abs() <= tolerance,
                 "{what}: y[{row}, {column}] is {value}, expected {sum} within {tolerance}"
@@ -154,7 +172,7 @@ fn check_dtypes(client: &Client, case: Case, choice: Choice) {
         }
         if matches!(
             choice,
-            Choice::Forced(MatmulVariant::TensorCore) | Choice::Tile(_)
+            Choice::Forced(MatmulVariant::TensorCore) | Choice::Tile(..)
         ) && dtype == FloatType::F32
         {
             let error = plan(client, case, dtype, choice).expect_err("no such instruction");
@@ -276,26 +294,77 @@ fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
 #[rstest]
 fn cuda_tensor_core_tiles(
     #[values(1, 2)] row_tiles: usize,
-    #[values((1, 1, 4), (1, 8, 1), (1, 4, 2), (2, 4, 1), (4, 2, 1))] shape: (usize, usize, usize),
+    #[values(
+        (1, 1, 4, 4), (1, 8, 1, 1), (1, 4, 2, 2), (2, 4, 1, 1), (4, 2, 1, 1), (7, 4, 8, 1),
+        (2, 4, 8, 2)
+    )]
+    shape: (usize, usize, usize, usize),
     #[values(1, 3)] k_cubes: usize,
 ) {
     let client = client(&Device::cuda(0));
-    let (row_planes, k_planes, chunks) = shape;
+    let (row_planes, k_planes, chunks, depth) = shape;
     let tile = TensorCoreTile {
         row_tiles,
         row_planes,
         k_planes,
         chunks,
+        depth,
         k_cubes,
     };
+    let choice = Choice::Tile(MatmulVariant::TensorCore, tile);
     let mut ran = 0;
     for (m, n, k) in [(1, 80, 1024), (12, 130, 2112), (33, 300, 1536)] {
-        if plan(&client, case(m, n, k), FloatType::BF16, Choice::Tile(tile)).is_ok() {
-            check::<bf16>(&client, case(m, n, k), Choice::Tile(tile));
+        if plan(&client, case(m, n, k), FloatType::BF16, choice).is_ok() {
+            check::<bf16>(&client, case(m, n, k), choice);
             ran += 1;
         }
     }
     assert!(ran > 0, "{tile:?} does not fit the device");
+}
+
+/// One row: tails in both directions, tiles of any shape, and values that f16 cannot hold.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_levels(
+    #[values(1, 2)] row_tiles: usize,
+    #[values((1, 4, 1), (2, 16, 1), (7, 4, 2), (8, 1, 3))] planes: (usize, usize, usize),
+    #[values(false, true)] bias: bool,
+) {
+    let client = client(&Device::cuda(0));
+    let (row_planes, k_planes, depth) = planes;
+    for (n, k) in [(80, 1024), (333, 2112), (16, 64), (4096, 4096usize)] {
+        let tile = TensorCoreTile {
+            row_tiles,
+            row_planes,
+            k_planes,
+            chunks: k.div_ceil(128 * k_planes * depth) * depth,
+            depth,
+            k_cubes: 1,
+        };
+        let case = Case {
+            bias,
+            ..case(1, n, k)
+        };
+        let choice = Choice::Tile(MatmulVariant::Levels, tile);
+        check::<bf16>(&client, case, choice);
+        check::<f16>(&client, case, choice);
+        for x_log2 in [60, 17, -20, -60] {
+            check::<bf16>(
+                &client,
+                Case {
+                    x_log2,
+                    bias: false,
+                    ..case
+                },
+                choice,
+            );
+        }
+    }
+    let forced = Choice::Forced(MatmulVariant::Levels);
+    for refused in [case(2, 64, 64), case(1, 64, 96)] {
+        let error = plan(&client, refused, FloatType::BF16, forced).expect_err("impossible");
+        assert!(matches!(error, Nf4Error::Variant { .. }), "{error}");
+    }
 }
 
 macro_rules! device_tests {

@@ -4,8 +4,11 @@
 pub mod decode;
 pub mod fragments;
 pub mod gemv;
+pub mod levels;
 pub mod quantize;
 pub mod quantize_tiles;
+pub mod scales;
+pub mod sums;
 pub mod tensor_core;
 pub mod tiled_2d;
 pub mod warp_per_block;

@@ -11,102 +11,93 @@
 //!
 //! Sources: the fragment layout of `mma.sync.m16n8k16` (PTX ISA, "Matrix Fragments for
 //! mma.m16n8k16"); reordering `k` to suit packed weights is Marlin's idea (Frantar and
-//! Alistarh, arXiv 2408.11743).
+//! Alistarh, arXiv 2408.11743); looking a byte up for two codes, in a table of which each lane
+//! has a copy to itself, is FLUTE's (Guo et al., arXiv 2407.10960).
 
 use cubecl::cmma::MmaDefinition;
 use cubecl::prelude::*;
 
-use super::decode::{PackedView, opaque};
-use super::fragments::{fragment, load_codes, load_scales, load_x, swizzle};
+use super::decode::PackedView;
+use super::fragments::{
+    CodeTable, Rows, fill_table, fragment, load_first_x, load_x, stage_first_x, store_x, x_places,
+};
+use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
+use super::sums::{SumsBlueprint, Target, store_sums};
 
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorCoreBlueprint {
-    /// Base-2 logarithm of the block size.
-    pub block_log2: u32,
-    /// Base-2 logarithm of the nested block size; 0 where scales are plain f32.
-    pub nested_log2: u32,
-    /// Base-2 logarithm of how many neighbouring elements of a row share a scale at least: 5 or 6.
-    pub run_log2: u32,
-    /// Tiles of 16 rows of `W` that a plane works on.
-    pub row_tiles: usize,
-    /// Tiles of 8 rows of `x`.
-    pub column_tiles: usize,
-    /// Planes next to each other along the rows of `W`.
-    pub row_planes: usize,
-    /// Planes that share the work along `k`.
-    pub k_planes: usize,
-    /// Runs of 128 elements along `k` that a plane decodes between two barriers.
+    /// Which scales a plane needs. `depth` chunks are on their way at a time: all of a stage,
+    /// unless there is only one stage.
+    pub scales: ScaleBlueprint,
+    /// How planes and cubes share the work.
+    pub sums: SumsBlueprint,
+    /// Chunks along `k` that a plane decodes of each stage of `x`.
     pub chunks: usize,
-    /// Rows of `x` kept in shared memory: all there are up to eight, else `8 * column_tiles`.
+    /// Rows of `x` kept in shared memory: up to eight a power of two, else `8 * column_tiles`.
     pub x_rows: usize,
-    /// Cubes share the work along `k` too: sums go to `parts` instead of `out`.
-    pub split: bool,
-    /// Whether there is a bias to add.
-    pub bias: bool,
+    /// All that a cube needs of `x` is one stage.
+    pub once: bool,
 }
 
 impl TensorCoreBlueprint {
-    /// Elements along `k` that a plane decodes in a round.
+    /// Elements along `k` of a plane's part of a stage.
     pub const fn plane_k(&self) -> usize {
         CHUNK * self.chunks
     }
 
-    /// Elements along `k` of a round.
-    pub const fn round_k(&self) -> usize {
-        self.plane_k() * self.k_planes
+    /// Elements along `k` of a stage.
+    pub const fn stage_k(&self) -> usize {
+        self.plane_k() * self.sums.k_planes
     }
 
-    /// Whether planes have nothing of `x` in common, so that no plane waits for another.
-    pub const fn apart(&self) -> bool {
-        self.row_planes == 1
+    /// Vectors of eight elements of `x` in a stage.
+    pub const fn stage_vectors(&self) -> usize {
+        self.x_rows * self.stage_k() / 8
     }
 
-    /// Vectors of `x` staged for a plane, or for all planes of a cube that share them.
-    pub const fn x_vectors(&self) -> usize {
-        self.x_rows * self.plane_k() / 8 * if self.apart() { 1 } else { self.k_planes }
-    }
-
-    /// Units that stage them.
-    pub const fn x_units(&self) -> usize {
-        32 * if self.apart() {
-            1
-        } else {
-            self.row_planes * self.k_planes
+    /// Vectors of the next stage that a unit loads while a quarter of a chunk is multiplied.
+    pub const fn carried(&self) -> usize {
+        if self.once {
+            return 0;
         }
+        self.stage_vectors()
+            .div_ceil(self.sums.units() * 4 * self.scales.depth)
     }
 
-    /// Scales staged for a plane.
-    pub const fn plane_scales(&self) -> usize {
-        16 * self.row_tiles * (self.plane_k() >> self.run_log2)
+    /// Vectors of the first stage that a unit has in registers at a time.
+    pub const fn first_carried(&self) -> usize {
+        let each = self.stage_vectors().div_ceil(self.sums.units());
+        if each < 4 { each } else { 4 }
+    }
+
+    /// Vectors of four words of shared memory for `x`, and for sums after it.
+    pub const fn shared_vectors(&self) -> usize {
+        let halves = if self.once { 1 } else { 2 };
+        let staged = halves * self.stage_vectors();
+        let sums = self.sums.shared_vectors();
+        if staged > sums { staged } else { sums }
     }
 
     /// Bytes of shared memory that a cube takes.
     pub const fn shared_bytes(&self) -> usize {
-        let cube_rows = 16 * self.row_tiles * self.row_planes;
-        let map = 256 * 4;
-        let scales = cube_rows * self.k_planes * ((self.plane_k() >> self.run_log2) | 1) * 4;
-        let staged = self.x_rows * self.round_k() * 2;
-        let partial = self.k_planes * 8 * self.column_tiles * cube_rows * 4;
-        map + 2 * scales + 2 * staged + partial
+        TABLE_BYTES + 256 * 4 + self.shared_vectors() * 16 + 4
     }
 }
 
-/// Elements along `k` of a chunk: 32 for each of the four lanes that share a row.
-pub const CHUNK: usize = 128;
+/// Bytes of the table of pairs of levels: 256 pairs, sixteen copies.
+pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
 /// `y = x Wᵀ + b`.
 ///
 /// - `x`: `[m, k]`, two elements a u32, in vectors of eight elements; `packed`: the whole packed
 ///   weight, and `words` the same buffer once more; `bias`: `[n]`, unused without one; `out`:
-///   `[m, n]`; `parts`: `[k_cubes, m, n]`, unused unless split.
+///   `[m, n]`; `parts` and `counters`: see [`store_sums`].
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
-///   of `y`, all its rows: planes with the same place along `k` share what is staged of `x`, those
-///   with the same rows add their sums up at the end.
-/// - With `split`, `k_cubes` cubes share those columns, each taking some rounds.
-/// - Each round works on a piece along `k`, with its part of `x` and its scales in shared memory.
-///   Those and the codes of the next round are loaded while this one is computed. A plane stages
-///   its own scales; where planes share rows of `x`, the cube stages those together.
+///   of `y`, all its rows: planes with the same rows add their sums up at the end.
+/// - With `split`, `k_cubes` cubes share those columns, each taking some stages.
+/// - A stage is a piece along `k` whose part of `x` is in shared memory. Unless there is only one,
+///   the next stage is loaded while this one is multiplied.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
 ///   `k` is a multiple of `2^run_log2`, `m` at most `8 * column_tiles`.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -117,7 +108,8 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     words: &[u32],
     bias: &[F],
     out: &mut [F],
-    parts: &mut [f32],
+    parts: &mut [Vector<u32, Const<4>>],
+    counters: &[Atomic<u32>],
     view: PackedView,
     m: usize,
     n: usize,
@@ -126,131 +118,70 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     #[comptime] blueprint: TensorCoreBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
-    let row_tiles = comptime!(blueprint.row_tiles);
-    let column_tiles = comptime!(blueprint.column_tiles);
-    let chunks = comptime!(blueprint.chunks);
-    let k_planes = comptime!(blueprint.k_planes);
-    let x_rows = comptime!(blueprint.x_rows);
-    let plane_rows = comptime!(16 * row_tiles);
-    let cube_rows = comptime!(plane_rows * blueprint.row_planes);
+    let row_tiles = comptime!(blueprint.sums.row_tiles);
+    let column_tiles = comptime!(blueprint.sums.column_tiles);
+    let depth = comptime!(blueprint.scales.depth);
     let plane_k = comptime!(blueprint.plane_k());
-    let round_k = comptime!(blueprint.round_k());
-    // A row of `x` in shared memory, in vectors, and a row of scales; an odd pitch spreads the
-    // latter over the banks.
-    let x_pitch = comptime!(plane_k / 8);
-    let run_log2 = comptime!(blueprint.run_log2 as usize);
-    let runs = comptime!(plane_k >> blueprint.run_log2);
-    let pitch = comptime!(runs | 1);
+    let stage_k = comptime!(blueprint.stage_k());
+    let scale_blueprint = comptime!(blueprint.scales);
 
-    let unit = UNIT_POS as usize;
-    let units = comptime!(32 * blueprint.row_planes * blueprint.k_planes);
-    let lane = UNIT_POS_X as usize;
     let plane = UNIT_POS_Y as usize;
-    let group = lane >> 2usize;
-    let member = lane & 3;
-    let row_plane = plane % comptime!(blueprint.row_planes);
-    let k_plane = plane / comptime!(blueprint.row_planes);
+    let row_plane = plane % comptime!(blueprint.sums.row_planes);
+    let k_plane = plane / comptime!(blueprint.sums.row_planes);
     let mut cube = CUBE_POS;
     let mut k_cube = 0usize.runtime();
-    if comptime!(blueprint.split) {
+    if comptime!(blueprint.sums.split) {
         k_cube = CUBE_POS % k_cubes;
         cube = CUBE_POS / k_cubes;
     }
-    let cube_row = cube * cube_rows;
-    let plane_row = row_plane * plane_rows;
-    let lane_row = cube_row + plane_row + group;
-    // Where this lane's 32 elements of a chunk start, counted from the round's first element.
-    let lane_k = k_plane * plane_k + member * 32;
-    let rounds = k.div_ceil(round_k.runtime());
-    let rounds_each = rounds.div_ceil(k_cubes);
-    let first_round = k_cube * rounds_each;
-    let end_round = usize::min(first_round + rounds_each, rounds);
-    let first_k = first_round * round_k;
-
-    // Two halves: while one is read, the next round is put into the other.
-    let plane_scales = comptime!(plane_rows * pitch);
-    let scale_half = comptime!(plane_scales * blueprint.row_planes * k_planes);
-    let x_half = comptime!(x_rows * x_pitch * k_planes);
-    let mut scales = Shared::<[f32]>::new_slice(comptime!(2 * scale_half));
-    let mut staged = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(2 * x_half));
-    let mut map = Shared::<[f32]>::new_slice(256usize);
-
-    // Who stages what of `x`: the plane its own part, or the cube all of it.
-    let x_all = comptime!(blueprint.x_vectors());
-    let x_units = comptime!(blueprint.x_units());
-    let mut x_unit = unit;
-    let mut x_plane = 0usize.runtime();
-    if comptime!(blueprint.apart()) {
-        x_unit = lane;
-        x_plane = k_plane;
+    let plane_row =
+        cube * comptime!(blueprint.sums.cube_rows()) + row_plane * comptime!(16 * row_tiles);
+    let stages = k.div_ceil(stage_k.runtime());
+    let stages_each = stages.div_ceil(k_cubes);
+    let first_stage = k_cube * stages_each;
+    let end_stage = usize::min(first_stage + stages_each, stages);
+    // Where this plane is along `k`, and where what it multiplies ends.
+    let mut at = first_stage * stage_k + k_plane * plane_k;
+    let mut bound = usize::min(end_stage * stage_k, k);
+    if comptime!(blueprint.once) {
+        bound = usize::min(at + plane_k, k);
     }
 
-    // What is loaded ahead of the round that needs it.
-    let x_each = comptime!(x_all.div_ceil(x_units));
-    let scales_each = comptime!(blueprint.plane_scales().div_ceil(32));
-    let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
-    let mut next_codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * chunks));
-    let mut next_x = Array::<Vector<u32, Const<4>>>::new(x_each);
-    let mut next_scale_codes = Array::<u32>::new(scales_each);
-    let mut next_absmax = Array::<f32>::new(scales_each);
-    load_codes(
-        packed,
-        &mut next_codes,
-        lane_row,
-        first_k + lane_k,
-        n,
-        k,
-        blueprint,
+    // All that comes from far away is asked for before any of it is waited for.
+    let rows = Rows::new(plane_row, bound, n, k, row_tiles);
+    let x_at = x_places(k_plane, blueprint);
+    // Unknown to the compiler, which would otherwise mask it again in each look-up.
+    let copy = ((UNIT_POS_X & 15) ^ view.zero) * 8;
+    let mut codes =
+        Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * blueprint.scales.depth));
+    let mut scales = Scales::new(plane_row, bound, n, k, scale_blueprint);
+    #[unroll]
+    for d in 0..depth {
+        let chunk_at = at + comptime!(d * CHUNK);
+        rows.load(packed, &mut codes, chunk_at, d, row_tiles);
+        scales.load(words, &view, chunk_at, d, scale_blueprint);
+    }
+    let first_x = load_first_x(x, first_stage * stage_k, m, k, blueprint);
+    let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
+    fill_table(words, &view, &mut table, comptime!(blueprint.sums.units()));
+    let map = ScaleMap::new(
+        words,
+        &view,
+        comptime!(blueprint.sums.units()),
+        scale_blueprint,
     );
-    load_x(
+    let mut staged =
+        Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
+    stage_first_x(
         x,
-        &mut next_x,
-        x_unit,
-        first_k + x_plane * plane_k,
+        &first_x,
+        &mut staged,
+        first_stage * stage_k,
         m,
         k,
         blueprint,
     );
-    load_scales(
-        words,
-        &view,
-        &mut next_scale_codes,
-        &mut next_absmax,
-        lane,
-        cube_row + plane_row,
-        first_k + k_plane * plane_k,
-        n,
-        k,
-        blueprint,
-    );
-
-    // Lane `l` holds level `l % 16`, for all lanes to read by a shuffle.
-    let level = f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize]);
-    let mut offset = 0.0f32;
-    if comptime!(blueprint.nested_log2 != 0) {
-        let mut i = unit;
-        while i < 256 {
-            map[i] = f32::reinterpret(words[view.codebook + 16 + i]);
-            i += units;
-        }
-        offset = f32::reinterpret(words[view.codebook + 272usize]);
-        sync_cube();
-    }
-
-    // Positions of a lane in shared memory; the rest of an address is known when compiling.
-    let fold = (member >> 1) ^ ((group & 1) << 1);
-    let mut x_row = group;
-    if comptime!(x_rows < 8) {
-        x_row = usize::min(group, comptime!(x_rows - 1).runtime());
-    }
-    let x_base = (k_plane * x_rows + x_row) * x_pitch + member * 4;
-    let mut x_at = Array::<usize>::new(4usize);
-    #[unroll]
-    for q in 0..4usize {
-        x_at[q] = x_base + (q ^ fold);
-    }
-    let scales_base = plane * plane_scales;
-    let scale_at = scales_base + group * pitch + ((member * 32) >> run_log2);
+    sync_cube();
 
     let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
     let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
@@ -262,93 +193,66 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         sums.push(sum);
     }
 
-    for round in first_round..end_round {
-        let half = (round - first_round) & 1;
-        let x_start = half * x_half;
-        let scale_start = half * scale_half;
+    // A chunk a turn of each register in flight; `half` is the one of shared memory that is read.
+    let mut half = 0usize.runtime();
+    let mut x_chunk = 0usize.runtime();
+    let step = comptime!(if blueprint.once {
+        depth * CHUNK
+    } else {
+        stage_k
+    });
+    // With a barrier in each turn all planes make the same number of them.
+    let mut ahead = 0usize.runtime();
+    if comptime!(!blueprint.once) {
+        ahead = k_plane * plane_k;
+    }
+    while at < bound + ahead {
         #[unroll]
-        for e in 0..x_each {
-            let i = x_unit + comptime!(e * x_units);
-            if comptime!((e + 1) * x_units <= x_all) || i < x_all {
-                let row = i / x_pitch;
-                let column = i % x_pitch;
-                let at = x_start + x_plane * comptime!(x_rows * x_pitch) + row * x_pitch;
-                staged[at + swizzle(row % x_rows, column)] = next_x[e];
-            }
-        }
-        #[unroll]
-        for e in 0..scales_each {
-            let i = lane + comptime!(e * 32);
-            if comptime!((e + 1) * 32 <= blueprint.plane_scales()) || i < blueprint.plane_scales() {
-                let scale = if comptime!(blueprint.nested_log2 != 0) {
-                    let value = map[next_scale_codes[e] as usize];
-                    opaque(value * next_absmax[e], view.zero) + offset
-                } else {
-                    next_absmax[e]
-                };
-                scales[scale_start + scales_base + i / runs * pitch + i % runs] = scale;
-            }
-        }
-        #[unroll]
-        for c in 0..comptime!(2 * row_tiles * chunks) {
-            codes[c] = next_codes[c];
-        }
-        if comptime!(blueprint.apart()) {
-            sync_plane();
-        } else {
-            sync_cube();
-        }
-
-        if round + 1 < end_round {
-            let start = (round + 1) * round_k;
-            load_codes(
-                packed,
-                &mut next_codes,
-                lane_row,
-                start + lane_k,
-                n,
-                k,
-                blueprint,
-            );
-            load_x(
-                x,
-                &mut next_x,
-                x_unit,
-                start + x_plane * plane_k,
-                m,
-                k,
-                blueprint,
-            );
-            load_scales(
-                words,
-                &view,
-                &mut next_scale_codes,
-                &mut next_absmax,
-                lane,
-                cube_row + plane_row,
-                start + k_plane * plane_k,
-                n,
-                k,
-                blueprint,
-            );
-        }
-
-        #[unroll]
-        for chunk in 0..chunks {
-            let mut lane_scales = Array::<f32>::new(comptime!(2 * row_tiles));
-            #[unroll]
-            for r in 0..comptime!(2 * row_tiles) {
-                let further = comptime!(r * 8 * pitch + ((chunk * CHUNK) >> blueprint.run_log2));
-                lane_scales[r] = scales[scale_start + scale_at + further];
-            }
+        for d in 0..depth {
+            let chunk_at = at + comptime!(d * CHUNK);
+            let row_scales = row_scales(&scales, &map, chunk_at, d, scale_blueprint);
             #[unroll]
             for q in 0..4usize {
-                let mut x_first = Sequence::<Array<Vector<F, Const<2>>>>::new();
-                let mut x_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                let part = comptime!(4 * d + q);
+                let mut carried = Array::<Vector<u32, Const<4>>>::new(comptime!(usize::max(
+                    blueprint.carried(),
+                    1
+                )));
+                if comptime!(!blueprint.once) {
+                    load_x(x, &mut carried, at + step - ahead, m, k, part, blueprint);
+                }
+                let mut w_first = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                let mut w_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                #[unroll]
+                for row_tile in 0..row_tiles {
+                    let slot = comptime!((d * row_tiles + row_tile) * 2);
+                    let upper = codes[slot].extract(q);
+                    let lower = codes[comptime!(slot + 1)].extract(q);
+                    let upper_scale = row_scales[comptime!(row_tile * 2)];
+                    let lower_scale = row_scales[comptime!(row_tile * 2 + 1)];
+                    w_first.push(fragment::<F>(
+                        &table,
+                        copy,
+                        upper,
+                        lower,
+                        upper_scale,
+                        lower_scale,
+                        0u32,
+                    ));
+                    w_second.push(fragment::<F>(
+                        &table,
+                        copy,
+                        upper,
+                        lower,
+                        upper_scale,
+                        lower_scale,
+                        2u32,
+                    ));
+                }
                 #[unroll]
                 for tile in 0..column_tiles {
-                    let further = comptime!(tile * 8 * x_pitch + chunk * CHUNK / 8);
-                    let four = staged[x_start + x_at[q] + further];
+                    let further = comptime!(tile * blueprint.plane_k() + d * CHUNK / 8);
+                    let four = staged[half + x_chunk + x_at[q] + further];
                     let mut first = Array::<Vector<F, Const<2>>>::new(2usize);
                     let mut second = Array::<Vector<F, Const<2>>>::new(2usize);
                     #[unroll]
@@ -356,97 +260,71 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                         first[p] = Vector::reinterpret(four.extract(p));
                         second[p] = Vector::reinterpret(four.extract(p + 2));
                     }
-                    x_first.push(first);
-                    x_second.push(second);
-                }
-                #[unroll]
-                for row_tile in 0..row_tiles {
-                    let slot = comptime!(row_tile * 2);
-                    let upper = codes[comptime!(slot * chunks + chunk)].extract(q);
-                    let lower = codes[comptime!((slot + 1) * chunks + chunk)].extract(q);
-                    let upper_scale = lane_scales[slot];
-                    let lower_scale = lane_scales[comptime!(slot + 1)];
-                    let w_first =
-                        fragment::<F>(level, upper, lower, upper_scale, lower_scale, 0u32);
-                    let w_second =
-                        fragment::<F>(level, upper, lower, upper_scale, lower_scale, 4u32);
                     #[unroll]
-                    for tile in 0..column_tiles {
+                    for row_tile in 0..row_tiles {
                         let sum = sums.index_mut(comptime!(row_tile * column_tiles + tile));
-                        def.execute_inplace(&w_first, x_first.index(tile), sum);
-                        def.execute_inplace(&w_second, x_second.index(tile), sum);
+                        def.execute_inplace(w_first.index(row_tile), &first, sum);
+                        def.execute_inplace(w_second.index(row_tile), &second, sum);
                     }
                 }
+                if comptime!(!blueprint.once) {
+                    let other = comptime!(blueprint.stage_vectors()) - half;
+                    store_x(&mut staged, &carried, other, part, blueprint);
+                }
             }
+            rows.load(packed, &mut codes, chunk_at + step, d, row_tiles);
+            scales.load(words, &view, chunk_at + step, d, scale_blueprint);
+        }
+        at += step;
+        if comptime!(blueprint.once) {
+            x_chunk += comptime!(depth * CHUNK / 8);
+        } else {
+            half = comptime!(blueprint.stage_vectors()) - half;
+            sync_cube();
         }
     }
 
-    let columns = comptime!(8 * column_tiles);
-    let mut partial = Shared::<[f32]>::new_slice(comptime!(k_planes * columns * cube_rows));
-    #[unroll]
-    for row_tile in 0..row_tiles {
-        #[unroll]
-        for tile in 0..column_tiles {
-            let sum = sums.index(comptime!(row_tile * column_tiles + tile));
-            #[unroll]
-            for half in 0..2usize {
-                let row = plane_row + group + comptime!(row_tile * 16 + half * 8);
-                #[unroll]
-                for p in 0..2usize {
-                    let column = comptime!(tile * 8 + p) + member * 2;
-                    partial[(k_plane * columns + column) * cube_rows + row] = sum[half].extract(p);
-                }
-            }
-        }
-    }
-    sync_cube();
-    let mut i = unit;
-    while i < m * cube_rows {
-        let row = i % cube_rows;
-        if cube_row + row < n {
-            let mut sum = 0.0f32;
-            #[unroll]
-            for plane in 0..k_planes {
-                sum += partial[comptime!(plane * columns * cube_rows) + i];
-            }
-            let at = i / cube_rows * n + cube_row + row;
-            if comptime!(blueprint.split) {
-                parts[k_cube * m * n + at] = sum;
-            } else {
-                if comptime!(blueprint.bias) {
-                    sum += f32::cast_from(bias[cube_row + row]);
-                }
-                out[at] = F::cast_from(sum);
-            }
-        }
-        i += units;
-    }
+    let target = Target {
+        cube,
+        k_cube,
+        k_cubes,
+        m,
+        n,
+    };
+    let sums_blueprint = comptime!(blueprint.sums);
+    store_sums::<F>(
+        &sums,
+        &mut staged,
+        bias,
+        out,
+        parts,
+        counters,
+        &target,
+        sums_blueprint,
+    );
 }
 
-/// Adds up the sums of cubes that shared the work along `k`.
-///
-/// - `parts`: `[k_cubes, m, n]`; `bias`: `[n]`, unused without one; `out`: `[m, n]`.
-/// - A unit an element.
-#[cube(launch_unchecked, address_type = "dynamic")]
-pub fn add_parts_kernel<F: Float>(
-    parts: &[f32],
-    bias: &[F],
-    out: &mut [F],
-    m: usize,
-    n: usize,
-    k_cubes: usize,
-    #[comptime] has_bias: bool,
-    #[define(F)] _dtype: ElemType,
-) {
-    let at = ABSOLUTE_POS;
-    if at < m * n {
-        let mut sum = 0.0f32;
-        for part in 0..k_cubes {
-            sum += parts[part * m * n + at];
+/// The scales of a lane's rows in the chunk at `at` in slot `d`, of each pair of rows the upper's
+/// first. A lane's 32 codes are in one run: where that is 64 long, another lane has its scale.
+#[cube]
+fn row_scales(
+    scales: &Scales,
+    map: &ScaleMap,
+    at: usize,
+    #[comptime] d: usize,
+    #[comptime] blueprint: ScaleBlueprint,
+) -> Array<f32> {
+    let mut rows = Array::<f32>::new(comptime!(2 * blueprint.row_tiles));
+    #[unroll]
+    for e in 0..comptime!(blueprint.lane_scales()) {
+        let scale = scales.decode(at, map, e, d, blueprint);
+        if comptime!(blueprint.run_log2 == 6) {
+            let upper = ((UNIT_POS_X >> 2) << 1) | ((UNIT_POS_X >> 1) & 1);
+            rows[comptime!(2 * e)] = plane_shuffle(scale, upper);
+            rows[comptime!(2 * e + 1)] = plane_shuffle(scale, upper + 16);
+        } else {
+            rows[e] = scale;
         }
-        if has_bias {
-            sum += f32::cast_from(bias[at % n]);
-        }
-        out[at] = F::cast_from(sum);
     }
+    rows
 }

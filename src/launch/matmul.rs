@@ -1,10 +1,9 @@
 //! Launches of the matrix products with a packed weight.
 
-use cubecl::features::MmaConfig;
-use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TENSOR_CORE_ROWS, TensorCoreTile};
 use super::{
     address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
@@ -12,9 +11,8 @@ use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
-use crate::kernel::tensor_core::{
-    TensorCoreBlueprint, add_parts_kernel, matmul_tensor_core_kernel,
-};
+use crate::kernel::levels::{LevelsBlueprint, matmul_levels_kernel};
+use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel};
 
 /// A kernel that multiplies with a packed weight without decoding it to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,17 +21,21 @@ pub enum MatmulVariant {
     Gemv,
     /// Tensor cores; up to 64 rows of f16 or bf16.
     TensorCore,
+    /// Tensor cores, one row of f16 or bf16: multiplies with levels in f16, and their sums with
+    /// scales in f32, rather than with what dequantization gives.
+    Levels,
 }
 
 impl MatmulVariant {
     /// All kernels.
-    pub const ALL: [Self; 2] = [Self::Gemv, Self::TensorCore];
+    pub const ALL: [Self; 3] = [Self::Gemv, Self::TensorCore, Self::Levels];
 
     /// The name used in files, tests and benches.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Gemv => "gemv",
             Self::TensorCore => "tensor_core",
+            Self::Levels => "levels",
         }
     }
 }
@@ -49,57 +51,6 @@ pub struct Product {
     pub k: usize,
     /// Type of `x`, `b` and `y`.
     pub dtype: FloatType,
-}
-
-/// How [`MatmulVariant::TensorCore`] cuts the weight up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct TensorCoreTile {
-    /// Tiles of 16 rows of `W` a plane.
-    pub row_tiles: usize,
-    /// Planes of a cube along the rows of `W`.
-    pub row_planes: usize,
-    /// Planes of a cube along `k`.
-    pub k_planes: usize,
-    /// Runs of 128 elements a plane decodes between two barriers.
-    pub chunks: usize,
-    /// Cubes that share the work along `k`; more than one costs a second launch.
-    pub k_cubes: usize,
-}
-
-impl TensorCoreTile {
-    /// The tile that suits a product on a device with so many multiprocessors, by what was fastest
-    /// on an H200 (`benches/NOTES.md`).
-    ///
-    /// A few rows of `x` want many small cubes. Many rows want large ones, so that each part of
-    /// `x` is fetched by few; where the weight has too few rows to give every multiprocessor one,
-    /// cubes share the work along `k`.
-    pub fn for_product(product: &Product, multiprocessors: usize) -> Self {
-        let Product { m, n, k, .. } = *product;
-        let tile = |row_tiles, row_planes, k_planes, chunks| Self {
-            row_tiles,
-            row_planes,
-            k_planes,
-            chunks,
-            k_cubes: 1,
-        };
-        match m {
-            0..=8 if k >= 8192 => tile(1, 1, 8, 2),
-            0..=8 => tile(1, 1, 8, 1),
-            9..=16 if n <= 8192 && k < 8192 => tile(2, 1, 8, 1),
-            9..=16 => tile(2, 2, 4, 1).sharing(n, 2 * multiprocessors),
-            _ => tile(2, 4, 2, 1).sharing(n, multiprocessors),
-        }
-    }
-
-    /// As many cubes along `k` as it takes to have `cubes` in all, or one.
-    fn sharing(self, n: usize, cubes: usize) -> Self {
-        let k_cubes = (cubes / n.div_ceil(16 * self.row_tiles * self.row_planes)).max(1);
-        Self { k_cubes, ..self }
-    }
-
-    const fn planes(&self) -> usize {
-        self.row_planes * self.k_planes
-    }
 }
 
 /// A launch of a matrix product, worked out but not yet made.
@@ -125,10 +76,10 @@ enum Kernel {
         blueprint: TensorCoreBlueprint,
         k_cubes: usize,
     },
+    Levels {
+        blueprint: LevelsBlueprint,
+    },
 }
-
-/// Rows of `x` that the tensor core kernel takes at most.
-pub const TENSOR_CORE_ROWS: usize = 64;
 
 /// Rows of `x` up to which the gemv kernel is preferred.
 pub const GEMV_ROWS: usize = 4;
@@ -153,13 +104,18 @@ impl MatmulPlan {
         check(client, layout, &product)?;
         let gemv = || Self::gemv(client, layout, product, bias);
         let tensor_core = || {
-            let tile = TensorCoreTile::for_product(&product, multiprocessors(client));
+            let tile = TensorCoreTile::for_product(client, &product);
             Self::tensor_core(client, layout, product, bias, tile)
+        };
+        let levels = || {
+            let tile = TensorCoreTile::for_row(client, &product);
+            Self::levels(client, layout, product, bias, tile)
         };
         match variant {
             Some(MatmulVariant::Gemv) => Ok(gemv()),
             Some(MatmulVariant::TensorCore) => tensor_core(),
-            None => tensor_core().or_else(|_| Ok(gemv())),
+            Some(MatmulVariant::Levels) => levels(),
+            None => levels().or_else(|_| tensor_core()).or_else(|_| Ok(gemv())),
         }
     }
 
@@ -175,7 +131,7 @@ impl MatmulPlan {
     ) -> Option<Self> {
         let plan = Self::new(client, layout, product, bias, None).ok()?;
         let limit = match plan.variant() {
-            MatmulVariant::TensorCore => TENSOR_CORE_ROWS,
+            MatmulVariant::TensorCore | MatmulVariant::Levels => TENSOR_CORE_ROWS,
             MatmulVariant::Gemv => GEMV_ROWS,
         };
         (product.m <= limit).then_some(plan)
@@ -184,16 +140,25 @@ impl MatmulPlan {
     /// Works out a product on tensor cores with a given tile.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new).
+    /// Those of [`new`](Self::new), and [`Nf4Error::Variant`] for [`MatmulVariant::Gemv`], which has
+    /// no tiles.
     pub fn with_tile(
         client: &Client,
         layout: &PackedLayout,
         product: Product,
         bias: bool,
+        variant: MatmulVariant,
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         check(client, layout, &product)?;
-        Self::tensor_core(client, layout, product, bias, tile)
+        match variant {
+            MatmulVariant::TensorCore => Self::tensor_core(client, layout, product, bias, tile),
+            MatmulVariant::Levels => Self::levels(client, layout, product, bias, tile),
+            MatmulVariant::Gemv => Err(Nf4Error::Variant {
+                variant: variant.name(),
+                reason: "it has no tiles".into(),
+            }),
+        }
     }
 
     /// The same for sizes that have been checked.
@@ -204,71 +169,35 @@ impl MatmulPlan {
         bias: bool,
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
-        let Product { m, n, k, dtype } = product;
-        let impossible = |reason: String| {
-            Err(Nf4Error::Variant {
-                variant: MatmulVariant::TensorCore.name(),
-                reason,
-            })
-        };
-        let hardware = &client.properties().hardware;
-        let fragments = MmaConfig {
-            a_type: elem_type(dtype),
-            b_type: elem_type(dtype),
-            cd_type: ElemType::Float(FloatKind::F32),
-            m: 16,
-            n: 8,
-            k: 16,
-        };
-        // The kernel knows NVIDIA's layout of fragments.
-        let has_instruction = client.properties().features.matmul.mma.contains(&fragments);
-        if client.name() != "cuda" || !has_instruction || hardware.plane_size_max != 32 {
-            return impossible(format!(
-                "the device has no m16n8k16 tensor core instruction for {}",
-                dtype.name()
-            ));
-        }
-        if m > TENSOR_CORE_ROWS {
-            return impossible(format!("{m} rows are more than {TENSOR_CORE_ROWS}"));
-        }
-        let block_log2 = layout.config.block_size.log2();
-        let Some(run_log2) = [6, 5]
-            .into_iter()
-            .find(|&log2| log2 <= block_log2 && k.is_multiple_of(1 << log2))
-        else {
-            return impossible(format!("rows of {k} elements are no multiple of 32"));
-        };
-        let column_tiles = m.div_ceil(8);
-        let blueprint = TensorCoreBlueprint {
-            block_log2,
-            nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
-            run_log2,
-            row_tiles: tile.row_tiles,
-            column_tiles,
-            row_planes: tile.row_planes,
-            k_planes: tile.k_planes,
-            chunks: tile.chunks,
-            // Each value compiles a kernel, so only few.
-            x_rows: if m <= 8 { m } else { 8 * column_tiles },
-            split: tile.k_cubes > 1,
-            bias,
-        };
-        let units = 32 * tile.planes();
-        if units > hardware.max_units_per_cube as usize
-            || blueprint.shared_bytes() > hardware.max_shared_memory_size
-        {
-            return impossible(format!("{tile:?} is more than a cube may have"));
-        }
-        let cube_rows = 16 * tile.row_tiles * tile.row_planes;
-        // No cube without a round.
-        let rounds = k.div_ceil(blueprint.round_k());
-        let k_cubes = rounds.div_ceil(rounds.div_ceil(tile.k_cubes.max(1)));
+        let Product { m, n, k, .. } = product;
+        let (blueprint, k_cubes) = tensor_core::blueprint(client, layout, product, bias, tile)?;
+        let cubes = n.div_ceil(blueprint.sums.cube_rows()) * k_cubes;
+        let planes = blueprint.sums.units() as u32 / 32;
         Ok(Self {
             product,
-            cube_dim: CubeDim::new_2d(32, tile.planes() as u32),
-            cube_count: cube_count(client, n.div_ceil(cube_rows) * k_cubes),
+            cube_dim: CubeDim::new_2d(32, planes),
+            cube_count: cube_count(client, cubes),
             kernel: Kernel::TensorCore { blueprint, k_cubes },
             address: address_type(layout.elems.max(m * n).max(m * k)),
+        })
+    }
+
+    fn levels(
+        client: &Client,
+        layout: &PackedLayout,
+        product: Product,
+        bias: bool,
+        tile: TensorCoreTile,
+    ) -> Result<Self, Nf4Error> {
+        let blueprint = tensor_core::levels_blueprint(client, layout, product, bias, tile)?;
+        let cubes = product.n.div_ceil(blueprint.sums.cube_rows());
+        let planes = blueprint.sums.units() as u32 / 32;
+        Ok(Self {
+            product,
+            cube_dim: CubeDim::new_2d(32, planes),
+            cube_count: cube_count(client, cubes),
+            kernel: Kernel::Levels { blueprint },
+            address: address_type(layout.elems),
         })
     }
 
@@ -318,6 +247,7 @@ impl MatmulPlan {
         match self.kernel {
             Kernel::Gemv { .. } => MatmulVariant::Gemv,
             Kernel::TensorCore { .. } => MatmulVariant::TensorCore,
+            Kernel::Levels { .. } => MatmulVariant::Levels,
         }
     }
 
@@ -342,7 +272,8 @@ impl MatmulPlan {
         let size = dtype.size_bytes();
         let with_bias = match self.kernel {
             Kernel::Gemv { blueprint, .. } => blueprint.bias,
-            Kernel::TensorCore { blueprint, .. } => blueprint.bias,
+            Kernel::TensorCore { blueprint, .. } => blueprint.sums.bias,
+            Kernel::Levels { blueprint } => blueprint.sums.bias,
         };
         let bias_bytes = bias.as_ref().map_or(0, |bias| bias.size_in_used() as usize);
         for (tensor, expected, given) in [
@@ -379,11 +310,14 @@ impl MatmulPlan {
             let words = || BufferArg::from_raw_parts(packed.clone(), layout.words);
             match self.kernel {
                 Kernel::TensorCore { blueprint, k_cubes } => {
-                    let parts = match blueprint.split {
-                        true => client.empty(k_cubes * m * n * 4),
-                        false => out.clone(),
+                    let shared = SharedSums::new(client, n, k_cubes, &blueprint.sums);
+                    let (parts, counters) = match &shared {
+                        Some(shared) => (
+                            BufferArg::from_raw_parts(shared.parts.clone(), shared.words),
+                            BufferArg::from_raw_parts(shared.counters.clone(), MAX_COUNTERS),
+                        ),
+                        None => (out_arg(), words()),
                     };
-                    let parts_len = if blueprint.split { k_cubes * m * n } else { 1 };
                     matmul_tensor_core_kernel::launch_unchecked(
                         client,
                         self.cube_count.clone(),
@@ -394,7 +328,8 @@ impl MatmulPlan {
                         words(),
                         bias_arg(),
                         out_arg(),
-                        BufferArg::from_raw_parts(parts.clone(), parts_len),
+                        parts,
+                        counters,
                         view,
                         m,
                         n,
@@ -403,24 +338,25 @@ impl MatmulPlan {
                         blueprint,
                         elem,
                     );
-                    if blueprint.split {
-                        let units = units_per_cube(client);
-                        add_parts_kernel::launch_unchecked(
-                            client,
-                            cube_count(client, (m * n).div_ceil(units as usize)),
-                            CubeDim::new_1d(units),
-                            address,
-                            BufferArg::from_raw_parts(parts, parts_len),
-                            bias_arg(),
-                            out_arg(),
-                            m,
-                            n,
-                            k_cubes,
-                            blueprint.bias,
-                            elem,
-                        );
-                    }
                 }
+                Kernel::Levels { blueprint } => matmul_levels_kernel::launch_unchecked(
+                    client,
+                    self.cube_count.clone(),
+                    self.cube_dim,
+                    address,
+                    BufferArg::from_raw_parts(x.clone(), k / 2),
+                    words(),
+                    words(),
+                    bias_arg(),
+                    out_arg(),
+                    out_arg(),
+                    words(),
+                    view,
+                    n,
+                    k,
+                    blueprint,
+                    elem,
+                ),
                 Kernel::Gemv { blueprint, vector } => matmul_gemv_kernel::launch_unchecked(
                     client,
                     self.cube_count.clone(),
@@ -442,11 +378,6 @@ impl MatmulPlan {
         }
         Ok(())
     }
-}
-
-fn multiprocessors(client: &Client) -> usize {
-    let hardware = &client.properties().hardware;
-    hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
 }
 
 fn check(client: &Client, layout: &PackedLayout, product: &Product) -> Result<(), Nf4Error> {

@@ -3,10 +3,12 @@
 mod dequantize;
 mod matmul;
 mod quantize;
+mod tensor_core;
 
 pub use dequantize::{DequantizePlan, Variant, dequantize};
-pub use matmul::{GEMV_ROWS, MatmulPlan, MatmulVariant, Product, TENSOR_CORE_ROWS, TensorCoreTile};
+pub use matmul::{GEMV_ROWS, MatmulPlan, MatmulVariant, Product};
 pub use quantize::quantize;
+pub use tensor_core::{TENSOR_CORE_ROWS, TensorCoreTile};
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;

@@ -1,0 +1,159 @@
+//! The scales of a plane's rows, for the kernels that multiply on tensor cores.
+
+use cubecl::prelude::*;
+
+use super::decode::{PackedView, opaque};
+
+/// Elements along `k` of a chunk, the piece of its rows that a plane works on at a time.
+pub const CHUNK: usize = 128;
+
+/// Which scales a plane needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ScaleBlueprint {
+    /// Base-2 logarithm of the block size.
+    pub block_log2: u32,
+    /// Base-2 logarithm of the nested block size; 0 where scales are plain f32.
+    pub nested_log2: u32,
+    /// Base-2 logarithm of how many neighbouring elements of a row share a scale at least: 5 or 6.
+    pub run_log2: u32,
+    /// Tiles of 16 rows that the plane works on.
+    pub row_tiles: usize,
+    /// Chunks whose scales are on their way at a time.
+    pub depth: usize,
+}
+
+impl ScaleBlueprint {
+    /// Scales that a lane decodes for each chunk.
+    pub const fn lane_scales(&self) -> usize {
+        self.row_tiles << (6 - self.run_log2)
+    }
+}
+
+/// A lane's share of a plane's scales, as they were loaded.
+///
+/// A tile of 16 rows has 32 scales in a chunk where runs are 64 long: lane `2 row + run` has that of
+/// a row's run. Where they are 32 long, there are 64: lane `4 row + run` has that of the row and of
+/// the row eight below.
+#[derive(CubeType)]
+pub struct Scales {
+    /// Elements of `W` whose scales these are, for a chunk at zero.
+    at: Array<usize>,
+    /// Where the plane ends along `k`, less what the lane is ahead of its chunk.
+    end: usize,
+    /// Words with the code of each scale.
+    codes: Array<u32>,
+    /// Nested scales, or the scales themselves.
+    absmax: Array<f32>,
+}
+
+#[cube]
+impl Scales {
+    /// Nothing loaded yet; the plane's first row is `plane_row`, and it ends at `bound` along `k`.
+    pub fn new(
+        plane_row: usize,
+        bound: usize,
+        n: usize,
+        k: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) -> Self {
+        let lane = UNIT_POS_X as usize;
+        let run_log2 = comptime!(blueprint.run_log2 as usize);
+        let run = (lane << run_log2) & comptime!(CHUNK - 1);
+        let mut at = Array::<usize>::new(comptime!(blueprint.lane_scales()));
+        #[unroll]
+        for e in 0..comptime!(blueprint.lane_scales()) {
+            let row = (lane >> comptime!(7 - run_log2)) + comptime!(e << (run_log2 - 2));
+            at[e] = usize::min(plane_row + row, n - 1) * k + run;
+        }
+        let slots = comptime!(blueprint.lane_scales() * blueprint.depth);
+        Scales {
+            at,
+            end: usize::saturating_sub(bound, run),
+            codes: Array::new(slots),
+            absmax: Array::new(slots),
+        }
+    }
+
+    /// Loads those of the chunk at `at` into slot `d`; past the end of the plane there are zeros.
+    pub fn load(
+        &mut self,
+        words: &[u32],
+        view: &PackedView,
+        at: usize,
+        #[comptime] d: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) {
+        let inside = at < self.end;
+        #[unroll]
+        for e in 0..comptime!(blueprint.lane_scales()) {
+            let slot = comptime!(d * blueprint.lane_scales() + e);
+            self.codes[slot] = 0u32;
+            self.absmax[slot] = 0.0f32;
+            if inside {
+                let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
+                if comptime!(blueprint.nested_log2 == 0) {
+                    self.absmax[slot] = f32::reinterpret(words[view.scales + block]);
+                } else {
+                    let nested_block = block >> comptime!(blueprint.nested_log2 as usize);
+                    self.codes[slot] = words[view.scales + (block >> 2usize)];
+                    self.absmax[slot] =
+                        f32::reinterpret(words[view.codebook + 276usize + nested_block]);
+                }
+            }
+        }
+    }
+
+    /// The lane's `e`-th scale of the chunk at `at` in slot `d`.
+    pub fn decode(
+        &self,
+        at: usize,
+        map: &ScaleMap,
+        #[comptime] e: usize,
+        #[comptime] d: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) -> f32 {
+        let slot = comptime!(d * blueprint.lane_scales() + e);
+        let mut scale = self.absmax[slot];
+        if comptime!(blueprint.nested_log2 != 0) {
+            let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
+            let code = (self.codes[slot] >> ((block as u32 & 3) * 8)) & 255;
+            scale = opaque(map.values[code as usize] * scale, map.zero) + map.offset;
+        }
+        scale
+    }
+}
+
+/// What turns codes of scales into scales, with the values in shared memory.
+#[derive(CubeType)]
+pub struct ScaleMap {
+    values: Shared<[f32]>,
+    offset: f32,
+    zero: u32,
+}
+
+#[cube]
+impl ScaleMap {
+    /// Copies the map of a packed weight; the caller puts a barrier behind it.
+    pub fn new(
+        words: &[u32],
+        view: &PackedView,
+        #[comptime] units: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) -> Self {
+        let mut values = Shared::<[f32]>::new_slice(256usize);
+        let mut offset = 0.0f32;
+        if comptime!(blueprint.nested_log2 != 0) {
+            offset = f32::reinterpret(words[view.codebook + 272usize]);
+            let mut i = UNIT_POS as usize;
+            while i < 256 {
+                values[i] = f32::reinterpret(words[view.codebook + 16 + i]);
+                i += units;
+            }
+        }
+        ScaleMap {
+            values,
+            offset,
+            zero: view.zero,
+        }
+    }
+}

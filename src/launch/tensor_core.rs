@@ -1,0 +1,341 @@
+//! How the two products on tensor cores cut a weight up, and what their cubes share.
+
+use std::any::TypeId;
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use cubecl::device::DeviceId;
+use cubecl::features::MmaConfig;
+use cubecl::ir::{ElemType, FloatKind};
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::elem_type;
+use super::matmul::{MatmulVariant, Product};
+use crate::error::Nf4Error;
+use crate::format::{BlockSize, FloatType, PackedLayout};
+use crate::kernel::levels::LevelsBlueprint;
+use crate::kernel::scales::{CHUNK, ScaleBlueprint};
+use crate::kernel::sums::SumsBlueprint;
+use crate::kernel::tensor_core::TensorCoreBlueprint;
+
+/// Rows of `x` that the tensor core kernel takes at most.
+pub const TENSOR_CORE_ROWS: usize = 64;
+
+/// How [`MatmulVariant::TensorCore`] and [`MatmulVariant::Levels`] cut the weight up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TensorCoreTile {
+    /// Tiles of 16 rows of `W` a plane.
+    pub row_tiles: usize,
+    /// Planes of a cube along the rows of `W`.
+    pub row_planes: usize,
+    /// Planes of a cube along `k`.
+    pub k_planes: usize,
+    /// Runs of 128 elements that a plane decodes of each stage of `x`; with
+    /// [`Levels`](MatmulVariant::Levels) all that it decodes.
+    pub chunks: usize,
+    /// Runs whose codes are on their way at a time; divides `chunks`.
+    pub depth: usize,
+    /// Cubes that share the work along `k`; one with [`Levels`](MatmulVariant::Levels).
+    pub k_cubes: usize,
+}
+
+impl TensorCoreTile {
+    /// The tile that suits a product on a device with so many multiprocessors, by what was fastest
+    /// on an H200 (`benches/NOTES.md`).
+    ///
+    /// A few rows of `x` want many small cubes. Many rows want large ones, so that each part of
+    /// `x` is fetched by few; where the weight has too few rows to give every multiprocessor one,
+    /// cubes share the work along `k`.
+    pub fn for_product(client: &Client, product: &Product) -> Self {
+        let multiprocessors = multiprocessors(client);
+        let Product { m, n, k, .. } = *product;
+        let tiles = n.div_ceil(16);
+        let chunks = k.div_ceil(128);
+        let whole = |row_planes: usize, k_planes: usize| Self {
+            row_tiles: 1,
+            row_planes,
+            k_planes,
+            chunks: chunks.div_ceil(k_planes),
+            depth: 1,
+            k_cubes: 1,
+        };
+        let tile = |row_tiles, row_planes, k_planes, depth| Self {
+            row_tiles,
+            row_planes,
+            k_planes,
+            chunks: depth,
+            depth,
+            k_cubes: 1,
+        };
+        match m {
+            0..=16 => {
+                let row_planes = tiles.div_ceil(multiprocessors).clamp(1, 8);
+                whole(row_planes, 32 / row_planes)
+            }
+            _ => tile(2, 4, 4, 1).sharing(n, multiprocessors),
+        }
+    }
+
+    /// The tile of [`MatmulVariant::Levels`] that suits a product: cubes that all run at once, with
+    /// as many planes as a cube may have.
+    pub fn for_row(client: &Client, product: &Product) -> Self {
+        let row_planes = product.n.div_ceil(16 * multiprocessors(client)).clamp(1, 8);
+        let k_planes = 32 / row_planes;
+        Self {
+            row_tiles: 1,
+            row_planes,
+            k_planes,
+            chunks: product.k.div_ceil(128 * k_planes),
+            depth: 1,
+            k_cubes: 1,
+        }
+    }
+
+    /// As many cubes along `k` as it takes to have `cubes` in all, or one.
+    fn sharing(self, n: usize, cubes: usize) -> Self {
+        let k_cubes = (cubes / n.div_ceil(16 * self.row_tiles * self.row_planes)).max(1);
+        Self { k_cubes, ..self }
+    }
+}
+
+/// A reason why the device cannot run a kernel.
+fn impossible(variant: MatmulVariant, reason: String) -> Nf4Error {
+    Nf4Error::Variant {
+        variant: variant.name(),
+        reason,
+    }
+}
+
+/// Checks what both kernels need, and returns the base-2 logarithm of the runs of a row that share
+/// a scale.
+fn check(
+    client: &Client,
+    layout: &PackedLayout,
+    product: Product,
+    variant: MatmulVariant,
+    tile: TensorCoreTile,
+) -> Result<u32, Nf4Error> {
+    let Product { m, k, dtype, .. } = product;
+    let fail = |reason| Err(impossible(variant, reason));
+    if !has_fragments(client, elem_type(dtype)) {
+        let dtype = dtype.name();
+        return fail(format!(
+            "the device has no m16n8k16 tensor core instruction for {dtype}"
+        ));
+    }
+    let (most, runs) = match variant {
+        MatmulVariant::Levels => (1, &[6][..]),
+        _ => (TENSOR_CORE_ROWS, &[6, 5][..]),
+    };
+    if m > most {
+        return fail(format!("{m} rows are more than {most}"));
+    }
+    let block_log2 = layout.config.block_size.log2();
+    let mut runs = runs.iter().copied();
+    let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && k.is_multiple_of(1 << log2))
+    else {
+        let block = layout.config.block_size.elems();
+        return fail(format!(
+            "rows of {k} elements in blocks of {block} do not come in runs that the kernel takes"
+        ));
+    };
+    let TensorCoreTile {
+        row_tiles,
+        row_planes,
+        k_planes,
+        chunks,
+        depth,
+        k_cubes,
+    } = tile;
+    let sizes = [row_tiles, row_planes, k_planes, chunks, depth, k_cubes];
+    if sizes.contains(&0) || !chunks.is_multiple_of(depth) {
+        return fail(format!("{tile:?} has sizes that do not go together"));
+    }
+    Ok(run_log2)
+}
+
+/// Checks that a cube may have so many units and so much shared memory.
+fn check_cube(
+    client: &Client,
+    variant: MatmulVariant,
+    tile: TensorCoreTile,
+    units: usize,
+    shared_bytes: usize,
+) -> Result<(), Nf4Error> {
+    let hardware = &client.properties().hardware;
+    if units > hardware.max_units_per_cube as usize
+        || shared_bytes > hardware.max_shared_memory_size
+    {
+        return Err(impossible(
+            variant,
+            format!("{tile:?} is more than a cube may have"),
+        ));
+    }
+    Ok(())
+}
+
+/// What forks [`MatmulVariant::Levels`] for a product and a tile.
+///
+/// # Errors
+/// [`Nf4Error::Variant`] if the device cannot run it.
+pub(super) fn levels_blueprint(
+    client: &Client,
+    layout: &PackedLayout,
+    product: Product,
+    bias: bool,
+    tile: TensorCoreTile,
+) -> Result<LevelsBlueprint, Nf4Error> {
+    let variant = MatmulVariant::Levels;
+    let run_log2 = check(client, layout, product, variant, tile)?;
+    let blueprint = LevelsBlueprint {
+        scales: scale_blueprint(layout, run_log2, tile),
+        sums: sums_blueprint(1, bias, tile),
+        chunks: tile.chunks,
+        wide: product.dtype == FloatType::BF16,
+    };
+    if tile.k_cubes != 1 || CHUNK * tile.chunks * tile.k_planes < product.k {
+        return Err(impossible(
+            variant,
+            format!("{tile:?} does not cover rows of {} elements", product.k),
+        ));
+    }
+    let units = blueprint.sums.units();
+    check_cube(client, variant, tile, units, blueprint.shared_bytes())?;
+    Ok(blueprint)
+}
+
+fn scale_blueprint(layout: &PackedLayout, run_log2: u32, tile: TensorCoreTile) -> ScaleBlueprint {
+    ScaleBlueprint {
+        block_log2: layout.config.block_size.log2(),
+        nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
+        run_log2,
+        row_tiles: tile.row_tiles,
+        depth: tile.depth,
+    }
+}
+
+fn sums_blueprint(column_tiles: usize, bias: bool, tile: TensorCoreTile) -> SumsBlueprint {
+    SumsBlueprint {
+        row_tiles: tile.row_tiles,
+        column_tiles,
+        row_planes: tile.row_planes,
+        k_planes: tile.k_planes,
+        split: false,
+        bias,
+    }
+}
+
+/// What forks [`MatmulVariant::TensorCore`] for a product and a tile, and the number of cubes along
+/// `k`.
+///
+/// # Errors
+/// [`Nf4Error::Variant`] if the device cannot run it.
+pub(super) fn blueprint(
+    client: &Client,
+    layout: &PackedLayout,
+    product: Product,
+    bias: bool,
+    tile: TensorCoreTile,
+) -> Result<(TensorCoreBlueprint, usize), Nf4Error> {
+    let variant = MatmulVariant::TensorCore;
+    let Product { m, n, k, .. } = product;
+    let run_log2 = check(client, layout, product, variant, tile)?;
+    let column_tiles = m.div_ceil(8);
+    let mut blueprint = TensorCoreBlueprint {
+        scales: scale_blueprint(layout, run_log2, tile),
+        sums: sums_blueprint(column_tiles, bias, tile),
+        chunks: tile.chunks,
+        // Each value compiles a kernel, so only few.
+        x_rows: if m <= 8 {
+            m.next_power_of_two()
+        } else {
+            8 * column_tiles
+        },
+        once: false,
+    };
+    // No cube without a stage.
+    let stages = k.div_ceil(blueprint.stage_k());
+    let stages_each = stages.div_ceil(tile.k_cubes);
+    let k_cubes = stages.div_ceil(stages_each);
+    blueprint.once = stages_each == 1;
+    blueprint.sums.split = k_cubes > 1;
+    let units = blueprint.sums.units();
+    check_cube(client, variant, tile, units, blueprint.shared_bytes())?;
+    let fail = |reason| Err(impossible(variant, reason));
+    if !blueprint.once && tile.depth != tile.chunks {
+        return fail(format!("{tile:?} takes more than one stage of x"));
+    }
+    let row_cubes = n.div_ceil(blueprint.sums.cube_rows());
+    if blueprint.sums.split && (row_cubes > MAX_COUNTERS || !has_device_scope(client)) {
+        return fail(format!("{tile:?} shares what cubes cannot share"));
+    }
+    Ok((blueprint, k_cubes))
+}
+
+/// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
+pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
+    let fragments = MmaConfig {
+        a_type: elem,
+        b_type: elem,
+        cd_type: ElemType::Float(FloatKind::F32),
+        m: 16,
+        n: 8,
+        k: 16,
+    };
+    client.name() == "cuda"
+        && client.properties().features.matmul.mma.contains(&fragments)
+        && client.properties().hardware.plane_size_max == 32
+}
+
+/// Whether what one cube writes can be made visible to another in the same launch.
+pub(super) fn has_device_scope(client: &Client) -> bool {
+    client.properties().features.device_memory_scope
+}
+
+/// Cubes along the rows of a weight that may share their sums.
+pub(super) const MAX_COUNTERS: usize = 4096;
+
+/// What cubes that share the work along `k` have in common.
+pub(super) struct SharedSums {
+    /// Parts of sums, written and read in one launch.
+    pub parts: Handle,
+    /// Their length.
+    pub words: usize,
+    /// Cubes that have arrived, zero between launches.
+    pub counters: Handle,
+}
+
+impl SharedSums {
+    /// The buffers for a launch, if cubes share the work in it.
+    pub fn new(client: &Client, n: usize, k_cubes: usize, sums: &SumsBlueprint) -> Option<Self> {
+        if !sums.split {
+            return None;
+        }
+        let words = 4 * n.div_ceil(sums.cube_rows()) * k_cubes * sums.cube_vectors();
+        let parts = client.empty(words * 4);
+        Some(Self {
+            counters: counters(client, &parts),
+            parts,
+            words,
+        })
+    }
+}
+
+/// Counters that are zero, one buffer for each stream of a device, here that of `parts`: launches in
+/// a stream follow each other, and each leaves zeros behind.
+fn counters(client: &Client, parts: &Handle) -> Handle {
+    type Buffers = HashMap<(DeviceId, TypeId, u64), Handle>;
+    static BUFFERS: LazyLock<Mutex<Buffers>> = LazyLock::new(Mutex::default);
+    let mut buffers = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let service = parts.service;
+    buffers
+        .entry((service.device, service.service, parts.stream.value))
+        .or_insert_with(|| client.create_from_slice(&[0; MAX_COUNTERS * 4]))
+        .clone()
+}
+
+fn multiprocessors(client: &Client) -> usize {
+    let hardware = &client.properties().hardware;
+    hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
+}
