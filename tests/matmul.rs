@@ -295,8 +295,8 @@ fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
 fn cuda_tensor_core_tiles(
     #[values(1, 2)] row_tiles: usize,
     #[values(
-        (1, 1, 4, 4), (1, 8, 1, 1), (1, 4, 2, 2), (2, 4, 1, 1), (4, 2, 1, 1), (7, 4, 8, 1),
-        (2, 4, 8, 2)
+        (1, 4, 3, 1), (8, 1, 1, 2), (4, 2, 1, 2), (2, 4, 1, 2), (4, 8, 1, 1), (7, 4, 3, 3),
+        (2, 4, 4, 2)
     )]
     shape: (usize, usize, usize, usize),
     #[values(1, 3)] k_cubes: usize,

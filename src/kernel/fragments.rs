@@ -14,15 +14,15 @@ pub type CodeTable = Shared<[Vector<u8, Const<1>>]>;
 /// A stage of `x`, see [`swizzle`].
 pub type Stage = Shared<[Vector<u32, Const<4>>]>;
 
-/// Fills the table; the caller puts a barrier behind it.
+/// The level of the code that a lane stands for.
 #[cube]
-pub fn fill_table(
-    words: &[u32],
-    view: &PackedView,
-    table: &mut CodeTable,
-    #[comptime] units: usize,
-) {
-    let level = f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize]);
+pub fn load_level(words: &[u32], view: &PackedView) -> f32 {
+    f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize])
+}
+
+/// Fills the table from the levels of a plane's lanes; the caller puts a barrier behind it.
+#[cube]
+pub fn fill_table(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
     // Whole planes go round together, as the shuffles want it.
     let mut i = UNIT_POS;
     while i < comptime!(TABLE_BYTES as u32 / 8) {
@@ -70,23 +70,26 @@ impl Rows {
     }
 
     /// Loads the lane's codes of the chunk at `at` into slot `d`, 32 of each row; past the end of
-    /// the plane there are zeros.
+    /// the plane, where `x` is zero, the slot stays as it is or is cleared.
     pub fn load(
         &self,
         packed: &[Vector<u32, Const<4>>],
         codes: &mut Array<Vector<u32, Const<4>>>,
         at: usize,
         #[comptime] d: usize,
+        #[comptime] clear: bool,
         #[comptime] row_tiles: usize,
     ) {
         let inside = at < self.end;
         #[unroll]
         for r in 0..comptime!(2 * row_tiles) {
-            let mut four = Vector::<u32, Const<4>>::new(0u32);
-            if inside {
-                four = packed[self.at[r] + at / 32];
+            let slot = comptime!(d * 2 * row_tiles + r);
+            if comptime!(clear) {
+                codes[slot] = Vector::new(0u32);
             }
-            codes[comptime!(d * 2 * row_tiles + r)] = four;
+            if inside {
+                codes[slot] = packed[self.at[r] + at / 32];
+            }
         }
     }
 }
@@ -218,7 +221,7 @@ pub fn load_x(
 pub fn store_x(
     staged: &mut Stage,
     carried: &Array<Vector<u32, Const<4>>>,
-    half: usize,
+    #[comptime] half: usize,
     #[comptime] part: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
 ) {

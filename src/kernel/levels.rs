@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::decode::PackedView;
-use super::fragments::Rows;
+use super::fragments::{Rows, load_level};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
@@ -117,22 +117,22 @@ pub fn matmul_levels_kernel<F: Float>(
     let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * depth));
     let mut scales = Scales::new(plane_row, k, n, k, scale_blueprint);
     let mut at = k_plane * CHUNK;
+    let ahead_by = comptime!(usize::max(depth - 1, 1));
     #[unroll]
-    for d in 0..depth {
+    for d in 0..ahead_by {
         let chunk_at = at + comptime!(d * k_planes * CHUNK);
-        rows.load(packed, &mut codes, chunk_at, d, row_tiles);
-        scales.load(words, &view, chunk_at, d, scale_blueprint);
+        rows.load(packed, &mut codes, chunk_at, d, false, row_tiles);
+        scales.load(words, &view, chunk_at, d, false, scale_blueprint);
     }
-    let table = fill_levels(words, &view, comptime!(blueprint.sums.units()));
-    let map = ScaleMap::new(
-        words,
-        &view,
-        comptime!(blueprint.sums.units()),
-        scale_blueprint,
-    );
+    let units = comptime!(blueprint.sums.units());
+    let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
+    let level = load_level(words, &view);
+    let values = load_x(x, k, blueprint);
+    let table = fill_levels(level, units);
+    map.store(units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
-    let unscale = stage_x(x, &mut staged, k, blueprint);
+    let unscale = stage_x(&values, &mut staged, blueprint);
     sync_cube();
 
     let lane = UNIT_POS_X;
@@ -153,61 +153,73 @@ pub fn matmul_levels_kernel<F: Float>(
     for r in 0..comptime!(2 * row_tiles) {
         totals[r] = 0.0f32;
     }
+    let zero = view.zero as usize;
     while at < k {
         #[unroll]
         for d in 0..depth {
             let chunk_at = at + comptime!(d * k_planes * CHUNK);
-            let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
-            #[unroll]
-            for _ in 0..row_tiles {
-                let mut product = Array::<Vector<f32, Const<2>>>::new(2usize);
-                product[0] = Vector::new(0.0f32);
-                product[1] = Vector::new(0.0f32);
-                products.push(product);
+            let ahead = chunk_at + comptime!(ahead_by * k_planes * CHUNK);
+            if comptime!(depth > 1) {
+                let slot = comptime!((d + ahead_by) % depth);
+                rows.load(packed, &mut codes, ahead, slot, false, row_tiles);
+                scales.load(words, &view, ahead, slot, false, scale_blueprint);
             }
-            #[unroll]
-            for q in 0..4usize {
-                let four = staged[x_at + q];
+            // The compiler does not know that this is true of a first chunk: a branch keeps it from
+            // moving the loads above to where they are used.
+            if chunk_at + zero < k {
+                let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
+                #[unroll]
+                for _ in 0..row_tiles {
+                    let mut product = Array::<Vector<f32, Const<2>>>::new(2usize);
+                    product[0] = Vector::new(0.0f32);
+                    product[1] = Vector::new(0.0f32);
+                    products.push(product);
+                }
+                #[unroll]
+                for q in 0..4usize {
+                    let four = staged[x_at + q];
+                    #[unroll]
+                    for row_tile in 0..row_tiles {
+                        let slot = comptime!((d * row_tiles + row_tile) * 2);
+                        let upper = codes[slot].extract(q);
+                        let lower = codes[comptime!(slot + 1)].extract(q);
+                        let product = products.index_mut(row_tile);
+                        #[unroll]
+                        for half in 0..2usize {
+                            let byte = comptime!(2 * half as u32);
+                            let mut levels = Array::<Vector<f16, Const<2>>>::new(4usize);
+                            levels[0] = level_pair(&table, copy, upper, byte);
+                            levels[1] = level_pair(&table, copy, lower, byte);
+                            levels[2] = level_pair(&table, copy, upper, comptime!(byte + 1));
+                            levels[3] = level_pair(&table, copy, lower, comptime!(byte + 1));
+                            let mut values = Array::<Vector<f16, Const<2>>>::new(2usize);
+                            values[0] = Vector::reinterpret(four.extract(comptime!(2 * half)));
+                            values[1] = Vector::reinterpret(four.extract(comptime!(2 * half + 1)));
+                            def.execute_inplace(&levels, &values, product);
+                        }
+                    }
+                }
                 #[unroll]
                 for row_tile in 0..row_tiles {
-                    let slot = comptime!((d * row_tiles + row_tile) * 2);
-                    let upper = codes[slot].extract(q);
-                    let lower = codes[comptime!(slot + 1)].extract(q);
-                    let product = products.index_mut(row_tile);
+                    let scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
+                    let product = products.index(row_tile);
                     #[unroll]
-                    for half in 0..2usize {
-                        let byte = comptime!(2 * half as u32);
-                        let mut levels = Array::<Vector<f16, Const<2>>>::new(4usize);
-                        levels[0] = level_pair(&table, copy, upper, byte);
-                        levels[1] = level_pair(&table, copy, lower, byte);
-                        levels[2] = level_pair(&table, copy, upper, comptime!(byte + 1));
-                        levels[3] = level_pair(&table, copy, lower, comptime!(byte + 1));
-                        let mut values = Array::<Vector<f16, Const<2>>>::new(2usize);
-                        values[0] = Vector::reinterpret(four.extract(comptime!(2 * half)));
-                        values[1] = Vector::reinterpret(four.extract(comptime!(2 * half + 1)));
-                        def.execute_inplace(&levels, &values, product);
+                    for r in 0..2usize {
+                        let mut total = totals[comptime!(2 * row_tile + r)];
+                        #[unroll]
+                        for run in 0..2usize {
+                            let source = ((lane >> 2) << 1) + comptime!((16 * r + run) as u32);
+                            total += product[r].extract(run) * plane_shuffle(scale, source);
+                        }
+                        totals[comptime!(2 * row_tile + r)] = total;
                     }
                 }
+                x_at += x_step;
             }
-            #[unroll]
-            for row_tile in 0..row_tiles {
-                let scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
-                let product = products.index(row_tile);
-                #[unroll]
-                for r in 0..2usize {
-                    let mut total = totals[comptime!(2 * row_tile + r)];
-                    #[unroll]
-                    for run in 0..2usize {
-                        let source = ((lane >> 2) << 1) + comptime!((16 * r + run) as u32);
-                        total += product[r].extract(run) * plane_shuffle(scale, source);
-                    }
-                    totals[comptime!(2 * row_tile + r)] = total;
-                }
+            if comptime!(depth == 1) {
+                rows.load(packed, &mut codes, ahead, d, false, row_tiles);
+                scales.load(words, &view, ahead, d, false, scale_blueprint);
             }
-            x_at += x_step;
-            let ahead = chunk_at + comptime!(depth * k_planes * CHUNK);
-            rows.load(packed, &mut codes, ahead, d, row_tiles);
-            scales.load(words, &view, ahead, d, scale_blueprint);
         }
         at += comptime!(depth * k_planes * CHUNK);
     }
@@ -225,7 +237,6 @@ pub fn matmul_levels_kernel<F: Float>(
     let target = Target {
         cube: CUBE_POS,
         k_cube: 0usize.runtime(),
-        k_cubes: 1usize.runtime(),
         m: 1usize.runtime(),
         n,
     };
@@ -245,13 +256,8 @@ pub fn matmul_levels_kernel<F: Float>(
 /// A table from a byte to the levels of its two codes, in f16: entry `32 * byte + copy`, a copy a
 /// lane and each in a bank of its own. The caller puts a barrier behind it.
 #[cube]
-fn fill_levels(
-    words: &[u32],
-    view: &PackedView,
-    #[comptime] units: usize,
-) -> Shared<[Vector<u8, Const<1>>]> {
+fn fill_levels(level: f32, #[comptime] units: usize) -> Shared<[Vector<u8, Const<1>>]> {
     let mut table = Shared::<[Vector<u8, Const<1>>]>::new_aligned_slice(TABLE_BYTES, 128usize);
-    let level = f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize]);
     // Four copies at a time; whole planes go round together, as the shuffles want it.
     let mut i = UNIT_POS;
     while i < comptime!(TABLE_BYTES as u32 / 16) {
@@ -286,31 +292,41 @@ fn level_pair(
     Vector::<f16, Const<2>>::reinterpret(entry[0])
 }
 
-/// Puts `x` into shared memory in f16, behind zeros; returns what sums with it are to be multiplied
-/// by. The caller puts a barrier behind it.
+/// Loads a unit's share of `x`, zeros past its end.
 #[cube]
-fn stage_x(
+fn load_x(
     x: &[Vector<u32, Const<4>>],
-    staged: &mut Shared<[Vector<u32, Const<4>>]>,
     k: usize,
     #[comptime] blueprint: LevelsBlueprint,
-) -> f32 {
+) -> Array<Vector<u32, Const<4>>> {
     let units = comptime!(blueprint.sums.units());
-    let unit = UNIT_POS as usize;
     let mut values = Array::<Vector<u32, Const<4>>>::new(comptime!(blueprint.unit_vectors()));
     #[unroll]
     for v in 0..comptime!(blueprint.unit_vectors()) {
-        let i = unit + comptime!(v * units);
+        let i = UNIT_POS as usize + comptime!(v * units);
         let mut eight = Vector::<u32, Const<4>>::new(0u32);
         if i < k / 8 {
             eight = x[i];
         }
         values[v] = eight;
     }
+    values
+}
+
+/// Puts `x` into shared memory in f16, behind zeros; returns what sums with it are to be multiplied
+/// by. The caller puts a barrier behind it.
+#[cube]
+fn stage_x(
+    values: &Array<Vector<u32, Const<4>>>,
+    staged: &mut Shared<[Vector<u32, Const<4>>]>,
+    #[comptime] blueprint: LevelsBlueprint,
+) -> f32 {
+    let units = comptime!(blueprint.sums.units());
+    let unit = UNIT_POS as usize;
     let mut scale = 1.0f32;
     let mut unscale = 1.0f32;
     if comptime!(blueprint.wide) {
-        let exponent = largest_exponent(&values, comptime!(blueprint.sums.units() / 32));
+        let exponent = largest_exponent(values, comptime!(blueprint.sums.units() / 32));
         // The largest comes to lie between 2^14 and 2^15, where it is finite; what is not finite
         // stays so.
         let exponent = u32::min(u32::max(exponent, 20u32), 254u32);

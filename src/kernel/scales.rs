@@ -48,7 +48,7 @@ pub struct Scales {
 
 #[cube]
 impl Scales {
-    /// Nothing loaded yet; the plane's first row is `plane_row`, and it ends at `bound` along `k`.
+    /// Zeros; the plane's first row is `plane_row`, and it ends at `bound` along `k`.
     pub fn new(
         plane_row: usize,
         bound: usize,
@@ -66,29 +66,40 @@ impl Scales {
             at[e] = usize::min(plane_row + row, n - 1) * k + run;
         }
         let slots = comptime!(blueprint.lane_scales() * blueprint.depth);
+        let mut codes = Array::<u32>::new(slots);
+        let mut absmax = Array::<f32>::new(slots);
+        #[unroll]
+        for slot in 0..slots {
+            codes[slot] = 0u32;
+            absmax[slot] = 0.0f32;
+        }
         Scales {
             at,
             end: usize::saturating_sub(bound, run),
-            codes: Array::new(slots),
-            absmax: Array::new(slots),
+            codes,
+            absmax,
         }
     }
 
-    /// Loads those of the chunk at `at` into slot `d`; past the end of the plane there are zeros.
+    /// Loads those of the chunk at `at` into slot `d`; past the end of the plane, where `x` is zero,
+    /// the slot stays as it is or is cleared.
     pub fn load(
         &mut self,
         words: &[u32],
         view: &PackedView,
         at: usize,
         #[comptime] d: usize,
+        #[comptime] clear: bool,
         #[comptime] blueprint: ScaleBlueprint,
     ) {
         let inside = at < self.end;
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
             let slot = comptime!(d * blueprint.lane_scales() + e);
-            self.codes[slot] = 0u32;
-            self.absmax[slot] = 0.0f32;
+            if comptime!(clear) {
+                self.codes[slot] = 0u32;
+                self.absmax[slot] = 0.0f32;
+            }
             if inside {
                 let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
                 if comptime!(blueprint.nested_log2 == 0) {
@@ -127,33 +138,50 @@ impl Scales {
 #[derive(CubeType)]
 pub struct ScaleMap {
     values: Shared<[f32]>,
+    share: Array<u32>,
     offset: f32,
     zero: u32,
 }
 
 #[cube]
 impl ScaleMap {
-    /// Copies the map of a packed weight; the caller puts a barrier behind it.
-    pub fn new(
+    /// Loads a unit's share of the map of a packed weight; [`store`](Self::store) puts it into
+    /// shared memory.
+    pub fn load(
         words: &[u32],
         view: &PackedView,
         #[comptime] units: usize,
         #[comptime] blueprint: ScaleBlueprint,
     ) -> Self {
-        let mut values = Shared::<[f32]>::new_slice(256usize);
+        let shares = comptime!(256usize.div_ceil(units));
+        let mut share = Array::<u32>::new(shares);
         let mut offset = 0.0f32;
         if comptime!(blueprint.nested_log2 != 0) {
             offset = f32::reinterpret(words[view.codebook + 272usize]);
-            let mut i = UNIT_POS as usize;
-            while i < 256 {
-                values[i] = f32::reinterpret(words[view.codebook + 16 + i]);
-                i += units;
+            #[unroll]
+            for s in 0..shares {
+                let i = (UNIT_POS as usize + comptime!(s * units)) & 255;
+                share[s] = words[view.codebook + 16 + i];
             }
         }
         ScaleMap {
-            values,
+            values: Shared::new_slice(256usize),
+            share,
             offset,
             zero: view.zero,
+        }
+    }
+
+    /// The caller puts a barrier behind it.
+    pub fn store(&mut self, #[comptime] units: usize, #[comptime] blueprint: ScaleBlueprint) {
+        if comptime!(blueprint.nested_log2 != 0) {
+            #[unroll]
+            for s in 0..comptime!(256usize.div_ceil(units)) {
+                let i = UNIT_POS as usize + comptime!(s * units);
+                if i < 256 {
+                    self.values[i] = f32::reinterpret(self.share[s]);
+                }
+            }
         }
     }
 }

@@ -14,8 +14,8 @@ pub struct SumsBlueprint {
     pub row_planes: usize,
     /// Planes that share the work along `k`.
     pub k_planes: usize,
-    /// Cubes share the work along `k` too.
-    pub split: bool,
+    /// Cubes that share the work along `k`.
+    pub k_cubes: usize,
     /// Whether there is a bias to add.
     pub bias: bool,
 }
@@ -43,7 +43,7 @@ impl SumsBlueprint {
 
     /// Vectors of shared memory that sums take on their way.
     pub const fn shared_vectors(&self) -> usize {
-        if self.k_planes == 1 && !self.split {
+        if self.k_planes == 1 && self.k_cubes == 1 {
             return 0;
         }
         self.cube_vectors() * self.k_planes
@@ -55,9 +55,8 @@ impl SumsBlueprint {
 pub struct Target {
     /// The cube, counted along the rows of `W`.
     pub cube: usize,
-    /// The cube, counted along `k`, and how many there are.
+    /// The cube, counted along `k`.
     pub k_cube: usize,
-    pub k_cubes: usize,
     /// Rows and columns of `y`.
     pub m: usize,
     pub n: usize,
@@ -69,8 +68,8 @@ pub struct Target {
 ///   `mma.sync.m16n8k16`
 /// - `shared`: [`SumsBlueprint::shared_vectors`] vectors, which no unit reads any more behind a
 ///   barrier
-/// - `parts`: `[cubes, k_cubes, cube_vectors]`, unused unless split
-/// - `counters`: one a cube along the rows of `W`, zero before and after, unused unless split
+/// - `parts`: `[cubes, k_cubes, cube_vectors]`, unused unless cubes share sums
+/// - `counters`: one a cube along the rows of `W`, zero before and after, as above
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub fn store_sums<F: Float>(
@@ -114,7 +113,7 @@ pub fn store_sums<F: Float>(
             shared[(plane * tiles + tile) * 32 + lane] = words;
         }
         sync_cube();
-        let first = (target.cube * target.k_cubes + target.k_cube) * vectors;
+        let first = (target.cube * comptime!(blueprint.k_cubes) + target.k_cube) * vectors;
         let mut i = UNIT_POS as usize;
         while i < vectors {
             let mut total = zeros();
@@ -122,7 +121,7 @@ pub fn store_sums<F: Float>(
             for other in 0..comptime!(blueprint.k_planes) {
                 add(&mut total, shared[i + comptime!(other * vectors)]);
             }
-            if comptime!(blueprint.split) {
+            if comptime!(blueprint.k_cubes > 1) {
                 let mut words = Vector::<u32, Const<4>>::empty();
                 #[unroll]
                 for p in 0..4usize {
@@ -134,31 +133,65 @@ pub fn store_sums<F: Float>(
             }
             i += units;
         }
-        if comptime!(blueprint.split) {
+        if comptime!(blueprint.k_cubes > 1) {
             let mut arrived = Shared::<u32>::new();
             sync_storage();
             if UNIT_POS == 0 {
                 *arrived = counters[target.cube].fetch_add(1u32);
             }
-            sync_storage();
-            if *arrived as usize + 1 == target.k_cubes {
-                let mut i = UNIT_POS as usize;
-                while i < vectors {
-                    let mut total = zeros();
-                    for other in 0..target.k_cubes {
-                        add(
-                            &mut total,
-                            parts[(target.cube * target.k_cubes + other) * vectors + i],
-                        );
-                    }
-                    store_vector::<F>(&total, i, bias, out, target, blueprint);
-                    i += units;
-                }
+            sync_cube();
+            if *arrived == comptime!(blueprint.k_cubes as u32 - 1) {
+                sync_storage();
+                add_parts::<F>(parts, bias, out, target, blueprint);
                 if UNIT_POS == 0 {
                     counters[target.cube].store(0u32);
                 }
             }
         }
+    }
+}
+
+/// Adds up the parts of all cubes and stores `y`. A unit has the loads of a few vectors on their way
+/// at a time.
+#[cube]
+fn add_parts<F: Float>(
+    parts: &mut [Vector<u32, Const<4>>],
+    bias: &[F],
+    out: &mut [F],
+    target: &Target,
+    #[comptime] blueprint: SumsBlueprint,
+) {
+    let k_cubes = comptime!(blueprint.k_cubes);
+    let units = comptime!(blueprint.units());
+    let vectors = comptime!(blueprint.cube_vectors());
+    // Registers for sixteen vectors.
+    let together = comptime!((16 / k_cubes).clamp(1, vectors.div_ceil(units)));
+    let first = target.cube * comptime!(k_cubes * vectors);
+    let mut i = UNIT_POS as usize;
+    while i < vectors {
+        let mut loaded = Array::<Vector<u32, Const<4>>>::new(comptime!(together * k_cubes));
+        #[unroll]
+        for t in 0..together {
+            let at = usize::min(i + comptime!(t * units), comptime!(vectors - 1));
+            #[unroll]
+            for other in 0..k_cubes {
+                loaded[comptime!(t * k_cubes + other)] =
+                    parts[first + at + comptime!(other * vectors)];
+            }
+        }
+        #[unroll]
+        for t in 0..together {
+            let mut total = zeros();
+            #[unroll]
+            for other in 0..k_cubes {
+                add(&mut total, loaded[comptime!(t * k_cubes + other)]);
+            }
+            let at = i + comptime!(t * units);
+            if at < vectors {
+                store_vector::<F>(&total, at, bias, out, target, blueprint);
+            }
+        }
+        i += comptime!(together * units);
     }
 }
 

@@ -19,7 +19,8 @@ use cubecl::prelude::*;
 
 use super::decode::PackedView;
 use super::fragments::{
-    CodeTable, Rows, fill_table, fragment, load_first_x, load_x, stage_first_x, store_x, x_places,
+    CodeTable, Rows, fill_table, fragment, load_first_x, load_level, load_x, stage_first_x,
+    store_x, x_places,
 };
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
@@ -27,12 +28,13 @@ use super::sums::{SumsBlueprint, Target, store_sums};
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorCoreBlueprint {
-    /// Which scales a plane needs. `depth` chunks are on their way at a time: all of a stage,
-    /// unless there is only one stage.
+    /// Which scales a plane needs. `depth` chunks are in registers, the one that is multiplied and
+    /// those on their way: two, unless there is only one stage.
     pub scales: ScaleBlueprint,
     /// How planes and cubes share the work.
     pub sums: SumsBlueprint,
-    /// Chunks along `k` that a plane decodes of each stage of `x`.
+    /// Chunks along `k` that a plane decodes of each stage of `x`: one, unless there is only one
+    /// stage, and then a multiple of `depth`.
     pub chunks: usize,
     /// Rows of `x` kept in shared memory: up to eight a power of two, else `8 * column_tiles`.
     pub x_rows: usize,
@@ -56,13 +58,12 @@ impl TensorCoreBlueprint {
         self.x_rows * self.stage_k() / 8
     }
 
-    /// Vectors of the next stage that a unit loads while a quarter of a chunk is multiplied.
+    /// Vectors of the next stage that a unit loads while a part of a chunk is multiplied.
     pub const fn carried(&self) -> usize {
         if self.once {
             return 0;
         }
-        self.stage_vectors()
-            .div_ceil(self.sums.units() * 4 * self.scales.depth)
+        self.stage_vectors().div_ceil(self.sums.units() * PARTS)
     }
 
     /// Vectors of the first stage that a unit has in registers at a time.
@@ -85,6 +86,9 @@ impl TensorCoreBlueprint {
     }
 }
 
+/// Parts of a chunk; with each a part of the next stage of `x` is loaded.
+const PARTS: usize = 2;
+
 /// Bytes of the table of pairs of levels: 256 pairs, sixteen copies.
 pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
@@ -95,7 +99,7 @@ pub const TABLE_BYTES: usize = 256 * 16 * 8;
 ///   `[m, n]`; `parts` and `counters`: see [`store_sums`].
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`, all its rows: planes with the same rows add their sums up at the end.
-/// - With `split`, `k_cubes` cubes share those columns, each taking some stages.
+/// - `k_cubes` cubes share those columns, each taking some stages.
 /// - A stage is a piece along `k` whose part of `x` is in shared memory. Unless there is only one,
 ///   the next stage is loaded while this one is multiplied.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
@@ -114,7 +118,6 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     m: usize,
     n: usize,
     k: usize,
-    k_cubes: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
     #[define(F)] _dtype: ElemType,
 ) {
@@ -130,14 +133,15 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     let k_plane = plane / comptime!(blueprint.sums.row_planes);
     let mut cube = CUBE_POS;
     let mut k_cube = 0usize.runtime();
-    if comptime!(blueprint.sums.split) {
+    let k_cubes = comptime!(blueprint.sums.k_cubes);
+    if comptime!(k_cubes > 1) {
         k_cube = CUBE_POS % k_cubes;
         cube = CUBE_POS / k_cubes;
     }
     let plane_row =
         cube * comptime!(blueprint.sums.cube_rows()) + row_plane * comptime!(16 * row_tiles);
     let stages = k.div_ceil(stage_k.runtime());
-    let stages_each = stages.div_ceil(k_cubes);
+    let stages_each = stages.div_ceil(k_cubes.runtime());
     let first_stage = k_cube * stages_each;
     let end_stage = usize::min(first_stage + stages_each, stages);
     // Where this plane is along `k`, and where what it multiplies ends.
@@ -155,21 +159,22 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     let mut codes =
         Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * blueprint.scales.depth));
     let mut scales = Scales::new(plane_row, bound, n, k, scale_blueprint);
+    // From a chunk of a plane to its next.
+    let step = comptime!(if blueprint.once { CHUNK } else { stage_k });
+    let ahead_by = comptime!(usize::max(depth - 1, 1));
+    let clear = comptime!(!blueprint.once);
     #[unroll]
-    for d in 0..depth {
-        let chunk_at = at + comptime!(d * CHUNK);
-        rows.load(packed, &mut codes, chunk_at, d, row_tiles);
-        scales.load(words, &view, chunk_at, d, scale_blueprint);
+    for d in 0..ahead_by {
+        let chunk_at = at + comptime!(d * step);
+        rows.load(packed, &mut codes, chunk_at, d, clear, row_tiles);
+        scales.load(words, &view, chunk_at, d, clear, scale_blueprint);
     }
+    let units = comptime!(blueprint.sums.units());
     let first_x = load_first_x(x, first_stage * stage_k, m, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
-    fill_table(words, &view, &mut table, comptime!(blueprint.sums.units()));
-    let map = ScaleMap::new(
-        words,
-        &view,
-        comptime!(blueprint.sums.units()),
-        scale_blueprint,
-    );
+    fill_table(load_level(words, &view), &mut table, units);
+    let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
+    map.store(units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
     stage_first_x(
@@ -193,104 +198,125 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         sums.push(sum);
     }
 
-    // A chunk a turn of each register in flight; `half` is the one of shared memory that is read.
-    let mut half = 0usize.runtime();
+    let zero = view.zero as usize;
     let mut x_chunk = 0usize.runtime();
-    let step = comptime!(if blueprint.once {
-        depth * CHUNK
-    } else {
-        stage_k
-    });
-    // With a barrier in each turn all planes make the same number of them.
-    let mut ahead = 0usize.runtime();
+    // With a barrier for each chunk all planes take the same number of them.
+    let mut lead = 0usize.runtime();
     if comptime!(!blueprint.once) {
-        ahead = k_plane * plane_k;
+        lead = k_plane * plane_k;
     }
-    while at < bound + ahead {
+    while at < bound + lead {
         #[unroll]
         for d in 0..depth {
-            let chunk_at = at + comptime!(d * CHUNK);
-            let row_scales = row_scales(&scales, &map, chunk_at, d, scale_blueprint);
-            #[unroll]
-            for q in 0..4usize {
-                let part = comptime!(4 * d + q);
-                let mut carried = Array::<Vector<u32, Const<4>>>::new(comptime!(usize::max(
-                    blueprint.carried(),
-                    1
-                )));
+            let chunk_at = at + comptime!(d * step);
+            let ahead = chunk_at + comptime!(ahead_by * step);
+            let slot = comptime!((d + ahead_by) % depth);
+            let mut inside = true.runtime();
+            if comptime!(blueprint.once) {
+                if comptime!(depth > 1) {
+                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles);
+                    scales.load(words, &view, ahead, slot, clear, scale_blueprint);
+                }
+                // The compiler does not know that this is true: a branch keeps it from moving the
+                // loads above to where they are used.
+                inside = chunk_at + zero < bound;
+            } else if comptime!(d > 0) {
+                inside = chunk_at < bound + lead;
+            }
+            if inside {
                 if comptime!(!blueprint.once) {
-                    load_x(x, &mut carried, at + step - ahead, m, k, part, blueprint);
+                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles);
+                    scales.load(words, &view, ahead, slot, clear, scale_blueprint);
+                    sync_plane();
                 }
-                let mut w_first = Sequence::<Array<Vector<F, Const<2>>>>::new();
-                let mut w_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                let row_scales = row_scales(&scales, &map, chunk_at, d, scale_blueprint);
+                // Which half of shared memory is read.
+                let half = comptime!(if blueprint.once {
+                    0
+                } else {
+                    d * blueprint.stage_vectors()
+                });
                 #[unroll]
-                for row_tile in 0..row_tiles {
-                    let slot = comptime!((d * row_tiles + row_tile) * 2);
-                    let upper = codes[slot].extract(q);
-                    let lower = codes[comptime!(slot + 1)].extract(q);
-                    let upper_scale = row_scales[comptime!(row_tile * 2)];
-                    let lower_scale = row_scales[comptime!(row_tile * 2 + 1)];
-                    w_first.push(fragment::<F>(
-                        &table,
-                        copy,
-                        upper,
-                        lower,
-                        upper_scale,
-                        lower_scale,
-                        0u32,
-                    ));
-                    w_second.push(fragment::<F>(
-                        &table,
-                        copy,
-                        upper,
-                        lower,
-                        upper_scale,
-                        lower_scale,
-                        2u32,
-                    ));
-                }
-                #[unroll]
-                for tile in 0..column_tiles {
-                    let further = comptime!(tile * blueprint.plane_k() + d * CHUNK / 8);
-                    let four = staged[half + x_chunk + x_at[q] + further];
-                    let mut first = Array::<Vector<F, Const<2>>>::new(2usize);
-                    let mut second = Array::<Vector<F, Const<2>>>::new(2usize);
-                    #[unroll]
-                    for p in 0..2usize {
-                        first[p] = Vector::reinterpret(four.extract(p));
-                        second[p] = Vector::reinterpret(four.extract(p + 2));
+                for part in 0..PARTS {
+                    let mut carried = Array::<Vector<u32, Const<4>>>::new(comptime!(usize::max(
+                        blueprint.carried(),
+                        1
+                    )));
+                    if comptime!(!blueprint.once) {
+                        let next = chunk_at + step - lead;
+                        load_x(x, &mut carried, next, m, k, part, blueprint);
+                        sync_plane();
                     }
                     #[unroll]
-                    for row_tile in 0..row_tiles {
-                        let sum = sums.index_mut(comptime!(row_tile * column_tiles + tile));
-                        def.execute_inplace(w_first.index(row_tile), &first, sum);
-                        def.execute_inplace(w_second.index(row_tile), &second, sum);
+                    for quarter in 0..comptime!(4 / PARTS) {
+                        let q = comptime!(part * 4 / PARTS + quarter);
+                        let mut w_first = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                        let mut w_second = Sequence::<Array<Vector<F, Const<2>>>>::new();
+                        #[unroll]
+                        for row_tile in 0..row_tiles {
+                            let slot = comptime!((d * row_tiles + row_tile) * 2);
+                            let upper = codes[slot].extract(q);
+                            let lower = codes[comptime!(slot + 1)].extract(q);
+                            let scale = row_scales[comptime!(2 * row_tile)];
+                            let lower_scale = row_scales[comptime!(2 * row_tile + 1)];
+                            w_first.push(fragment::<F>(
+                                &table,
+                                copy,
+                                upper,
+                                lower,
+                                scale,
+                                lower_scale,
+                                0u32,
+                            ));
+                            w_second.push(fragment::<F>(
+                                &table,
+                                copy,
+                                upper,
+                                lower,
+                                scale,
+                                lower_scale,
+                                2u32,
+                            ));
+                        }
+                        #[unroll]
+                        for tile in 0..column_tiles {
+                            let further = comptime!(half + tile * blueprint.plane_k());
+                            let four = staged[x_chunk + x_at[q] + further];
+                            let mut first = Array::<Vector<F, Const<2>>>::new(2usize);
+                            let mut second = Array::<Vector<F, Const<2>>>::new(2usize);
+                            #[unroll]
+                            for p in 0..2usize {
+                                first[p] = Vector::reinterpret(four.extract(p));
+                                second[p] = Vector::reinterpret(four.extract(p + 2));
+                            }
+                            #[unroll]
+                            for row_tile in 0..row_tiles {
+                                let sum = sums.index_mut(comptime!(row_tile * column_tiles + tile));
+                                def.execute_inplace(w_first.index(row_tile), &first, sum);
+                                def.execute_inplace(w_second.index(row_tile), &second, sum);
+                            }
+                        }
+                    }
+                    if comptime!(!blueprint.once) {
+                        let other = comptime!(blueprint.stage_vectors() - half);
+                        store_x(&mut staged, &carried, other, part, blueprint);
                     }
                 }
-                if comptime!(!blueprint.once) {
-                    let other = comptime!(blueprint.stage_vectors()) - half;
-                    store_x(&mut staged, &carried, other, part, blueprint);
+                if comptime!(blueprint.once) {
+                    x_chunk += comptime!(CHUNK / 8);
+                } else {
+                    sync_cube();
                 }
             }
-            rows.load(packed, &mut codes, chunk_at + step, d, row_tiles);
-            scales.load(words, &view, chunk_at + step, d, scale_blueprint);
+            if comptime!(blueprint.once && depth == 1) {
+                rows.load(packed, &mut codes, ahead, d, clear, row_tiles);
+                scales.load(words, &view, ahead, d, clear, scale_blueprint);
+            }
         }
-        at += step;
-        if comptime!(blueprint.once) {
-            x_chunk += comptime!(depth * CHUNK / 8);
-        } else {
-            half = comptime!(blueprint.stage_vectors()) - half;
-            sync_cube();
-        }
+        at += comptime!(depth * step);
     }
 
-    let target = Target {
-        cube,
-        k_cube,
-        k_cubes,
-        m,
-        n,
-    };
+    let target = Target { cube, k_cube, m, n };
     let sums_blueprint = comptime!(blueprint.sums);
     store_sums::<F>(
         &sums,

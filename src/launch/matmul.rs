@@ -74,7 +74,6 @@ enum Kernel {
     },
     TensorCore {
         blueprint: TensorCoreBlueprint,
-        k_cubes: usize,
     },
     Levels {
         blueprint: LevelsBlueprint,
@@ -170,14 +169,14 @@ impl MatmulPlan {
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         let Product { m, n, k, .. } = product;
-        let (blueprint, k_cubes) = tensor_core::blueprint(client, layout, product, bias, tile)?;
-        let cubes = n.div_ceil(blueprint.sums.cube_rows()) * k_cubes;
+        let blueprint = tensor_core::blueprint(client, layout, product, bias, tile)?;
+        let cubes = n.div_ceil(blueprint.sums.cube_rows()) * blueprint.sums.k_cubes;
         let planes = blueprint.sums.units() as u32 / 32;
         Ok(Self {
             product,
             cube_dim: CubeDim::new_2d(32, planes),
             cube_count: cube_count(client, cubes),
-            kernel: Kernel::TensorCore { blueprint, k_cubes },
+            kernel: Kernel::TensorCore { blueprint },
             address: address_type(layout.elems.max(m * n).max(m * k)),
         })
     }
@@ -272,7 +271,7 @@ impl MatmulPlan {
         let size = dtype.size_bytes();
         let with_bias = match self.kernel {
             Kernel::Gemv { blueprint, .. } => blueprint.bias,
-            Kernel::TensorCore { blueprint, .. } => blueprint.sums.bias,
+            Kernel::TensorCore { blueprint } => blueprint.sums.bias,
             Kernel::Levels { blueprint } => blueprint.sums.bias,
         };
         let bias_bytes = bias.as_ref().map_or(0, |bias| bias.size_in_used() as usize);
@@ -309,8 +308,8 @@ impl MatmulPlan {
             let out_arg = || BufferArg::from_raw_parts(out.clone(), m * n);
             let words = || BufferArg::from_raw_parts(packed.clone(), layout.words);
             match self.kernel {
-                Kernel::TensorCore { blueprint, k_cubes } => {
-                    let shared = SharedSums::new(client, n, k_cubes, &blueprint.sums);
+                Kernel::TensorCore { blueprint } => {
+                    let shared = SharedSums::new(client, n, &blueprint.sums);
                     let (parts, counters) = match &shared {
                         Some(shared) => (
                             BufferArg::from_raw_parts(shared.parts.clone(), shared.words),
@@ -334,7 +333,6 @@ impl MatmulPlan {
                         m,
                         n,
                         k,
-                        k_cubes,
                         blueprint,
                         elem,
                     );

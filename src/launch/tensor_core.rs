@@ -31,10 +31,11 @@ pub struct TensorCoreTile {
     pub row_planes: usize,
     /// Planes of a cube along `k`.
     pub k_planes: usize,
-    /// Runs of 128 elements that a plane decodes of each stage of `x`; with
-    /// [`Levels`](MatmulVariant::Levels) all that it decodes.
+    /// Runs of 128 elements that a plane decodes of each stage of `x`: one, or as many as it takes
+    /// to have all of `x` in one stage. With [`Levels`](MatmulVariant::Levels) it is the latter.
     pub chunks: usize,
-    /// Runs whose codes are on their way at a time; divides `chunks`.
+    /// Runs whose codes are in registers at a time: two, or with a single stage of `x` any divisor
+    /// of `chunks`.
     pub depth: usize,
     /// Cubes that share the work along `k`; one with [`Levels`](MatmulVariant::Levels).
     pub k_cubes: usize,
@@ -60,12 +61,12 @@ impl TensorCoreTile {
             depth: 1,
             k_cubes: 1,
         };
-        let tile = |row_tiles, row_planes, k_planes, depth| Self {
+        let stages = |row_tiles, row_planes, k_planes| Self {
             row_tiles,
             row_planes,
             k_planes,
-            chunks: depth,
-            depth,
+            chunks: 1,
+            depth: 2,
             k_cubes: 1,
         };
         match m {
@@ -73,7 +74,7 @@ impl TensorCoreTile {
                 let row_planes = tiles.div_ceil(multiprocessors).clamp(1, 8);
                 whole(row_planes, 32 / row_planes)
             }
-            _ => tile(2, 4, 4, 1).sharing(n, multiprocessors),
+            _ => stages(2, 4, 4).sharing(n, multiprocessors),
         }
     }
 
@@ -149,7 +150,7 @@ fn check(
         k_cubes,
     } = tile;
     let sizes = [row_tiles, row_planes, k_planes, chunks, depth, k_cubes];
-    if sizes.contains(&0) || !chunks.is_multiple_of(depth) {
+    if sizes.contains(&0) {
         return fail(format!("{tile:?} has sizes that do not go together"));
     }
     Ok(run_log2)
@@ -194,6 +195,12 @@ pub(super) fn levels_blueprint(
         chunks: tile.chunks,
         wide: product.dtype == FloatType::BF16,
     };
+    if !tile.chunks.is_multiple_of(tile.depth) {
+        return Err(impossible(
+            variant,
+            format!("{tile:?} has sizes that do not go together"),
+        ));
+    }
     if tile.k_cubes != 1 || CHUNK * tile.chunks * tile.k_planes < product.k {
         return Err(impossible(
             variant,
@@ -221,13 +228,12 @@ fn sums_blueprint(column_tiles: usize, bias: bool, tile: TensorCoreTile) -> Sums
         column_tiles,
         row_planes: tile.row_planes,
         k_planes: tile.k_planes,
-        split: false,
+        k_cubes: 1,
         bias,
     }
 }
 
-/// What forks [`MatmulVariant::TensorCore`] for a product and a tile, and the number of cubes along
-/// `k`.
+/// What forks [`MatmulVariant::TensorCore`] for a product and a tile.
 ///
 /// # Errors
 /// [`Nf4Error::Variant`] if the device cannot run it.
@@ -237,7 +243,7 @@ pub(super) fn blueprint(
     product: Product,
     bias: bool,
     tile: TensorCoreTile,
-) -> Result<(TensorCoreBlueprint, usize), Nf4Error> {
+) -> Result<TensorCoreBlueprint, Nf4Error> {
     let variant = MatmulVariant::TensorCore;
     let Product { m, n, k, .. } = product;
     let run_log2 = check(client, layout, product, variant, tile)?;
@@ -258,19 +264,20 @@ pub(super) fn blueprint(
     let stages = k.div_ceil(blueprint.stage_k());
     let stages_each = stages.div_ceil(tile.k_cubes);
     let k_cubes = stages.div_ceil(stages_each);
-    blueprint.once = stages_each == 1;
-    blueprint.sums.split = k_cubes > 1;
+    let staged = (tile.chunks, tile.depth) == (1, 2);
+    blueprint.once = stages_each == 1 && !staged;
+    blueprint.sums.k_cubes = k_cubes;
     let units = blueprint.sums.units();
     check_cube(client, variant, tile, units, blueprint.shared_bytes())?;
     let fail = |reason| Err(impossible(variant, reason));
-    if !blueprint.once && tile.depth != tile.chunks {
-        return fail(format!("{tile:?} takes more than one stage of x"));
+    if !staged && !(blueprint.once && tile.chunks.is_multiple_of(tile.depth)) {
+        return fail(format!("{tile:?} has sizes that do not go together"));
     }
     let row_cubes = n.div_ceil(blueprint.sums.cube_rows());
-    if blueprint.sums.split && (row_cubes > MAX_COUNTERS || !has_device_scope(client)) {
+    if k_cubes > 1 && (row_cubes > MAX_COUNTERS || !has_device_scope(client)) {
         return fail(format!("{tile:?} shares what cubes cannot share"));
     }
-    Ok((blueprint, k_cubes))
+    Ok(blueprint)
 }
 
 /// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
@@ -308,11 +315,11 @@ pub(super) struct SharedSums {
 
 impl SharedSums {
     /// The buffers for a launch, if cubes share the work in it.
-    pub fn new(client: &Client, n: usize, k_cubes: usize, sums: &SumsBlueprint) -> Option<Self> {
-        if !sums.split {
+    pub fn new(client: &Client, n: usize, sums: &SumsBlueprint) -> Option<Self> {
+        if sums.k_cubes == 1 {
             return None;
         }
-        let words = 4 * n.div_ceil(sums.cube_rows()) * k_cubes * sums.cube_vectors();
+        let words = 4 * n.div_ceil(sums.cube_rows()) * sums.k_cubes * sums.cube_vectors();
         let parts = client.empty(words * 4);
         Some(Self {
             counters: counters(client, &parts),
