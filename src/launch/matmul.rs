@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TENSOR_CORE_ROWS, TensorCoreTile};
+use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TensorCoreTile, group_rows};
 use super::{
     address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
@@ -19,7 +19,7 @@ use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel}
 pub enum MatmulVariant {
     /// A plane per row of the weight; any device, any shape, few rows of `x`.
     Gemv,
-    /// Tensor cores; up to 64 rows of f16 or bf16.
+    /// Tensor cores; rows of f16 or bf16, 64 of them at a time.
     TensorCore,
     /// Tensor cores, one row of f16 or bf16: multiplies with levels in f16, and their sums with
     /// scales in f32, rather than with what dequantization gives.
@@ -80,9 +80,6 @@ enum Kernel {
     },
 }
 
-/// Rows of `x` up to which the gemv kernel is preferred.
-pub const GEMV_ROWS: usize = 4;
-
 /// Rows of `x` that a plane of the gemv kernel multiplies with at once.
 const GEMV_COLUMNS: usize = 4;
 
@@ -103,11 +100,11 @@ impl MatmulPlan {
         check(client, layout, &product)?;
         let gemv = || Self::gemv(client, layout, product, bias);
         let tensor_core = || {
-            let tile = TensorCoreTile::for_product(client, &product);
+            let tile = TensorCoreTile::for_product(client, layout, product);
             Self::tensor_core(client, layout, product, bias, tile)
         };
         let levels = || {
-            let tile = TensorCoreTile::for_row(client, &product);
+            let tile = TensorCoreTile::whole(client, &product);
             Self::levels(client, layout, product, bias, tile)
         };
         match variant {
@@ -116,24 +113,6 @@ impl MatmulPlan {
             Some(MatmulVariant::Levels) => levels(),
             None => levels().or_else(|_| tensor_core()).or_else(|_| Ok(gemv())),
         }
-    }
-
-    /// Works out a product with the kernel that is preferred to decoding the weight and multiplying
-    /// with it, if there is one: tensor cores up to [`TENSOR_CORE_ROWS`] rows, where an H200 needs
-    /// less time for the whole product than for decoding and cuBLAS; the other kernel up to
-    /// [`GEMV_ROWS`], which was not measured against decoding.
-    pub fn preferred(
-        client: &Client,
-        layout: &PackedLayout,
-        product: Product,
-        bias: bool,
-    ) -> Option<Self> {
-        let plan = Self::new(client, layout, product, bias, None).ok()?;
-        let limit = match plan.variant() {
-            MatmulVariant::TensorCore | MatmulVariant::Levels => TENSOR_CORE_ROWS,
-            MatmulVariant::Gemv => GEMV_ROWS,
-        };
-        (product.m <= limit).then_some(plan)
     }
 
     /// Works out a product on tensor cores with a given tile.
@@ -293,7 +272,7 @@ impl MatmulPlan {
                 });
             }
         }
-        let view = PackedViewLaunch::new(0, layout.elems, layout.scales, layout.codebook, 0);
+        let view = || PackedViewLaunch::new(0, layout.elems, layout.scales, layout.codebook, 0);
         let address = self.address;
         let elem = elem_type(dtype);
         // SAFETY: the buffers hold what is declared here (checked above, and `layout` is that of
@@ -310,32 +289,38 @@ impl MatmulPlan {
             match self.kernel {
                 Kernel::TensorCore { blueprint } => {
                     let shared = SharedSums::new(client, n, &blueprint.sums);
-                    let (parts, counters) = match &shared {
-                        Some(shared) => (
-                            BufferArg::from_raw_parts(shared.parts.clone(), shared.words),
-                            BufferArg::from_raw_parts(shared.counters.clone(), MAX_COUNTERS),
-                        ),
-                        None => (out_arg(), words()),
-                    };
-                    matmul_tensor_core_kernel::launch_unchecked(
-                        client,
-                        self.cube_count.clone(),
-                        self.cube_dim,
-                        address,
-                        BufferArg::from_raw_parts(x.clone(), m * k / 2),
-                        words(),
-                        words(),
-                        bias_arg(),
-                        out_arg(),
-                        parts,
-                        counters,
-                        view,
-                        m,
-                        n,
-                        k,
-                        blueprint,
-                        elem,
-                    );
+                    let group = group_rows(m);
+                    for first in (0..m).step_by(group) {
+                        let m = group.min(m - first);
+                        let x = x.clone().offset_start((first * k * size) as u64);
+                        let out = out.clone().offset_start((first * n * size) as u64);
+                        let (parts, counters) = match &shared {
+                            Some(shared) => (
+                                BufferArg::from_raw_parts(shared.parts.clone(), shared.words),
+                                BufferArg::from_raw_parts(shared.counters.clone(), MAX_COUNTERS),
+                            ),
+                            None => (out_arg(), words()),
+                        };
+                        matmul_tensor_core_kernel::launch_unchecked(
+                            client,
+                            self.cube_count.clone(),
+                            self.cube_dim,
+                            address,
+                            BufferArg::from_raw_parts(x, m * k / 2),
+                            words(),
+                            words(),
+                            bias_arg(),
+                            BufferArg::from_raw_parts(out, m * n),
+                            parts,
+                            counters,
+                            view(),
+                            m,
+                            n,
+                            k,
+                            blueprint,
+                            elem,
+                        );
+                    }
                 }
                 Kernel::Levels { blueprint } => matmul_levels_kernel::launch_unchecked(
                     client,
@@ -349,7 +334,7 @@ impl MatmulPlan {
                     out_arg(),
                     out_arg(),
                     words(),
-                    view,
+                    view(),
                     n,
                     k,
                     blueprint,
@@ -365,7 +350,7 @@ impl MatmulPlan {
                     words(),
                     bias_arg(),
                     out_arg(),
-                    view,
+                    view(),
                     m,
                     n,
                     k,

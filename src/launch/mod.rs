@@ -6,9 +6,10 @@ mod quantize;
 mod tensor_core;
 
 pub use dequantize::{DequantizePlan, Variant, dequantize};
-pub use matmul::{GEMV_ROWS, MatmulPlan, MatmulVariant, Product};
+pub use matmul::{MatmulPlan, MatmulVariant, Product};
 pub use quantize::quantize;
-pub use tensor_core::{TENSOR_CORE_ROWS, TensorCoreTile};
+pub(crate) use tensor_core::has_tensor_cores;
+pub use tensor_core::{Cut, TENSOR_CORE_ROWS, TensorCoreTile};
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;

@@ -19,7 +19,7 @@ use crate::kernel::scales::{CHUNK, ScaleBlueprint};
 use crate::kernel::sums::SumsBlueprint;
 use crate::kernel::tensor_core::TensorCoreBlueprint;
 
-/// Rows of `x` that the tensor core kernel takes at most.
+/// Rows of `x` that a launch of the tensor core kernel takes at most; more are cut into groups.
 pub const TENSOR_CORE_ROWS: usize = 64;
 
 /// How [`MatmulVariant::TensorCore`] and [`MatmulVariant::Levels`] cut the weight up.
@@ -41,62 +41,91 @@ pub struct TensorCoreTile {
     pub k_cubes: usize,
 }
 
-impl TensorCoreTile {
-    /// The tile that suits a product on a device with so many multiprocessors, by what was fastest
-    /// on an H200 (`benches/NOTES.md`).
-    ///
-    /// A few rows of `x` want many small cubes. Many rows want large ones, so that each part of
-    /// `x` is fetched by few; where the weight has too few rows to give every multiprocessor one,
-    /// cubes share the work along `k`.
-    pub fn for_product(client: &Client, product: &Product) -> Self {
-        let multiprocessors = multiprocessors(client);
-        let Product { m, n, k, .. } = *product;
-        let tiles = n.div_ceil(16);
-        let chunks = k.div_ceil(128);
-        let whole = |row_planes: usize, k_planes: usize| Self {
-            row_tiles: 1,
-            row_planes,
-            k_planes,
-            chunks: chunks.div_ceil(k_planes),
-            depth: 1,
-            k_cubes: 1,
-        };
-        let stages = |row_tiles, row_planes, k_planes| Self {
-            row_tiles,
-            row_planes,
-            k_planes,
-            chunks: 1,
-            depth: 2,
-            k_cubes: 1,
-        };
-        match m {
-            0..=16 => {
-                let row_planes = tiles.div_ceil(multiprocessors).clamp(1, 8);
-                whole(row_planes, 32 / row_planes)
-            }
-            _ => stages(2, 4, 4).sharing(n, multiprocessors),
+/// A way to cut weights up, whatever their size: which one is fastest depends on the product and the
+/// device, and is worth a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cut {
+    /// All of `x` in shared memory, cubes that all run at once: for a few rows.
+    Whole,
+    /// `x` in stages of 512 elements, 16 planes a cube.
+    Wide,
+    /// `x` in stages of 256 elements, 8 planes a cube, each with more registers: for many rows.
+    Narrow,
+}
+
+impl Cut {
+    /// All ways.
+    pub const ALL: [Self; 3] = [Self::Whole, Self::Wide, Self::Narrow];
+
+    /// The name used in the log of the autotuner.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Wide => "wide",
+            Self::Narrow => "narrow",
         }
     }
 
-    /// The tile of [`MatmulVariant::Levels`] that suits a product: cubes that all run at once, with
-    /// as many planes as a cube may have.
-    pub fn for_row(client: &Client, product: &Product) -> Self {
+    /// The tile for a product on a device.
+    pub fn tile(self, client: &Client, product: &Product) -> TensorCoreTile {
+        let multiprocessors = multiprocessors(client);
+        let stages = |k_planes| {
+            let tile = TensorCoreTile {
+                row_tiles: 2,
+                row_planes: 4,
+                k_planes,
+                chunks: 1,
+                depth: 2,
+                k_cubes: 1,
+            };
+            // Where the weight has too few rows to give every multiprocessor a cube, cubes share
+            // the work along k.
+            let row_cubes = product.n.div_ceil(16 * tile.row_tiles * tile.row_planes);
+            TensorCoreTile {
+                k_cubes: (multiprocessors / row_cubes).clamp(1, MAX_K_CUBES),
+                ..tile
+            }
+        };
+        match self {
+            Self::Whole => TensorCoreTile::whole(client, product),
+            Self::Wide => stages(4),
+            Self::Narrow => stages(2),
+        }
+    }
+}
+
+/// More parts than this cost more to add up than they save.
+const MAX_K_CUBES: usize = 8;
+
+impl TensorCoreTile {
+    /// The tile of [`MatmulVariant::TensorCore`] that suits a product on a device, by what was
+    /// fastest on an H100 (`benches/NOTES.md`).
+    pub fn for_product(client: &Client, layout: &PackedLayout, product: Product) -> Self {
+        let order = match product.m {
+            0..=8 => [Cut::Whole, Cut::Wide, Cut::Narrow],
+            9..=24 => [Cut::Wide, Cut::Narrow, Cut::Whole],
+            _ => [Cut::Narrow, Cut::Wide, Cut::Whole],
+        };
+        let tiles = order.map(|cut| cut.tile(client, &product));
+        let fits = |tile: &&Self| blueprint(client, layout, product, false, **tile).is_ok();
+        *tiles.iter().find(fits).unwrap_or(&tiles[0])
+    }
+
+    /// The tile of [`MatmulVariant::Levels`]: cubes that all run at once, each with as many planes as
+    /// have four chunks or more to go through.
+    pub fn whole(client: &Client, product: &Product) -> Self {
         let row_planes = product.n.div_ceil(16 * multiprocessors(client)).clamp(1, 8);
-        let k_planes = 32 / row_planes;
+        let all = product.k.div_ceil(CHUNK);
+        let k_planes = (32 / row_planes).min(all.div_ceil(4));
+        let chunks = all.div_ceil(k_planes).next_multiple_of(2);
         Self {
             row_tiles: 1,
             row_planes,
-            k_planes,
-            chunks: product.k.div_ceil(128 * k_planes),
-            depth: 1,
+            k_planes: all.div_ceil(chunks),
+            chunks,
+            depth: 2,
             k_cubes: 1,
         }
-    }
-
-    /// As many cubes along `k` as it takes to have `cubes` in all, or one.
-    fn sharing(self, n: usize, cubes: usize) -> Self {
-        let k_cubes = (cubes / n.div_ceil(16 * self.row_tiles * self.row_planes)).max(1);
-        Self { k_cubes, ..self }
     }
 }
 
@@ -125,13 +154,11 @@ fn check(
             "the device has no m16n8k16 tensor core instruction for {dtype}"
         ));
     }
-    let (most, runs) = match variant {
-        MatmulVariant::Levels => (1, &[6][..]),
-        _ => (TENSOR_CORE_ROWS, &[6, 5][..]),
-    };
-    if m > most {
-        return fail(format!("{m} rows are more than {most}"));
+    let levels = variant == MatmulVariant::Levels;
+    if levels && m > 1 {
+        return fail(format!("{m} rows are more than one"));
     }
+    let runs = if levels { &[6][..] } else { &[6, 5] };
     let block_log2 = layout.config.block_size.log2();
     let mut runs = runs.iter().copied();
     let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && k.is_multiple_of(1 << log2))
@@ -245,8 +272,9 @@ pub(super) fn blueprint(
     tile: TensorCoreTile,
 ) -> Result<TensorCoreBlueprint, Nf4Error> {
     let variant = MatmulVariant::TensorCore;
-    let Product { m, n, k, .. } = product;
+    let Product { n, k, .. } = product;
     let run_log2 = check(client, layout, product, variant, tile)?;
+    let m = group_rows(product.m);
     let column_tiles = m.div_ceil(8);
     let mut blueprint = TensorCoreBlueprint {
         scales: scale_blueprint(layout, run_log2, tile),
@@ -280,6 +308,11 @@ pub(super) fn blueprint(
     Ok(blueprint)
 }
 
+/// Rows of `x` of each launch but the last: groups as even as they can be.
+pub(super) fn group_rows(m: usize) -> usize {
+    m.div_ceil(m.div_ceil(TENSOR_CORE_ROWS).max(1))
+}
+
 /// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
 pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
     let fragments = MmaConfig {
@@ -293,6 +326,11 @@ pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
     client.name() == "cuda"
         && client.properties().features.matmul.mma.contains(&fragments)
         && client.properties().hardware.plane_size_max == 32
+}
+
+/// Whether the device has tensor cores that take rows of `k` elements of a weight, in `dtype`.
+pub(crate) fn has_tensor_cores(client: &Client, dtype: FloatType, k: usize) -> bool {
+    has_fragments(client, elem_type(dtype)) && k.is_multiple_of(32)
 }
 
 /// Whether what one cube writes can be made visible to another in the same launch.

@@ -6,7 +6,9 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
-use super::backend::{DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec, add_bias};
+use super::backend::{
+    DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, add_bias,
+};
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -21,7 +23,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     fn nf4_linear(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
-        spec: DequantizeSpec,
+        spec: LinearSpec,
     ) -> FloatTensor<Self> {
         let (x, node) = x.into_parts();
         // Compute bound: a checkpointing strategy keeps the output rather than decode again.
@@ -32,7 +34,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         {
             OpsKind::Tracked(prep) => {
                 let y = B::nf4_linear(x, packed.clone(), spec);
-                prep.finish((packed, spec), y)
+                prep.finish((packed, spec.weight), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear(x, packed, spec)),
         }
@@ -43,7 +45,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        Self::nf4_linear(x, packed, spec.weight)
+        Self::nf4_linear(x, packed, spec.linear())
     }
 
     fn nf4_matmul_bias(
@@ -52,7 +54,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        let y = Self::nf4_linear(x, packed, spec.weight);
+        let y = Self::nf4_linear(x, packed, spec.linear());
         add_bias::<Self>(y, bias, spec)
     }
 
@@ -101,7 +103,15 @@ impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (packed, spec) = ops.state;
         unary::<B, _>(ops.parents, ops.node, grads, |grad| {
-            B::nf4_linear(grad, packed, spec)
+            let strategy = MatmulStrategy::Auto;
+            B::nf4_linear(
+                grad,
+                packed,
+                LinearSpec {
+                    weight: spec,
+                    strategy,
+                },
+            )
         });
     }
 }

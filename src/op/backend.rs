@@ -24,23 +24,102 @@ pub struct DequantizeSpec {
     pub dtype: FloatType,
 }
 
-/// A product of a few rows with a packed weight.
+/// How a linear map with a packed weight is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MatmulStrategy {
+    /// The fastest way: where more than one may be, they are measured when a product of the kind is
+    /// first computed on the device, and the result is kept.
+    #[default]
+    Auto,
+    /// By the sizes alone, without a measurement.
+    Rule,
+    /// Decode the weight, then Burn's own product.
+    Decode,
+    /// Multiply with the packed weight: a plane of a graphics card, or a thread of the CPU, a row of
+    /// it.
+    Gemv,
+    /// Multiply with the packed weight on tensor cores.
+    TensorCore,
+    /// Multiply with the levels of the packed weight on tensor cores, a single row of `x`.
+    Levels,
+}
+
+impl MatmulStrategy {
+    /// The name used in errors.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Rule => "rule",
+            Self::Decode => "decode",
+            Self::Gemv => "gemv",
+            Self::TensorCore => "tensor_core",
+            Self::Levels => "levels",
+        }
+    }
+
+    /// Whether it says which kernel multiplies with the packed weight.
+    pub const fn is_kernel(self) -> bool {
+        matches!(self, Self::Gemv | Self::TensorCore | Self::Levels)
+    }
+}
+
+/// A linear map with a packed weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// The weight, and the type of the product.
+    pub weight: DequantizeSpec,
+    /// How it is computed.
+    pub strategy: MatmulStrategy,
+}
+
+/// A product with a packed weight in one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatmulSpec {
     /// The weight, whole, and the type of the product.
     pub weight: DequantizeSpec,
+    /// How it is computed.
+    pub strategy: MatmulStrategy,
     /// Rows of `x`.
     pub m: usize,
 }
 
 impl MatmulSpec {
-    /// Products with more rows always go over the decoded weight.
-    pub const MAX_ROWS: usize = 64;
+    /// Products with more rows go over the decoded weight unless another way is asked for.
+    pub const MAX_ROWS: usize = 256;
 
-    /// The product, if it has few rows and takes the whole weight.
-    pub fn of(weight: DequantizeSpec, m: usize) -> Option<Self> {
+    /// The product, if it may be computed without the decoded weight.
+    pub fn of(linear: LinearSpec, m: usize) -> Option<Self> {
+        let LinearSpec { weight, strategy } = linear;
         let whole = weight.start == 0 && weight.rows * weight.columns == weight.layout.elems;
-        (whole && m <= Self::MAX_ROWS).then_some(Self { weight, m })
+        let packed = match strategy {
+            MatmulStrategy::Auto | MatmulStrategy::Rule => m <= Self::MAX_ROWS,
+            MatmulStrategy::Decode => false,
+            MatmulStrategy::Gemv | MatmulStrategy::TensorCore | MatmulStrategy::Levels => true,
+        };
+        (whole && packed).then_some(Self {
+            weight,
+            strategy,
+            m,
+        })
+    }
+
+    /// The same without the number of rows.
+    pub fn linear(&self) -> LinearSpec {
+        LinearSpec {
+            weight: self.weight,
+            strategy: self.strategy,
+        }
+    }
+
+    /// Its sizes.
+    #[cfg(feature = "cube")]
+    pub(super) fn product(&self) -> crate::launch::Product {
+        crate::launch::Product {
+            m: self.m,
+            n: self.weight.rows,
+            k: self.weight.columns,
+            dtype: self.weight.dtype,
+        }
     }
 }
 
@@ -84,23 +163,22 @@ pub trait Nf4Backend: Backend {
     /// `y = x Wᵀ` with a packed weight `W`.
     ///
     /// # Shapes
-    /// - `x`: `[m, k]`, of `spec.dtype`
-    /// - `packed`: `[spec.layout.words]`, u32, a weight `[n, k] = [spec.rows, spec.columns]`
+    /// - `x`: `[m, k]`, of `spec.weight.dtype`
+    /// - `packed`: `[layout.words]`, u32, a weight `[n, k] = [rows, columns]` of `spec.weight`
     /// - returns `[m, n]`
     #[fusion(default)]
     fn nf4_linear(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
-        spec: DequantizeSpec,
+        spec: LinearSpec,
     ) -> FloatTensor<Self> {
         if let Some(spec) = MatmulSpec::of(spec, x.shape()[0]) {
             return Self::nf4_matmul(x, packed, spec);
         }
-        decoded_matmul::<Self>(x, packed, spec)
+        decoded_matmul::<Self>(x, packed, spec.weight)
     }
 
-    /// `y = x Wᵀ` for few rows of `x`, in one operation, so that a backend can multiply with the
-    /// packed weight as it is.
+    /// `y = x Wᵀ` in one operation, so that a backend can multiply with the packed weight as it is.
     ///
     /// # Shapes
     /// - `x`: `[spec.m, k]`, of `spec.weight.dtype`

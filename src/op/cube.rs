@@ -6,10 +6,14 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
+use cubecl::prelude::Client;
+
 use super::backend::{
-    DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec, add_bias, debug_check, decoded_matmul,
+    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
 };
-use crate::launch::{self, MatmulPlan, Product};
+use super::tune::{self, Inputs, Way};
+use crate::error::Nf4Error;
+use crate::launch::{self, MatmulPlan, MatmulVariant};
 
 impl Nf4Backend for CubeBackend {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -61,10 +65,7 @@ impl Nf4Backend for CubeBackend {
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        match fused_matmul(&x, &packed, None, spec) {
-            Some(y) => y,
-            None => decoded_matmul::<Self>(x, packed, spec.weight),
-        }
+        matmul(x, packed, None, spec)
     }
 
     fn nf4_matmul_bias(
@@ -73,51 +74,46 @@ impl Nf4Backend for CubeBackend {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        match fused_matmul(&x, &packed, Some(&bias), spec) {
-            Some(y) => y,
-            None => {
-                let y = decoded_matmul::<Self>(x, packed, spec.weight);
-                add_bias::<Self>(y, bias, spec)
-            }
-        }
+        matmul(x, packed, Some(bias), spec)
     }
 }
 
-/// The product with the packed weight in one launch, where that is the faster way.
-fn fused_matmul(
-    x: &CubeTensor,
-    packed: &CubeTensor,
-    bias: Option<&CubeTensor>,
+fn matmul(
+    x: CubeTensor,
+    packed: CubeTensor,
+    bias: Option<CubeTensor>,
     spec: MatmulSpec,
-) -> Option<CubeTensor> {
-    let layout = &spec.weight.layout;
-    debug_check(packed, layout);
-    let product = Product {
-        m: spec.m,
-        n: spec.weight.rows,
-        k: spec.weight.columns,
-        dtype: spec.weight.dtype,
+) -> CubeTensor {
+    debug_check(&packed, &spec.weight.layout);
+    let inputs = Inputs {
+        x: into_contiguous(x),
+        packed: into_contiguous(packed),
+        bias: bias.map(into_contiguous),
+        spec,
     };
-    let plan = MatmulPlan::preferred(&x.client, layout, product, bias.is_some())?;
-    let x = into_contiguous(x.clone());
-    let packed = into_contiguous(packed.clone());
-    let bias = bias.map(|bias| into_contiguous(bias.clone()).handle);
-    let size = product.m * product.n * product.dtype.size_bytes();
-    let out = x.client.empty(size);
-    plan.launch(
-        &x.client,
-        x.handle,
-        packed.handle,
-        layout,
-        bias,
-        out.clone(),
-    )
-    .expect("arguments were validated");
-    Some(CubeTensor::new_contiguous(
-        x.client,
-        x.device,
-        Shape::from([product.m, product.n]),
-        out,
-        product.dtype.into(),
-    ))
+    let way = match spec.strategy {
+        MatmulStrategy::Auto => return tune::fastest(inputs),
+        MatmulStrategy::Rule => return tune::by_rule(inputs),
+        MatmulStrategy::Decode => Way::Decode,
+        MatmulStrategy::Gemv => Way::Kernel(MatmulVariant::Gemv),
+        MatmulStrategy::TensorCore => Way::Kernel(MatmulVariant::TensorCore),
+        MatmulStrategy::Levels => Way::Kernel(MatmulVariant::Levels),
+    };
+    way.run(inputs).expect("arguments were validated")
+}
+
+/// Checks that a device can compute a product with a kernel that was asked for.
+pub(super) fn check_strategy(
+    client: &Client,
+    spec: MatmulSpec,
+    bias: bool,
+) -> Result<(), Nf4Error> {
+    let variant = match spec.strategy {
+        MatmulStrategy::Auto | MatmulStrategy::Rule | MatmulStrategy::Decode => return Ok(()),
+        MatmulStrategy::Gemv => MatmulVariant::Gemv,
+        MatmulStrategy::TensorCore => MatmulVariant::TensorCore,
+        MatmulStrategy::Levels => MatmulVariant::Levels,
+    };
+    let layout = &spec.weight.layout;
+    MatmulPlan::new(client, layout, spec.product(), bias, Some(variant)).map(drop)
 }

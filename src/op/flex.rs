@@ -7,7 +7,8 @@ use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
 use super::backend::{
-    DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec, add_bias, debug_check, decoded_matmul,
+    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, add_bias, debug_check,
+    decoded_matmul,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType};
@@ -46,7 +47,7 @@ impl Nf4Backend for Flex {
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        if spec.m > MATMUL_ROWS {
+        if !reads_packed(&spec) {
             return decoded_matmul::<Self>(x, packed, spec.weight);
         }
         matmul(x, packed, None, spec)
@@ -58,7 +59,7 @@ impl Nf4Backend for Flex {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        if spec.m > MATMUL_ROWS {
+        if !reads_packed(&spec) {
             let y = decoded_matmul::<Self>(x, packed, spec.weight);
             return add_bias::<Self>(y, bias, spec);
         }
@@ -69,6 +70,21 @@ impl Nf4Backend for Flex {
 /// Rows up to which the packed weight is read as it is. At eight that takes half the time of decoding
 /// it for Burn's own product at nine (SmolLM2-135M in f32); where the two cross was not measured.
 const MATMUL_ROWS: usize = 8;
+
+fn reads_packed(spec: &MatmulSpec) -> bool {
+    spec.m <= MATMUL_ROWS || spec.strategy == MatmulStrategy::Gemv
+}
+
+/// Checks that the CPU has the kernel that was asked for.
+pub(super) fn check_strategy(strategy: MatmulStrategy) -> Result<(), Nf4Error> {
+    match strategy {
+        MatmulStrategy::TensorCore | MatmulStrategy::Levels => Err(Nf4Error::Variant {
+            variant: strategy.name(),
+            reason: "a CPU has no tensor cores".into(),
+        }),
+        _ => Ok(()),
+    }
+}
 
 fn matmul(
     x: FlexTensor,

@@ -1,17 +1,17 @@
 //! Linear maps with a packed weight.
 
-use burn::backend::Dispatch;
+use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Shape, Tensor};
 
-use super::backend::{DequantizeSpec, MatmulSpec, Nf4Backend};
+use super::backend::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
 /// `y = x Wᵀ + b` with a packed weight `W`.
 ///
-/// `W` is decoded to the dtype of `x`, here and again in the backward pass, and not kept in
-/// between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
+/// Few rows of `x` are multiplied with `W` as it is packed, see [`linear_with`]; for many it is
+/// decoded to the dtype of `x`, here and again in the backward pass, and not kept in between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
 /// result, which is a constant to autodiff.
 ///
 /// # Shapes
@@ -28,7 +28,26 @@ pub fn linear<const D: usize>(
     weight: &Nf4Weight,
     bias: Option<Tensor<1>>,
 ) -> Result<Tensor<D>, Nf4Error> {
-    linear_at(x, weight, weight.matrix_dims()?, 0, bias)
+    linear_with(x, weight, bias, MatmulStrategy::Auto)
+}
+
+/// [`linear`], computed in a given way.
+///
+/// On a graphics card [`MatmulStrategy::Auto`] measures the ways that come into question the first
+/// time that a product of its kind (sizes, dtype, quantization) is computed: kernels that read the
+/// packed weight, and for more than a few rows decoding it. CubeCL's autotuner keeps the result, in
+/// memory and by default in a file. The gradient is always computed over the decoded weight.
+///
+/// # Errors
+/// Those of [`linear`], and [`Nf4Error::Variant`] if the device or the weight does not allow what is
+/// asked for.
+pub fn linear_with<const D: usize>(
+    x: Tensor<D>,
+    weight: &Nf4Weight,
+    bias: Option<Tensor<1>>,
+    strategy: MatmulStrategy,
+) -> Result<Tensor<D>, Nf4Error> {
+    linear_at(x, weight, weight.matrix_dims()?, 0, bias, strategy)
 }
 
 /// `y = x Wₑᵀ + b` with one matrix of a packed stack of them, such as an expert's.
@@ -59,7 +78,8 @@ pub fn expert_linear<const D: usize>(
         });
     };
     let start = weight.start_of(expert)?;
-    linear_at(x, weight, [out_features, in_features], start, bias)
+    let dims = [out_features, in_features];
+    linear_at(x, weight, dims, start, bias, MatmulStrategy::Auto)
 }
 
 /// The linear map of the matrix whose elements begin at `start`.
@@ -69,6 +89,7 @@ fn linear_at<const D: usize>(
     [out_features, in_features]: [usize; 2],
     start: usize,
     bias: Option<Tensor<1>>,
+    strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
     let dtype = FloatType::from_dtype(x.dtype(), "x")?;
     let mut shape: Vec<usize> = x.dims().to_vec();
@@ -104,13 +125,20 @@ fn linear_at<const D: usize>(
         false => [out_features, in_features],
         true => [in_features, out_features],
     };
-    let spec = DequantizeSpec {
+    let decode = DequantizeSpec {
         layout: *weight.layout(),
         rows: rows_stored,
         columns: columns_stored,
         start,
         dtype,
     };
+    let spec = LinearSpec {
+        weight: decode,
+        strategy,
+    };
+    if strategy.is_kernel() {
+        check_strategy(&x, spec, rows, transposed, bias.is_some())?;
+    }
     // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
     let given = x.dtype();
     let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
@@ -131,11 +159,45 @@ fn linear_at<const D: usize>(
     let y = match transposed {
         false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
         // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its gradient.
-        true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec),
+        true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, decode),
     };
     let mut y = Tensor::<2>::from_dispatch(y);
     if let Some(bias) = bias {
         y = y + bias.unsqueeze();
     }
     Ok(y.cast(given).reshape(Shape::from(shape)))
+}
+
+/// Checks that a kernel that was asked for can multiply `rows` rows of `x` with a weight.
+fn check_strategy<const D: usize>(
+    x: &Tensor<D>,
+    spec: LinearSpec,
+    rows: usize,
+    transposed: bool,
+    bias: bool,
+) -> Result<(), Nf4Error> {
+    let fail = |reason: String| {
+        Err(Nf4Error::Variant {
+            variant: spec.strategy.name(),
+            reason,
+        })
+    };
+    if transposed {
+        return fail("the weight is stored transposed".into());
+    }
+    let Some(product) = MatmulSpec::of(spec, rows) else {
+        return fail("it takes a whole weight".into());
+    };
+    let device = x.device().without_autodiff();
+    match device.as_dispatch() {
+        #[cfg(feature = "cube")]
+        DispatchDevice::Cube(device) => {
+            super::cube::check_strategy(&device.client(), product, bias)
+        }
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => super::flex::check_strategy(spec.strategy),
+        _ => fail(format!(
+            "{product:?} with bias {bias} is for no device known"
+        )),
+    }
 }

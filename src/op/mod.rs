@@ -9,10 +9,14 @@ mod cube;
 mod flex;
 mod linear;
 mod spec;
+#[cfg(feature = "cube")]
+mod tune;
 mod weight;
 
-pub use backend::{DequantizeSpec, MatmulSpec, Nf4Backend, QuantizeSpec};
-pub use linear::{expert_linear, linear};
+pub use backend::{
+    DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
+};
+pub use linear::{expert_linear, linear, linear_with};
 pub(crate) use spec::FORM_CONTAINER;
 pub use weight::Nf4Weight;
 
