@@ -66,6 +66,10 @@ pub struct Args {
         default_value = "target/bench/dequantize.svg"
     )]
     pub svg: PathBuf,
+    /// Where to draw the products' time against rows.
+    #[cfg(feature = "cube")]
+    #[arg(long, value_name = "PATH", default_value = "target/bench/matmul.svg")]
+    pub matmul_svg: PathBuf,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,

@@ -103,8 +103,8 @@ pub fn draw(place: &Place, rows: &[Row], path: &Path) -> Result<(), Box<dyn Erro
     Ok(())
 }
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-type Drawn = Result<(), Box<dyn Error>>;
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+pub type Drawn = Result<(), Box<dyn Error>>;
 
 /// Percent to pixels.
 struct Scale {
@@ -118,7 +118,14 @@ impl Scale {
     }
 }
 
-fn text(area: &Area, content: &str, at: (i32, i32), size: i32, h: HPos, colour: RGBColor) -> Drawn {
+pub fn text(
+    area: &Area,
+    content: &str,
+    at: (i32, i32),
+    size: i32,
+    h: HPos,
+    colour: RGBColor,
+) -> Drawn {
     let style = ("sans-serif", size)
         .into_font()
         .color(&colour)

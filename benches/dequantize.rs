@@ -24,6 +24,8 @@ mod matmul;
 #[cfg(feature = "cube")]
 mod peer;
 mod problems;
+#[cfg(feature = "cube")]
+mod product_chart;
 mod puzzle;
 mod report;
 #[cfg(feature = "cube")]
@@ -97,6 +99,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     matmul::summarise(&products);
     if !args.list {
         chart::draw(&gpu.place, &report.rows, &args.svg)?;
+        product_chart::draw(&gpu.place, &products, &args.matmul_svg)?;
     }
     Ok(())
 }

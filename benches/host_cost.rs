@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_nf4::Nf4Weight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::launch::{DequantizePlan, elem_type};
+use burn_nf4::op::{MatmulStrategy, linear_with};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use serde_json::json;
@@ -46,15 +47,34 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
         let decoded: Tensor<2> = burn_weight.dequantize(dtype).expect("a matrix");
         drop(decoded);
     };
+    // Two rows of bf16 have several ways to be computed on tensor cores.
+    let x_dtype = match gpu.device.supports_dtype(DType::BF16) {
+        true => DType::BF16,
+        false => DType::F32,
+    };
+    let x = Tensor::<2>::ones([2, 64], (&gpu.device, x_dtype));
+    let product = |strategy| {
+        let y = linear_with(x.clone(), &burn_weight, None, strategy).expect("they fit");
+        drop(y);
+    };
+    let auto = || product(MatmulStrategy::Auto);
+    let rule = || product(MatmulStrategy::Rule);
     type Case<'a> = (&'a str, &'a str, &'a dyn Fn(), &'a dyn Fn());
-    let cases: [Case; 5] = [
+    let cases: [Case; 7] = [
         ("empty", "empty kernel, same bindings", &empty, &wait),
         ("launch", "launch::dequantize", &launch, &wait),
         ("allocate", "allocation of the result", &allocate, &wait),
         ("allocate_and_launch", "allocation and launch", &both, &wait),
         ("op", "Nf4Weight::dequantize", &op, &wait_for_op),
+        (
+            "linear_auto",
+            "linear, way as measured",
+            &auto,
+            &wait_for_op,
+        ),
+        ("linear_rule", "linear, way by rule", &rule, &wait_for_op),
     ];
-    let mut medians = [None; 5];
+    let mut medians = [None; 7];
     let mut headed = false;
     for (i, (id, what, call, wait)) in cases.into_iter().enumerate() {
         let name = format!("host_cost/{id}");
@@ -85,7 +105,7 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
             "with_sync_us": drained.median_us,
         }));
     }
-    if let [Some(empty), Some(launch), _, Some(both), Some(op)] = medians {
+    if let [Some(empty), Some(launch), _, Some(both), Some(op), ..] = medians {
         println!(
             "ours: {:.3} us a launch (launch - empty), {:.3} us more in the op (op - allocation and launch)",
             launch - empty,

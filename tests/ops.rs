@@ -9,7 +9,7 @@ mod tensors;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
-use burn_nf4::op::{DequantizeSpec, Nf4Backend};
+use burn_nf4::op::{DequantizeSpec, MatmulStrategy, Nf4Backend, linear_with};
 use burn_nf4::{Nf4Error, Nf4Weight, linear};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -493,6 +493,88 @@ fn errors_name_what_does_not_fit(device: &Device) {
     }
 }
 
+/// Every way to compute a product gives the same one, or says that it cannot: few rows and many, with
+/// a bias and without, and the gradient.
+fn every_strategy_gives_the_product(device: &Device) {
+    for dtype in FloatType::ALL {
+        if !supports(device, dtype) {
+            continue;
+        }
+        let options = (device, DType::from(dtype));
+        let [n, k] = [96, 256];
+        let dense = Tensor::<2>::random([n, k], burn::tensor::Distribution::Default, options);
+        let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("finite");
+        let bias = Tensor::<1>::random([n], burn::tensor::Distribution::Default, options);
+        let decoded: Tensor<2> = weight.dequantize(dtype).expect("a matrix");
+        for m in [1, 9, 70] {
+            let x = Tensor::<2>::random([m, k], burn::tensor::Distribution::Default, options);
+            let plain = x.clone().matmul(decoded.clone().transpose());
+            for with_bias in [false, true] {
+                let bias = with_bias.then(|| bias.clone());
+                let expected = match &bias {
+                    Some(bias) => plain.clone() + bias.clone().unsqueeze(),
+                    None => plain.clone(),
+                };
+                for strategy in [
+                    MatmulStrategy::Auto,
+                    MatmulStrategy::Rule,
+                    MatmulStrategy::Decode,
+                    MatmulStrategy::Gemv,
+                    MatmulStrategy::TensorCore,
+                    MatmulStrategy::Levels,
+                ] {
+                    match linear_with(x.clone(), &weight, bias.clone(), strategy) {
+                        Ok(y) => {
+                            // Two roundings of each, to as little as eight bits.
+                            let expected = values(&expected);
+                            let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
+                            let bounds: Vec<(f64, f64)> =
+                                expected.iter().map(|&v| (v, largest / 64.0)).collect();
+                            assert_close(&values(&y), &bounds, &format!("{strategy:?}, {m} rows"));
+                        }
+                        Err(Nf4Error::Variant { variant, .. }) => {
+                            assert!(matches!(
+                                strategy,
+                                MatmulStrategy::TensorCore | MatmulStrategy::Levels
+                            ));
+                            assert_eq!(variant, strategy.name());
+                            let can = dtype != FloatType::F32
+                                && (strategy == MatmulStrategy::TensorCore || m == 1);
+                            assert!(!can || !is_cuda(device), "{strategy:?} of {m} rows");
+                        }
+                        Err(error) => panic!("{strategy:?}: {error}"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn is_cuda(device: &Device) -> bool {
+    format!("{:?}", device.as_dispatch())
+        .to_lowercase()
+        .contains("cuda")
+}
+
+/// A kernel that was asked for is checked before anything runs.
+fn a_strategy_that_is_impossible_is_an_error(device: &Device) {
+    let options = (device, DType::F32);
+    let x = Tensor::<2>::ones([2, 64], options);
+    let dense = Tensor::<2>::ones([32, 64], options);
+    let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("finite");
+    // No device multiplies f32 on these tensor cores.
+    for strategy in [MatmulStrategy::TensorCore, MatmulStrategy::Levels] {
+        let autodiff = x.clone().autodiff();
+        for x in [x.clone(), autodiff] {
+            let error = linear_with(x, &weight, None, strategy).expect_err("impossible");
+            assert!(
+                matches!(error, Nf4Error::Variant { variant, .. } if variant == strategy.name()),
+                "{error}"
+            );
+        }
+    }
+}
+
 /// f64 exists on the CPU devices and CUDA; where it does not, no such tensor can be made.
 fn f64_is_refused(device: &Device) {
     if !device.supports_dtype(DType::F64) {
@@ -668,6 +750,8 @@ macro_rules! device_tests {
                 errors_name_what_does_not_fit
                 f64_is_refused
                 relaxed_floats_count_as_f32
+                every_strategy_gives_the_product
+                a_strategy_that_is_impossible_is_an_error
             );
 
             #[rstest]

@@ -70,7 +70,7 @@ fn parameters(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
 }
 
 /// Name, `[d_output, d_input]` and bias of the linear layers of a layer.
-fn linears(config: &LlamaConfig) -> [(&'static str, [usize; 2], bool); 7] {
+pub fn linears(config: &LlamaConfig) -> [(&'static str, [usize; 2], bool); 7] {
     let hidden = config.hidden_size;
     let inner = config.intermediate_size;
     let q = config.num_attention_heads * config.head_dim;

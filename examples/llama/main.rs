@@ -4,6 +4,7 @@
 //! cargo run --release --example llama -- generate --model FOLDER --prompt "Once upon a time"
 //! cargo run --release --example llama -- generate --model org/name --chat --prompt "Hello"
 //! cargo run --release --example llama -- finetune --model FOLDER --data text.txt --output OUT
+//! cargo run --release --example llama -- decode --batch 1 --batch 16
 //! ```
 
 mod adapter;
@@ -13,6 +14,7 @@ mod cache;
 mod commands;
 mod config;
 mod data;
+mod decode;
 mod device;
 mod error;
 mod fetch;
@@ -33,6 +35,7 @@ mod watch;
 use clap::{Parser, Subcommand};
 
 use commands::GenerateArgs;
+use decode::DecodeArgs;
 use finetune::FinetuneArgs;
 
 /// Run and fine-tune Llama-family models in NF4.
@@ -45,12 +48,14 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Generate(GenerateArgs),
+    Decode(DecodeArgs),
     Finetune(Box<FinetuneArgs>),
 }
 
 fn main() {
     let result = match Cli::parse().command {
         Command::Generate(args) => args.run(),
+        Command::Decode(args) => args.run(),
         Command::Finetune(args) => args.run(),
     };
     if let Err(error) = result {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
-use crate::op::{Nf4Weight, linear};
+use crate::op::{MatmulStrategy, Nf4Weight, linear_with};
 
 /// Configuration of an [`Nf4Linear`] to load a record into.
 ///
@@ -74,8 +74,8 @@ impl Nf4LinearConfig {
 
 /// A frozen linear layer whose weight stays in 4 bit: `y = x Wᵀ + b`.
 ///
-/// The weight is decoded to the dtype of the input whenever it is used; in between only the packed
-/// form exists. Neither weight nor bias is trained; gradients flow through to the input.
+/// Only the packed form of the weight is kept. Few rows of input are multiplied with it as it is; for
+/// many it is decoded to the dtype of the input, each time anew. Neither weight nor bias is trained; gradients flow through to the input.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -97,6 +97,9 @@ pub struct Nf4Linear {
     pub weight: Nf4Weight,
     /// The bias, `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
+    /// How products are computed; not part of a record.
+    #[module(skip)]
+    pub strategy: MatmulStrategy,
 }
 
 impl Nf4Linear {
@@ -117,7 +120,11 @@ impl Nf4Linear {
             });
         }
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()).set_require_grad(false));
-        Ok(Self { weight, bias })
+        Ok(Self {
+            weight,
+            bias,
+            strategy: MatmulStrategy::Auto,
+        })
     }
 
     /// A layer from a quantized tensor in host memory, such as a checkpoint's.
@@ -142,6 +149,12 @@ impl Nf4Linear {
         Self::new(weight, bias)
     }
 
+    /// The same layer, with products computed in a given way.
+    pub fn with_strategy(mut self, strategy: MatmulStrategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
     /// Applies the layer.
     ///
     /// # Shapes
@@ -149,7 +162,8 @@ impl Nf4Linear {
     /// - returns `[..., d_output]`, of the dtype of `x`
     ///
     /// # Panics
-    /// If `x` does not fit the weight or is neither f16, bf16 nor f32.
+    /// If `x` does not fit the weight or is neither f16, bf16 nor f32, or if the device cannot compute
+    /// the product in the way that was asked for, where [`linear_with`] returns an error.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(|bias| bias.val().cast(x.dtype()));
         self.product(x, bias)
@@ -161,7 +175,7 @@ impl Nf4Linear {
     }
 
     fn product<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
-        match linear(x, &self.weight, bias) {
+        match linear_with(x, &self.weight, bias, self.strategy) {
             Ok(y) => y,
             Err(error) => panic!("Nf4Linear::forward: {error}"),
         }
