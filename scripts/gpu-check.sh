@@ -2,11 +2,12 @@
 # What only a machine with a CUDA card can show: golden and kernel tests, compute-sanitizer, the
 # example at LLM size, and the benches. Runs binaries that were built elsewhere.
 #
-# usage: gpu-check.sh BINARY_DIR [STEP...]   steps: tests sanitizer example bench (default: all)
+# usage: gpu-check.sh BINARY_DIR [STEP...]
+#        steps: tests sanitizer example decode bench (default: all)
 set -uo pipefail
 bin=$(cd "$1" && pwd)
 shift
-steps=${*:-tests sanitizer example bench}
+steps=${*:-tests sanitizer example decode bench}
 failed=0
 
 run() { # NAME COMMAND...
@@ -25,7 +26,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 for step in $steps; do
     case $step in
     tests)
-        for tests in kernels ops modules; do
+        for tests in kernels matmul ops modules; do
             [ -x "$bin/$tests" ] && run "$tests" "$bin/$tests" cuda
         done
         ;;
@@ -39,6 +40,9 @@ for step in $steps; do
     example)
         run "qlora_linear" "$bin/qlora_linear" --device cuda
         run "qlora_linear 14336x4096" "$bin/qlora_linear" --device cuda --size 14336x4096
+        ;;
+    decode)
+        run "llama decode" "$bin/llama" decode --device cuda --size llama8b
         ;;
     bench)
         TAIL=200 run "bench" "$bin/dequantize"

@@ -258,7 +258,8 @@ fn refusals(device: &Device) {
         Err(Nf4Error::Length { .. })
     ));
     let forced = Choice::Forced(MatmulVariant::TensorCore);
-    for (m, k) in [(65, 64), (1, 72)] {
+    let levels = Choice::Forced(MatmulVariant::Levels);
+    for (m, k, forced) in [(1, 72, forced), (1, 72, levels), (2, 64, levels)] {
         let error = plan(&client, case(m, 4, k), FloatType::F16, forced).expect_err("impossible");
         assert!(
             matches!(
@@ -274,12 +275,12 @@ fn refusals(device: &Device) {
     assert!(matches!(error, Err(Nf4Error::Length { .. })), "{error:?}");
 }
 
-/// Every count of rows up to 64, where tiles of x are partly filled.
+/// Counts of rows where tiles of x are partly filled, and of more than one launch takes.
 #[cfg(feature = "cuda")]
 #[rstest]
 fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
     let client = client(&Device::cuda(0));
-    for m in [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 40, 63, 64] {
+    for m in [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 40, 63, 64, 65, 150] {
         let case = Case {
             bias,
             ..case(m, 144, 576)
