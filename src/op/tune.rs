@@ -67,14 +67,16 @@ impl Way {
         }
     }
 
-    /// The way of a device with or without tensor cores for so many rows, by the sizes alone.
-    fn by_rule(tensor_cores: bool, m: usize) -> Self {
-        match tensor_cores {
-            true if m == 1 => Self::Kernel(MatmulVariant::Levels),
-            true => Self::Kernel(MatmulVariant::TensorCore),
-            false if m <= GEMV_ROWS => Self::Kernel(MatmulVariant::Gemv),
-            false => Self::Decode,
-        }
+    /// The ways of a device with or without tensor cores for so many rows, by the sizes alone: the
+    /// first that the device can go.
+    fn by_rule(tensor_cores: bool, m: usize) -> [Option<Self>; 4] {
+        let kernel = |wanted: bool, variant| wanted.then_some(Self::Kernel(variant));
+        [
+            kernel(tensor_cores && m == 1, MatmulVariant::Levels),
+            kernel(tensor_cores, MatmulVariant::TensorCore),
+            kernel(m <= GEMV_ROWS, MatmulVariant::Gemv),
+            Some(Self::Decode),
+        ]
     }
 
     /// Whether it takes part in a measurement: 1 if so, 0 if it stands in where all others fail, -1 if
@@ -203,8 +205,11 @@ fn rounded_rows(m: usize) -> usize {
 pub(super) fn by_rule(inputs: Inputs) -> CubeTensor {
     let product = inputs.spec.product();
     let tensor_cores = has_tensor_cores(&inputs.x.client, product.dtype, product.k);
-    let way = Way::by_rule(tensor_cores, product.m);
-    way.run(inputs).expect("arguments were validated")
+    Way::by_rule(tensor_cores, product.m)
+        .into_iter()
+        .flatten()
+        .find_map(|way| way.run(inputs.clone()).ok())
+        .expect("arguments were validated, and any device can decode")
 }
 
 /// Computes a product the way that was fastest when its like was first computed on this device, or
