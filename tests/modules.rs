@@ -13,6 +13,7 @@ use burn::store::{ModuleRecord, RecordError};
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig, QLoraLinear, QLoraLinearConfig};
+use burn_nf4::op::MatmulStrategy;
 use burn_nf4::{Nf4Error, Nf4Weight};
 use rstest::rstest;
 use tensors::*;
@@ -720,6 +721,46 @@ fn wrong_inputs_panic_with_the_shapes(device: &Device) {
     }
 }
 
+fn a_strategy_goes_with_the_layer(device: &Device) {
+    let tracked = device.clone().autodiff();
+    let gradient = |layer: &Nf4Linear| {
+        let x = input(2, &tracked).require_grad();
+        let grads = layer.forward(x.clone()).sum().backward();
+        values(&x.grad(&grads).expect("x is tracked"))
+    };
+    let auto = frozen(1, &tracked);
+    assert_eq!(auto.strategy, MatmulStrategy::Auto);
+    let expected = values(&auto.forward(input(2, &tracked)));
+    for strategy in [
+        MatmulStrategy::Rule,
+        MatmulStrategy::Decode,
+        MatmulStrategy::Gemv,
+    ] {
+        let layer = frozen(1, &tracked).with_strategy(strategy);
+        let what = format!("{strategy:?}");
+        let got = values(&layer.forward(input(2, &tracked)));
+        assert_near(&got, &expected, PRODUCT_TOLERANCE, &what);
+        assert_near(
+            &gradient(&layer),
+            &gradient(&auto),
+            PRODUCT_TOLERANCE,
+            &what,
+        );
+        for other in [
+            layer.valid(),
+            layer.clone().to_device(device),
+            layer.clone().fork(&tracked),
+        ] {
+            assert_eq!(other.strategy, strategy);
+        }
+    }
+    // Rows of 40 elements do not come in runs that tensor cores take, on any device.
+    let layer = frozen(1, device).with_strategy(MatmulStrategy::TensorCore);
+    let message = panic_message(|| layer.forward(input(2, device)));
+    let expected = "Nf4Linear::forward: kernel variant `tensor_core` cannot run here: ";
+    assert!(message.starts_with(expected), "{message}");
+}
+
 fn parts_that_do_not_fit_are_refused(device: &Device) {
     let weight = || Nf4Weight::from_host(&host_weight(1, FloatType::F32), device);
     let bias = Tensor::zeros([D_INPUT], (device, DType::F32));
@@ -907,6 +948,7 @@ macro_rules! device_tests {
                 half_precision_input_meets_an_f32_branch
                 an_empty_batch_gives_an_empty_result
                 wrong_inputs_panic_with_the_shapes
+                a_strategy_goes_with_the_layer
                 parts_that_do_not_fit_are_refused
                 a_blank_layer_is_zero
             );
