@@ -22,6 +22,7 @@ pub fn load_level(words: &[u32], view: &PackedView) -> f32 {
 
 /// Fills the table from the levels of a plane's lanes; the caller puts a barrier behind it.
 #[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 pub fn fill_table(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
     // Whole planes go round together, as the shuffles want it.
     let mut i = UNIT_POS;
@@ -260,6 +261,7 @@ pub fn fragment<F: Float>(
 
 /// The two elements in a byte of a word, high nibble first.
 #[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 fn decode_pair<F: Float>(
     table: &CodeTable,
     copy: u32,

@@ -256,6 +256,7 @@ pub fn matmul_levels_kernel<F: Float>(
 /// A table from a byte to the levels of its two codes, in f16: entry `32 * byte + copy`, a copy a
 /// lane and each in a bank of its own. The caller puts a barrier behind it.
 #[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 fn fill_levels(level: f32, #[comptime] units: usize) -> Shared<[Vector<u8, Const<1>>]> {
     let mut table = Shared::<[Vector<u8, Const<1>>]>::new_aligned_slice(TABLE_BYTES, 128usize);
     // Four copies at a time; whole planes go round together, as the shuffles want it.
@@ -276,6 +277,7 @@ fn fill_levels(level: f32, #[comptime] units: usize) -> Shared<[Vector<u8, Const
 
 /// The levels of the two codes in a byte of a word, high nibble first.
 #[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 fn level_pair(
     table: &Shared<[Vector<u8, Const<1>>]>,
     copy: u32,

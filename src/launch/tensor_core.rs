@@ -298,7 +298,8 @@ pub(super) fn blueprint(
     let units = blueprint.sums.units();
     check_cube(client, variant, tile, units, blueprint.shared_bytes())?;
     let fail = |reason| Err(impossible(variant, reason));
-    if !staged && !(blueprint.once && tile.chunks.is_multiple_of(tile.depth)) {
+    let whole = blueprint.once && tile.chunks.is_multiple_of(tile.depth);
+    if !(staged || whole) {
         return fail(format!("{tile:?} has sizes that do not go together"));
     }
     let row_cubes = n.div_ceil(blueprint.sums.cube_rows());
