@@ -103,7 +103,7 @@ impl TensorCoreTile {
     pub fn for_product(client: &Client, layout: &PackedLayout, product: Product) -> Self {
         let order = match product.m {
             0..=8 => [Cut::Whole, Cut::Wide, Cut::Narrow],
-            9..=32 => [Cut::Wide, Cut::Narrow, Cut::Whole],
+            9..=24 => [Cut::Wide, Cut::Narrow, Cut::Whole],
             _ => [Cut::Narrow, Cut::Wide, Cut::Whole],
         };
         let tiles = order.map(|cut| cut.tile(client, &product));
