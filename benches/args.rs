@@ -187,25 +187,15 @@ pub type Tile = (
 
 #[cfg(feature = "cube")]
 fn parse_tile(text: &str) -> Result<Tile, String> {
-    use burn_nf4::launch::{MatmulVariant, TensorCoreTile};
+    use burn_nf4::launch::MatmulVariant;
     let (kernel, sizes) = text.split_once(',').unwrap_or((text, ""));
     let variant = MatmulVariant::ALL
         .into_iter()
         .find(|variant| variant.name() == kernel)
         .ok_or_else(|| format!("no kernel is called {kernel}"))?;
     let sizes: Result<Vec<usize>, _> = sizes.split(',').map(str::parse).collect();
-    match sizes.as_deref() {
-        Ok(&[row_tiles, row_planes, k_planes, chunks, depth, k_cubes]) => {
-            let tile = TensorCoreTile {
-                row_tiles,
-                row_planes,
-                k_planes,
-                chunks,
-                depth,
-                k_cubes,
-            };
-            Ok((variant, tile))
-        }
+    match sizes.map(<[usize; 6]>::try_from) {
+        Ok(Ok(sizes)) => Ok((variant, sizes.into())),
         _ => Err("expected a kernel and six numbers with commas between them".into()),
     }
 }

@@ -60,16 +60,10 @@ impl Implementation {
         match self {
             Self::Default => "default".into(),
             Self::Forced(variant) => variant.name().into(),
-            Self::Tile(variant, tile) => format!(
-                "{}-{}-{}-{}-{}-{}-{}",
-                variant.name(),
-                tile.row_tiles,
-                tile.row_planes,
-                tile.k_planes,
-                tile.chunks,
-                tile.depth,
-                tile.k_cubes
-            ),
+            Self::Tile(variant, tile) => {
+                let sizes = tile.sizes().map(|size| size.to_string());
+                format!("{}-{}", variant.name(), sizes.join("-"))
+            }
         }
     }
 

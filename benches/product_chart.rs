@@ -65,7 +65,6 @@ pub fn draw(place: &Place, all: &[Timed], path: &Path) -> Result<(), Box<dyn Err
         .filter(|timed| LINES.iter().any(|line| line.0 == timed.variant))
         .collect();
     let mut shapes: Vec<[usize; 2]> = drawn.iter().map(|timed| timed.shape).collect();
-    shapes.dedup();
     shapes.sort_unstable_by(|a, b| b.cmp(a));
     shapes.dedup();
     let range = |values: &mut dyn Iterator<Item = f64>| {

@@ -7,7 +7,7 @@ mod golden;
 mod tensors;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
 use burn_nf4::op::{DequantizeSpec, MatmulStrategy, Nf4Backend, linear_with};
 use burn_nf4::{Nf4Error, Nf4Weight, linear};
@@ -19,10 +19,15 @@ use tensors::*;
 
 /// Two runs of the same product: autotune may give them different kernels, CUDA's may use TF32.
 fn assert_same_product(got: &Tensor<2>, expected: &Tensor<2>) {
+    assert_near(got, expected, 256.0, "y");
+}
+
+/// Compares with expected values, to within a part of the largest of these.
+fn assert_near(got: &Tensor<2>, expected: &Tensor<2>, part: f64, what: &str) {
     let expected = values(expected);
     let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
-    let bounds: Vec<(f64, f64)> = expected.iter().map(|&v| (v, largest / 256.0)).collect();
-    assert_close(&values(got), &bounds, "y");
+    let bounds: Vec<(f64, f64)> = expected.iter().map(|&v| (v, largest / part)).collect();
+    assert_close(&values(got), &bounds, what);
 }
 
 fn supports(device: &Device, dtype: FloatType) -> bool {
@@ -502,16 +507,16 @@ fn every_strategy_gives_the_product(device: &Device) {
         }
         let options = (device, DType::from(dtype));
         let [n, k] = [96, 256];
-        let bias = Tensor::<1>::random([n], burn::tensor::Distribution::Default, options);
+        let bias = Tensor::<1>::random([n], Distribution::Default, options);
         for (m, block_size) in [(1, 64), (1, 32), (9, 64), (70, 64)] {
             let config = QuantConfig {
                 block_size: BlockSize::try_from(block_size).expect("a known block size"),
                 ..QuantConfig::default()
             };
-            let dense = Tensor::<2>::random([n, k], burn::tensor::Distribution::Default, options);
+            let dense = Tensor::<2>::random([n, k], Distribution::Default, options);
             let weight = Nf4Weight::quantize(dense, config).expect("finite");
             let decoded: Tensor<2> = weight.dequantize(dtype).expect("a matrix");
-            let x = Tensor::<2>::random([m, k], burn::tensor::Distribution::Default, options);
+            let x = Tensor::<2>::random([m, k], Distribution::Default, options);
             let plain = x.clone().matmul(decoded.transpose());
             for with_bias in [false, true] {
                 let bias = with_bias.then(|| bias.clone());
@@ -530,11 +535,8 @@ fn every_strategy_gives_the_product(device: &Device) {
                     match linear_with(x.clone(), &weight, bias.clone(), strategy) {
                         Ok(y) => {
                             // Two roundings of each, to as little as eight bits.
-                            let expected = values(&expected);
-                            let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
-                            let bounds: Vec<(f64, f64)> =
-                                expected.iter().map(|&v| (v, largest / 64.0)).collect();
-                            assert_close(&values(&y), &bounds, &format!("{strategy:?}, {m} rows"));
+                            let what = format!("{strategy:?}, {m} rows");
+                            assert_near(&y, &expected, 64.0, &what);
                         }
                         Err(Nf4Error::Variant { variant, .. }) => {
                             assert!(matches!(

@@ -7,6 +7,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::cache::LayerCache;
+use crate::config::LlamaConfig;
 use crate::projection::Projection;
 use crate::rotation::Rotation;
 
@@ -109,6 +110,19 @@ pub struct Attention {
 }
 
 impl Attention {
+    /// A block of projections with the heads of a model.
+    pub fn new([q, k, v, o]: [Projection; 4], config: &LlamaConfig) -> Self {
+        Self {
+            q_proj: q,
+            k_proj: k,
+            v_proj: v,
+            o_proj: o,
+            num_heads: config.num_attention_heads,
+            num_kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
     /// # Shapes
     /// - `x`: `[batch, length, hidden_size]`, and so the result
     pub fn forward(&self, x: Tensor<3>, pass: &Pass, cache: Option<&mut LayerCache>) -> Tensor<3> {

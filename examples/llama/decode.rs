@@ -137,15 +137,7 @@ fn random_model(
             let [q, k, v, o, gate, up, down] = linears(config).map(|(_, dims, _)| projection(dims));
             Ok(DecoderLayer {
                 input_layernorm: norm(),
-                self_attn: Attention {
-                    q_proj: q?,
-                    k_proj: k?,
-                    v_proj: v?,
-                    o_proj: o?,
-                    num_heads: config.num_attention_heads,
-                    num_kv_heads: config.num_key_value_heads,
-                    head_dim: config.head_dim,
-                },
+                self_attn: Attention::new([q?, k?, v?, o?], config),
                 post_attention_layernorm: norm(),
                 mlp: Mlp {
                     gate_proj: gate?,

@@ -190,15 +190,7 @@ impl Reader<'_> {
             linears(config).map(|(name, _, bias)| self.projection(&format!("{path}.{name}"), bias));
         Ok(DecoderLayer {
             input_layernorm: self.norm(&format!("{path}.input_layernorm"), config)?,
-            self_attn: Attention {
-                q_proj: q?,
-                k_proj: k?,
-                v_proj: v?,
-                o_proj: o?,
-                num_heads: config.num_attention_heads,
-                num_kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-            },
+            self_attn: Attention::new([q?, k?, v?, o?], config),
             post_attention_layernorm: self
                 .norm(&format!("{path}.post_attention_layernorm"), config)?,
             mlp: Mlp {

@@ -11,7 +11,7 @@ use super::tensor_core::{TABLE_BYTES, TensorCoreBlueprint};
 /// own, never wait for each other.
 pub type CodeTable = Shared<[Vector<u8, Const<1>>]>;
 
-/// A stage of `x`, see [`swizzle`].
+/// A stage of `x`, see [`x_place`].
 pub type Stage = Shared<[Vector<u32, Const<4>>]>;
 
 /// The level of the code that a lane stands for.

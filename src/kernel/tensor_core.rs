@@ -257,14 +257,14 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                             let slot = comptime!((d * row_tiles + row_tile) * 2);
                             let upper = codes[slot].extract(q);
                             let lower = codes[comptime!(slot + 1)].extract(q);
-                            let scale = row_scales[comptime!(2 * row_tile)];
+                            let upper_scale = row_scales[comptime!(2 * row_tile)];
                             let lower_scale = row_scales[comptime!(2 * row_tile + 1)];
                             w_first.push(fragment::<F>(
                                 &table,
                                 copy,
                                 upper,
                                 lower,
-                                scale,
+                                upper_scale,
                                 lower_scale,
                                 0u32,
                             ));
@@ -273,7 +273,7 @@ pub fn matmul_tensor_core_kernel<F: Float>(
                                 copy,
                                 upper,
                                 lower,
-                                scale,
+                                upper_scale,
                                 lower_scale,
                                 2u32,
                             ));

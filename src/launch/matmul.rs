@@ -12,6 +12,7 @@ use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
 use crate::kernel::levels::{LevelsBlueprint, matmul_levels_kernel};
+use crate::kernel::sums::SumsBlueprint;
 use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel};
 
 /// A kernel that multiplies with a packed weight without decoding it to memory.
@@ -147,17 +148,9 @@ impl MatmulPlan {
         bias: bool,
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
-        let Product { m, n, k, .. } = product;
         let blueprint = tensor_core::blueprint(client, layout, product, bias, tile)?;
-        let cubes = n.div_ceil(blueprint.sums.cube_rows()) * blueprint.sums.k_cubes;
-        let planes = blueprint.sums.units() as u32 / 32;
-        Ok(Self {
-            product,
-            cube_dim: CubeDim::new_2d(32, planes),
-            cube_count: cube_count(client, cubes),
-            kernel: Kernel::TensorCore { blueprint },
-            address: address_type(layout.elems.max(m * n).max(m * k)),
-        })
+        let kernel = Kernel::TensorCore { blueprint };
+        Ok(Self::of_sums(client, product, &blueprint.sums, kernel))
     }
 
     fn levels(
@@ -168,15 +161,21 @@ impl MatmulPlan {
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         let blueprint = tensor_core::levels_blueprint(client, layout, product, bias, tile)?;
-        let cubes = product.n.div_ceil(blueprint.sums.cube_rows());
-        let planes = blueprint.sums.units() as u32 / 32;
-        Ok(Self {
+        let kernel = Kernel::Levels { blueprint };
+        Ok(Self::of_sums(client, product, &blueprint.sums, kernel))
+    }
+
+    /// The launch of a kernel whose planes share the sums in this way.
+    fn of_sums(client: &Client, product: Product, sums: &SumsBlueprint, kernel: Kernel) -> Self {
+        let Product { m, n, k, .. } = product;
+        let planes = sums.units() as u32 / 32;
+        Self {
             product,
             cube_dim: CubeDim::new_2d(32, planes),
-            cube_count: cube_count(client, cubes),
-            kernel: Kernel::Levels { blueprint },
-            address: address_type(layout.elems),
-        })
+            cube_count: cube_count(client, n.div_ceil(sums.cube_rows()) * sums.k_cubes),
+            kernel,
+            address: address_type((n * k).max(m * n).max(m * k)),
+        }
     }
 
     fn gemv(client: &Client, layout: &PackedLayout, product: Product, bias: bool) -> Self {

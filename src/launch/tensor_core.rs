@@ -97,7 +97,35 @@ impl Cut {
 /// More parts than this cost more to add up than they save.
 const MAX_K_CUBES: usize = 8;
 
+impl From<[usize; 6]> for TensorCoreTile {
+    /// From the [`sizes`](TensorCoreTile::sizes).
+    fn from(sizes: [usize; 6]) -> Self {
+        let [row_tiles, row_planes, k_planes, chunks, depth, k_cubes] = sizes;
+        Self {
+            row_tiles,
+            row_planes,
+            k_planes,
+            chunks,
+            depth,
+            k_cubes,
+        }
+    }
+}
+
 impl TensorCoreTile {
+    /// All sizes, in the order of the fields.
+    pub const fn sizes(&self) -> [usize; 6] {
+        let Self {
+            row_tiles,
+            row_planes,
+            k_planes,
+            chunks,
+            depth,
+            k_cubes,
+        } = *self;
+        [row_tiles, row_planes, k_planes, chunks, depth, k_cubes]
+    }
+
     /// The tile of [`MatmulVariant::TensorCore`] that suits a product on a device, by what was
     /// fastest on an H100 (`benches/NOTES.md`).
     pub fn for_product(client: &Client, layout: &PackedLayout, product: Product) -> Self {
@@ -168,16 +196,7 @@ fn check(
             "rows of {k} elements in blocks of {block} do not come in runs that the kernel takes"
         ));
     };
-    let TensorCoreTile {
-        row_tiles,
-        row_planes,
-        k_planes,
-        chunks,
-        depth,
-        k_cubes,
-    } = tile;
-    let sizes = [row_tiles, row_planes, k_planes, chunks, depth, k_cubes];
-    if sizes.contains(&0) {
+    if tile.sizes().contains(&0) {
         return fail(format!("{tile:?} has sizes that do not go together"));
     }
     Ok(run_log2)
@@ -315,7 +334,7 @@ pub(super) fn group_rows(m: usize) -> usize {
 }
 
 /// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
-pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
+fn has_fragments(client: &Client, elem: ElemType) -> bool {
     let fragments = MmaConfig {
         a_type: elem,
         b_type: elem,
@@ -335,7 +354,7 @@ pub(crate) fn has_tensor_cores(client: &Client, dtype: FloatType, k: usize) -> b
 }
 
 /// Whether what one cube writes can be made visible to another in the same launch.
-pub(super) fn has_device_scope(client: &Client) -> bool {
+fn has_device_scope(client: &Client) -> bool {
     client.properties().features.device_memory_scope
 }
 

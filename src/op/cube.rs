@@ -94,12 +94,19 @@ fn matmul(
     let way = match spec.strategy {
         MatmulStrategy::Auto => return tune::fastest(inputs),
         MatmulStrategy::Rule => return tune::by_rule(inputs),
-        MatmulStrategy::Decode => Way::Decode,
-        MatmulStrategy::Gemv => Way::Kernel(MatmulVariant::Gemv),
-        MatmulStrategy::TensorCore => Way::Kernel(MatmulVariant::TensorCore),
-        MatmulStrategy::Levels => Way::Kernel(MatmulVariant::Levels),
+        strategy => kernel(strategy).map_or(Way::Decode, Way::Kernel),
     };
     way.run(inputs).expect("arguments were validated")
+}
+
+/// The kernel that a strategy asks for.
+fn kernel(strategy: MatmulStrategy) -> Option<MatmulVariant> {
+    match strategy {
+        MatmulStrategy::Auto | MatmulStrategy::Rule | MatmulStrategy::Decode => None,
+        MatmulStrategy::Gemv => Some(MatmulVariant::Gemv),
+        MatmulStrategy::TensorCore => Some(MatmulVariant::TensorCore),
+        MatmulStrategy::Levels => Some(MatmulVariant::Levels),
+    }
 }
 
 /// Checks that a device can compute a product with a kernel that was asked for.
@@ -108,11 +115,8 @@ pub(super) fn check_strategy(
     spec: MatmulSpec,
     bias: bool,
 ) -> Result<(), Nf4Error> {
-    let variant = match spec.strategy {
-        MatmulStrategy::Auto | MatmulStrategy::Rule | MatmulStrategy::Decode => return Ok(()),
-        MatmulStrategy::Gemv => MatmulVariant::Gemv,
-        MatmulStrategy::TensorCore => MatmulVariant::TensorCore,
-        MatmulStrategy::Levels => MatmulVariant::Levels,
+    let Some(variant) = kernel(spec.strategy) else {
+        return Ok(());
     };
     let layout = &spec.weight.layout;
     MatmulPlan::new(client, layout, spec.product(), bias, Some(variant)).map(drop)

@@ -125,15 +125,14 @@ fn linear_at<const D: usize>(
         false => [out_features, in_features],
         true => [in_features, out_features],
     };
-    let decode = DequantizeSpec {
-        layout: *weight.layout(),
-        rows: rows_stored,
-        columns: columns_stored,
-        start,
-        dtype,
-    };
     let spec = LinearSpec {
-        weight: decode,
+        weight: DequantizeSpec {
+            layout: *weight.layout(),
+            rows: rows_stored,
+            columns: columns_stored,
+            start,
+            dtype,
+        },
         strategy,
     };
     if strategy.is_kernel() {
@@ -159,7 +158,7 @@ fn linear_at<const D: usize>(
     let y = match transposed {
         false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
         // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its gradient.
-        true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, decode),
+        true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec.weight),
     };
     let mut y = Tensor::<2>::from_dispatch(y);
     if let Some(bias) = bias {

@@ -50,14 +50,14 @@ pub(super) enum Way {
 
 impl Way {
     /// All that may be the fastest.
-    fn all() -> Vec<Self> {
-        let kernels = [MatmulVariant::Levels, MatmulVariant::Gemv].map(Self::Kernel);
-        let cuts = Cut::ALL.map(Self::Cut);
-        cuts.into_iter()
-            .chain(kernels)
-            .chain([Self::Decode])
-            .collect()
-    }
+    const ALL: [Self; 6] = [
+        Self::Cut(Cut::Whole),
+        Self::Cut(Cut::Wide),
+        Self::Cut(Cut::Narrow),
+        Self::Kernel(MatmulVariant::Levels),
+        Self::Kernel(MatmulVariant::Gemv),
+        Self::Decode,
+    ];
 
     fn name(self) -> String {
         match self {
@@ -86,7 +86,8 @@ impl Way {
             Self::Kernel(MatmulVariant::Levels) => {
                 return if tensor_cores && m == 1 { 1 } else { -1 };
             }
-            Self::Kernel(MatmulVariant::TensorCore) => tensor_cores,
+            // Its cuts are measured.
+            Self::Kernel(MatmulVariant::TensorCore) => return -1,
             Self::Kernel(MatmulVariant::Gemv) => !tensor_cores && m <= MAX_GEMV_ROWS,
             // What does not fit the device fails, and is left out then.
             Self::Cut(_) if !tensor_cores => return -1,
@@ -219,8 +220,8 @@ pub(super) fn fastest(inputs: Inputs) -> CubeTensor {
     let client = inputs.x.client.clone();
     let key = MatmulKey::new(&inputs);
     let tensor_cores = has_tensor_cores(&client, key.dtype, key.k);
-    let candidates = Way::all()
-        .into_iter()
+    let candidates = Way::ALL
+        .iter()
         .filter(|way| way.priority(tensor_cores, key.m) > 0)
         .count();
     if candidates < 2 {
@@ -249,7 +250,7 @@ fn tunables(client: &Client) -> TunableSet<MatmulKey, Inputs, CubeTensor> {
         },
     ));
     let group = TuneGroup::new("packed", |_: &MatmulKey| 0);
-    for way in Way::all() {
+    for way in Way::ALL {
         let client = client.clone();
         let priority = move |key: &MatmulKey| {
             let tensor_cores = has_tensor_cores(&client, key.dtype, key.k);

@@ -68,35 +68,25 @@ trait Chunk: Dot<Sums = __m512> {
     /// The processor must have the instructions, and `scales` two elements.
     unsafe fn tables<R: FloatElement>(codebook: __m512, scales: *const f32) -> Self::Tables;
 
-    /// Which of the two tables each lane is to look into: bit 4 of each of its bytes.
-    ///
-    /// # Safety
-    /// The processor must have the instructions.
-    unsafe fn halves() -> __m512i;
-
     /// The weights that the low five bits of each lane stand for; higher bits do not matter.
     ///
     /// # Safety
     /// The processor must have the instructions.
     unsafe fn look_up(tables: Self::Tables, indices: __m512i) -> Self::Vector;
-
-    /// Each lane shifted by `8 * bytes` bits to the right.
-    ///
-    /// # Safety
-    /// The processor must have the instructions.
-    unsafe fn shifted(lanes: __m512i, bytes: usize) -> __m512i;
 }
 
-/// The even and the odd nibbles of a vector of codes, a byte each, with bit 4 from `halves`: so two
-/// operations serve the look-ups of all nibbles, where masking each would take one each.
+/// The even and the odd nibbles of a vector of codes, a byte each, with the table to look into in
+/// bit 4, that of the second block in the upper half: so two operations serve the look-ups of all
+/// nibbles, where masking each would take one each.
 ///
 /// # Safety
 /// The processor must have AVX-512 F and BW.
 #[inline(always)]
-unsafe fn nibbles(codes: __m512i, halves: __m512i) -> [__m512i; 2] {
+unsafe fn nibbles(codes: __m512i) -> [__m512i; 2] {
     // SAFETY: the caller vouches for the features.
     unsafe {
         let low = _mm512_set1_epi8(15);
+        let halves = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi8(16));
         let odd = _mm512_srli_epi16::<4>(codes);
         [codes, odd].map(|codes| _mm512_ternarylogic_epi32::<AND_OR>(codes, low, halves))
     }
@@ -163,14 +153,13 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
     // each 128 elements of k, as has each row of x of factors, and two scales.
     unsafe {
         let codebook = _mm512_loadu_ps(source.codebook.as_ptr());
-        let halves = D::halves();
         let mut partial = [[[D::zero(); PARTS]; M]; R];
         for chunk in 0..k / CHUNK {
             let mut chunk_codes = [[_mm512_setzero_si512(); 2]; R];
             let mut tables = [D::tables::<T>(codebook, scales[0].add(2 * chunk)); R];
             for row in 0..R {
                 let codes = codes.add(row * (k / 8) + chunk * (CHUNK / 8));
-                chunk_codes[row] = nibbles(_mm512_loadu_si512(codes.cast()), halves);
+                chunk_codes[row] = nibbles(_mm512_loadu_si512(codes.cast()));
                 // Rows are too short for the processor to see by itself what comes next. Past the
                 // end of the weight this does nothing.
                 _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(R * (k / 8)).cast());
@@ -184,7 +173,9 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
                     *vector = D::load(x.add(i * k + chunk * CHUNK + step * D::LANES));
                 }
                 for row in 0..R {
-                    let indices = D::shifted(chunk_codes[row][step % 2], step / 2);
+                    // Of lanes of 16 bits too the low bits are right, and no others matter.
+                    let bits = _mm512_set1_epi32(8 * (step / 2) as i32);
+                    let indices = _mm512_srlv_epi32(chunk_codes[row][step % 2], bits);
                     let w = D::look_up(tables[row], indices);
                     for i in 0..M {
                         let partial = &mut partial[row][i][step % PARTS];
@@ -291,21 +282,9 @@ impl Chunk for Single {
     }
 
     #[inline(always)]
-    unsafe fn halves() -> __m512i {
-        // SAFETY: the caller vouches for the features.
-        unsafe { _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi8(16)) }
-    }
-
-    #[inline(always)]
     unsafe fn look_up(tables: [__m512; 2], indices: __m512i) -> __m512 {
         // SAFETY: the caller vouches for the features.
         unsafe { _mm512_permutex2var_ps(tables[0], indices, tables[1]) }
-    }
-
-    #[inline(always)]
-    unsafe fn shifted(lanes: __m512i, bytes: usize) -> __m512i {
-        // SAFETY: the caller vouches for the features.
-        unsafe { _mm512_srlv_epi32(lanes, _mm512_set1_epi32(8 * bytes as i32)) }
     }
 }
 
@@ -363,20 +342,8 @@ impl Chunk for Brain {
     }
 
     #[inline(always)]
-    unsafe fn halves() -> __m512i {
-        // SAFETY: the caller vouches for the features.
-        unsafe { Single::halves() }
-    }
-
-    #[inline(always)]
     unsafe fn look_up(tables: __m512i, indices: __m512i) -> __m512bh {
         // SAFETY: the caller vouches for the features; the types differ in name only.
         unsafe { std::mem::transmute(_mm512_permutexvar_epi16(indices, tables)) }
-    }
-
-    #[inline(always)]
-    unsafe fn shifted(lanes: __m512i, bytes: usize) -> __m512i {
-        // SAFETY: the caller vouches for the features.
-        unsafe { _mm512_srlv_epi16(lanes, _mm512_set1_epi16(8 * bytes as i16)) }
     }
 }
