@@ -11,7 +11,8 @@ use clap::{Parser, ValueEnum};
 pub struct Args {
     /// Run only the benches whose name contains one of these. Names look like
     /// `dequant/tiled_2d/bf16/14336x4096`, `quantize/bf16/4096x4096`,
-    /// `matmul/host/bf16/4096x4096/m1`, `puzzle/default`, `host_cost/op`.
+    /// `matmul/host/bf16/4096x4096/m1`, `lora/joined/bf16/4096x4096/r16/m1`, `puzzle/default`,
+    /// `host_cost/op`.
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
     /// Filters are whole names.

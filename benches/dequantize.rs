@@ -20,6 +20,8 @@ mod gpu;
 #[cfg(feature = "cube")]
 mod host_cost;
 #[cfg(feature = "cube")]
+mod lora;
+#[cfg(feature = "cube")]
 mod matmul;
 #[cfg(feature = "cube")]
 mod peer;
@@ -91,6 +93,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     device_time::dequantize(&gpu, args, report);
     device_time::quantize(&gpu, args, report);
     let mut products = matmul::benches(&gpu, args, report);
+    lora::benches(&gpu, args, report);
     let mut puzzle = puzzle::on_gpu(&gpu, args, report);
     host_cost::run(&gpu, args, report);
     if let Some(python) = &args.peer {

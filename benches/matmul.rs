@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Tensor};
 use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
-use burn_nf4::launch::{MatmulPlan, MatmulVariant, Product, TensorCoreTile, check_dtype};
+use burn_nf4::launch::{MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype};
 use cubecl::server::Handle;
 use half::bf16;
 use serde_json::json;
@@ -214,7 +214,13 @@ fn packed(
         let out: Vec<Handle> = (0..copies).map(|_| client.empty(m * n * 2)).collect();
         let launch = |i: usize| {
             let (packed, out) = (weights[i % copies].packed.clone(), out[i % copies].clone());
-            plan.launch(client, x_handle.clone(), packed, layout, None, out)
+            let operands = Operands {
+                x: x_handle.clone(),
+                packed,
+                bias: None,
+                lora: None,
+            };
+            plan.launch(client, operands, layout, out)
                 .expect("buffers are large enough");
         };
         let error = || {

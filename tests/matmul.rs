@@ -6,7 +6,9 @@ use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
-use burn_nf4::launch::{MatmulPlan, MatmulVariant, Product, TensorCoreTile, check_dtype};
+use burn_nf4::launch::{
+    Lora, MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype,
+};
 use cubecl::prelude::Client;
 use half::{bf16, f16};
 use rstest::rstest;
@@ -56,7 +58,14 @@ struct Case {
     bias: bool,
     /// `x` is between `-2^x_log2` and `2^x_log2`.
     x_log2: i32,
+    /// Rank of a low-rank branch, zero for none.
+    rank: usize,
+    /// Its matrices are in f32, not in the dtype of `x`.
+    f32_branch: bool,
 }
+
+/// The factor of the branch.
+const SCALE: f32 = 0.75;
 
 fn case(m: usize, n: usize, k: usize) -> Case {
     Case {
@@ -66,6 +75,8 @@ fn case(m: usize, n: usize, k: usize) -> Case {
         config: QuantConfig::default(),
         bias: false,
         x_log2: 0,
+        rank: 0,
+        f32_branch: false,
     }
 }
 
@@ -89,6 +100,73 @@ fn plan(
     }
 }
 
+/// A low-rank branch, its matrices as they are on the device.
+struct Branch {
+    rank: usize,
+    dtype: FloatType,
+    a: Vec<f64>,
+    b: Vec<f64>,
+}
+
+impl Branch {
+    fn new<T: FloatElement>(case: Case, seed: u64) -> Self {
+        let Case { n, k, rank, .. } = case;
+        let dtype = match case.f32_branch {
+            true => FloatType::F32,
+            false => T::FLOAT_TYPE,
+        };
+        let matrix = |elems, seed| -> Vec<f64> {
+            match case.f32_branch {
+                true => floats(&values::<f32>(elems, seed)),
+                false => floats(&values::<T>(elems, seed)),
+            }
+            .into_iter()
+            .map(f64::from)
+            .collect()
+        };
+        Self {
+            rank,
+            dtype,
+            a: matrix(k * rank, seed),
+            b: matrix(rank * n, seed + 1),
+        }
+    }
+
+    fn upload(&self, client: &Client) -> Lora {
+        let buffer = |values: &[f64]| match self.dtype {
+            FloatType::F16 => client.create_from_slice(&bytes::<f16>(values)),
+            FloatType::BF16 => client.create_from_slice(&bytes::<bf16>(values)),
+            FloatType::F32 => client.create_from_slice(&bytes::<f32>(values)),
+        };
+        Lora {
+            a: buffer(&self.a),
+            b: buffer(&self.b),
+            rank: self.rank,
+            scale: SCALE,
+            dtype: self.dtype,
+        }
+    }
+
+    /// `s x A` of a row of `x`, and the sum of the magnitudes in it.
+    fn down<T: FloatElement>(&self, x: &[T]) -> Vec<[f64; 2]> {
+        let mut sums = vec![[0.0; 2]; self.rank];
+        for (x, row) in x.iter().zip(self.a.chunks(self.rank.max(1))) {
+            for (sum, a) in sums.iter_mut().zip(row) {
+                let product = f64::from(x.to_f32()) * a * f64::from(SCALE);
+                sum[0] += product;
+                sum[1] += product.abs();
+            }
+        }
+        sums
+    }
+}
+
+/// Values that are exact in `T`.
+fn bytes<T: FloatElement>(values: &[f64]) -> Vec<u8> {
+    let values: Vec<T> = values.iter().map(|&v| T::from_f32(v as f32)).collect();
+    bytemuck::cast_slice(&values).to_vec()
+}
+
 /// Runs one product and compares every element with an f64 product: of the weight as it is decoded
 /// to the same dtype, or without rounding where the kernel multiplies with levels and scales.
 fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
@@ -103,6 +181,7 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
         .map(|value| T::from_f32(value.to_f32() * x_scale))
         .collect();
     let bias: Vec<T> = values(n, 3);
+    let branch = Branch::new::<T>(case, 4);
 
     let upload = |values: &[T]| client.create_from_slice(bytemuck::cast_slice(values));
     let packed = client.create_from_slice(bytemuck::cast_slice(&tensor.to_packed()));
@@ -113,15 +192,15 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
         MatmulVariant::Levels => (tensor.dequantize::<f32>(), f64::powi(2.0, -12)),
         _ => (floats(&tensor.dequantize::<T>()), 0.0),
     };
-    plan.launch(
-        client,
-        upload(&x),
+    let operands = Operands {
+        x: upload(&x),
         packed,
-        &tensor.packed_layout(),
-        case.bias.then(|| upload(&bias)),
-        out.clone(),
-    )
-    .expect(&what);
+        bias: case.bias.then(|| upload(&bias)),
+        lora: (case.rank > 0).then(|| branch.upload(client)),
+    };
+    let layout = tensor.packed_layout();
+    plan.launch(client, operands, &layout, out.clone())
+        .expect(&what);
     let read = client.read_one(out).expect("the kernel ran");
     assert!(
         read[bytes..bytes + GUARD_BYTES]
@@ -138,7 +217,13 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
         FloatType::BF16 => f64::powi(2.0, -8),
         FloatType::F32 => f64::powi(2.0, -24),
     };
+    // Tensor cores take `s x A`, and `B` if it is in f32, rounded to the dtype.
+    let branch_rounding = match plan.variant() {
+        MatmulVariant::TensorCore => 2.0 * rounding,
+        _ => 0.0,
+    } + f64::powi(2.0, -20);
     for row in 0..m {
+        let down = branch.down(&x[row * k..(row + 1) * k]);
         for column in 0..n {
             let mut sum = 0.0;
             let mut magnitude = 0.0;
@@ -153,8 +238,14 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
             }
             let value = f64::from(got[row * n + column].to_f32());
             let of_products = f64::powi(2.0, -20) + level_rounding;
-            let tolerance =
-                rounding * sum.abs() + of_products * magnitude + 1e-7 * f64::from(x_scale);
+            let mut tolerance = of_products * magnitude + 1e-7 * f64::from(x_scale);
+            for (r, [value, magnitude]) in down.iter().enumerate() {
+                let up = branch.b[r * n + column];
+                sum += value * up;
+                tolerance += branch_rounding * (value * up).abs()
+                    + f64::powi(2.0, -20) * (magnitude * up).abs();
+            }
+            tolerance += rounding * sum.abs();
             assert!(
                 (value - sum).abs() <= tolerance,
                 "{what}: y[{row}, {column}] is {value}, expected {sum} within {tolerance}"
@@ -271,8 +362,72 @@ fn refusals(device: &Device) {
     }
     let plan = plan(&client, small, FloatType::F32, Choice::Default).expect("any device can");
     let bytes = client.empty(4);
-    let error = plan.launch(&client, bytes.clone(), bytes.clone(), &layout, None, bytes);
+    let operands = Operands {
+        x: bytes.clone(),
+        packed: bytes.clone(),
+        bias: None,
+        lora: None,
+    };
+    let error = plan.launch(&client, operands, &layout, bytes);
     assert!(matches!(error, Err(Nf4Error::Length { .. })), "{error:?}");
+    let lora = Lora {
+        a: client.empty(64 * 2 * 4),
+        b: client.empty(2 * 4 * 4 - 4),
+        rank: 2,
+        scale: 1.0,
+        dtype: FloatType::F32,
+    };
+    for (lora, expected) in [
+        (
+            Lora {
+                rank: 0,
+                ..lora.clone()
+            },
+            "rank",
+        ),
+        (lora, "lora_b"),
+    ] {
+        let operands = Operands {
+            x: client.empty(64 * 4),
+            packed: client.empty(layout.words * 4),
+            bias: None,
+            lora: Some(lora),
+        };
+        let error = plan.launch(&client, operands, &layout, client.empty(4 * 4));
+        match error {
+            Err(Nf4Error::Length { tensor, .. }) => assert_eq!(tensor, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Branches of any rank, in the dtype of `x` and in f32, with few rows and more than a cube takes.
+fn branches(device: &Device, choice: Choice) {
+    let client = client(device);
+    if let Err(error) = Lora::check(&client, FloatType::F32) {
+        assert!(matches!(error, Nf4Error::Variant { .. }), "{error}");
+        assert_eq!(client.name(), "cpu");
+        return;
+    }
+    for (m, n, k, rank) in [
+        (1, 33, 4096, 16),
+        (1, 64, 256, 1),
+        (2, 17, 512, 8),
+        (3, 100, 1024, 5),
+        (4, 16, 64, 64),
+        (9, 40, 2112, 24),
+        (1, 48, 96, 300),
+    ] {
+        for (f32_branch, bias) in [(false, false), (true, true)] {
+            let case = Case {
+                rank,
+                f32_branch,
+                bias,
+                ..case(m, n, k)
+            };
+            check_dtypes(&client, case, choice);
+        }
+    }
 }
 
 /// Counts of rows where tiles of x are partly filled, and of more than one launch takes.
@@ -283,6 +438,26 @@ fn cuda_tensor_core_rows(#[values(false, true)] bias: bool) {
     for m in [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 40, 63, 64, 65, 150] {
         let case = Case {
             bias,
+            ..case(m, 144, 576)
+        };
+        check::<bf16>(&client, case, Choice::Forced(MatmulVariant::TensorCore));
+        check::<f16>(&client, case, Choice::Default);
+    }
+}
+
+/// Branches where tiles of `x` are partly filled, and of more rows than one launch takes.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_tensor_core_branches(
+    #[values(1, 8, 16, 40)] rank: usize,
+    #[values(false, true)] f32_branch: bool,
+) {
+    let client = client(&Device::cuda(0));
+    for m in [1, 3, 8, 17, 64, 150] {
+        let case = Case {
+            rank,
+            f32_branch,
+            bias: f32_branch,
             ..case(m, 144, 576)
         };
         check::<bf16>(&client, case, Choice::Forced(MatmulVariant::TensorCore));
@@ -317,6 +492,11 @@ fn cuda_tensor_core_tiles(
     for (m, n, k) in [(1, 80, 1024), (12, 130, 2112), (33, 300, 1536)] {
         if plan(&client, case(m, n, k), FloatType::BF16, choice).is_ok() {
             check::<bf16>(&client, case(m, n, k), choice);
+            let branch = Case {
+                rank: 20,
+                ..case(m, n, k)
+            };
+            check::<bf16>(&client, branch, choice);
             ran += 1;
         }
     }
@@ -349,6 +529,12 @@ fn cuda_levels(
         let choice = Choice::Tile(MatmulVariant::Levels, tile);
         check::<bf16>(&client, case, choice);
         check::<f16>(&client, case, choice);
+        let branch = Case {
+            rank: 20,
+            f32_branch: bias,
+            ..case
+        };
+        check::<bf16>(&client, branch, choice);
         for x_log2 in [60, 17, -20, -60] {
             check::<bf16>(
                 &client,
@@ -396,6 +582,16 @@ macro_rules! device_tests {
             #[test]
             fn default_block_sizes() {
                 super::block_sizes(&device(), Choice::Default);
+            }
+
+            #[test]
+            fn gemv_branches() {
+                super::branches(&device(), Choice::Forced(MatmulVariant::Gemv));
+            }
+
+            #[test]
+            fn default_branches() {
+                super::branches(&device(), Choice::Default);
             }
 
             #[test]

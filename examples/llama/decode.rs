@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::Nf4Linear;
+use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
 use clap::{Args, ValueEnum};
 
 use crate::attention::Attention;
@@ -29,6 +29,9 @@ pub struct DecodeArgs {
     /// Tokens generated for each row after the first.
     #[arg(long, default_value_t = 64)]
     pub tokens: usize,
+    /// Rank of a low-rank branch on every linear layer but the head; none without it.
+    #[arg(long)]
+    pub rank: Option<usize>,
     /// Where to run.
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     pub device: DeviceName,
@@ -79,9 +82,12 @@ impl DecodeArgs {
         let config = LlamaConfig::from_json(self.size.config().as_bytes(), "config.json".as_ref())?;
         let device = self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
-        let model = random_model(&config, dtype, &device)?;
+        let model = random_model(&config, dtype, self.rank, &device)?;
+        let branches = self.rank.map_or(String::new(), |rank| {
+            format!(", low-rank branches of rank {rank}")
+        });
         println!(
-            "{:?}, random weights, {:?}, {}: tokens/s of all rows together",
+            "{:?}, random weights{branches}, {:?}, {}: tokens/s of all rows together",
             self.size,
             self.device,
             dtype.name()
@@ -115,6 +121,7 @@ impl DecodeArgs {
 fn random_model(
     config: &LlamaConfig,
     dtype: FloatType,
+    rank: Option<usize>,
     device: &Device,
 ) -> Result<Llama, ModelError> {
     let options = (device, DType::from(dtype));
@@ -130,7 +137,11 @@ fn random_model(
             bias: None,
         };
         let packed = Nf4Linear::quantize(dense, QuantConfig::default())?;
-        Ok::<_, ModelError>(Projection::Nf4(packed))
+        let projection = Projection::Nf4(packed);
+        Ok::<_, ModelError>(match rank {
+            Some(rank) => projection.with_lora(&QLoraLinearConfig::new(rank), device)?,
+            None => projection,
+        })
     };
     let layers = (0..config.num_hidden_layers)
         .map(|_| {

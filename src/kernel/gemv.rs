@@ -6,6 +6,7 @@
 use cubecl::prelude::*;
 
 use super::decode::{DequantizeBlueprint, PackedView, block_scale, decode_vector, load_codebook};
+use super::lora::LoraBranch;
 
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,27 +23,30 @@ pub struct GemvBlueprint {
     pub bias: bool,
 }
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b + s (x A) B`.
 ///
 /// - `x`: `[m, k]` in vectors of `V`, which divides eight, and is one unless `k` is a multiple of
-///   eight; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`.
+///   eight; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`;
+///   `lora`: the low-rank branch, if there is one.
 /// - The cube is `(lanes, rows)`. Lanes take the words of a row in turn. The cube's place along the
 ///   grid gives the rows of `W` first, then groups of `columns` rows of `x`.
 /// - Tails: words that a row shares with its neighbours are masked; rows of `x` past `m` repeat the
 ///   last one and are not stored.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
-pub fn matmul_gemv_kernel<F: Float, V: Size>(
+pub fn matmul_gemv_kernel<F: Float, G: Float, V: Size>(
     x: &[Vector<F, V>],
     packed: &[u32],
     bias: &[F],
     out: &mut [F],
+    lora: ComptimeOption<LoraBranch<G>>,
     view: PackedView,
     m: usize,
     n: usize,
     k: usize,
     #[comptime] blueprint: GemvBlueprint,
     #[define(F)] _dtype: ElemType,
+    #[define(G)] _lora_dtype: ElemType,
 ) {
     let vector = V::value().comptime();
     let columns = comptime!(blueprint.columns);
@@ -65,6 +69,21 @@ pub fn matmul_gemv_kernel<F: Float, V: Size>(
     }
     // Every lane of a plane has the same row, so whole planes are left out.
     if row < n && first_column < m {
+        #[comptime]
+        match &lora {
+            ComptimeOption::Some(lora) => {
+                let mut four = lane;
+                while four * 4 < lora.rank {
+                    #[unroll]
+                    for c in 0..columns {
+                        let column = usize::min(first_column + c, m - 1);
+                        sums[c] += lora.four_products(column, row, n, four);
+                    }
+                    four += CUBE_DIM_X as usize;
+                }
+            }
+            ComptimeOption::None => {}
+        }
         let start = row * k;
         let end = start + k;
         let mut word_at = (start >> 3usize) + lane;

@@ -19,6 +19,7 @@ use half::f16;
 
 use super::decode::PackedView;
 use super::fragments::{Rows, load_level};
+use super::lora::LoraBranch;
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
@@ -76,18 +77,18 @@ const PITCH: usize = CHUNK / 8 + 2;
 /// its other lanes do not read from.
 const ZEROS: usize = 16;
 
-/// `y = x Wᵀ + b` for a single row.
+/// `y = x Wᵀ + b + s (x A) B` for a single row.
 ///
 /// - `x`: `[k]`, two elements a u32, in vectors of eight elements; `packed`: the whole packed
 ///   weight, and `words` the same buffer once more; `bias`: `[n]`, unused without one; `out`:
-///   `[n]`; `parts` and `counters` are not used.
+///   `[n]`; `parts` and `counters` are not used; `lora`: the low-rank branch, if there is one.
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`; planes with the same rows add their sums up at the end.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
 ///   `k` is a multiple of 64.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
-pub fn matmul_levels_kernel<F: Float>(
+pub fn matmul_levels_kernel<F: Float, G: Float>(
     x: &[Vector<u32, Const<4>>],
     packed: &[Vector<u32, Const<4>>],
     words: &[u32],
@@ -95,11 +96,13 @@ pub fn matmul_levels_kernel<F: Float>(
     out: &mut [F],
     parts: &mut [Vector<u32, Const<4>>],
     counters: &[Atomic<u32>],
+    lora: ComptimeOption<LoraBranch<G>>,
     view: PackedView,
     n: usize,
     k: usize,
     #[comptime] blueprint: LevelsBlueprint,
     #[define(F)] _dtype: ElemType,
+    #[define(G)] _lora_dtype: ElemType,
 ) {
     let row_tiles = comptime!(blueprint.sums.row_tiles);
     let depth = comptime!(blueprint.scales.depth);
@@ -152,6 +155,23 @@ pub fn matmul_levels_kernel<F: Float>(
     #[unroll]
     for r in 0..comptime!(2 * row_tiles) {
         totals[r] = 0.0f32;
+    }
+    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) =>
+        {
+            #[unroll]
+            for r in 0..comptime!(2 * row_tiles) {
+                of_branch[r] = 0.0f32;
+                if k_plane == 0 {
+                    let row = plane_row + (lane >> 2) as usize + comptime!(8 * r);
+                    of_branch[r] =
+                        lora.quad_sum(0usize.runtime(), usize::min(row, n - 1), n, member);
+                }
+            }
+        }
+        ComptimeOption::None => {}
     }
     let zero = view.zero as usize;
     while at < k {
@@ -230,7 +250,12 @@ pub fn matmul_levels_kernel<F: Float>(
         let mut sum = Array::<Vector<f32, Const<2>>>::new(2usize);
         #[unroll]
         for r in 0..2usize {
-            sum[r] = Vector::new(totals[comptime!(2 * row_tile + r)] * unscale);
+            let mut total = totals[comptime!(2 * row_tile + r)] * unscale;
+            #[comptime]
+            if lora.is_some() {
+                total += of_branch[comptime!(2 * row_tile + r)];
+            }
+            sum[r] = Vector::new(total);
         }
         sums.push(sum);
     }

@@ -5,6 +5,7 @@ pub mod decode;
 pub mod fragments;
 pub mod gemv;
 pub mod levels;
+pub mod lora;
 pub mod quantize;
 pub mod quantize_tiles;
 pub mod scales;

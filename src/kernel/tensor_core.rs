@@ -22,6 +22,7 @@ use super::fragments::{
     CodeTable, Rows, fill_table, fragment, load_first_x, load_level, load_x, stage_first_x,
     store_x, x_places,
 };
+use super::lora::LoraBranch;
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
@@ -92,11 +93,12 @@ const PARTS: usize = 2;
 /// Bytes of the table of pairs of levels: 256 pairs, sixteen copies.
 pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b + s (x A) B`.
 ///
 /// - `x`: `[m, k]`, two elements a u32, in vectors of eight elements; `packed`: the whole packed
 ///   weight, and `words` the same buffer once more; `bias`: `[n]`, unused without one; `out`:
-///   `[m, n]`; `parts` and `counters`: see [`store_sums`].
+///   `[m, n]`; `parts` and `counters`: see [`store_sums`]; `lora`: the low-rank branch, if there is
+///   one.
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`, all its rows: planes with the same rows add their sums up at the end.
 /// - `k_cubes` cubes share those columns, each taking some stages.
@@ -106,7 +108,7 @@ pub const TABLE_BYTES: usize = 256 * 16 * 8;
 ///   `k` is a multiple of `2^run_log2`, `m` at most `8 * column_tiles`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
-pub fn matmul_tensor_core_kernel<F: Float>(
+pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     x: &[Vector<u32, Const<4>>],
     packed: &[Vector<u32, Const<4>>],
     words: &[u32],
@@ -114,12 +116,14 @@ pub fn matmul_tensor_core_kernel<F: Float>(
     out: &mut [F],
     parts: &mut [Vector<u32, Const<4>>],
     counters: &[Atomic<u32>],
+    lora: ComptimeOption<LoraBranch<G>>,
     view: PackedView,
     m: usize,
     n: usize,
     k: usize,
     #[comptime] blueprint: TensorCoreBlueprint,
     #[define(F)] _dtype: ElemType,
+    #[define(G)] _lora_dtype: ElemType,
 ) {
     let row_tiles = comptime!(blueprint.sums.row_tiles);
     let column_tiles = comptime!(blueprint.sums.column_tiles);
@@ -196,6 +200,16 @@ pub fn matmul_tensor_core_kernel<F: Float>(
         sum[0] = Vector::new(0.0f32);
         sum[1] = Vector::new(0.0f32);
         sums.push(sum);
+    }
+
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) => {
+            if k_plane == 0 && k_cube == 0 {
+                lora.add_tiles::<F>(&mut sums, plane_row, m, n, row_tiles, column_tiles);
+            }
+        }
+        ComptimeOption::None => {}
     }
 
     let zero = view.zero as usize;

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::lora::{Lora, lora_arg};
 use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TensorCoreTile, group_rows};
 use super::{
     address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
@@ -52,6 +53,19 @@ pub struct Product {
     pub k: usize,
     /// Type of `x`, `b` and `y`.
     pub dtype: FloatType,
+}
+
+/// What goes into a product.
+#[derive(Debug, Clone)]
+pub struct Operands {
+    /// `[m, k]`, row-major.
+    pub x: Handle,
+    /// The whole packed weight, u32 words.
+    pub packed: Handle,
+    /// `[n]`, there if the plan is for one.
+    pub bias: Option<Handle>,
+    /// A low-rank branch to add; any plan takes one, on a device that passes [`Lora::check`].
+    pub lora: Option<Lora>,
 }
 
 /// A launch of a matrix product, worked out but not yet made.
@@ -228,23 +242,23 @@ impl MatmulPlan {
         }
     }
 
-    /// Makes the launch.
-    ///
-    /// # Shapes
-    /// - `x`: `m * k` elements, row-major; `packed`: `layout.words` u32 words; `bias`: `n`
-    ///   elements, there if the plan is for one; `out`: `m * n` elements
+    /// Makes the launch, and with a low-rank branch one before it for its first half.
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if a buffer is too small.
     pub fn launch(
         &self,
         client: &Client,
-        x: Handle,
-        packed: Handle,
+        operands: Operands,
         layout: &PackedLayout,
-        bias: Option<Handle>,
         out: Handle,
     ) -> Result<(), Nf4Error> {
+        let Operands {
+            x,
+            packed,
+            bias,
+            lora,
+        } = operands;
         let Product { m, n, k, dtype } = self.product;
         let size = dtype.size_bytes();
         let with_bias = match self.kernel {
@@ -271,9 +285,16 @@ impl MatmulPlan {
                 });
             }
         }
+        if let Some(lora) = &lora {
+            lora.check_lengths(&self.product)?;
+        }
+        let down = lora
+            .as_ref()
+            .map(|lora| lora.launch_down(client, &x, &self.product));
         let view = || PackedViewLaunch::new(0, layout.elems, layout.scales, layout.codebook, 0);
         let address = self.address;
         let elem = elem_type(dtype);
+        let lora_elem = lora.as_ref().map_or(elem, |lora| elem_type(lora.dtype));
         // SAFETY: the buffers hold what is declared here (checked above, and `layout` is that of
         // the weight, whose elements are `n * k`); the kernels guard every row by `m` and `n` and
         // every element by `k`. A bias that is not there is never read, parts that are not asked for
@@ -312,12 +333,14 @@ impl MatmulPlan {
                             BufferArg::from_raw_parts(out, m * n),
                             parts,
                             counters,
+                            lora_arg(down.as_ref(), n, first, m),
                             view(),
                             m,
                             n,
                             k,
                             blueprint,
                             elem,
+                            lora_elem,
                         );
                     }
                 }
@@ -333,11 +356,13 @@ impl MatmulPlan {
                     out_arg(),
                     out_arg(),
                     words(),
+                    lora_arg(down.as_ref(), n, 0, 1),
                     view(),
                     n,
                     k,
                     blueprint,
                     elem,
+                    lora_elem,
                 ),
                 Kernel::Gemv { blueprint, vector } => matmul_gemv_kernel::launch_unchecked(
                     client,
@@ -349,12 +374,14 @@ impl MatmulPlan {
                     words(),
                     bias_arg(),
                     out_arg(),
+                    lora_arg(down.as_ref(), n, 0, m),
                     view(),
                     m,
                     n,
                     k,
                     blueprint,
                     elem,
+                    lora_elem,
                 ),
             }
         }

@@ -1,12 +1,14 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
 mod dequantize;
+mod lora;
 mod matmul;
 mod quantize;
 mod tensor_core;
 
 pub use dequantize::{DequantizePlan, Variant, dequantize};
-pub use matmul::{MatmulPlan, MatmulVariant, Product};
+pub use lora::Lora;
+pub use matmul::{MatmulPlan, MatmulVariant, Operands, Product};
 pub use quantize::quantize;
 pub(crate) use tensor_core::has_tensor_cores;
 pub use tensor_core::{Cut, TENSOR_CORE_ROWS, TensorCoreTile};

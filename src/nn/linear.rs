@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
-use crate::op::{MatmulStrategy, Nf4Weight, linear_with};
+use crate::op::{LowRank, MatmulStrategy, Nf4Weight, linear_with, lora_linear};
 
 /// Configuration of an [`Nf4Linear`] to load a record into.
 ///
@@ -75,7 +75,8 @@ impl Nf4LinearConfig {
 /// A frozen linear layer whose weight stays in 4 bit: `y = x Wᵀ + b`.
 ///
 /// Only the packed form of the weight is kept. Few rows of input are multiplied with it as it is; for
-/// many it is decoded to the dtype of the input, each time anew. Neither weight nor bias is trained; gradients flow through to the input.
+/// many it is decoded to the dtype of the input, each time anew. Neither weight nor bias is trained;
+/// gradients flow through to the input.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -165,20 +166,24 @@ impl Nf4Linear {
     /// If `x` does not fit the weight or is neither f16, bf16 nor f32, or if the device cannot compute
     /// the product in the way that was asked for, where [`linear_with`] returns an error.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let bias = self.bias.as_ref().map(|bias| bias.val().cast(x.dtype()));
-        self.product(x, bias)
+        let bias = self.bias_of(&x);
+        expect(linear_with(x, &self.weight, bias, self.strategy))
     }
 
     /// `x Wᵀ`.
     pub(super) fn forward_without_bias<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.product(x, None)
+        expect(linear_with(x, &self.weight, None, self.strategy))
     }
 
-    fn product<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
-        match linear_with(x, &self.weight, bias, self.strategy) {
-            Ok(y) => y,
-            Err(error) => panic!("Nf4Linear::forward: {error}"),
-        }
+    /// `x Wᵀ + b + s (x A) B`.
+    pub(super) fn forward_with<const D: usize>(&self, x: Tensor<D>, branch: LowRank) -> Tensor<D> {
+        let bias = self.bias_of(&x);
+        expect(lora_linear(x, &self.weight, bias, branch, self.strategy))
+    }
+
+    /// The bias in the dtype of `x`.
+    fn bias_of<const D: usize>(&self, x: &Tensor<D>) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val().cast(x.dtype()))
     }
 
     /// The dense layer with the same values.
@@ -201,6 +206,13 @@ impl Nf4Linear {
     pub fn dims(&self) -> [usize; 2] {
         let shape = self.weight.shape();
         [shape[0], shape[1]]
+    }
+}
+
+fn expect<const D: usize>(y: Result<Tensor<D>, Nf4Error>) -> Tensor<D> {
+    match y {
+        Ok(y) => y,
+        Err(error) => panic!("Nf4Linear::forward: {error}"),
     }
 }
 

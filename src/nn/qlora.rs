@@ -8,6 +8,9 @@ use burn::tensor::{DType, Device, Tensor};
 use super::Nf4Linear;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
+use crate::op::LowRank;
+#[cfg(doc)]
+use crate::op::lora_linear;
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
 const NORM_CHUNK_ELEMS: usize = 1 << 22;
@@ -186,7 +189,8 @@ pub struct QLoraLinear {
 impl QLoraLinear {
     /// Applies the layer.
     ///
-    /// The branch is computed in the dtype of `A` and `B` and its result cast to that of `x`.
+    /// The branch is computed in the dtype of `A` and `B` and its result cast to that of `x`; without
+    /// autodiff the product with the frozen weight adds it where it can, see [`lora_linear`].
     ///
     /// # Shapes
     /// - `x`: `[..., d_input]`
@@ -201,13 +205,27 @@ impl QLoraLinear {
             return self.base.forward(x);
         }
         match &self.lora_magnitude {
-            None => {
+            None if self.drops(&x) => {
                 let y = self.base.forward(x.clone());
                 let branch = self.branch(self.dropout.forward(x), rows);
                 let branch = branch.cast(y.dtype()).reshape(y.shape());
                 y + branch
             }
+            None => self.base.forward_with(x, self.low_rank()),
             Some(magnitude) => self.forward_dora(x, rows, magnitude.val()),
+        }
+    }
+
+    /// Whether dropout acts on `x`.
+    fn drops<const D: usize>(&self, x: &Tensor<D>) -> bool {
+        self.dropout.prob > 0.0 && self.dropout.training.is_enabled() && x.device().is_autodiff()
+    }
+
+    fn low_rank(&self) -> LowRank {
+        LowRank {
+            a: self.lora_a.val(),
+            b: self.lora_b.val(),
+            scale: self.scale,
         }
     }
 
@@ -215,9 +233,7 @@ impl QLoraLinear {
     /// matrix products.
     fn branch<const D: usize>(&self, x: Tensor<D>, rows: usize) -> Tensor<2> {
         let [_, d_input] = self.base.dims();
-        let a = self.lora_a.val();
-        let x = x.cast(a.dtype()).reshape([rows, d_input]);
-        x.matmul(a).matmul(self.lora_b.val()) * self.scale
+        self.low_rank().forward(x.reshape([rows, d_input]))
     }
 
     fn forward_dora<const D: usize>(
@@ -238,10 +254,7 @@ impl QLoraLinear {
         let [d_output, _] = self.base.dims();
         let fold = |y: Tensor<D>| y.cast(branch_dtype).reshape([rows, d_output]);
 
-        let drops = self.dropout.prob > 0.0
-            && self.dropout.training.is_enabled()
-            && x.device().is_autodiff();
-        if drops {
+        if self.drops(&x) {
             let y = self.base.forward(x.clone());
             let x = self.dropout.forward(x);
             let dropped = fold(self.base.forward_without_bias(x.clone()));

@@ -123,6 +123,19 @@ impl MatmulSpec {
     }
 }
 
+/// A product with a packed weight and a low-rank branch in one operation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraSpec {
+    /// The product.
+    pub matmul: MatmulSpec,
+    /// Columns of `A`, rows of `B`.
+    pub rank: usize,
+    /// The factor `s`.
+    pub scale: f64,
+    /// Type of `A` and `B`.
+    pub dtype: FloatType,
+}
+
 /// How to quantize a weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuantizeSpec {
@@ -203,6 +216,43 @@ pub trait Nf4Backend: Backend {
         spec: MatmulSpec,
     ) -> FloatTensor<Self>;
 
+    /// `y = x Wᵀ + s (x A) B`, otherwise as [`nf4_matmul`](Self::nf4_matmul).
+    ///
+    /// # Shapes
+    /// - `a`: `[k, spec.rank]`, `b`: `[spec.rank, n]`, of `spec.dtype`
+    #[fusion(
+        dtype = DType::from(spec.matmul.weight.dtype),
+        shape = Shape::from([spec.matmul.m, spec.matmul.weight.rows])
+    )]
+    fn nf4_matmul_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        let y = Self::nf4_matmul(x.clone(), packed, spec.matmul);
+        add_lora::<Self>(y, x, a, b, spec)
+    }
+
+    /// `y = x Wᵀ + b + s (x A) B`, otherwise as [`nf4_matmul_bias`](Self::nf4_matmul_bias) and
+    /// [`nf4_matmul_lora`](Self::nf4_matmul_lora).
+    #[fusion(
+        dtype = DType::from(spec.matmul.weight.dtype),
+        shape = Shape::from([spec.matmul.m, spec.matmul.weight.rows])
+    )]
+    fn nf4_matmul_bias_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        let y = Self::nf4_matmul_bias(x.clone(), packed, bias, spec.matmul);
+        add_lora::<Self>(y, x, a, b, spec)
+    }
+
     /// `dx = dy W`, the gradient of [`nf4_linear`](Self::nf4_linear) for `x`. The weight is
     /// decoded again.
     ///
@@ -240,6 +290,21 @@ pub(super) fn add_bias<B: Backend>(
     let n = spec.weight.rows;
     let bias = B::float_reshape(bias, Shape::from([1, n]));
     B::float_add(y, B::float_expand(bias, Shape::from([spec.m, n])))
+}
+
+/// Adds `s (x A) B`, computed in the dtype of `A` and `B`.
+pub(super) fn add_lora<B: Backend>(
+    y: FloatTensor<B>,
+    x: FloatTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    spec: LoraSpec,
+) -> FloatTensor<B> {
+    let x = B::float_cast(x, DType::from(spec.dtype).into());
+    let branch = B::float_matmul(B::float_matmul(x, a), b);
+    let branch = B::float_mul_scalar(branch, spec.scale.into());
+    let dtype = DType::from(spec.matmul.weight.dtype);
+    B::float_add(y, B::float_cast(branch, dtype.into()))
 }
 
 /// Checks in debug builds what the functions in front have promised.

@@ -9,9 +9,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
 use super::backend::{
-    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
+    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
 };
-use super::tune::{self, Inputs, Way};
+use super::tune::{self, Inputs, LoraInputs, Way};
 use crate::error::Nf4Error;
 use crate::launch::{self, MatmulPlan, MatmulVariant};
 
@@ -65,7 +65,7 @@ impl Nf4Backend for CubeBackend {
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        matmul(x, packed, None, spec)
+        matmul(x, packed, None, None, spec)
     }
 
     fn nf4_matmul_bias(
@@ -74,7 +74,30 @@ impl Nf4Backend for CubeBackend {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        matmul(x, packed, Some(bias), spec)
+        matmul(x, packed, Some(bias), None, spec)
+    }
+
+    fn nf4_matmul_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        let lora = LoraInputs::new(a, b, spec);
+        matmul(x, packed, None, Some(lora), spec.matmul)
+    }
+
+    fn nf4_matmul_bias_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        let lora = LoraInputs::new(a, b, spec);
+        matmul(x, packed, Some(bias), Some(lora), spec.matmul)
     }
 }
 
@@ -82,6 +105,7 @@ fn matmul(
     x: CubeTensor,
     packed: CubeTensor,
     bias: Option<CubeTensor>,
+    lora: Option<LoraInputs>,
     spec: MatmulSpec,
 ) -> CubeTensor {
     debug_check(&packed, &spec.weight.layout);
@@ -89,6 +113,7 @@ fn matmul(
         x: into_contiguous(x),
         packed: into_contiguous(packed),
         bias: bias.map(into_contiguous),
+        lora,
         spec,
     };
     let way = match spec.strategy {

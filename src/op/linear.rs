@@ -3,7 +3,9 @@
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Shape, Tensor};
 
-use super::backend::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
+use super::backend::{
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -11,8 +13,9 @@ use crate::format::FloatType;
 /// `y = x Wᵀ + b` with a packed weight `W`.
 ///
 /// Few rows of `x` are multiplied with `W` as it is packed, see [`linear_with`]; for many it is
-/// decoded to the dtype of `x`, here and again in the backward pass, and not kept in between. The gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty
-/// result, which is a constant to autodiff.
+/// decoded to the dtype of `x`, here and again in the backward pass, and not kept in between. The
+/// gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty result, which is a
+/// constant to autodiff.
 ///
 /// # Shapes
 /// - `x`: `[..., in_features]`
@@ -47,7 +50,84 @@ pub fn linear_with<const D: usize>(
     bias: Option<Tensor<1>>,
     strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
-    linear_at(x, weight, weight.matrix_dims()?, 0, bias, strategy)
+    linear_at(x, weight, weight.matrix_dims()?, 0, bias, None, strategy)
+}
+
+/// A low-rank branch `s (x A) B` of a linear map (LoRA: Hu et al., arXiv 2106.09685).
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// `A`, `[in_features, rank]`.
+    pub a: Tensor<2>,
+    /// `B`, `[rank, out_features]`, of the dtype of `A`.
+    pub b: Tensor<2>,
+    /// The factor `s`.
+    pub scale: f64,
+}
+
+impl LowRank {
+    /// `s (x A) B`, in the dtype of `A`, by Burn's own products.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, in_features]`
+    /// - returns `[rows, out_features]`
+    pub(crate) fn forward(self, x: Tensor<2>) -> Tensor<2> {
+        let x = x.cast(self.a.dtype());
+        x.matmul(self.a).matmul(self.b) * self.scale
+    }
+
+    /// What a product needs to know of it to add it itself: nothing if autodiff has to see its parts,
+    /// or if the types are not those of `x` or f32.
+    fn spec(&self, matmul: MatmulSpec) -> Option<LoraSpec> {
+        let tracked = self.a.device().is_autodiff() || self.b.device().is_autodiff();
+        let dtype = FloatType::from_dtype(self.a.dtype(), "lora_a").ok()?;
+        let dtypes = [matmul.weight.dtype, FloatType::F32];
+        let fits = DType::from(dtype) == self.a.dtype()
+            && self.a.dtype() == self.b.dtype()
+            && dtypes.contains(&dtype);
+        (!tracked && fits).then_some(LoraSpec {
+            matmul,
+            rank: self.a.dims()[1],
+            scale: self.scale,
+            dtype,
+        })
+    }
+}
+
+/// `y = x Wᵀ + b + s (x A) B` with a packed weight `W`, otherwise as [`linear_with`].
+///
+/// Without autodiff few rows of `x` take the branch on their way: a graphics card needs one small
+/// launch for `x A`, and the product with the packed weight adds the rest to its sums. On tensor
+/// cores `s x A` and `B` are then rounded to the dtype of `x`; otherwise, and wherever the branch is
+/// computed beside the product, it is in the dtype of `A`. The gradient flows to `A` and `B` too.
+///
+/// # Shapes
+/// - `branch.a`: `[in_features, rank]`; `branch.b`: `[rank, out_features]`
+///
+/// # Errors
+/// Those of [`linear_with`], and [`Nf4Error::Shape`] if `A` or `B` does not fit the weight.
+pub fn lora_linear<const D: usize>(
+    x: Tensor<D>,
+    weight: &Nf4Weight,
+    bias: Option<Tensor<1>>,
+    branch: LowRank,
+    strategy: MatmulStrategy,
+) -> Result<Tensor<D>, Nf4Error> {
+    let [out_features, in_features] = weight.matrix_dims()?;
+    let [_, rank] = branch.a.dims();
+    for (tensor, expected, given) in [
+        ("lora_a", [in_features, rank.max(1)], branch.a.dims()),
+        ("lora_b", [rank.max(1), out_features], branch.b.dims()),
+    ] {
+        if expected != given {
+            return Err(Nf4Error::Shape {
+                tensor: tensor.into(),
+                expected: expected.to_vec(),
+                given: given.to_vec(),
+            });
+        }
+    }
+    let dims = [out_features, in_features];
+    linear_at(x, weight, dims, 0, bias, Some(branch), strategy)
 }
 
 /// `y = x Wₑᵀ + b` with one matrix of a packed stack of them, such as an expert's.
@@ -79,7 +159,7 @@ pub fn expert_linear<const D: usize>(
     };
     let start = weight.start_of(expert)?;
     let dims = [out_features, in_features];
-    linear_at(x, weight, dims, start, bias, MatmulStrategy::Auto)
+    linear_at(x, weight, dims, start, bias, None, MatmulStrategy::Auto)
 }
 
 /// The linear map of the matrix whose elements begin at `start`.
@@ -89,6 +169,7 @@ fn linear_at<const D: usize>(
     [out_features, in_features]: [usize; 2],
     start: usize,
     bias: Option<Tensor<1>>,
+    branch: Option<LowRank>,
     strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
     let dtype = FloatType::from_dtype(x.dtype(), "x")?;
@@ -141,29 +222,50 @@ fn linear_at<const D: usize>(
     // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
     let given = x.dtype();
     let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
-    // Autodiff wants the sum as an operation of its own.
-    let fused = match (&bias, MatmulSpec::of(spec, rows)) {
-        (Some(bias), Some(fused)) if !transposed && !x.device().is_autodiff() => {
-            (bias.dtype() == DType::from(dtype)).then_some(fused)
+    // Autodiff wants each part as an operation of its own.
+    let fused = MatmulSpec::of(spec, rows).filter(|_| {
+        let bias_fits = bias
+            .as_ref()
+            .is_none_or(|bias| bias.dtype() == DType::from(dtype));
+        !transposed && !x.device().is_autodiff() && bias_fits
+    });
+    let lora = fused.and_then(|fused| branch.as_ref()?.spec(fused));
+    let packed = weight.packed().into_dispatch();
+    let dispatch = |tensor: &Tensor<2>| tensor.clone().into_dispatch();
+    let y = match (fused, &bias, &branch, lora) {
+        (Some(_), None, Some(branch), Some(lora)) => {
+            let (a, b) = (dispatch(&branch.a), dispatch(&branch.b));
+            <Dispatch as Nf4Backend>::nf4_matmul_lora(x.into_dispatch(), packed, a, b, lora)
         }
-        _ => None,
+        (Some(_), Some(bias), Some(branch), Some(lora)) => {
+            let bias = bias.clone().into_dispatch();
+            let (a, b) = (dispatch(&branch.a), dispatch(&branch.b));
+            let x = x.into_dispatch();
+            <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora)
+        }
+        (Some(fused), Some(bias), None, _) => {
+            let bias = bias.clone().into_dispatch();
+            <Dispatch as Nf4Backend>::nf4_matmul_bias(x.into_dispatch(), packed, bias, fused)
+        }
+        _ => {
+            let operand = x.clone().into_dispatch();
+            let y = match transposed {
+                false => <Dispatch as Nf4Backend>::nf4_linear(operand, packed, spec),
+                // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its
+                // gradient.
+                true => <Dispatch as Nf4Backend>::nf4_linear_backward(operand, packed, spec.weight),
+            };
+            let mut y = Tensor::<2>::from_dispatch(y);
+            if let Some(bias) = bias {
+                y = y + bias.unsqueeze();
+            }
+            if let Some(branch) = branch {
+                y = y.clone() + branch.forward(x).cast(y.dtype());
+            }
+            return Ok(y.cast(given).reshape(Shape::from(shape)));
+        }
     };
-    let (x, packed) = (x.into_dispatch(), weight.packed().into_dispatch());
-    if let (Some(fused), Some(bias)) = (fused, &bias) {
-        let bias = bias.clone().into_dispatch();
-        let y = <Dispatch as Nf4Backend>::nf4_matmul_bias(x, packed, bias, fused);
-        let y = Tensor::<2>::from_dispatch(y);
-        return Ok(y.cast(given).reshape(Shape::from(shape)));
-    }
-    let y = match transposed {
-        false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
-        // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its gradient.
-        true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec.weight),
-    };
-    let mut y = Tensor::<2>::from_dispatch(y);
-    if let Some(bias) = bias {
-        y = y + bias.unsqueeze();
-    }
+    let y = Tensor::<2>::from_dispatch(y);
     Ok(y.cast(given).reshape(Shape::from(shape)))
 }
 

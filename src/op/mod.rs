@@ -14,9 +14,9 @@ mod tune;
 mod weight;
 
 pub use backend::{
-    DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
 };
-pub use linear::{expert_linear, linear, linear_with};
+pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub(crate) use spec::FORM_CONTAINER;
 pub use weight::Nf4Weight;
 

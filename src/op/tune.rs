@@ -7,16 +7,19 @@ use std::sync::Arc;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::CubeTuneId;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 use cubecl::tune::{AutotuneKey, LocalTuner, Tunable, TunableSet, TuneGroup, local_tuner};
 use serde::{Deserialize, Serialize};
 
-use super::backend::{MatmulSpec, add_bias, decoded_matmul};
+use super::backend::{LoraSpec, MatmulSpec, add_bias, add_lora, decoded_matmul};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::launch::{Cut, MatmulPlan, MatmulVariant, Product, TENSOR_CORE_ROWS, has_tensor_cores};
+use crate::launch::{
+    Cut, Lora, MatmulPlan, MatmulVariant, Operands, Product, TENSOR_CORE_ROWS, has_tensor_cores,
+};
 
 /// Rows of `x` up to which the plain kernel is taken unmeasured where there are no tensor cores: it
 /// reads an eighth of what decoding writes and reads.
@@ -34,7 +37,46 @@ pub(super) struct Inputs {
     pub x: CubeTensor,
     pub packed: CubeTensor,
     pub bias: Option<CubeTensor>,
+    pub lora: Option<LoraInputs>,
     pub spec: MatmulSpec,
+}
+
+/// The low-rank branch of a product.
+#[derive(Clone)]
+pub(super) struct LoraInputs {
+    a: CubeTensor,
+    b: CubeTensor,
+    spec: LoraSpec,
+}
+
+impl LoraInputs {
+    pub fn new(a: CubeTensor, b: CubeTensor, spec: LoraSpec) -> Self {
+        Self {
+            a: into_contiguous(a),
+            b: into_contiguous(b),
+            spec,
+        }
+    }
+
+    /// Adds the branch with Burn's own products.
+    fn add(self, y: CubeTensor, x: CubeTensor) -> CubeTensor {
+        add_lora::<CubeBackend>(y, x, self.a, self.b, self.spec)
+    }
+
+    /// The branch as a kernel adds it, if the device can.
+    fn joined(&self) -> Option<Lora> {
+        let LoraSpec {
+            rank, scale, dtype, ..
+        } = self.spec;
+        Lora::check(&self.a.client, dtype).ok()?;
+        Some(Lora {
+            a: self.a.handle.clone(),
+            b: self.b.handle.clone(),
+            rank,
+            scale: scale as f32,
+            dtype,
+        })
+    }
 }
 
 /// A way to compute it.
@@ -115,6 +157,7 @@ impl Way {
             x,
             packed,
             bias,
+            lora,
             spec,
         } = inputs;
         let layout = &spec.weight.layout;
@@ -130,9 +173,12 @@ impl Way {
                 MatmulPlan::with_tile(&x.client, layout, product, with_bias, variant, tile)?
             }
             Self::Decode => {
-                let y = decoded_matmul::<CubeBackend>(x, packed, spec.weight);
-                return Ok(match bias {
-                    Some(bias) => add_bias::<CubeBackend>(y, bias, spec),
+                let mut y = decoded_matmul::<CubeBackend>(x.clone(), packed, spec.weight);
+                if let Some(bias) = bias {
+                    y = add_bias::<CubeBackend>(y, bias, spec);
+                }
+                return Ok(match lora {
+                    Some(lora) => lora.add(y, x),
                     None => y,
                 });
             }
@@ -140,19 +186,22 @@ impl Way {
         let out = x
             .client
             .empty(product.m * product.n * product.dtype.size_bytes());
-        plan.launch(
-            &x.client,
-            x.handle,
-            packed.handle,
-            layout,
-            bias.map(|bias| bias.handle),
-            out.clone(),
-        )?;
+        let joined = lora.as_ref().and_then(LoraInputs::joined);
+        let apart = lora.filter(|_| joined.is_none());
+        let operands = Operands {
+            x: x.handle.clone(),
+            packed: packed.handle,
+            bias: bias.map(|bias| bias.handle),
+            lora: joined,
+        };
+        plan.launch(&x.client, operands, layout, out.clone())?;
         let shape = Shape::from([product.m, product.n]);
         let dtype = DType::from(product.dtype);
-        Ok(CubeTensor::new_contiguous(
-            x.client, x.device, shape, out, dtype,
-        ))
+        let y = CubeTensor::new_contiguous(x.client.clone(), x.device.clone(), shape, out, dtype);
+        Ok(match apart {
+            Some(lora) => lora.add(y, x),
+            None => y,
+        })
     }
 }
 
@@ -167,6 +216,8 @@ struct MatmulKey {
     block_size: usize,
     nested: bool,
     bias: bool,
+    /// Rank of the branch, rounded up to a power of two; zero without one.
+    rank: usize,
 }
 
 impl Display for MatmulKey {
@@ -189,6 +240,10 @@ impl MatmulKey {
             block_size: config.block_size.elems(),
             nested: config.nested_block_size.is_some(),
             bias: inputs.bias.is_some(),
+            rank: match &inputs.lora {
+                Some(lora) => lora.spec.rank.next_power_of_two(),
+                None => 0,
+            },
         }
     }
 }

@@ -1,0 +1,182 @@
+//! Launches of the first half of a low-rank branch.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::matmul::Product;
+use super::{
+    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+};
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+use crate::kernel::lora::{
+    DOWN_TILE, LoraBranch, LoraBranchLaunch, LoraDownBlueprint, lora_down_kernel,
+};
+
+/// A low-rank branch `s (x A) B` to add to a product.
+#[derive(Debug, Clone)]
+pub struct Lora {
+    /// `A`, `[k, rank]`, row-major.
+    pub a: Handle,
+    /// `B`, `[rank, n]`, row-major.
+    pub b: Handle,
+    /// Columns of `A` and rows of `B`.
+    pub rank: usize,
+    /// The factor `s`.
+    pub scale: f32,
+    /// Type of `A` and `B`.
+    pub dtype: FloatType,
+}
+
+/// Cubes that are worth their launch.
+const CUBES: usize = 128;
+
+/// Parts that the product has to add up again, at most.
+const MAX_SPLITS: usize = 8;
+
+/// Elements along `k` that a part is at least worth.
+const MIN_SPLIT: usize = 256;
+
+/// Sums of a unit: with 256 units they take 16 KiB of shared memory, which WebGPU guarantees.
+const UNIT_SUMS: usize = 16;
+
+impl Lora {
+    /// Checks that a device can add a branch of this type to a product.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Variant`] if its cubes have no barriers, [`Nf4Error::DeviceDtype`] if it has no
+    /// such type.
+    pub fn check(client: &Client, dtype: FloatType) -> Result<(), Nf4Error> {
+        if !has_barriers(client) {
+            return Err(Nf4Error::Variant {
+                variant: "lora",
+                reason: "the device has no barriers".into(),
+            });
+        }
+        check_dtype(client, dtype)
+    }
+
+    /// Checks the buffers against a product.
+    pub(super) fn check_lengths(&self, product: &Product) -> Result<(), Nf4Error> {
+        let size = self.dtype.size_bytes();
+        for (tensor, expected, given) in [
+            (
+                "lora_a",
+                product.k * self.rank * size,
+                self.a.size_in_used() as usize,
+            ),
+            (
+                "lora_b",
+                self.rank * product.n * size,
+                self.b.size_in_used() as usize,
+            ),
+            ("rank", self.rank.max(1), self.rank),
+        ] {
+            if given < expected {
+                return Err(Nf4Error::Length {
+                    tensor: tensor.into(),
+                    expected,
+                    given,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Launches `s x A`; `x` holds what the product declares.
+    pub(super) fn launch_down(
+        &self,
+        client: &Client,
+        x: &Handle,
+        product: &Product,
+    ) -> LoraDown<'_> {
+        let Product { m, k, dtype, .. } = *product;
+        let units = units_per_cube(client) as usize;
+        let rank = self.rank;
+        let width = rank.next_multiple_of(DOWN_TILE);
+        let vector = vector_size(client, self.dtype, 8, &[rank]);
+        let rows = (UNIT_SUMS / vector).min(4).min(m);
+        // As many units as go into the vectors of a row without a remainder, and have a sum each.
+        let vectors = width / vector;
+        let rank_units =
+            (1 << vectors.trailing_zeros()).min(prev_power_of_two(units / (rows * vector)));
+        let others = m.div_ceil(rows) * (vectors / rank_units);
+        let splits = (CUBES / others).min(k / MIN_SPLIT).clamp(1, MAX_SPLITS);
+        let splits = prev_power_of_two(splits);
+        let blueprint = LoraDownBlueprint {
+            units,
+            rank_units,
+            vector,
+            rows,
+            splits,
+        };
+        let elems = m * splits * width;
+        let down = client.empty(elems * 4);
+        // SAFETY: `x` and `A` hold what is declared (checked by the caller), and the kernel guards
+        // rows by `m`, columns by the rank and elements by `k`.
+        unsafe {
+            lora_down_kernel::launch_unchecked(
+                client,
+                cube_count(client, others * splits),
+                CubeDim::new_1d(units as u32),
+                address_type((m * k).max(k * rank).max(elems)),
+                vector,
+                BufferArg::from_raw_parts(x.clone(), m * k),
+                BufferArg::from_raw_parts(self.a.clone(), k * rank),
+                BufferArg::from_raw_parts(down.clone(), elems),
+                self.scale,
+                m,
+                k,
+                rank,
+                blueprint,
+                elem_type(dtype),
+                elem_type(self.dtype),
+            );
+        }
+        LoraDown {
+            lora: self,
+            down,
+            pitch: splits * width,
+            splits,
+        }
+    }
+}
+
+fn prev_power_of_two(value: usize) -> usize {
+    1 << value.max(1).ilog2()
+}
+
+/// A branch whose first half is on its way: `s x A` in parts.
+pub(super) struct LoraDown<'a> {
+    lora: &'a Lora,
+    down: Handle,
+    /// Elements of a row, all parts.
+    pitch: usize,
+    splits: usize,
+}
+
+/// The branch as a product takes it, for `m` rows of `x` from `first` on.
+///
+/// # Safety
+/// The product that the branch was launched for has `n` columns and at least `first + m` rows.
+pub(super) unsafe fn lora_arg<G: Float>(
+    branch: Option<&LoraDown>,
+    n: usize,
+    first: usize,
+    m: usize,
+) -> ComptimeOptionArgs<LoraBranch<G>> {
+    let Some(branch) = branch else {
+        return ComptimeOptionArgs::None;
+    };
+    let down = branch.down.clone();
+    let down = down.offset_start((first * branch.pitch * 4) as u64);
+    let rank = branch.lora.rank;
+    // SAFETY: the first half was launched for all rows, and the length of `B` has been checked.
+    let (down, up) = unsafe {
+        (
+            BufferArg::from_raw_parts(down, m * branch.pitch),
+            BufferArg::from_raw_parts(branch.lora.b.clone(), rank * n),
+        )
+    };
+    ComptimeOptionArgs::Some(LoraBranchLaunch::new(down, up, rank, branch.splits))
+}
