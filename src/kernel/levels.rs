@@ -19,7 +19,7 @@ use half::f16;
 
 use super::decode::PackedView;
 use super::fragments::{Rows, load_level};
-use super::lora::LoraBranch;
+use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
@@ -127,6 +127,14 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         rows.load(packed, &mut codes, chunk_at, d, false, row_tiles);
         scales.load(words, &view, chunk_at, d, false, scale_blueprint);
     }
+    let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) => {
+            lora.load_up(&mut up, k_plane, plane_row, n, row_tiles);
+        }
+        ComptimeOption::None => {}
+    }
     let units = comptime!(blueprint.sums.units());
     let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
     let level = load_level(words, &view);
@@ -136,6 +144,23 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
     let unscale = stage_x(&values, &mut staged, blueprint);
+    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
+    #[unroll]
+    for r in 0..comptime!(2 * row_tiles) {
+        of_branch[r] = 0.0f32;
+    }
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) => {
+            let mut tile = k_plane;
+            while tile < lora.tiles() {
+                lora.add_row(&mut of_branch, &up, tile, comptime!(2 * row_tiles));
+                tile += k_planes;
+                lora.load_up(&mut up, tile, plane_row, n, row_tiles);
+            }
+        }
+        ComptimeOption::None => {}
+    }
     sync_cube();
 
     let lane = UNIT_POS_X;
@@ -155,23 +180,6 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     #[unroll]
     for r in 0..comptime!(2 * row_tiles) {
         totals[r] = 0.0f32;
-    }
-    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
-    #[comptime]
-    match &lora {
-        ComptimeOption::Some(lora) =>
-        {
-            #[unroll]
-            for r in 0..comptime!(2 * row_tiles) {
-                of_branch[r] = 0.0f32;
-                if k_plane == 0 {
-                    let row = plane_row + (lane >> 2) as usize + comptime!(8 * r);
-                    of_branch[r] =
-                        lora.quad_sum(0usize.runtime(), usize::min(row, n - 1), n, member);
-                }
-            }
-        }
-        ComptimeOption::None => {}
     }
     let zero = view.zero as usize;
     while at < k {
@@ -253,7 +261,9 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
             let mut total = totals[comptime!(2 * row_tile + r)] * unscale;
             #[comptime]
             if lora.is_some() {
-                total += of_branch[comptime!(2 * row_tile + r)];
+                let mut share = of_branch[comptime!(2 * row_tile + r)];
+                share += plane_shuffle_xor(share, 1u32);
+                total += share + plane_shuffle_xor(share, 2u32);
             }
             sum[r] = Vector::new(total);
         }

@@ -22,10 +22,13 @@ pub struct LoraBranch<G: Float> {
     pub splits: usize,
 }
 
+/// Elements of `B` that a lane has in registers for each of its rows of `W`.
+pub const UP_LOADS: usize = 4;
+
 #[cube]
 impl<G: Float> LoraBranch<G> {
-    /// Tiles along the rank.
-    fn tiles(&self) -> usize {
+    /// Tiles along the rank, which planes that share the work along `k` take in turns.
+    pub fn tiles(&self) -> usize {
         self.rank.div_ceil(DOWN_TILE.runtime())
     }
 
@@ -43,10 +46,10 @@ impl<G: Float> LoraBranch<G> {
     }
 
     /// An element of `B`, zero from the rank on.
-    fn up_at(&self, r: usize, row: usize, n: usize) -> f32 {
-        let mut value = 0.0f32;
+    fn up_at(&self, r: usize, row: usize, n: usize) -> G {
+        let mut value = G::from_int(0);
         if r < self.rank {
-            value = f32::cast_from(self.up[r * n + row]);
+            value = self.up[r * n + row];
         }
         value
     }
@@ -57,81 +60,107 @@ impl<G: Float> LoraBranch<G> {
         let mut sum = 0.0f32;
         #[unroll]
         for i in 0..4usize {
-            sum += down.extract(i) * self.up_at(four * 4 + i, row, n);
+            let up = self.up_at(four * 4 + comptime!(i), row, n);
+            sum += down.extract(i) * f32::cast_from(up);
         }
         sum
     }
 
-    /// What the branch adds to `y[column, row]`, of which each of four neighbouring lanes, by its
-    /// `member`, computes a quarter.
-    pub fn quad_sum(&self, column: usize, row: usize, n: usize, member: usize) -> f32 {
-        let mut sum = 0.0f32;
-        for tile in 0..self.tiles() {
-            sum += self.four_products(column, row, n, tile * 4 + member);
+    /// Loads a lane's elements of `B` of a tile along the rank: of each row of a plane's tiles of 16
+    /// rows of `W` that the lane has, the upper before the lower, four neighbouring ones.
+    pub fn load_up(
+        &self,
+        up: &mut Array<G>,
+        tile: usize,
+        plane_row: usize,
+        n: usize,
+        #[comptime] row_tiles: usize,
+    ) {
+        let group = (UNIT_POS_X >> 2) as usize;
+        let r = tile * DOWN_TILE + (UNIT_POS_X & 3) as usize * 4;
+        #[unroll]
+        for half in 0..comptime!(2 * row_tiles) {
+            let row = usize::min(plane_row + group + comptime!(8 * half), n - 1);
+            #[unroll]
+            for i in 0..UP_LOADS {
+                up[comptime!(half * UP_LOADS + i)] = self.up_at(r + i, row, n);
+            }
         }
-        sum += plane_shuffle_xor(sum, 1u32);
-        sum + plane_shuffle_xor(sum, 2u32)
     }
 
-    /// Adds the branch to the sums of a plane on tensor cores, in the dtype of the product: the
-    /// plane's tiles of 16 rows of `W`, from `plane_row` on, by 8 rows of `x`.
+    /// Adds a lane's share of a tile along the rank to the sums of its rows, for a single row of `x`;
+    /// those of the four lanes that have the same rows add up to the branch.
+    pub fn add_row(
+        &self,
+        sums: &mut Array<f32>,
+        up: &Array<G>,
+        tile: usize,
+        #[comptime] rows: usize,
+    ) {
+        let four = tile * comptime!(DOWN_TILE / 4) + (UNIT_POS_X & 3) as usize;
+        let down = self.down_four(0usize.runtime(), four);
+        #[unroll]
+        for row in 0..rows {
+            #[unroll]
+            for i in 0..UP_LOADS {
+                let up = f32::cast_from(up[comptime!(row * UP_LOADS + i)]);
+                sums[row] += down.extract(i) * up;
+            }
+        }
+    }
+
+    /// Adds a tile along the rank to the sums of a plane on tensor cores, in the dtype of the product.
     ///
     /// A lane has four neighbouring places along the rank, where the instruction wants two pairs
     /// eight apart: any order does that both sides agree on.
-    pub fn add_tiles<F: Float>(
+    pub fn add_tile<F: Float>(
         &self,
         sums: &mut Sequence<Array<Vector<f32, Const<2>>>>,
-        plane_row: usize,
+        up: &Array<G>,
+        tile: usize,
         m: usize,
-        n: usize,
         #[comptime] row_tiles: usize,
         #[comptime] column_tiles: usize,
     ) {
         let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
         let group = (UNIT_POS_X >> 2) as usize;
-        let member = (UNIT_POS_X & 3) as usize;
-        for tile in 0..self.tiles() {
-            let four = tile * 4 + member;
-            let mut up = Sequence::<Array<Vector<F, Const<2>>>>::new();
+        let four = tile * comptime!(DOWN_TILE / 4) + (UNIT_POS_X & 3) as usize;
+        let mut fragments = Sequence::<Array<Vector<F, Const<2>>>>::new();
+        #[unroll]
+        for row_tile in 0..row_tiles {
+            let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
             #[unroll]
-            for row_tile in 0..row_tiles {
-                let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
-                #[unroll]
-                for half in 0..2usize {
-                    let row = plane_row + group + comptime!(16 * row_tile + 8 * half);
-                    let row = usize::min(row, n - 1);
-                    #[unroll]
-                    for pair in 0..2usize {
-                        let mut two = Vector::<F, Const<2>>::empty();
-                        #[unroll]
-                        for i in 0..2usize {
-                            let r = four * 4 + comptime!(2 * pair + i);
-                            two.insert(i, F::cast_from(self.up_at(r, row, n)));
-                        }
-                        registers[comptime!(2 * pair + half)] = two;
-                    }
-                }
-                up.push(registers);
-            }
-            #[unroll]
-            for column_tile in 0..column_tiles {
-                let column = usize::min(comptime!(8 * column_tile) + group, m - 1);
-                let values = self.down_four(column, four);
-                let mut down = Array::<Vector<F, Const<2>>>::new(2usize);
+            for half in 0..2usize {
                 #[unroll]
                 for pair in 0..2usize {
+                    let first = comptime!((2 * row_tile + half) * UP_LOADS + 2 * pair);
                     let mut two = Vector::<F, Const<2>>::empty();
-                    #[unroll]
-                    for i in 0..2usize {
-                        two.insert(i, F::cast_from(values.extract(comptime!(2 * pair + i))));
-                    }
-                    down[pair] = two;
+                    two.insert(0usize, F::cast_from(up[first]));
+                    two.insert(1usize, F::cast_from(up[comptime!(first + 1)]));
+                    registers[comptime!(2 * pair + half)] = two;
                 }
-                #[unroll]
-                for row_tile in 0..row_tiles {
-                    let sum = sums.index_mut(comptime!(row_tile * column_tiles + column_tile));
-                    def.execute_inplace(up.index(row_tile), &down, sum);
-                }
+            }
+            fragments.push(registers);
+        }
+        #[unroll]
+        for column_tile in 0..column_tiles {
+            let column = usize::min(comptime!(8 * column_tile) + group, m - 1);
+            let values = self.down_four(column, four);
+            let mut down = Array::<Vector<F, Const<2>>>::new(2usize);
+            #[unroll]
+            for pair in 0..2usize {
+                let mut two = Vector::<F, Const<2>>::empty();
+                two.insert(0usize, F::cast_from(values.extract(comptime!(2 * pair))));
+                two.insert(
+                    1usize,
+                    F::cast_from(values.extract(comptime!(2 * pair + 1))),
+                );
+                down[pair] = two;
+            }
+            #[unroll]
+            for row_tile in 0..row_tiles {
+                let sum = sums.index_mut(comptime!(row_tile * column_tiles + column_tile));
+                def.execute_inplace(fragments.index(row_tile), &down, sum);
             }
         }
     }
@@ -162,10 +191,16 @@ impl LoraDownBlueprint {
     const fn k_units(&self) -> usize {
         self.units / self.rank_units
     }
+
+    /// From one sum of a unit to its next in shared memory: the units next to each other along the
+    /// rank, two of them with eight sums each as a rule, come to lie in different banks.
+    const fn pitch(&self) -> usize {
+        self.k_units() + 2
+    }
 }
 
 /// Loads of `A` that a unit has on their way at a time.
-const LOADS: usize = 4;
+const LOADS: usize = 8;
 
 /// `s x A` in f32, in parts.
 ///
@@ -246,29 +281,36 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     }
 
     // Units along k add up: each of some parts of a sum first, then one the parts.
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(
-        blueprint.units * blueprint.rows * blueprint.vector
-    ));
+    let pitch = comptime!(blueprint.pitch());
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(outputs * pitch));
     #[unroll]
     for row in 0..rows {
         #[unroll]
         for i in 0..vector {
             let output = comptime!(row * columns + i) + rank_unit * vector;
-            shared[k_unit * outputs + output] = sums[row].extract(i);
+            shared[output * pitch + k_unit] = sums[row].extract(i);
         }
     }
     sync_cube();
-    let parts = comptime!(usize::max(blueprint.units / outputs, 1));
+    let parts = comptime!(blueprint.units / outputs);
+    let output = unit / parts;
+    let part = unit % parts;
     let mut total = 0.0f32;
-    if unit < comptime!(outputs * parts) {
-        let mut i = unit;
-        while i < comptime!(outputs * blueprint.k_units()) {
-            total += shared[i];
-            i += comptime!(outputs * parts);
+    if output < outputs {
+        #[unroll]
+        for i in 0..comptime!(blueprint.k_units().div_ceil(parts)) {
+            let at = part + comptime!(i * parts);
+            if comptime!((i + 1) * parts <= blueprint.k_units())
+                || at < comptime!(blueprint.k_units())
+            {
+                total += shared[output * pitch + at];
+            }
         }
     }
     sync_cube();
-    shared[unit] = total;
+    if output < outputs {
+        shared[part * outputs + output] = total;
+    }
     sync_cube();
     if unit < outputs {
         let mut sum = 0.0f32;

@@ -22,7 +22,7 @@ use super::fragments::{
     CodeTable, Rows, fill_table, fragment, load_first_x, load_level, load_x, stage_first_x,
     store_x, x_places,
 };
-use super::lora::LoraBranch;
+use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
@@ -173,6 +173,15 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
         rows.load(packed, &mut codes, chunk_at, d, clear, row_tiles);
         scales.load(words, &view, chunk_at, d, clear, scale_blueprint);
     }
+    let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
+    let first_tile = k_cube * comptime!(blueprint.sums.k_planes) + k_plane;
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) => {
+            lora.load_up(&mut up, first_tile, plane_row, n, row_tiles);
+        }
+        ComptimeOption::None => {}
+    }
     let units = comptime!(blueprint.sums.units());
     let first_x = load_first_x(x, first_stage * stage_k, m, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
@@ -205,8 +214,11 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     #[comptime]
     match &lora {
         ComptimeOption::Some(lora) => {
-            if k_plane == 0 && k_cube == 0 {
-                lora.add_tiles::<F>(&mut sums, plane_row, m, n, row_tiles, column_tiles);
+            let mut tile = first_tile;
+            while tile < lora.tiles() {
+                lora.add_tile::<F>(&mut sums, &up, tile, m, row_tiles, column_tiles);
+                tile += comptime!(blueprint.sums.k_planes * k_cubes);
+                lora.load_up(&mut up, tile, plane_row, n, row_tiles);
             }
         }
         ComptimeOption::None => {}

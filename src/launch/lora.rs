@@ -37,6 +37,9 @@ const MAX_SPLITS: usize = 8;
 /// Elements along `k` that a part is at least worth.
 const MIN_SPLIT: usize = 256;
 
+/// Bytes that a graphics card's memory hands out at a time.
+const SECTOR_BYTES: usize = 32;
+
 /// Sums of a unit: with 256 units they take 16 KiB of shared memory, which WebGPU guarantees.
 const UNIT_SUMS: usize = 16;
 
@@ -96,10 +99,12 @@ impl Lora {
         let width = rank.next_multiple_of(DOWN_TILE);
         let vector = vector_size(client, self.dtype, 8, &[rank]);
         let rows = (UNIT_SUMS / vector).min(4).min(m);
-        // As many units as go into the vectors of a row without a remainder, and have a sum each.
+        // Units next to each other read the bytes that memory hands out at a time.
         let vectors = width / vector;
-        let rank_units =
-            (1 << vectors.trailing_zeros()).min(prev_power_of_two(units / (rows * vector)));
+        let sector = (SECTOR_BYTES / (vector * self.dtype.size_bytes())).max(1);
+        let rank_units = sector
+            .min(1 << vectors.trailing_zeros())
+            .min(prev_power_of_two(units / (rows * vector)));
         let others = m.div_ceil(rows) * (vectors / rank_units);
         let splits = (CUBES / others).min(k / MIN_SPLIT).clamp(1, MAX_SPLITS);
         let splits = prev_power_of_two(splits);
