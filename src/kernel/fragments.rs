@@ -2,9 +2,13 @@
 //! it.
 
 use cubecl::prelude::*;
+use half::f16;
 
 use super::decode::PackedView;
-use super::tensor_core::{TABLE_BYTES, TensorCoreBlueprint};
+use super::tensor_core::TensorCoreBlueprint;
+
+/// Bytes of a table of pairs of levels: 256 pairs, in f32 sixteen copies, in f16 32 of them.
+pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
 /// A table from a byte to the levels of its two codes, in f32. Entry `16 * byte + copy` is in a
 /// pair of memory banks that no other copy is in, so that sixteen lanes, each with a copy of its
@@ -238,6 +242,50 @@ pub fn store_x(
     }
 }
 
+/// Fills a table from a byte to the levels of its two codes, in f16: entry `32 * byte + copy`, a copy a
+/// lane and each in a bank of its own. The caller puts a barrier behind it.
+#[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
+pub fn fill_levels(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
+    // Four copies at a time; whole planes go round together, as the shuffles want it.
+    let mut i = UNIT_POS;
+    while i < comptime!(TABLE_BYTES as u32 / 16) {
+        let byte = i >> 3;
+        let mut pair = Vector::<f32, Const<2>>::empty();
+        pair.insert(0usize, plane_shuffle(level, byte >> 4));
+        pair.insert(1usize, plane_shuffle(level, byte & 15));
+        let pair = u32::reinterpret(Vector::<f16, Const<2>>::cast_from(pair));
+        let at = i as usize * 16;
+        let entry = (&mut table[at..at + 16]).with_vector_size_mut::<Const<16>>();
+        entry[0] = Vector::<u8, Const<16>>::reinterpret(Vector::<u32, Const<4>>::new(pair));
+        i += comptime!(units as u32);
+    }
+}
+
+/// Where a table has the entries of a byte of a word.
+#[cube]
+fn place(word: u32, #[comptime] byte: u32) -> u32 {
+    if comptime!(byte == 0) {
+        (word << 7) & 0x7f80
+    } else {
+        (word >> comptime!(byte * 8 - 7)) & 0x7f80
+    }
+}
+
+/// The levels of the two codes in a byte of a word, high nibble first, from a table in f16.
+#[cube]
+#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
+pub fn level_pair(
+    table: &CodeTable,
+    copy: u32,
+    word: u32,
+    #[comptime] byte: u32,
+) -> Vector<f16, Const<2>> {
+    let at = (place(word, byte) | copy) as usize;
+    let entry = (&table[at..at + 4]).with_vector_size::<Const<4>>();
+    Vector::<f16, Const<2>>::reinterpret(entry[0])
+}
+
 /// What a lane contributes of `W` to one product of 16 by 8 by 16: two bytes, from `byte`, of the
 /// word of its upper row and of the word eight rows below.
 #[cube]
@@ -269,12 +317,7 @@ fn decode_pair<F: Float>(
     scale: f32,
     #[comptime] byte: u32,
 ) -> Vector<F, Const<2>> {
-    let place = if comptime!(byte == 0) {
-        (word << 7) & 0x7f80
-    } else {
-        (word >> comptime!(byte * 8 - 7)) & 0x7f80
-    };
-    let at = (place | copy) as usize;
+    let at = (place(word, byte) | copy) as usize;
     let entry = (&table[at..at + 8]).with_vector_size::<Const<8>>();
     let levels = Vector::<f32, Const<2>>::reinterpret(entry[0]);
     Vector::cast_from(levels * Vector::new(scale))

@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::decode::PackedView;
-use super::fragments::{Rows, load_level};
+use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_levels, level_pair, load_level};
 use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
@@ -65,9 +65,6 @@ impl LevelsBlueprint {
         TABLE_BYTES + 256 * 4 + 32 * 4 + self.shared_vectors() * 16
     }
 }
-
-/// Bytes of the table of pairs of levels: 256 pairs, 32 copies.
-const TABLE_BYTES: usize = 256 * 32 * 4;
 
 /// Vectors that a chunk of `x` takes: sixteen, and one left free in the middle and one at the end,
 /// so that the four lanes that read at once find four different groups of banks.
@@ -127,40 +124,16 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         rows.load(packed, &mut codes, chunk_at, d, false, row_tiles);
         scales.load(words, &view, chunk_at, d, false, scale_blueprint);
     }
-    let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
-    #[comptime]
-    match &lora {
-        ComptimeOption::Some(lora) => {
-            lora.load_up(&mut up, k_plane, plane_row, n, row_tiles);
-        }
-        ComptimeOption::None => {}
-    }
     let units = comptime!(blueprint.sums.units());
     let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
     let level = load_level(words, &view);
     let values = load_x(x, k, blueprint);
-    let table = fill_levels(level, units);
+    let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
+    fill_levels(level, &mut table, units);
     map.store(units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
     let unscale = stage_x(&values, &mut staged, blueprint);
-    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
-    #[unroll]
-    for r in 0..comptime!(2 * row_tiles) {
-        of_branch[r] = 0.0f32;
-    }
-    #[comptime]
-    match &lora {
-        ComptimeOption::Some(lora) => {
-            let mut tile = k_plane;
-            while tile < lora.tiles() {
-                lora.add_row(&mut of_branch, &up, tile, comptime!(2 * row_tiles));
-                tile += k_planes;
-                lora.load_up(&mut up, tile, plane_row, n, row_tiles);
-            }
-        }
-        ComptimeOption::None => {}
-    }
     sync_cube();
 
     let lane = UNIT_POS_X;
@@ -180,6 +153,24 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     #[unroll]
     for r in 0..comptime!(2 * row_tiles) {
         totals[r] = 0.0f32;
+    }
+    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
+    #[unroll]
+    for r in 0..comptime!(2 * row_tiles) {
+        of_branch[r] = 0.0f32;
+    }
+    #[comptime]
+    match &lora {
+        ComptimeOption::Some(lora) => {
+            let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
+            let mut tile = k_plane;
+            while tile < lora.tiles() {
+                lora.load_up(&mut up, tile, plane_row, n, row_tiles);
+                lora.add_row(&mut of_branch, &up, tile, comptime!(2 * row_tiles));
+                tile += k_planes;
+            }
+        }
+        ComptimeOption::None => {}
     }
     let zero = view.zero as usize;
     while at < k {
@@ -286,47 +277,6 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         &target,
         sums_blueprint,
     );
-}
-
-/// A table from a byte to the levels of its two codes, in f16: entry `32 * byte + copy`, a copy a
-/// lane and each in a bank of its own. The caller puts a barrier behind it.
-#[cube]
-#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
-fn fill_levels(level: f32, #[comptime] units: usize) -> Shared<[Vector<u8, Const<1>>]> {
-    let mut table = Shared::<[Vector<u8, Const<1>>]>::new_aligned_slice(TABLE_BYTES, 128usize);
-    // Four copies at a time; whole planes go round together, as the shuffles want it.
-    let mut i = UNIT_POS;
-    while i < comptime!(TABLE_BYTES as u32 / 16) {
-        let byte = i >> 3;
-        let mut pair = Vector::<f32, Const<2>>::empty();
-        pair.insert(0usize, plane_shuffle(level, byte >> 4));
-        pair.insert(1usize, plane_shuffle(level, byte & 15));
-        let pair = u32::reinterpret(Vector::<f16, Const<2>>::cast_from(pair));
-        let at = i as usize * 16;
-        let entry = (&mut table[at..at + 16]).with_vector_size_mut::<Const<16>>();
-        entry[0] = Vector::<u8, Const<16>>::reinterpret(Vector::<u32, Const<4>>::new(pair));
-        i += comptime!(units as u32);
-    }
-    table
-}
-
-/// The levels of the two codes in a byte of a word, high nibble first.
-#[cube]
-#[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
-fn level_pair(
-    table: &Shared<[Vector<u8, Const<1>>]>,
-    copy: u32,
-    word: u32,
-    #[comptime] byte: u32,
-) -> Vector<f16, Const<2>> {
-    let place = if comptime!(byte == 0) {
-        (word << 7) & 0x7f80
-    } else {
-        (word >> comptime!(byte * 8 - 7)) & 0x7f80
-    };
-    let at = (place | copy) as usize;
-    let entry = (&table[at..at + 4]).with_vector_size::<Const<4>>();
-    Vector::<f16, Const<2>>::reinterpret(entry[0])
 }
 
 /// Loads a unit's share of `x`, zeros past its end.

@@ -47,11 +47,8 @@ impl<G: Float> LoraBranch<G> {
 
     /// An element of `B`, zero from the rank on.
     fn up_at(&self, r: usize, row: usize, n: usize) -> G {
-        let mut value = G::from_int(0);
-        if r < self.rank {
-            value = self.up[r * n + row];
-        }
-        value
+        let value = self.up[usize::min(r, self.rank - 1) * n + row];
+        select(r < self.rank, value, G::from_int(0))
     }
 
     /// What four values along the rank add to `y[column, row]`.
@@ -66,7 +63,7 @@ impl<G: Float> LoraBranch<G> {
         sum
     }
 
-    /// Loads a lane's elements of `B` of a tile along the rank: of each row of a plane's tiles of 16
+    /// Loads a lane's elements of `B` of a tile along the rank, if there is one: of each row of a plane's tiles of 16
     /// rows of `W` that the lane has, the upper before the lower, four neighbouring ones.
     pub fn load_up(
         &self,
@@ -78,12 +75,14 @@ impl<G: Float> LoraBranch<G> {
     ) {
         let group = (UNIT_POS_X >> 2) as usize;
         let r = tile * DOWN_TILE + (UNIT_POS_X & 3) as usize * 4;
-        #[unroll]
-        for half in 0..comptime!(2 * row_tiles) {
-            let row = usize::min(plane_row + group + comptime!(8 * half), n - 1);
+        if tile < self.tiles() {
             #[unroll]
-            for i in 0..UP_LOADS {
-                up[comptime!(half * UP_LOADS + i)] = self.up_at(r + i, row, n);
+            for half in 0..comptime!(2 * row_tiles) {
+                let row = usize::min(plane_row + group + comptime!(8 * half), n - 1);
+                #[unroll]
+                for i in 0..UP_LOADS {
+                    up[comptime!(half * UP_LOADS + i)] = self.up_at(r + i, row, n);
+                }
             }
         }
     }
@@ -179,6 +178,8 @@ pub struct LoraDownBlueprint {
     pub rows: usize,
     /// Cubes that share the work along `k`.
     pub splits: usize,
+    /// Loads of `A` that a unit has on their way at a time.
+    pub loads: usize,
 }
 
 impl LoraDownBlueprint {
@@ -198,9 +199,6 @@ impl LoraDownBlueprint {
         self.k_units() + 2
     }
 }
-
-/// Loads of `A` that a unit has on their way at a time.
-const LOADS: usize = 8;
 
 /// `s x A` in f32, in parts.
 ///
@@ -226,6 +224,7 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
 ) {
     let vector = V::value().comptime();
     let rows = comptime!(blueprint.rows);
+    let loads = comptime!(blueprint.loads);
     let splits = comptime!(blueprint.splits);
     let outputs = comptime!(blueprint.outputs());
     let columns = comptime!(blueprint.rank_units * vector);
@@ -250,10 +249,10 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     }
     if column < rank && first_row < m {
         while at < end {
-            let mut loaded = Array::<Vector<f32, V>>::new(LOADS);
-            let mut values = Array::<f32>::new(comptime!(LOADS * rows));
+            let mut loaded = Array::<Vector<f32, V>>::new(loads);
+            let mut values = Array::<f32>::new(comptime!(loads * rows));
             #[unroll]
-            for l in 0..LOADS {
+            for l in 0..loads {
                 let i = at + comptime!(l * blueprint.k_units());
                 loaded[l] = Vector::new(0.0f32);
                 #[unroll]
@@ -270,13 +269,13 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
                 }
             }
             #[unroll]
-            for l in 0..LOADS {
+            for l in 0..loads {
                 #[unroll]
                 for row in 0..rows {
                     sums[row] += loaded[l] * Vector::new(values[comptime!(l * rows + row)]);
                 }
             }
-            at += comptime!(LOADS * blueprint.k_units());
+            at += comptime!(loads * blueprint.k_units());
         }
     }
 

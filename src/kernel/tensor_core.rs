@@ -19,8 +19,8 @@ use cubecl::prelude::*;
 
 use super::decode::PackedView;
 use super::fragments::{
-    CodeTable, Rows, fill_table, fragment, load_first_x, load_level, load_x, stage_first_x,
-    store_x, x_places,
+    CodeTable, Rows, TABLE_BYTES, fill_table, fragment, load_first_x, load_level, load_x,
+    stage_first_x, store_x, x_places,
 };
 use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
@@ -89,9 +89,6 @@ impl TensorCoreBlueprint {
 
 /// Parts of a chunk; with each a part of the next stage of `x` is loaded.
 const PARTS: usize = 2;
-
-/// Bytes of the table of pairs of levels: 256 pairs, sixteen copies.
-pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
 /// `y = x Wᵀ + b + s (x A) B`.
 ///

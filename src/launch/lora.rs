@@ -37,6 +37,9 @@ const MAX_SPLITS: usize = 8;
 /// Elements along `k` that a part is at least worth.
 const MIN_SPLIT: usize = 256;
 
+/// Loads of `A` that a unit has on their way at a time, at most.
+const MAX_LOADS: usize = 8;
+
 /// Bytes that a graphics card's memory hands out at a time.
 const SECTOR_BYTES: usize = 32;
 
@@ -108,12 +111,14 @@ impl Lora {
         let others = m.div_ceil(rows) * (vectors / rank_units);
         let splits = (CUBES / others).min(k / MIN_SPLIT).clamp(1, MAX_SPLITS);
         let splits = prev_power_of_two(splits);
+        let of_unit = k.div_ceil(splits * (units / rank_units));
         let blueprint = LoraDownBlueprint {
             units,
             rank_units,
             vector,
             rows,
             splits,
+            loads: of_unit.next_power_of_two().min(MAX_LOADS),
         };
         let elems = m * splits * width;
         let down = client.empty(elems * 4);
