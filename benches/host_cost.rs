@@ -6,7 +6,7 @@ use burn::tensor::{DType, Tensor};
 use burn_nf4::Nf4Weight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::launch::{DequantizePlan, elem_type};
-use burn_nf4::op::{MatmulStrategy, linear_with};
+use burn_nf4::op::{LowRank, MatmulStrategy, linear_with, lora_linear};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use serde_json::json;
@@ -59,8 +59,18 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
     };
     let auto = || product(MatmulStrategy::Auto);
     let rule = || product(MatmulStrategy::Rule);
+    let branch = LowRank {
+        a: Tensor::ones([64, 16], (&gpu.device, DType::F32)),
+        b: Tensor::ones([16, 64], (&gpu.device, DType::F32)),
+        scale: 0.5,
+    };
+    let lora = || {
+        let (branch, strategy) = (branch.clone(), MatmulStrategy::Auto);
+        let y = lora_linear(x.clone(), &burn_weight, None, branch, strategy).expect("they fit");
+        drop(y);
+    };
     type Case<'a> = (&'a str, &'a str, &'a dyn Fn(), &'a dyn Fn());
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
         ("empty", "empty kernel, same bindings", &empty, &wait),
         ("launch", "launch::dequantize", &launch, &wait),
         ("allocate", "allocation of the result", &allocate, &wait),
@@ -73,8 +83,9 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
             &wait_for_op,
         ),
         ("linear_rule", "linear, way by rule", &rule, &wait_for_op),
+        ("linear_lora", "linear, rank 16 joined", &lora, &wait_for_op),
     ];
-    let mut medians = [None; 7];
+    let mut medians = [None; 8];
     let mut headed = false;
     for (i, (id, what, call, wait)) in cases.into_iter().enumerate() {
         let name = format!("host_cost/{id}");

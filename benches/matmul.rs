@@ -4,10 +4,11 @@
 use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Tensor};
-use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
+use burn_nf4::format::{FloatType, Nf4Tensor, PackedLayout, QuantConfig};
 use burn_nf4::launch::{MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype};
 use cubecl::server::Handle;
 use half::bf16;
+use rayon::prelude::*;
 use serde_json::json;
 
 use crate::args::{Args, Sizes};
@@ -34,7 +35,7 @@ pub struct Timed {
     pub m: usize,
     pub timing: Timing,
     /// `|y - exact| / |exact|` in the Frobenius norm, the exact product in f64 over the weight
-    /// decoded to bf16; of some columns.
+    /// decoded to bf16.
     pub relative_error: Option<f64>,
 }
 
@@ -176,6 +177,31 @@ pub fn take(gpu: &Gpu, timed: Timed, report: &mut Report) -> Timed {
     timed
 }
 
+/// `x Wᵀ` in f64 over the weight decoded to bf16, `[m, n]`. Fewer rows of `x` are the first of more.
+fn exact_product(weight: &Nf4Tensor, [n, k]: [usize; 2], m: usize) -> Vec<f64> {
+    let x: Vec<f64> = x_values(m, k).into_iter().map(f64::from).collect();
+    let columns: Vec<Vec<f64>> = (0..n)
+        .into_par_iter()
+        .map(|row| {
+            let decoded = weight.dequantize_range::<bf16>(row * k, k);
+            let decoded: Vec<f64> = decoded.into_iter().map(f64::from).collect();
+            x.chunks(k).map(|x| dot(x, &decoded)).collect()
+        })
+        .collect();
+    (0..m * n).map(|i| columns[i % n][i / n]).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    // Several sums at a time, so that it takes vectors.
+    let mut sums = [0.0; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
 fn packed(
     gpu: &Gpu,
     shape: [usize; 2],
@@ -191,11 +217,8 @@ fn packed(
     let weights: Vec<DeviceWeight> = (0..copies)
         .map(|_| DeviceWeight::new(client, &weight))
         .collect();
-    let tensor = weight.tensor();
-    let columns: Vec<(usize, Vec<bf16>)> = (0..n)
-        .step_by((n / 61).max(1))
-        .map(|row| (row, tensor.dequantize_range(row * k, k)))
-        .collect();
+    let most_rows = wanted.iter().map(|&(_, m)| m).max().unwrap_or(0);
+    let exact = exact_product(&weight.tensor(), shape, most_rows);
 
     let mut all = Vec::new();
     for &(implementation, m) in wanted {
@@ -227,16 +250,9 @@ fn packed(
             let read = gpu.read(&out[0], m * n * 2);
             let got: Vec<bf16> = bytemuck::pod_collect_to_vec(&read);
             let (mut error, mut norm) = (0.0, 0.0);
-            for (column, decoded) in &columns {
-                for row in 0..m {
-                    let exact: f64 = x[row * k..(row + 1) * k]
-                        .iter()
-                        .zip(decoded)
-                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
-                        .sum();
-                    error += (f64::from(got[row * n + column]) - exact).powi(2);
-                    norm += exact * exact;
-                }
+            for (&got, exact) in got.iter().zip(&exact) {
+                error += (f64::from(got) - exact).powi(2);
+                norm += exact * exact;
             }
             // Rounding to bf16 alone is 2^-9 at worst.
             let relative = f64::sqrt(error / norm);
