@@ -1,7 +1,8 @@
 //! A device that CubeCL drives, and what can decode a weight on it.
 
 use burn::backend::DispatchDevice;
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Shape};
+use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::FloatType;
 use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::*;
@@ -63,6 +64,20 @@ impl Gpu {
             Ok(()) => dtype,
             Err(_) => FloatType::F32,
         }
+    }
+
+    /// A Burn tensor over a buffer, below the dispatch and fusion of `Tensor`.
+    pub fn tensor<const D: usize>(
+        &self,
+        handle: Handle,
+        dims: [usize; D],
+        dtype: DType,
+    ) -> CubeTensor {
+        let DispatchDevice::Cube(device) = self.device.as_dispatch() else {
+            unreachable!("`open` takes CubeCL devices alone");
+        };
+        let client = self.client.clone();
+        CubeTensor::new_contiguous(client, device.clone(), Shape::from(dims), handle, dtype)
     }
 
     /// Downloads the first `len` bytes of a buffer.

@@ -8,20 +8,19 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Distribution, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use burn_nf4::format::{FloatType, QuantConfig};
+use burn_nf4::format::QuantConfig;
 use burn_nf4::launch::check_dtype;
-use burn_nf4::op::{DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
+use burn_nf4::op::{LoraSpec, Nf4Backend};
 use serde_json::json;
 
 use crate::args::Args;
 use crate::device_time::ROTATION_BYTES;
 use crate::gpu::{DeviceWeight, Gpu};
-use crate::matmul::shapes;
+use crate::matmul::{DTYPE, op_spec, shapes};
 use crate::problems::Weight;
 use crate::report::{Method, Report, Timing};
 use crate::timing::{self, Window, sync};
 
-const DTYPE: FloatType = FloatType::BF16;
 const RANKS: [usize; 2] = [16, 64];
 /// Rows of `x`.
 const ROWS: [usize; 4] = [1, 4, 16, 64];
@@ -121,25 +120,8 @@ fn case(gpu: &Gpu, [n, k]: [usize; 2], m: usize, rank: usize) -> Case {
     let copies = (rotation / (layout.words * 4)).max(2);
     let packed = (0..copies).map(|_| {
         let handle = DeviceWeight::new(&gpu.client, &weight).packed;
-        let shape = Shape::from([layout.words]);
-        CubeTensor::new_contiguous(
-            gpu.client.clone(),
-            device.clone(),
-            shape,
-            handle,
-            DType::U32,
-        )
+        gpu.tensor(handle, [layout.words], DType::U32)
     });
-    let linear = LinearSpec {
-        weight: DequantizeSpec {
-            layout,
-            rows: n,
-            columns: k,
-            start: 0,
-            dtype: DTYPE,
-        },
-        strategy: MatmulStrategy::Auto,
-    };
     Case {
         x: random([m, k]),
         packed: packed.collect(),
@@ -147,7 +129,7 @@ fn case(gpu: &Gpu, [n, k]: [usize; 2], m: usize, rank: usize) -> Case {
             .map(|_| (random([k, rank]), random([rank, n])))
             .collect(),
         spec: LoraSpec {
-            matmul: MatmulSpec::of(linear, m).expect("few rows"),
+            matmul: op_spec(&layout, [n, k], m),
             rank,
             scale: 0.5,
             dtype: DTYPE,

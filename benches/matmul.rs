@@ -1,11 +1,16 @@
 //! Device time of matrix products with a packed weight, cold: weights rotate over several times
 //! the device's cache.
 
-use std::time::Instant;
+use std::sync::Mutex;
 
-use burn::tensor::{DType, Distribution, Tensor};
+use burn::backend::DispatchDevice;
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Distribution, Shape};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::{FloatType, Nf4Tensor, PackedLayout, QuantConfig};
 use burn_nf4::launch::{MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype};
+use burn_nf4::op::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
 use cubecl::server::Handle;
 use half::bf16;
 use rayon::prelude::*;
@@ -15,15 +20,17 @@ use crate::args::{Args, Sizes};
 use crate::device_time::ROTATION_BYTES;
 use crate::gpu::{DeviceWeight, Gpu};
 use crate::problems::Weight;
-use crate::report::{Method, Report, Timing};
+use crate::report::{Report, Timing};
 use crate::timing::{self, Window};
 
-const DTYPE: FloatType = FloatType::BF16;
+pub const DTYPE: FloatType = FloatType::BF16;
 /// `[n, k]`.
 const SHAPES: [[usize; 2]; 3] = [[14336, 4096], [4096, 14336], [4096, 4096]];
 const SMALL_SHAPES: [[usize; 2]; 1] = [[512, 1024]];
 /// Rows of `x`.
 const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 48, 64];
+/// The Burn op with a packed weight.
+pub const AUTO: &str = "auto";
 /// Burn's own product with a dense weight.
 pub const BURN_DENSE: &str = "burn_dense";
 
@@ -42,6 +49,9 @@ pub struct Timed {
 /// What is timed.
 #[derive(Clone, Copy)]
 enum Implementation {
+    /// The Burn op, which goes the way that it measured.
+    Auto,
+    /// The kernel and the tile that the rule gives.
     Default,
     Forced(MatmulVariant),
     Tile(MatmulVariant, TensorCoreTile),
@@ -54,11 +64,15 @@ impl Implementation {
             .tile
             .iter()
             .map(|&(variant, tile)| Self::Tile(variant, tile));
-        forced.chain([Self::Default]).chain(tiles).collect()
+        forced
+            .chain([Self::Default, Self::Auto])
+            .chain(tiles)
+            .collect()
     }
 
     fn name(self) -> String {
         match self {
+            Self::Auto => AUTO.into(),
             Self::Default => "default".into(),
             Self::Forced(variant) => variant.name().into(),
             Self::Tile(variant, tile) => {
@@ -68,22 +82,37 @@ impl Implementation {
         }
     }
 
+    /// The launch; none for the op, which plans anew in each call.
     fn plan(
         self,
         gpu: &Gpu,
         layout: &PackedLayout,
         product: Product,
-    ) -> Result<MatmulPlan, String> {
+    ) -> Result<Option<MatmulPlan>, String> {
         let client = &gpu.client;
         let plan = match self {
+            Self::Auto => return Ok(None),
             Self::Default => MatmulPlan::new(client, layout, product, false, None),
             Self::Forced(variant) => MatmulPlan::new(client, layout, product, false, Some(variant)),
             Self::Tile(variant, tile) => {
                 MatmulPlan::with_tile(client, layout, product, false, variant, tile)
             }
         };
-        plan.map_err(|error| error.to_string())
+        plan.map(Some).map_err(|error| error.to_string())
     }
+}
+
+/// The product of a whole weight as the Burn op takes it.
+pub fn op_spec(layout: &PackedLayout, [n, k]: [usize; 2], m: usize) -> MatmulSpec {
+    let weight = DequantizeSpec {
+        layout: *layout,
+        rows: n,
+        columns: k,
+        start: 0,
+        dtype: DTYPE,
+    };
+    let strategy = MatmulStrategy::Auto;
+    MatmulSpec::of(LinearSpec { weight, strategy }, m).expect("few rows of a whole weight")
 }
 
 /// The name of a bench.
@@ -235,8 +264,21 @@ fn packed(
         let x = x_values(m, k);
         let x_handle = client.create_from_slice(bytemuck::cast_slice(&x));
         let out: Vec<Handle> = (0..copies).map(|_| client.empty(m * n * 2)).collect();
+        let spec = op_spec(layout, shape, m);
+        let tensors: Vec<CubeTensor> = weights
+            .iter()
+            .map(|weight| gpu.tensor(weight.packed.clone(), [layout.words], DType::U32))
+            .collect();
+        let x_tensor = gpu.tensor(x_handle.clone(), [m, k], dtype.into());
+        let newest = Mutex::new(out[0].clone());
         let launch = |i: usize| {
             let (packed, out) = (weights[i % copies].packed.clone(), out[i % copies].clone());
+            let Some(plan) = &plan else {
+                let y =
+                    CubeBackend::nf4_matmul(x_tensor.clone(), tensors[i % copies].clone(), spec);
+                *newest.lock().expect("no one panicked") = y.handle;
+                return;
+            };
             let operands = Operands {
                 x: x_handle.clone(),
                 packed,
@@ -247,7 +289,8 @@ fn packed(
                 .expect("buffers are large enough");
         };
         let error = || {
-            let read = gpu.read(&out[0], m * n * 2);
+            let y = newest.lock().expect("no one panicked").clone();
+            let read = gpu.read(&y, m * n * 2);
             let got: Vec<bf16> = bytemuck::pod_collect_to_vec(&read);
             let (mut error, mut norm) = (0.0, 0.0);
             for (&got, exact) in got.iter().zip(&exact) {
@@ -280,8 +323,8 @@ fn packed(
     all
 }
 
-/// Burn's product with a dense weight, by the clock over calls back to back: it is tuned on its
-/// first call, which can take half a minute for each product.
+/// Burn's product with a dense weight. It is tuned on its first call, which can take half a minute
+/// for each product.
 fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
     for (shape, m) in products(gpu) {
         let name = name(BURN_DENSE, shape, m);
@@ -289,34 +332,40 @@ fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
             continue;
         }
         let [n, k] = shape;
-        let options = (&gpu.device, DType::BF16);
-        let random = |dims: [usize; 2]| Tensor::<2>::random(dims, Distribution::Default, options);
+        let DispatchDevice::Cube(device) = gpu.device.as_dispatch() else {
+            unreachable!("a Gpu is a CubeCL device");
+        };
+        let random = |dims: [usize; 2]| {
+            let dtype = DType::from(DTYPE).into();
+            CubeBackend::float_random(Shape::from(dims), Distribution::Default, device, dtype)
+        };
         let copies = if gpu.is_card {
             ROTATION_BYTES / (n * k * 2)
         } else {
             1
         }
         .max(2);
-        let weights: Vec<Tensor<2>> = (0..copies).map(|_| random([n, k])).collect();
+        let weights: Vec<CubeTensor> = (0..copies)
+            .map(|_| CubeBackend::float_swap_dims(random([n, k]), 0, 1))
+            .collect();
         let x = random([m, k]);
-        let calls = if gpu.is_card { 50 } else { 2 };
-        let run = || {
-            for i in 0..calls {
-                drop(x.clone().matmul(weights[i % copies].clone().transpose()));
-            }
-            gpu.device.sync().expect("the device works");
+        let launch = |i: usize| {
+            drop(CubeBackend::float_matmul(
+                x.clone(),
+                weights[i % copies].clone(),
+            ));
         };
-        run();
-        let samples = (0..7).map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed().as_secs_f64() * 1e6 / calls as f64
-        });
+        let window = Window {
+            launches: if gpu.is_card { 4 * copies } else { 2 },
+            launch: &launch,
+            poison: None,
+            copier: Some(&gpu.copier),
+        };
         let timed = Timed {
             variant: BURN_DENSE.into(),
             shape,
             m,
-            timing: Timing::of(samples.collect(), Method::Clock),
+            timing: timing::device_time(&gpu.client, &window),
             relative_error: None,
         };
         all.push(take(gpu, timed, report));
@@ -330,7 +379,7 @@ pub fn summarise(all: &[Timed]) {
             .find(|timed| timed.variant == variant && timed.shape == shape && timed.m == m)
     };
     let mut headed = false;
-    for ours in all.iter().filter(|timed| timed.variant == "default") {
+    for ours in all.iter().filter(|timed| timed.variant == AUTO) {
         let others = ["bitsandbytes", "cublas", BURN_DENSE].map(|v| of(v, ours.shape, ours.m));
         if others.iter().all(Option::is_none) {
             continue;
@@ -339,13 +388,7 @@ pub fn summarise(all: &[Timed]) {
             println!("\nMedian time in microseconds, and how many times ours; relative errors");
             println!(
                 "{:18} {:>8} {:>18} {:>18} {:>18} {:>10} {:>13}",
-                "",
-                "default",
-                "bitsandbytes",
-                "cuBLAS dense",
-                "Burn dense",
-                "error",
-                "bitsandbytes"
+                "", "ours", "bitsandbytes", "cuBLAS dense", "Burn dense", "error", "bitsandbytes"
             );
             headed = true;
         }

@@ -7,7 +7,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
 use crate::chart::{Area, Drawn, text};
-use crate::matmul::{BURN_DENSE, Timed};
+use crate::matmul::{AUTO, BURN_DENSE, Timed};
 use crate::report::Place;
 
 const WIDTH: i32 = 960;
@@ -21,7 +21,7 @@ const RIGHT: i32 = 12;
 
 /// Variant, label and colour of each line.
 const LINES: [(&str, &str, RGBColor); 4] = [
-    ("default", "burn-nf4", RGBColor(23, 78, 166)),
+    (AUTO, "burn-nf4", RGBColor(23, 78, 166)),
     ("bitsandbytes", "bitsandbytes", RGBColor(217, 95, 14)),
     ("cublas", "cuBLAS, dense bf16", RGBColor(120, 160, 70)),
     (BURN_DENSE, "Burn, dense bf16", RGBColor(154, 160, 166)),
