@@ -43,6 +43,7 @@ for step in $steps; do
         ;;
     decode)
         run "llama decode" "$bin/llama" decode --device cuda --size llama8b
+        run "llama decode, branches" "$bin/llama" decode --device cuda --size llama8b --rank 16
         ;;
     bench)
         TAIL=200 run "bench" "$bin/dequantize"
