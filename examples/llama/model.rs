@@ -49,17 +49,20 @@ pub struct RmsNorm {
 impl RmsNorm {
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let dtype = x.dtype();
+        // Before the arithmetic: a reshape in the middle of it ends what Burn fuses to one kernel.
+        let weight = self.weight.val().unsqueeze();
         let x = x.cast(DType::F32);
         let variance = x.clone().square().mean_dim(2);
         let normed = x * (variance + self.eps).sqrt().recip();
-        normed.cast(dtype) * self.weight.val().unsqueeze()
+        normed.cast(dtype) * weight
     }
 }
 
 impl Mlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        let up = self.up_proj.forward(x);
+        self.down_proj.forward(silu(gate) * up)
     }
 }
 

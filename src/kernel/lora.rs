@@ -63,8 +63,8 @@ impl<G: Float> LoraBranch<G> {
         sum
     }
 
-    /// Loads a lane's elements of `B` of a tile along the rank, if there is one: of each row of a plane's tiles of 16
-    /// rows of `W` that the lane has, the upper before the lower, four neighbouring ones.
+    /// Loads a lane's elements of `B` of a tile along the rank, if there is one: four neighbouring ones
+    /// of each row of `W` that the lane has in a plane's tiles of 16, the upper before the lower.
     pub fn load_up(
         &self,
         up: &mut Array<G>,
@@ -192,12 +192,6 @@ impl LoraDownBlueprint {
     const fn k_units(&self) -> usize {
         self.units / self.rank_units
     }
-
-    /// From one sum of a unit to its next in shared memory: the units next to each other along the
-    /// rank, two of them with eight sums each as a rule, come to lie in different banks.
-    const fn pitch(&self) -> usize {
-        self.k_units() + 2
-    }
 }
 
 /// `s x A` in f32, in parts.
@@ -280,14 +274,14 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     }
 
     // Units along k add up: each of some parts of a sum first, then one the parts.
-    let pitch = comptime!(blueprint.pitch());
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(outputs * pitch));
+    let k_units = comptime!(blueprint.k_units());
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(outputs * k_units));
     #[unroll]
     for row in 0..rows {
         #[unroll]
         for i in 0..vector {
             let output = comptime!(row * columns + i) + rank_unit * vector;
-            shared[output * pitch + k_unit] = sums[row].extract(i);
+            shared[output * k_units + k_unit] = sums[row].extract(i);
         }
     }
     sync_cube();
@@ -297,12 +291,10 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     let mut total = 0.0f32;
     if output < outputs {
         #[unroll]
-        for i in 0..comptime!(blueprint.k_units().div_ceil(parts)) {
+        for i in 0..comptime!(k_units.div_ceil(parts)) {
             let at = part + comptime!(i * parts);
-            if comptime!((i + 1) * parts <= blueprint.k_units())
-                || at < comptime!(blueprint.k_units())
-            {
-                total += shared[output * pitch + at];
+            if comptime!((i + 1) * parts <= k_units) || at < k_units {
+                total += shared[output * k_units + at];
             }
         }
     }

@@ -231,41 +231,47 @@ fn linear_at<const D: usize>(
     });
     let lora = fused.and_then(|fused| branch.as_ref()?.spec(fused));
     let packed = weight.packed().into_dispatch();
-    let dispatch = |tensor: &Tensor<2>| tensor.clone().into_dispatch();
-    let y = match (fused, &bias, &branch, lora) {
+    // Every tensor is handed on at its last use: another reference to it would be dropped after the
+    // product, and with that in between Fusion gives up on what stands around it.
+    let y = match (fused, bias, branch, lora) {
         (Some(_), None, Some(branch), Some(lora)) => {
-            let (a, b) = (dispatch(&branch.a), dispatch(&branch.b));
-            <Dispatch as Nf4Backend>::nf4_matmul_lora(x.into_dispatch(), packed, a, b, lora)
+            let (a, b) = (branch.a.into_dispatch(), branch.b.into_dispatch());
+            let y =
+                <Dispatch as Nf4Backend>::nf4_matmul_lora(x.into_dispatch(), packed, a, b, lora);
+            Tensor::from_dispatch(y)
         }
         (Some(_), Some(bias), Some(branch), Some(lora)) => {
-            let bias = bias.clone().into_dispatch();
-            let (a, b) = (dispatch(&branch.a), dispatch(&branch.b));
-            let x = x.into_dispatch();
-            <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora)
+            let (a, b) = (branch.a.into_dispatch(), branch.b.into_dispatch());
+            let (x, bias) = (x.into_dispatch(), bias.into_dispatch());
+            let y = <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora);
+            Tensor::from_dispatch(y)
         }
         (Some(fused), Some(bias), None, _) => {
-            let bias = bias.clone().into_dispatch();
-            <Dispatch as Nf4Backend>::nf4_matmul_bias(x.into_dispatch(), packed, bias, fused)
+            let (x, bias) = (x.into_dispatch(), bias.into_dispatch());
+            Tensor::from_dispatch(<Dispatch as Nf4Backend>::nf4_matmul_bias(
+                x, packed, bias, fused,
+            ))
         }
-        _ => {
-            let operand = x.clone().into_dispatch();
+        (_, bias, branch, _) => {
+            let branch = branch.map(|branch| branch.forward(x.clone()));
+            let x = x.into_dispatch();
             let y = match transposed {
-                false => <Dispatch as Nf4Backend>::nf4_linear(operand, packed, spec),
+                false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
                 // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its
                 // gradient.
-                true => <Dispatch as Nf4Backend>::nf4_linear_backward(operand, packed, spec.weight),
+                true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec.weight),
             };
             let mut y = Tensor::<2>::from_dispatch(y);
             if let Some(bias) = bias {
                 y = y + bias.unsqueeze();
             }
             if let Some(branch) = branch {
-                y = y.clone() + branch.forward(x).cast(y.dtype());
+                let dtype = y.dtype();
+                y = y + branch.cast(dtype);
             }
-            return Ok(y.cast(given).reshape(Shape::from(shape)));
+            y
         }
     };
-    let y = Tensor::<2>::from_dispatch(y);
     Ok(y.cast(given).reshape(Shape::from(shape)))
 }
 
