@@ -136,6 +136,8 @@ fn every_number_of_rows_of_x(
 
 #[rstest]
 #[case::aligned([6, 128])]
+#[case::half_a_chunk([9, 64])]
+#[case::scales_in_the_middle_of_a_vector([10, 576])]
 #[case::two_chunks([5, 256])]
 #[case::chunks_and_a_half([5, 192])]
 #[case::word_aligned([9, 72])]

@@ -577,14 +577,21 @@ fn a_branch_joins_the_product(device: &Device) {
         let dense = random([n, k], dtype);
         let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("finite");
         let decoded = values(&weight.dequantize::<2>(dtype).expect("a matrix"));
-        for (m, with_bias, branch_dtype, strategy) in [
+        let cases = [
             (1, false, dtype, MatmulStrategy::Auto),
             (5, true, dtype, MatmulStrategy::Gemv),
             (9, true, FloatType::F32, MatmulStrategy::Auto),
-            (9, false, dtype, MatmulStrategy::Decode),
             (70, true, dtype, MatmulStrategy::Rule),
-            (300, false, dtype, MatmulStrategy::Auto),
-        ] {
+            // Beside the product; on a graphics card Burn tunes its own for seconds.
+            (9, false, FloatType::F32, MatmulStrategy::Decode),
+            (300, false, FloatType::F32, MatmulStrategy::Auto),
+        ];
+        let cases = if dtype == FloatType::F32 {
+            &cases[..]
+        } else {
+            &cases[..4]
+        };
+        for &(m, with_bias, branch_dtype, strategy) in cases {
             let what = format!("{m} rows, {dtype:?} and {branch_dtype:?}, {strategy:?}");
             let bias = with_bias.then(|| bias.clone());
             let x = random([m, k], dtype);

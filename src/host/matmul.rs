@@ -3,7 +3,7 @@
 //! Rows of the weight are decoded a piece at a time, four rows together, into a buffer that stays
 //! in the first cache, and a tile of the product is accumulated from it. With up to [`FUSED_ROWS`]
 //! rows of x even that buffer costs too much: AVX-512 then decodes into registers, where the rows
-//! of the weight start at a multiple of [`CHUNK`].
+//! of the weight start at a multiple of [`HALF_CHUNK`].
 
 use bytemuck::Zeroable;
 use half::bf16;
@@ -21,6 +21,9 @@ mod portable;
 
 /// Weights decoded into registers at a time: the codes are a vector of 64 bytes.
 const CHUNK: usize = 128;
+
+/// What rows are a multiple of then: the last chunk of a row may be half of one.
+const HALF_CHUNK: usize = CHUNK / 2;
 
 /// Most rows of x for which weights are decoded into registers.
 const FUSED_ROWS: usize = 4;
@@ -185,14 +188,17 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
         let vectors = matches!(decoder.simd, Simd::Avx512 | Simd::Avx512Bf16);
         let fused = vectors
             && m <= FUSED_ROWS
-            && k.is_multiple_of(CHUNK)
+            && k.is_multiple_of(HALF_CHUNK)
             && decoder.source.block_size_log2 >= 6;
         // Elements of a lane of codes, from the low bits on: those of a half word, or of a word.
         let order: &[usize] = match E::FLOAT_TYPE {
             FloatType::BF16 => &[1, 0, 3, 2],
             _ => &[1, 0, 3, 2, 5, 4, 7, 6],
         };
-        let padded_k = k.next_multiple_of(64 / size_of::<E>());
+        let padded_k = match fused {
+            true => k.next_multiple_of(CHUNK),
+            false => k.next_multiple_of(64 / size_of::<E>()),
+        };
         let mut padded = vec![E::zeroed(); m * padded_k];
         if k > 0 {
             for (to, from) in padded
@@ -203,7 +209,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
                     to[..k].copy_from_slice(from);
                     continue;
                 }
-                for (to, from) in to.chunks_exact_mut(CHUNK).zip(from.chunks_exact(CHUNK)) {
+                for (to, from) in to.chunks_exact_mut(CHUNK).zip(from.chunks(CHUNK)) {
                     let steps = to.chunks_exact_mut(CHUNK / order.len()).zip(order);
                     for (to, &first) in steps {
                         let from = from[first..].iter().step_by(order.len());
@@ -256,41 +262,35 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
         }
     }
 
-    /// The scale of each 64 weights of a row, for blocks of at least 64 and rows that start at a
-    /// multiple of it; whether vector code can take them.
+    /// The scale of each 64 weights of some rows, for blocks of at least 64 and rows that start at a
+    /// multiple of it.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    fn scales<'s>(&'s self, row: usize, scales: &'s mut Vec<f32>) -> (&'s [f32], bool) {
+    fn scales<'s>(&'s self, first: usize, rows: usize, scales: &'s mut Vec<f32>) -> &'s [f32] {
         let source = &self.decoder.source;
         let log2 = source.block_size_log2 - 6;
-        let (start, end) = (row * self.k / 64, (row + 1) * self.k / 64);
+        let (start, end) = (first * self.k / 64, (first + rows) * self.k / 64);
         if let (0, Scales::Flat(flat)) = (log2, &source.scales) {
-            let scales: &[f32] = bytemuck::cast_slice(&flat[start..end]);
-            return (scales, are_plain(scales));
+            return bytemuck::cast_slice(&flat[start..end]);
         }
         scales.clear();
         #[cfg(target_arch = "x86_64")]
-        if log2 == 0 && start.is_multiple_of(16) && end.is_multiple_of(16) {
+        if log2 == 0 {
             // SAFETY: only code with AVX-512 decodes into registers.
             unsafe { avx512::nested_scales(source, start..end, scales) };
-            return (scales, are_plain(scales));
+            return scales;
         }
-        scales.clear();
         let (mut block, blocks_end) = (start >> log2, ((end - 1) >> log2) + 1);
         while block < blocks_end {
             let blocks = (BATCH - block % BATCH).min(blocks_end - block);
             let (batch, _) = source.scales(block, blocks);
-            if log2 == 0 {
-                scales.extend_from_slice(&batch[..blocks]);
-            } else {
-                for (block, &scale) in (block..).zip(&batch[..blocks]) {
-                    let (from, to) = (block << log2, (block + 1) << log2);
-                    scales.extend(std::iter::repeat_n(scale, to.min(end) - from.max(start)));
-                }
+            for (block, &scale) in (block..).zip(&batch[..blocks]) {
+                let (from, to) = (block << log2, (block + 1) << log2);
+                scales.extend(std::iter::repeat_n(scale, to.min(end) - from.max(start)));
             }
             block += blocks;
         }
-        (scales, are_plain(scales))
+        scales
     }
 
     /// Whether vector code can take the scales of a row.

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{CHUNK, Dot, Product, TILE, tiles};
+use super::{CHUNK, Dot, Product, TILE, are_plain, tiles};
 use crate::format::FloatElement;
 use crate::host::dequantize::{Scales, Source, round_512};
 
@@ -105,28 +105,29 @@ unsafe fn fused<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize>(
     first: usize,
     sums: &mut [f32],
 ) {
-    assert!(product.fused && product.m == M && product.factors.len() == M * product.k);
-    let mut buffers: [Vec<f32>; TILE] = Default::default();
+    assert!(product.fused && product.m == M && product.factors.len() == M * product.padded_k);
+    let scales_each = product.k / 64;
+    let mut buffer = Vec::new();
     let sums = sums.as_chunks_mut::<M>().0;
     for (first, sums) in (first..).step_by(TILE).zip(sums.chunks_mut(TILE)) {
-        let (mut scales, mut plain) = ([&[][..]; TILE], [false; TILE]);
-        for (i, buffer) in buffers.iter_mut().take(sums.len()).enumerate() {
-            (scales[i], plain[i]) = product.scales(first + i, buffer);
-        }
+        let all = product.scales(first, sums.len(), &mut buffer);
+        let of_row = |row: usize| &all[row * scales_each..][..scales_each];
         // SAFETY: as the caller vouches; the scales are those of the rows.
         unsafe {
-            if plain == [true; TILE] {
-                let sums = sums.first_chunk_mut().expect("each row was looked at");
+            if let Some(sums) = sums.first_chunk_mut()
+                && are_plain(all)
+            {
+                let scales = std::array::from_fn(of_row);
                 of_rows::<T, D, M, PARTS, TILE>(product, first, &scales, sums);
                 continue;
             }
-            for (i, (row, sums)) in (first..).zip(sums).enumerate() {
-                if plain[i] {
-                    let (scales, sums) = (scales[i..].first_chunk(), std::array::from_mut(sums));
-                    let scales = scales.expect("a row's scales");
-                    of_rows::<T, D, M, PARTS, 1>(product, row, scales, sums);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let scales = of_row(i);
+                if are_plain(scales) {
+                    let sums = std::array::from_mut(sums);
+                    of_rows::<T, D, M, PARTS, 1>(product, first + i, &[scales], sums);
                 } else {
-                    product.careful(row, sums);
+                    product.careful(first + i, sums);
                 }
             }
         }
@@ -147,42 +148,25 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
     let (source, k) = (&product.decoder.source, product.k);
     let codes = &source.codes[first * k / 8..][..R * k / 8];
     assert!(scales.iter().all(|scales| scales.len() == k / 64));
-    let scales = scales.each_ref().map(|scales| scales.as_ptr());
-    let (codes, x) = (codes.as_ptr(), product.factors.as_ptr());
+    let operands = Operands {
+        // SAFETY: the caller vouches for the instructions; a codebook has 16 levels.
+        codebook: unsafe { _mm512_loadu_ps(source.codebook.as_ptr()) },
+        codes: codes.as_ptr(),
+        words: k / 8,
+        scales: scales.each_ref().map(|scales| scales.as_ptr()),
+        x: product.factors.as_ptr(),
+        x_stride: product.padded_k,
+    };
     // SAFETY: the caller vouches for the instructions; a row has a chunk of codes, 64 bytes, for
-    // each 128 elements of k, as has each row of x of factors, and two scales.
+    // each 128 elements of k, and two scales, and half of that for what is left; each row of x of
+    // factors has a chunk for either.
     unsafe {
-        let codebook = _mm512_loadu_ps(source.codebook.as_ptr());
         let mut partial = [[[D::zero(); PARTS]; M]; R];
         for chunk in 0..k / CHUNK {
-            let mut chunk_codes = [[_mm512_setzero_si512(); 2]; R];
-            let mut tables = [D::tables::<T>(codebook, scales[0].add(2 * chunk)); R];
-            for row in 0..R {
-                let codes = codes.add(row * (k / 8) + chunk * (CHUNK / 8));
-                chunk_codes[row] = nibbles(_mm512_loadu_si512(codes.cast()));
-                // Rows are too short for the processor to see by itself what comes next. Past the
-                // end of the weight this does nothing.
-                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(R * (k / 8)).cast());
-                if row > 0 {
-                    tables[row] = D::tables::<T>(codebook, scales[row].add(2 * chunk));
-                }
-            }
-            for step in 0..CHUNK / D::LANES {
-                let mut x_vectors = [D::load(x.add(chunk * CHUNK + step * D::LANES)); M];
-                for (i, vector) in x_vectors.iter_mut().enumerate().skip(1) {
-                    *vector = D::load(x.add(i * k + chunk * CHUNK + step * D::LANES));
-                }
-                for row in 0..R {
-                    // Of lanes of 16 bits too the low bits are right, and no others matter.
-                    let bits = _mm512_set1_epi32(8 * (step / 2) as i32);
-                    let indices = _mm512_srlv_epi32(chunk_codes[row][step % 2], bits);
-                    let w = D::look_up(tables[row], indices);
-                    for i in 0..M {
-                        let partial = &mut partial[row][i][step % PARTS];
-                        *partial = D::add_product(*partial, w, x_vectors[i]);
-                    }
-                }
-            }
+            operands.add_chunk::<T, D, M, PARTS, true>(chunk, &mut partial);
+        }
+        if !k.is_multiple_of(CHUNK) {
+            operands.add_chunk::<T, D, M, PARTS, false>(k / CHUNK, &mut partial);
         }
         for row in 0..R {
             for i in 0..M {
@@ -196,7 +180,95 @@ unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize,
     }
 }
 
-/// Decodes the nested scales of some blocks, from a multiple of 16 to another.
+/// What `R` rows of a weight are multiplied from.
+struct Operands<E, const R: usize> {
+    codebook: __m512,
+    codes: *const u32,
+    /// Words of codes of a row.
+    words: usize,
+    scales: [*const f32; R],
+    x: *const E,
+    x_stride: usize,
+}
+
+impl<E, const R: usize> Operands<E, R> {
+    /// Adds the products with a chunk of the rows, whole or only the first half of one.
+    ///
+    /// # Safety
+    /// The processor must have the instructions of `D`; rows must have the chunk or its half, rows
+    /// of `x` the chunk.
+    #[inline(always)]
+    unsafe fn add_chunk<
+        T: FloatElement,
+        D: Chunk<Element = E>,
+        const M: usize,
+        const PARTS: usize,
+        const WHOLE: bool,
+    >(
+        &self,
+        chunk: usize,
+        partial: &mut [[[__m512; PARTS]; M]; R],
+    ) {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let mut chunk_codes = [[_mm512_setzero_si512(); 2]; R];
+            let mut tables = [self.tables::<T, D, WHOLE>(0, chunk); R];
+            for row in 0..R {
+                let codes = self.codes.add(row * self.words + chunk * (CHUNK / 8));
+                // Where x has its padding any code will do.
+                chunk_codes[row] = nibbles(match WHOLE {
+                    true => _mm512_loadu_si512(codes.cast()),
+                    false => _mm512_maskz_loadu_epi32(0xff, codes.cast()),
+                });
+                // Rows are too short for the processor to see by itself what comes next. Past the
+                // end of the weight this does nothing.
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(R * self.words).cast());
+                if row > 0 {
+                    tables[row] = self.tables::<T, D, WHOLE>(row, chunk);
+                }
+            }
+            let x = self.x.add(chunk * CHUNK);
+            for step in 0..CHUNK / D::LANES {
+                let mut x_vectors = [D::load(x.add(step * D::LANES)); M];
+                for (i, vector) in x_vectors.iter_mut().enumerate().skip(1) {
+                    *vector = D::load(x.add(i * self.x_stride + step * D::LANES));
+                }
+                for row in 0..R {
+                    // Of lanes of 16 bits too the low bits are right, and no others matter.
+                    let bits = _mm512_set1_epi32(8 * (step / 2) as i32);
+                    let indices = _mm512_srlv_epi32(chunk_codes[row][step % 2], bits);
+                    let w = D::look_up(tables[row], indices);
+                    for i in 0..M {
+                        let partial = &mut partial[row][i][step % PARTS];
+                        *partial = D::add_product(*partial, w, x_vectors[i]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The tables of a row's chunk.
+    ///
+    /// # Safety
+    /// As [`add_chunk`](Self::add_chunk).
+    #[inline(always)]
+    unsafe fn tables<T: FloatElement, D: Chunk, const WHOLE: bool>(
+        &self,
+        row: usize,
+        chunk: usize,
+    ) -> D::Tables {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let scales = self.scales[row].add(2 * chunk);
+            match WHOLE {
+                true => D::tables::<T>(self.codebook, scales),
+                false => D::tables::<T>(self.codebook, [*scales; 2].as_ptr()),
+            }
+        }
+    }
+}
+
+/// Decodes the nested scales of some blocks.
 ///
 /// # Safety
 /// The processor must have AVX-512 F, BW and VL.
@@ -214,19 +286,26 @@ pub(super) unsafe fn nested_scales(source: &Source, blocks: Range<usize>, scales
         unreachable!("flat scales need no decoding");
     };
     scales.resize(blocks.len(), 0.0);
-    let codes = codes[blocks.start / 4..blocks.end / 4].as_chunks::<4>().0;
-    let scales = scales.as_chunks_mut::<16>().0;
-    for (i, (codes, scales)) in codes.iter().zip(scales).enumerate() {
-        // A nested block holds at least 32.
-        let absmax = f32::from_bits(absmax[(blocks.start + 16 * i) >> block_size_log2]);
-        // SAFETY: four words have 16 codes, each less than the length of the map; 16 scales are
-        // written.
+    let codes: &[u8] = &bytemuck::cast_slice(codes)[blocks.clone()];
+    let firsts = blocks.step_by(16);
+    for ((first, codes), scales) in firsts.zip(codes.chunks(16)).zip(scales.chunks_mut(16)) {
+        let last = first + codes.len() - 1;
+        let [below, above] = [first, last].map(|block| {
+            let absmax = absmax[block >> block_size_log2];
+            _mm512_set1_ps(f32::from_bits(absmax))
+        });
+        // Sixteen blocks lie in two nested blocks, of at least 32, at most.
+        let next = ((first >> block_size_log2) + 1) << block_size_log2;
+        let of_next = ((u32::from(u16::MAX) << (next - first).min(16)) & 0xffff) as u16;
+        let absmax = _mm512_mask_blend_ps(of_next, below, above);
+        let there = (u32::from(u16::MAX) >> (16 - codes.len())) as u16;
+        // SAFETY: as many codes are read and scales written as there are; a code is less than the
+        // length of the map.
         unsafe {
-            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes.as_ptr().cast()));
             let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr().cast());
-            let products = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
-            let sums = _mm512_add_ps(products, _mm512_set1_ps(offset));
-            _mm512_storeu_ps(scales.as_mut_ptr(), sums);
+            let sums = _mm512_add_ps(_mm512_mul_ps(values, absmax), _mm512_set1_ps(offset));
+            _mm512_mask_storeu_ps(scales.as_mut_ptr(), there, sums);
         }
     }
 }
