@@ -58,6 +58,9 @@ pub(super) unsafe fn rows_bf16<T: FloatElement>(
     }
 }
 
+/// How many times the rows multiplied together codes are asked for ahead of their use.
+const ROWS_AHEAD: usize = 4;
+
 /// Decoding of a vector of codes.
 trait Chunk: Dot<Sums = __m512> {
     type Tables: Copy;
@@ -220,9 +223,11 @@ impl<E, const R: usize> Operands<E, R> {
                     true => _mm512_loadu_si512(codes.cast()),
                     false => _mm512_maskz_loadu_epi32(0xff, codes.cast()),
                 });
-                // Rows are too short for the processor to see by itself what comes next. Past the
-                // end of the weight this does nothing.
-                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(R * self.words).cast());
+                // Rows are too short for the processor to see by itself what comes next. To the
+                // second cache, which waits for more lines at a time than the first. Past the end
+                // of the weight this does nothing.
+                let ahead = codes.wrapping_add(ROWS_AHEAD * R * self.words);
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
                 if row > 0 {
                     tables[row] = self.tables::<T, D, WHOLE>(row, chunk);
                 }
