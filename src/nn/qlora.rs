@@ -9,8 +9,6 @@ use super::Nf4Linear;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::op::LowRank;
-#[cfg(doc)]
-use crate::op::lora_linear;
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
 const NORM_CHUNK_ELEMS: usize = 1 << 22;
@@ -80,23 +78,16 @@ impl QLoraLinearConfig {
         lora_a: Tensor<2>,
         lora_b: Tensor<2>,
     ) -> Result<QLoraLinear, Nf4Error> {
-        let [d_output, d_input] = base.dims();
-        for (tensor, expected, given) in [
-            ("lora_a", [d_input, self.rank], lora_a.dims()),
-            ("lora_b", [self.rank, d_output], lora_b.dims()),
-        ] {
-            if expected != given {
-                return Err(Nf4Error::Shape {
-                    tensor: tensor.into(),
-                    expected: expected.to_vec(),
-                    given: given.to_vec(),
-                });
-            }
-        }
+        let branch = LowRank {
+            a: lora_a.detach(),
+            b: lora_b.detach(),
+            scale: self.scale(),
+        };
+        branch.check(base.dims(), self.rank)?;
         self.build(
             base,
-            Param::from_tensor(lora_a.detach()),
-            Param::from_tensor(lora_b.detach()),
+            Param::from_tensor(branch.a),
+            Param::from_tensor(branch.b),
         )
     }
 
@@ -190,7 +181,8 @@ impl QLoraLinear {
     /// Applies the layer.
     ///
     /// The branch is computed in the dtype of `A` and `B` and its result cast to that of `x`; without
-    /// autodiff the product with the frozen weight adds it where it can, see [`lora_linear`].
+    /// autodiff the product with the frozen weight adds it where it can, see
+    /// [`lora_linear`](crate::op::lora_linear).
     ///
     /// # Shapes
     /// - `x`: `[..., d_input]`

@@ -65,6 +65,30 @@ pub struct LowRank {
 }
 
 impl LowRank {
+    /// Checks that the matrices fit a weight and a rank.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Shape`].
+    pub(crate) fn check(
+        &self,
+        [out_features, in_features]: [usize; 2],
+        rank: usize,
+    ) -> Result<(), Nf4Error> {
+        for (tensor, expected, given) in [
+            ("lora_a", [in_features, rank], self.a.dims()),
+            ("lora_b", [rank, out_features], self.b.dims()),
+        ] {
+            if expected != given {
+                return Err(Nf4Error::Shape {
+                    tensor: tensor.into(),
+                    expected: expected.to_vec(),
+                    given: given.to_vec(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// `s (x A) B`, in the dtype of `A`, by Burn's own products.
     ///
     /// # Shapes
@@ -114,18 +138,7 @@ pub fn lora_linear<const D: usize>(
 ) -> Result<Tensor<D>, Nf4Error> {
     let [out_features, in_features] = weight.matrix_dims()?;
     let [_, rank] = branch.a.dims();
-    for (tensor, expected, given) in [
-        ("lora_a", [in_features, rank.max(1)], branch.a.dims()),
-        ("lora_b", [rank.max(1), out_features], branch.b.dims()),
-    ] {
-        if expected != given {
-            return Err(Nf4Error::Shape {
-                tensor: tensor.into(),
-                expected: expected.to_vec(),
-                given: given.to_vec(),
-            });
-        }
-    }
+    branch.check([out_features, in_features], rank.max(1))?;
     let dims = [out_features, in_features];
     linear_at(x, weight, dims, 0, bias, Some(branch), strategy)
 }
@@ -230,48 +243,43 @@ fn linear_at<const D: usize>(
         !transposed && !x.device().is_autodiff() && bias_fits
     });
     let lora = fused.and_then(|fused| branch.as_ref()?.spec(fused));
-    let packed = weight.packed().into_dispatch();
+    let (joined, beside) = match lora {
+        Some(lora) => (branch.map(|branch| (branch, lora)), None),
+        None => (None, branch.map(|branch| branch.forward(x.clone()))),
+    };
     // Every tensor is handed on at its last use: another reference to it would be dropped after the
     // product, and with that in between Fusion gives up on what stands around it.
-    let y = match (fused, bias, branch, lora) {
-        (Some(_), None, Some(branch), Some(lora)) => {
-            let (a, b) = (branch.a.into_dispatch(), branch.b.into_dispatch());
-            let y =
-                <Dispatch as Nf4Backend>::nf4_matmul_lora(x.into_dispatch(), packed, a, b, lora);
-            Tensor::from_dispatch(y)
+    let (x, packed) = (x.into_dispatch(), weight.packed().into_dispatch());
+    let y = match (joined, bias, fused) {
+        (Some((LowRank { a, b, .. }, lora)), None, _) => {
+            let (a, b) = (a.into_dispatch(), b.into_dispatch());
+            <Dispatch as Nf4Backend>::nf4_matmul_lora(x, packed, a, b, lora)
         }
-        (Some(_), Some(bias), Some(branch), Some(lora)) => {
-            let (a, b) = (branch.a.into_dispatch(), branch.b.into_dispatch());
-            let (x, bias) = (x.into_dispatch(), bias.into_dispatch());
-            let y = <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora);
-            Tensor::from_dispatch(y)
+        (Some((LowRank { a, b, .. }, lora)), Some(bias), _) => {
+            let (a, b, bias) = (a.into_dispatch(), b.into_dispatch(), bias.into_dispatch());
+            <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora)
         }
-        (Some(fused), Some(bias), None, _) => {
-            let (x, bias) = (x.into_dispatch(), bias.into_dispatch());
-            Tensor::from_dispatch(<Dispatch as Nf4Backend>::nf4_matmul_bias(
-                x, packed, bias, fused,
-            ))
+        (None, Some(bias), Some(fused)) => {
+            <Dispatch as Nf4Backend>::nf4_matmul_bias(x, packed, bias.into_dispatch(), fused)
         }
-        (_, bias, branch, _) => {
-            let branch = branch.map(|branch| branch.forward(x.clone()));
-            let x = x.into_dispatch();
+        (None, bias, _) => {
             let y = match transposed {
                 false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
                 // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its
                 // gradient.
                 true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec.weight),
             };
-            let mut y = Tensor::<2>::from_dispatch(y);
-            if let Some(bias) = bias {
-                y = y + bias.unsqueeze();
+            match bias {
+                Some(bias) => (Tensor::<2>::from_dispatch(y) + bias.unsqueeze()).into_dispatch(),
+                None => y,
             }
-            if let Some(branch) = branch {
-                let dtype = y.dtype();
-                y = y + branch.cast(dtype);
-            }
-            y
         }
     };
+    let mut y = Tensor::<2>::from_dispatch(y);
+    if let Some(beside) = beside {
+        let dtype = y.dtype();
+        y = y + beside.cast(dtype);
+    }
     Ok(y.cast(given).reshape(Shape::from(shape)))
 }
 

@@ -164,41 +164,53 @@ impl Way {
         let product = spec.product();
         let with_bias = bias.is_some();
         let plan = match self {
-            Self::Kernel(variant) => {
-                MatmulPlan::new(&x.client, layout, product, with_bias, Some(variant))?
-            }
+            Self::Kernel(variant) => Some(MatmulPlan::new(
+                &x.client,
+                layout,
+                product,
+                with_bias,
+                Some(variant),
+            )?),
             Self::Cut(cut) => {
                 let tile = cut.tile(&x.client, &product);
                 let variant = MatmulVariant::TensorCore;
-                MatmulPlan::with_tile(&x.client, layout, product, with_bias, variant, tile)?
+                let client = &x.client;
+                let plan =
+                    MatmulPlan::with_tile(client, layout, product, with_bias, variant, tile)?;
+                Some(plan)
             }
-            Self::Decode => {
-                let mut y = decoded_matmul::<CubeBackend>(x.clone(), packed, spec.weight);
-                if let Some(bias) = bias {
-                    y = add_bias::<CubeBackend>(y, bias, spec);
-                }
-                return Ok(match lora {
-                    Some(lora) => lora.add(y, x),
+            Self::Decode => None,
+        };
+        let joined = match &plan {
+            Some(_) => lora.as_ref().and_then(LoraInputs::joined),
+            None => None,
+        };
+        let beside = lora.filter(|_| joined.is_none());
+        let y = match plan {
+            Some(plan) => {
+                let out = x
+                    .client
+                    .empty(product.m * product.n * product.dtype.size_bytes());
+                let operands = Operands {
+                    x: x.handle.clone(),
+                    packed: packed.handle,
+                    bias: bias.map(|bias| bias.handle),
+                    lora: joined,
+                };
+                plan.launch(&x.client, operands, layout, out.clone())?;
+                let shape = Shape::from([product.m, product.n]);
+                let (client, device) = (x.client.clone(), x.device.clone());
+                CubeTensor::new_contiguous(client, device, shape, out, product.dtype.into())
+            }
+            None => {
+                let y = decoded_matmul::<CubeBackend>(x.clone(), packed, spec.weight);
+                match bias {
+                    Some(bias) => add_bias::<CubeBackend>(y, bias, spec),
                     None => y,
-                });
+                }
             }
         };
-        let out = x
-            .client
-            .empty(product.m * product.n * product.dtype.size_bytes());
-        let joined = lora.as_ref().and_then(LoraInputs::joined);
-        let apart = lora.filter(|_| joined.is_none());
-        let operands = Operands {
-            x: x.handle.clone(),
-            packed: packed.handle,
-            bias: bias.map(|bias| bias.handle),
-            lora: joined,
-        };
-        plan.launch(&x.client, operands, layout, out.clone())?;
-        let shape = Shape::from([product.m, product.n]);
-        let dtype = DType::from(product.dtype);
-        let y = CubeTensor::new_contiguous(x.client.clone(), x.device.clone(), shape, out, dtype);
-        Ok(match apart {
+        Ok(match beside {
             Some(lora) => lora.add(y, x),
             None => y,
         })
