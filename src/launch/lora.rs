@@ -5,7 +5,8 @@ use cubecl::server::Handle;
 
 use super::matmul::Product;
 use super::{
-    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+    address_type, check_dtype, check_lengths, cube_count, elem_type, has_barriers, units_per_cube,
+    vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -65,28 +66,12 @@ impl Lora {
     /// Checks the buffers against a product.
     pub(super) fn check_lengths(&self, product: &Product) -> Result<(), Nf4Error> {
         let size = self.dtype.size_bytes();
-        for (tensor, expected, given) in [
-            (
-                "lora_a",
-                product.k * self.rank * size,
-                self.a.size_in_used() as usize,
-            ),
-            (
-                "lora_b",
-                self.rank * product.n * size,
-                self.b.size_in_used() as usize,
-            ),
+        let bytes = |handle: &Handle| handle.size_in_used() as usize;
+        check_lengths([
+            ("lora_a", product.k * self.rank * size, bytes(&self.a)),
+            ("lora_b", self.rank * product.n * size, bytes(&self.b)),
             ("rank", self.rank.max(1), self.rank),
-        ] {
-            if given < expected {
-                return Err(Nf4Error::Length {
-                    tensor: tensor.into(),
-                    expected,
-                    given,
-                });
-            }
-        }
-        Ok(())
+        ])
     }
 
     /// Launches `s x A`; `x` holds what the product declares.

@@ -6,7 +6,8 @@ use cubecl::server::Handle;
 use super::lora::{Lora, lora_arg};
 use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TensorCoreTile, group_rows};
 use super::{
-    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+    address_type, check_dtype, check_lengths, cube_count, elem_type, has_barriers, units_per_cube,
+    vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
@@ -267,7 +268,7 @@ impl MatmulPlan {
             Kernel::Levels { blueprint } => blueprint.sums.bias,
         };
         let bias_bytes = bias.as_ref().map_or(0, |bias| bias.size_in_used() as usize);
-        for (tensor, expected, given) in [
+        check_lengths([
             ("x", m * k * size, x.size_in_used() as usize),
             (
                 "packed weight",
@@ -276,15 +277,7 @@ impl MatmulPlan {
             ),
             ("bias", if with_bias { n * size } else { 0 }, bias_bytes),
             ("y", m * n * size, out.size_in_used() as usize),
-        ] {
-            if given < expected {
-                return Err(Nf4Error::Length {
-                    tensor: tensor.into(),
-                    expected,
-                    given,
-                });
-            }
-        }
+        ])?;
         if let Some(lora) = &lora {
             lora.check_lengths(&self.product)?;
         }

@@ -33,6 +33,20 @@ fn has_barriers(client: &Client) -> bool {
     client.properties().hardware.num_cpu_cores.is_none()
 }
 
+/// Checks that buffers, by name, hold what is expected of them at least.
+fn check_lengths<const N: usize>(lengths: [(&str, usize, usize); N]) -> Result<(), Nf4Error> {
+    for (tensor, expected, given) in lengths {
+        if given < expected {
+            return Err(Nf4Error::Length {
+                tensor: tensor.into(),
+                expected,
+                given,
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Whether the device can hold a float type in a buffer and convert f32 to it.
 ///
 /// # Errors
