@@ -1,5 +1,5 @@
-//! What the units of [`tensor_core`](super::tensor_core) load, and the fragments that they make of
-//! it.
+//! What the units of [`tensor_core`](super::tensor_core), and in part of
+//! [`levels`](super::levels), load, and the fragments that they make of it.
 
 use cubecl::prelude::*;
 use half::f16;
@@ -10,9 +10,7 @@ use super::tensor_core::TensorCoreBlueprint;
 /// Bytes of a table of pairs of levels: 256 pairs, in f32 sixteen copies, in f16 32 of them.
 pub const TABLE_BYTES: usize = 256 * 16 * 8;
 
-/// A table from a byte to the levels of its two codes, in f32. Entry `16 * byte + copy` is in a
-/// pair of memory banks that no other copy is in, so that sixteen lanes, each with a copy of its
-/// own, never wait for each other.
+/// A table from a byte to the levels of its two codes, as [`fill_table`] or [`fill_levels`] fills it.
 pub type CodeTable = Shared<[Vector<u8, Const<1>>]>;
 
 /// A stage of `x`, see [`x_place`].
@@ -24,7 +22,9 @@ pub fn load_level(words: &[u32], view: &PackedView) -> f32 {
     f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize])
 }
 
-/// Fills the table from the levels of a plane's lanes; the caller puts a barrier behind it.
+/// Fills the table from the levels of a plane's lanes, in f32: entry `16 * byte + copy`, in a pair of
+/// memory banks that no other copy is in, so that sixteen lanes, each with a copy of its own, never
+/// wait for each other. The caller puts a barrier behind it.
 #[cube]
 #[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 pub fn fill_table(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
@@ -242,8 +242,7 @@ pub fn store_x(
     }
 }
 
-/// Fills a table from a byte to the levels of its two codes, in f16: entry `32 * byte + copy`, a copy a
-/// lane and each in a bank of its own. The caller puts a barrier behind it.
+/// [`fill_table`] in f16: entry `32 * byte + copy`, a copy a lane and each in a bank of its own.
 #[cube]
 #[allow(clippy::needless_borrow)] // Without it CubeCL takes no slice.
 pub fn fill_levels(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
