@@ -25,11 +25,7 @@ const PRODUCT_TOLERANCE: f64 = 1.0 / 256.0;
 
 #[track_caller]
 fn assert_near(got: &[f64], expected: &[f64], what: &str) {
-    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
-    assert!(largest > 0.0, "{what}: nothing to compare with");
-    let bound = largest * PRODUCT_TOLERANCE;
-    let bounds: Vec<(f64, f64)> = expected.iter().map(|&value| (value, bound)).collect();
-    assert_close(got, &bounds, what);
+    tensors::assert_near(got, expected, PRODUCT_TOLERANCE, what);
 }
 
 fn far(a: &[f64], b: &[f64]) -> bool {

@@ -66,11 +66,7 @@ fn transposed_values(weight: &Nf4Tensor) -> Vec<f64> {
 
 #[track_caller]
 fn assert_near(got: &[f64], expected: &[f64], what: &str) {
-    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
-    assert!(largest > 0.0, "{what}: nothing to compare with");
-    let bound = largest * PRODUCT_TOLERANCE;
-    let bounds: Vec<(f64, f64)> = expected.iter().map(|&v| (v, bound)).collect();
-    assert_close(got, &bounds, what);
+    tensors::assert_near(got, expected, PRODUCT_TOLERANCE, what);
 }
 
 #[rstest]

@@ -28,18 +28,6 @@ const BATCH: [usize; 3] = [2, 3, D_INPUT];
 /// 40 terms, a second product after it included, stays well below 2^-8 of the largest value.
 const PRODUCT_TOLERANCE: f64 = 1.0 / 256.0;
 
-/// Compares values with expected ones, to within a part of the largest of these.
-#[track_caller]
-fn assert_near(got: &[f64], expected: &[f64], tolerance: f64, what: &str) {
-    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
-    assert!(largest > 0.0, "{what}: nothing to compare with");
-    let bounds: Vec<(f64, f64)> = expected
-        .iter()
-        .map(|&value| (value, largest * tolerance))
-        .collect();
-    assert_close(got, &bounds, what);
-}
-
 /// Whether values differ by more than two ways to take the same product.
 fn far(a: &[f64], b: &[f64]) -> bool {
     let largest = b.iter().fold(0f64, |max, v| max.max(v.abs()));

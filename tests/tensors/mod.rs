@@ -110,6 +110,18 @@ pub fn assert_close(got: &[f64], expected: &[(f64, f64)], what: &str) {
     }
 }
 
+/// Checks values against expected ones, to within a part of the largest of these.
+#[track_caller]
+pub fn assert_near(got: &[f64], expected: &[f64], tolerance: f64, what: &str) {
+    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
+    assert!(largest > 0.0, "{what}: nothing to compare with");
+    let bounds: Vec<(f64, f64)> = expected
+        .iter()
+        .map(|&value| (value, largest * tolerance))
+        .collect();
+    assert_close(got, &bounds, what);
+}
+
 /// How far a matrix product in a dtype may lie from the exact one, where `sum` is the exact value
 /// and `magnitude` the sum of the terms' magnitudes.
 ///
