@@ -42,7 +42,7 @@ impl Gpu {
     /// Buffers to rotate over, and launches in a window.
     fn rotation(&self, bytes: usize) -> (usize, usize) {
         if self.is_card {
-            let copies = (ROTATION_BYTES / bytes).max(2);
+            let copies = self.copies(bytes);
             (copies, copies.max(20))
         } else {
             let copies = (SMALL_ROTATION_BYTES / bytes).max(2);

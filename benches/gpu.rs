@@ -1,14 +1,17 @@
 //! A device that CubeCL drives, and what can decode a weight on it.
 
 use burn::backend::DispatchDevice;
-use burn::tensor::{DType, Device, Shape};
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Device, Distribution, Shape};
 use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
 use burn_nf4::format::FloatType;
 use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::args::{Args, DeviceName, Sizes};
+use crate::device_time::ROTATION_BYTES;
 use crate::problems::Weight;
 use crate::report::Place;
 use crate::timing::Copier;
@@ -73,11 +76,28 @@ impl Gpu {
         dims: [usize; D],
         dtype: DType,
     ) -> CubeTensor {
-        let DispatchDevice::Cube(device) = self.device.as_dispatch() else {
-            unreachable!("`open` takes CubeCL devices alone");
-        };
-        let client = self.client.clone();
-        CubeTensor::new_contiguous(client, device.clone(), Shape::from(dims), handle, dtype)
+        let (client, device) = (self.client.clone(), self.cube().clone());
+        CubeTensor::new_contiguous(client, device, Shape::from(dims), handle, dtype)
+    }
+
+    /// The same of random values between -1 and 1.
+    pub fn random<const D: usize>(&self, dims: [usize; D], dtype: FloatType) -> CubeTensor {
+        let distribution = Distribution::Uniform(-1.0, 1.0);
+        let dtype = DType::from(dtype).into();
+        CubeBackend::float_random(Shape::from(dims), distribution, self.cube(), dtype)
+    }
+
+    fn cube(&self) -> &CubeDevice {
+        match self.device.as_dispatch() {
+            DispatchDevice::Cube(device) => device,
+            other => unreachable!("`open` refuses {other:?}"),
+        }
+    }
+
+    /// Copies of a weight of so many bytes that go past the caches of a card, elsewhere two.
+    pub fn copies(&self, bytes: usize) -> usize {
+        let rotation = if self.is_card { ROTATION_BYTES } else { 1 };
+        (rotation / bytes).max(2)
     }
 
     /// Downloads the first `len` bytes of a buffer.

@@ -3,9 +3,7 @@
 
 use std::time::Instant;
 
-use burn::backend::DispatchDevice;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Distribution, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::QuantConfig;
@@ -14,9 +12,8 @@ use burn_nf4::op::{LoraSpec, Nf4Backend};
 use serde_json::json;
 
 use crate::args::Args;
-use crate::device_time::ROTATION_BYTES;
-use crate::gpu::{DeviceWeight, Gpu};
-use crate::matmul::{DTYPE, op_spec, shapes};
+use crate::gpu::Gpu;
+use crate::matmul::{DTYPE, op_spec, packed_copies, shapes};
 use crate::problems::Weight;
 use crate::report::{Method, Report, Timing};
 use crate::timing::{self, Window, sync};
@@ -106,30 +103,18 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) {
 }
 
 fn case(gpu: &Gpu, [n, k]: [usize; 2], m: usize, rank: usize) -> Case {
-    let DispatchDevice::Cube(device) = gpu.device.as_dispatch() else {
-        unreachable!("a Gpu is a CubeCL device");
-    };
-    let dtype = DType::from(DTYPE);
-    let random = |dims: [usize; 2]| {
-        let distribution = Distribution::Uniform(-1.0, 1.0);
-        CubeBackend::float_random(Shape::from(dims), distribution, device, dtype.into())
-    };
     let weight = Weight::new([n, k], QuantConfig::default(), 1);
-    let layout = weight.layout;
-    let rotation = if gpu.is_card { ROTATION_BYTES } else { 1 };
-    let copies = (rotation / (layout.words * 4)).max(2);
-    let packed = (0..copies).map(|_| {
-        let handle = DeviceWeight::new(&gpu.client, &weight).packed;
-        gpu.tensor(handle, [layout.words], DType::U32)
-    });
+    let packed = packed_copies(gpu, &weight);
+    let random = |dims: [usize; 2]| gpu.random(dims, DTYPE);
     Case {
         x: random([m, k]),
-        packed: packed.collect(),
-        branches: (0..copies)
+        branches: packed
+            .iter()
             .map(|_| (random([k, rank]), random([rank, n])))
             .collect(),
+        packed,
         spec: LoraSpec {
-            matmul: op_spec(&layout, [n, k], m),
+            matmul: op_spec(&weight.layout, [n, k], m),
             rank,
             scale: 0.5,
             dtype: DTYPE,

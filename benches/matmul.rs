@@ -3,9 +3,8 @@
 
 use std::sync::Mutex;
 
-use burn::backend::DispatchDevice;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Distribution, Shape};
+use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::{FloatType, Nf4Tensor, PackedLayout, QuantConfig};
@@ -17,7 +16,6 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use crate::args::{Args, Sizes};
-use crate::device_time::ROTATION_BYTES;
 use crate::gpu::{DeviceWeight, Gpu};
 use crate::problems::Weight;
 use crate::report::{Report, Timing};
@@ -220,6 +218,16 @@ fn exact_product(weight: &Nf4Tensor, [n, k]: [usize; 2], m: usize) -> Vec<f64> {
     (0..m * n).map(|i| columns[i % n][i / n]).collect()
 }
 
+/// A weight on the device, as often as it takes to read it past the caches.
+pub fn packed_copies(gpu: &Gpu, weight: &Weight) -> Vec<CubeTensor> {
+    let words = weight.layout.words;
+    let packed = |_| DeviceWeight::new(&gpu.client, weight).packed;
+    (0..gpu.copies(words * 4))
+        .map(packed)
+        .map(|handle| gpu.tensor(handle, [words], DType::U32))
+        .collect()
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     // Several sums at a time, so that it takes vectors.
     let mut sums = [0.0; 8];
@@ -241,11 +249,8 @@ fn packed(
     let client = &gpu.client;
     let weight = Weight::new(shape, QuantConfig::default(), 1);
     let layout = &weight.layout;
-    let rotation = if gpu.is_card { ROTATION_BYTES } else { 1 };
-    let copies = (rotation / (layout.words * 4)).max(2);
-    let weights: Vec<DeviceWeight> = (0..copies)
-        .map(|_| DeviceWeight::new(client, &weight))
-        .collect();
+    let weights = packed_copies(gpu, &weight);
+    let copies = weights.len();
     let most_rows = wanted.iter().map(|&(_, m)| m).max().unwrap_or(0);
     let exact = exact_product(&weight.tensor(), shape, most_rows);
 
@@ -261,31 +266,25 @@ fn packed(
                 continue;
             }
         };
-        let x = x_values(m, k);
-        let x_handle = client.create_from_slice(bytemuck::cast_slice(&x));
+        let x = client.create_from_slice(bytemuck::cast_slice(&x_values(m, k)));
+        let x = gpu.tensor(x, [m, k], dtype.into());
         let out: Vec<Handle> = (0..copies).map(|_| client.empty(m * n * 2)).collect();
         let spec = op_spec(layout, shape, m);
-        let tensors: Vec<CubeTensor> = weights
-            .iter()
-            .map(|weight| gpu.tensor(weight.packed.clone(), [layout.words], DType::U32))
-            .collect();
-        let x_tensor = gpu.tensor(x_handle.clone(), [m, k], dtype.into());
         let newest = Mutex::new(out[0].clone());
         let launch = |i: usize| {
-            let (packed, out) = (weights[i % copies].packed.clone(), out[i % copies].clone());
+            let packed = weights[i % copies].clone();
             let Some(plan) = &plan else {
-                let y =
-                    CubeBackend::nf4_matmul(x_tensor.clone(), tensors[i % copies].clone(), spec);
+                let y = CubeBackend::nf4_matmul(x.clone(), packed, spec);
                 *newest.lock().expect("no one panicked") = y.handle;
                 return;
             };
             let operands = Operands {
-                x: x_handle.clone(),
-                packed,
+                x: x.handle.clone(),
+                packed: packed.handle,
                 bias: None,
                 lora: None,
             };
-            plan.launch(client, operands, layout, out)
+            plan.launch(client, operands, layout, out[i % copies].clone())
                 .expect("buffers are large enough");
         };
         let error = || {
@@ -332,23 +331,11 @@ fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
             continue;
         }
         let [n, k] = shape;
-        let DispatchDevice::Cube(device) = gpu.device.as_dispatch() else {
-            unreachable!("a Gpu is a CubeCL device");
-        };
-        let random = |dims: [usize; 2]| {
-            let dtype = DType::from(DTYPE).into();
-            CubeBackend::float_random(Shape::from(dims), Distribution::Default, device, dtype)
-        };
-        let copies = if gpu.is_card {
-            ROTATION_BYTES / (n * k * 2)
-        } else {
-            1
-        }
-        .max(2);
+        let copies = gpu.copies(n * k * 2);
         let weights: Vec<CubeTensor> = (0..copies)
-            .map(|_| CubeBackend::float_swap_dims(random([n, k]), 0, 1))
+            .map(|_| CubeBackend::float_swap_dims(gpu.random([n, k], DTYPE), 0, 1))
             .collect();
-        let x = random([m, k]);
+        let x = gpu.random([m, k], DTYPE);
         let launch = |i: usize| {
             drop(CubeBackend::float_matmul(
                 x.clone(),
