@@ -20,7 +20,7 @@ use half::f16;
 use super::decode::PackedView;
 use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_levels, level_pair, load_level};
 use super::lora::{LoraBranch, UP_LOADS};
-use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
+use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
 /// What forks a compiled kernel.
@@ -28,10 +28,12 @@ use super::sums::{SumsBlueprint, Target, store_sums};
 pub struct LevelsBlueprint {
     /// Which scales a plane needs; runs are 64 long. `depth` chunks are on their way at a time.
     pub scales: ScaleBlueprint,
+    /// `depth` is two, and the scales of the two chunks are in one word, which is loaded once.
+    pub paired: bool,
     /// How planes share the work: one column tile, not split.
     pub sums: SumsBlueprint,
-    /// Chunks along `k` of a plane, a multiple of `depth`; neighbouring chunks belong to different
-    /// planes.
+    /// Chunks along `k` of a plane, a multiple of `depth`; so many are neighbours, and the next are
+    /// another plane's.
     pub chunks: usize,
     /// `x` is in bf16, not in f16.
     pub wide: bool,
@@ -115,12 +117,12 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     // All that comes from far away is asked for before any of it is waited for.
     let rows = Rows::new(plane_row, k, n, k, row_tiles);
     let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * depth));
-    let mut scales = Scales::new(plane_row, k, n, k, scale_blueprint);
-    let mut at = k_plane * CHUNK;
+    let mut scales = Scales::new(ScalePlace::of_sums(), plane_row, k, n, k, scale_blueprint);
+    let mut at = k_plane * comptime!(depth * CHUNK);
     let ahead_by = comptime!(usize::max(depth - 1, 1));
     #[unroll]
     for d in 0..ahead_by {
-        let chunk_at = at + comptime!(d * k_planes * CHUNK);
+        let chunk_at = at + comptime!(d * CHUNK);
         rows.load(packed, &mut codes, chunk_at, d, false, row_tiles);
         scales.load(words, &view, chunk_at, d, false, scale_blueprint);
     }
@@ -144,15 +146,22 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let mut x_at = (2 * k_plane + 2) & 7;
     let mut x_step = 0usize.runtime();
     if (lane >> 2) & 1 == (lane >> 1) & 1 {
-        x_at = k_plane * PITCH + comptime!(ZEROS) + member * 4 + (member >> 1usize);
-        x_step = comptime!(PITCH * k_planes).runtime();
+        x_at =
+            k_plane * comptime!(depth * PITCH) + comptime!(ZEROS) + member * 4 + (member >> 1usize);
+        x_step = comptime!(PITCH).runtime();
     }
 
     let def = MmaDefinition::<f16, f16, f32>::new(16usize, 8usize, 16usize);
-    let mut totals = Array::<f32>::new(comptime!(2 * row_tiles));
+    // Of the sums of a chunk, two rows by two runs, each of the four lanes that have them all scales
+    // its own.
+    let lower_row = lane & 2 != 0;
+    let second_run = lane & 1 != 0;
+    let mut totals = Array::<f32>::new(row_tiles);
+    let mut later = Array::<f32>::new(row_tiles);
     #[unroll]
-    for r in 0..comptime!(2 * row_tiles) {
-        totals[r] = 0.0f32;
+    for row_tile in 0..row_tiles {
+        totals[row_tile] = 0.0f32;
+        later[row_tile] = 0.0f32;
     }
     let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
     #[unroll]
@@ -176,12 +185,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     while at < k {
         #[unroll]
         for d in 0..depth {
-            let chunk_at = at + comptime!(d * k_planes * CHUNK);
-            let ahead = chunk_at + comptime!(ahead_by * k_planes * CHUNK);
+            let chunk_at = at + comptime!(d * CHUNK);
+            let slot = comptime!((d + ahead_by) % depth);
+            let rounds = comptime!((d + ahead_by) / depth);
+            let ahead = at + comptime!((rounds * k_planes * depth + slot) * CHUNK);
             if comptime!(depth > 1) {
-                let slot = comptime!((d + ahead_by) % depth);
                 rows.load(packed, &mut codes, ahead, slot, false, row_tiles);
-                scales.load(words, &view, ahead, slot, false, scale_blueprint);
+                if comptime!(slot == 0 || !blueprint.paired) {
+                    scales.load(words, &view, ahead, slot, false, scale_blueprint);
+                }
             }
             // The compiler does not know that this is true of a first chunk: a branch keeps it from
             // moving the loads above to where they are used.
@@ -196,7 +208,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 }
                 #[unroll]
                 for q in 0..4usize {
-                    let four = staged[x_at + q];
+                    let four = staged[x_at + d * x_step + q];
                     #[unroll]
                     for row_tile in 0..row_tiles {
                         let slot = comptime!((d * row_tiles + row_tile) * 2);
@@ -220,26 +232,28 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 }
                 #[unroll]
                 for row_tile in 0..row_tiles {
-                    let scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
-                    let product = products.index(row_tile);
-                    #[unroll]
-                    for r in 0..2usize {
-                        let mut total = totals[comptime!(2 * row_tile + r)];
-                        #[unroll]
-                        for run in 0..2usize {
-                            let source = ((lane >> 2) << 1) + comptime!((16 * r + run) as u32);
-                            total += product[r].extract(run) * plane_shuffle(scale, source);
-                        }
-                        totals[comptime!(2 * row_tile + r)] = total;
+                    let mut scale = later[row_tile];
+                    if comptime!(d == 0 || !blueprint.paired) {
+                        scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
                     }
+                    if comptime!(d == 0 && blueprint.paired) {
+                        let next = chunk_at + comptime!(CHUNK);
+                        later[row_tile] = scales.decode(next, &map, row_tile, d, scale_blueprint);
+                    }
+                    let product = products.index(row_tile);
+                    let upper = product[0];
+                    let upper = select(second_run, upper.extract(1usize), upper.extract(0usize));
+                    let lower = product[1];
+                    let lower = select(second_run, lower.extract(1usize), lower.extract(0usize));
+                    totals[row_tile] += select(lower_row, lower, upper) * scale;
                 }
-                x_at += x_step;
             }
             if comptime!(depth == 1) {
                 rows.load(packed, &mut codes, ahead, d, false, row_tiles);
                 scales.load(words, &view, ahead, d, false, scale_blueprint);
             }
         }
+        x_at += x_step * comptime!(depth * k_planes);
         at += comptime!(depth * k_planes * CHUNK);
     }
 
@@ -247,9 +261,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     #[unroll]
     for row_tile in 0..row_tiles {
         let mut sum = Array::<Vector<f32, Const<2>>>::new(2usize);
+        // The first of four lanes stores both rows, see `store_sums`.
+        let own = totals[row_tile] + plane_shuffle_xor(totals[row_tile], 1u32);
+        let other = plane_shuffle_xor(own, 2u32);
         #[unroll]
         for r in 0..2usize {
-            let mut total = totals[comptime!(2 * row_tile + r)] * unscale;
+            let mut total = own * unscale;
+            if comptime!(r == 1) {
+                total = other * unscale;
+            }
             #[comptime]
             if lora.is_some() {
                 let mut share = of_branch[comptime!(2 * row_tile + r)];

@@ -29,11 +29,41 @@ impl ScaleBlueprint {
     }
 }
 
+/// Which scale of a tile of 16 rows a lane decodes, of those in a chunk.
+#[derive(CubeType)]
+pub struct ScalePlace {
+    /// The row in the tile.
+    row: usize,
+    /// Elements that the run is ahead of the chunk.
+    run: usize,
+}
+
+#[cube]
+impl ScalePlace {
+    /// One row after the other. Where runs are 64 long, there are 32 scales: lane `2 row + run` has
+    /// that of a row's run. Where they are 32 long, there are 64: lane `4 row + run` has that of the
+    /// row and of the row eight below.
+    pub fn in_order(#[comptime] blueprint: ScaleBlueprint) -> Self {
+        let lane = UNIT_POS_X as usize;
+        let run_log2 = comptime!(blueprint.run_log2 as usize);
+        ScalePlace {
+            row: lane >> comptime!(7 - run_log2),
+            run: (lane << run_log2) & comptime!(CHUNK - 1),
+        }
+    }
+
+    /// As the sums of a product lie: lane `4 group + 2 half + run` has the scale of row
+    /// `group + 8 half`. Runs are 64 long.
+    pub fn of_sums() -> Self {
+        let lane = UNIT_POS_X as usize;
+        ScalePlace {
+            row: (lane >> 2usize) + ((lane & 2) << 2usize),
+            run: (lane & 1) << 6usize,
+        }
+    }
+}
+
 /// A lane's share of a plane's scales, as they were loaded.
-///
-/// A tile of 16 rows has 32 scales in a chunk where runs are 64 long: lane `2 row + run` has that of
-/// a row's run. Where they are 32 long, there are 64: lane `4 row + run` has that of the row and of
-/// the row eight below.
 #[derive(CubeType)]
 pub struct Scales {
     /// Elements of `W` whose scales these are, for a chunk at zero.
@@ -50,20 +80,19 @@ pub struct Scales {
 impl Scales {
     /// Zeros; the plane's first row is `plane_row`, and it ends at `bound` along `k`.
     pub fn new(
+        place: ScalePlace,
         plane_row: usize,
         bound: usize,
         n: usize,
         k: usize,
         #[comptime] blueprint: ScaleBlueprint,
     ) -> Self {
-        let lane = UNIT_POS_X as usize;
         let run_log2 = comptime!(blueprint.run_log2 as usize);
-        let run = (lane << run_log2) & comptime!(CHUNK - 1);
         let mut at = Array::<usize>::new(comptime!(blueprint.lane_scales()));
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
-            let row = (lane >> comptime!(7 - run_log2)) + comptime!(e << (run_log2 - 2));
-            at[e] = usize::min(plane_row + row, n - 1) * k + run;
+            let row = place.row + comptime!(e << (run_log2 - 2));
+            at[e] = usize::min(plane_row + row, n - 1) * k + place.run;
         }
         let slots = comptime!(blueprint.lane_scales() * blueprint.depth);
         let mut codes = Array::<u32>::new(slots);
@@ -75,7 +104,7 @@ impl Scales {
         }
         Scales {
             at,
-            end: usize::saturating_sub(bound, run),
+            end: usize::saturating_sub(bound, place.run),
             codes,
             absmax,
         }

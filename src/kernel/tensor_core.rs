@@ -23,7 +23,7 @@ use super::fragments::{
     stage_first_x, store_x, x_places,
 };
 use super::lora::{LoraBranch, UP_LOADS};
-use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, Scales};
+use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
 
 /// What forks a compiled kernel.
@@ -159,7 +159,8 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     let copy = ((UNIT_POS_X & 15) ^ view.zero) * 8;
     let mut codes =
         Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * blueprint.scales.depth));
-    let mut scales = Scales::new(plane_row, bound, n, k, scale_blueprint);
+    let scale_at = ScalePlace::in_order(scale_blueprint);
+    let mut scales = Scales::new(scale_at, plane_row, bound, n, k, scale_blueprint);
     // From a chunk of a plane to its next.
     let step = comptime!(if blueprint.once { CHUNK } else { stage_k });
     let ahead_by = comptime!(usize::max(depth - 1, 1));
