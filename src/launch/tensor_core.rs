@@ -135,7 +135,7 @@ impl TensorCoreTile {
     pub fn for_product(client: &Client, layout: &PackedLayout, product: Product) -> Self {
         let order = match product.m {
             0..=16 => [Cut::Whole, Cut::Wide, Cut::Narrow],
-            17..=24 => [Cut::Wide, Cut::Narrow, Cut::Whole],
+            17..=32 => [Cut::Wide, Cut::Narrow, Cut::Whole],
             _ => [Cut::Narrow, Cut::Wide, Cut::Whole],
         };
         let tiles = order.map(|cut| cut.tile(client, &product));
