@@ -29,10 +29,7 @@ fn assert_near(got: &[f64], expected: &[f64], what: &str) {
 }
 
 fn far(a: &[f64], b: &[f64]) -> bool {
-    let largest = b.iter().fold(0f64, |max, v| max.max(v.abs()));
-    a.iter()
-        .zip(b)
-        .any(|(a, b)| (a - b).abs() > largest * PRODUCT_TOLERANCE)
+    tensors::is_far(a, b, PRODUCT_TOLERANCE)
 }
 
 fn f32_tensor<const D: usize>(shape: [usize; D], seed: u64, device: &Device) -> Tensor<D> {

@@ -30,9 +30,7 @@ const PRODUCT_TOLERANCE: f64 = 1.0 / 256.0;
 
 /// Whether values differ by more than two ways to take the same product.
 fn far(a: &[f64], b: &[f64]) -> bool {
-    let largest = b.iter().fold(0f64, |max, v| max.max(v.abs()));
-    let bound = largest * PRODUCT_TOLERANCE;
-    a.iter().zip(b).any(|(a, b)| (a - b).abs() > bound)
+    tensors::is_far(a, b, PRODUCT_TOLERANCE)
 }
 
 fn words(weight: &Nf4Weight) -> Vec<u32> {

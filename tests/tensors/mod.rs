@@ -122,6 +122,14 @@ pub fn assert_near(got: &[f64], expected: &[f64], tolerance: f64, what: &str) {
     assert_close(got, &bounds, what);
 }
 
+/// Whether any value differs from an expected one by more than that part of the largest.
+pub fn is_far(got: &[f64], expected: &[f64], tolerance: f64) -> bool {
+    let largest = expected.iter().fold(0f64, |max, v| max.max(v.abs()));
+    got.iter()
+        .zip(expected)
+        .any(|(got, value)| (got - value).abs() > largest * tolerance)
+}
+
 /// How far a matrix product in a dtype may lie from the exact one, where `sum` is the exact value
 /// and `magnitude` the sum of the terms' magnitudes.
 ///
