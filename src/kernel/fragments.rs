@@ -22,6 +22,15 @@ pub fn load_level(words: &[u32], view: &PackedView) -> f32 {
     f32::reinterpret(words[view.codebook + (UNIT_POS_X & 15) as usize])
 }
 
+/// The levels of the two codes in a byte, high nibble first, from those of a plane's lanes.
+#[cube]
+fn levels_of(level: f32, byte: u32) -> Vector<f32, Const<2>> {
+    let mut pair = Vector::<f32, Const<2>>::empty();
+    pair.insert(0usize, plane_shuffle(level, byte >> 4));
+    pair.insert(1usize, plane_shuffle(level, byte & 15));
+    pair
+}
+
 /// Fills the table from the levels of a plane's lanes, in f32: entry `16 * byte + copy`, in a pair of
 /// memory banks that no other copy is in, so that sixteen lanes, each with a copy of its own, never
 /// wait for each other. The caller puts a barrier behind it.
@@ -31,10 +40,7 @@ pub fn fill_table(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
     // Whole planes go round together, as the shuffles want it.
     let mut i = UNIT_POS;
     while i < comptime!(TABLE_BYTES as u32 / 8) {
-        let byte = i >> 4;
-        let mut pair = Vector::<f32, Const<2>>::empty();
-        pair.insert(0usize, plane_shuffle(level, byte >> 4));
-        pair.insert(1usize, plane_shuffle(level, byte & 15));
+        let pair = levels_of(level, i >> 4);
         let at = i as usize * 8;
         let entry = (&mut table[at..at + 8]).with_vector_size_mut::<Const<8>>();
         entry[0] = Vector::<u8, Const<8>>::reinterpret(pair);
@@ -249,10 +255,7 @@ pub fn fill_levels(level: f32, table: &mut CodeTable, #[comptime] units: usize) 
     // Four copies at a time; whole planes go round together, as the shuffles want it.
     let mut i = UNIT_POS;
     while i < comptime!(TABLE_BYTES as u32 / 16) {
-        let byte = i >> 3;
-        let mut pair = Vector::<f32, Const<2>>::empty();
-        pair.insert(0usize, plane_shuffle(level, byte >> 4));
-        pair.insert(1usize, plane_shuffle(level, byte & 15));
+        let pair = levels_of(level, i >> 3);
         let pair = u32::reinterpret(Vector::<f16, Const<2>>::cast_from(pair));
         let at = i as usize * 16;
         let entry = (&mut table[at..at + 16]).with_vector_size_mut::<Const<16>>();
