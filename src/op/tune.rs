@@ -181,10 +181,8 @@ impl Way {
             }
             Self::Decode => None,
         };
-        let joined = match &plan {
-            Some(_) => lora.as_ref().and_then(LoraInputs::joined),
-            None => None,
-        };
+        let joined = plan.as_ref().and(lora.as_ref());
+        let joined = joined.and_then(LoraInputs::joined);
         let beside = lora.filter(|_| joined.is_none());
         let y = match plan {
             Some(plan) => {
