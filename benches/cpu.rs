@@ -125,7 +125,7 @@ fn time_dequantize<R>(
         expected: &[u8],
         time: impl FnOnce(&mut dyn FnMut()) -> R,
     ) -> R {
-        let mut out = vec![T::zeroed(); weight.layout.elems];
+        let mut out = vec![T::zeroed(); weight.layout.elems()];
         let result = time(&mut || host::dequantize(&weight.words, &weight.layout, 0, &mut out));
         assert!(
             bytemuck::cast_slice::<T, u8>(&out) == expected,
@@ -241,7 +241,7 @@ fn time_plain<T: FloatElement>(
             if plain {
                 return tensors[i].dequantize::<T>();
             }
-            let mut out = vec![T::zeroed(); weights[i].layout.elems];
+            let mut out = vec![T::zeroed(); weights[i].layout.elems()];
             host::dequantize(&weights[i].words, &weights[i].layout, 0, &mut out);
             out
         },

@@ -188,7 +188,7 @@ fn quantize_problem(
         launch::quantize(client, weight, problem.dtype, &problem.shape, &layout)
             .expect("a valid launch")
     };
-    let got = gpu.read(&call(0), layout.words * 4);
+    let got = gpu.read(&call(0), layout.words() * 4);
     assert!(
         got == bytemuck::cast_slice::<u32, u8>(&expected),
         "{name}: other words than the host path"

@@ -163,9 +163,18 @@ impl Implementation {
 
     /// Why the device cannot run this, if it cannot.
     pub fn obstacle(self, gpu: &Gpu, weight: &Weight, dtype: FloatType) -> Option<String> {
-        let layout = &weight.layout;
-        let plan = DequantizePlan::new(&gpu.client, layout, 0, layout.elems, dtype, self.variant());
+        let plan = self.plan(&gpu.client, weight, dtype);
         plan.err().map(|error| error.to_string())
+    }
+
+    fn plan(
+        self,
+        client: &Client,
+        weight: &Weight,
+        dtype: FloatType,
+    ) -> Result<DequantizePlan, Nf4Error> {
+        let layout = &weight.layout;
+        DequantizePlan::new(client, layout, 0..layout.elems(), dtype, self.variant())
     }
 
     /// Decodes the whole weight into `out`. `scales` is the baseline's scratch.
@@ -182,17 +191,9 @@ impl Implementation {
             unfused::dequantize(client, &weight.packed, layout, dtype, scales, out);
             return;
         }
-        launch::dequantize(
-            client,
-            weight.packed.clone(),
-            layout,
-            0,
-            layout.elems,
-            dtype,
-            out.clone(),
-            self.variant(),
-        )
-        .expect("a launch that was planned");
+        self.plan(client, weight.host, dtype)
+            .and_then(|plan| plan.launch(weight.packed.clone(), out.clone()))
+            .expect("a launch that was planned");
     }
 
     /// As [`launch`](Self::launch), with buffers allocated by the call.
@@ -203,7 +204,7 @@ impl Implementation {
         dtype: FloatType,
     ) -> Handle {
         let layout = &weight.host.layout;
-        let out = client.empty(layout.elems * dtype.size_bytes());
+        let out = client.empty(layout.elems() * dtype.size_bytes());
         if self == Self::Unfused {
             let scales = client.empty(unfused::scales_bytes(layout));
             self.launch(client, weight, dtype, &scales, &out);

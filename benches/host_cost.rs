@@ -26,11 +26,11 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
     let calls = args.host_calls.unwrap_or(default_calls);
     let dtype = FloatType::F32;
     let host = Weight::new([64, 64], QuantConfig::default(), 1);
-    let elems = host.layout.elems;
+    let elems = host.layout.elems();
     let weight = DeviceWeight::new(client, &host);
     let out = client.empty(elems * dtype.size_bytes());
     let burn_weight = Nf4Weight::from_host(&host.tensor(), &gpu.device);
-    let plan = DequantizePlan::new(client, &host.layout, 0, elems, dtype, None)
+    let plan = DequantizePlan::new(client, &host.layout, 0..elems, dtype, None)
         .expect("the default runs everywhere");
 
     let wait_for_op = || gpu.device.sync().expect("the device works");
@@ -189,18 +189,18 @@ fn empty_launch(
     dtype: FloatType,
 ) {
     let layout = &weight.host.layout;
-    let len = layout.elems;
+    let len = layout.elems();
     // SAFETY: the kernel reads and writes nothing.
     unsafe {
         empty_kernel::launch_unchecked(
             client,
-            plan.cube_count.clone(),
-            plan.cube_dim,
+            plan.cube_count(),
+            plan.cube_dim(),
             AddressType::from_len_signed(len),
-            plan.vector,
-            BufferArg::from_raw_parts(weight.packed.clone(), layout.words),
+            plan.vector(),
+            BufferArg::from_raw_parts(weight.packed.clone(), layout.words()),
             BufferArg::from_raw_parts(out.clone(), len),
-            EmptyViewLaunch::new(0, len, layout.scales, layout.codebook, 0),
+            EmptyViewLaunch::new(0, len, layout.scales_start(), layout.codebook_start(), 0),
             EmptyBlueprint {
                 block_log2: 6,
                 nested_log2: 8,

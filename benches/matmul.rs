@@ -220,7 +220,7 @@ fn exact_product(weight: &Nf4Tensor, [n, k]: [usize; 2], m: usize) -> Vec<f64> {
 
 /// A weight on the device, as often as it takes to read it past the caches.
 pub fn packed_copies(gpu: &Gpu, weight: &Weight) -> Vec<CubeTensor> {
-    let words = weight.layout.words;
+    let words = weight.layout.words();
     let packed = |_| DeviceWeight::new(&gpu.client, weight).packed;
     (0..gpu.copies(words * 4))
         .map(packed)
@@ -284,7 +284,7 @@ fn packed(
                 bias: None,
                 lora: None,
             };
-            plan.launch(client, operands, layout, out[i % copies].clone())
+            plan.launch(operands, out[i % copies].clone())
                 .expect("buffers are large enough");
         };
         let error = || {

@@ -142,7 +142,7 @@ impl Problem {
     /// other way round).
     pub fn bytes(&self, config: QuantConfig) -> usize {
         let elems = self.elems();
-        PackedLayout::new(elems, config).words * 4 + elems * self.dtype.size_bytes()
+        PackedLayout::new(elems, config).words() * 4 + elems * self.dtype.size_bytes()
     }
 
     pub fn elems(&self) -> usize {
@@ -204,7 +204,7 @@ impl Weight {
 
     /// The weight in its parts.
     pub fn tensor(&self) -> Nf4Tensor {
-        let config = self.layout.config;
+        let config = self.layout.config();
         Nf4Tensor::from_packed(&self.words, &self.shape, config, FloatType::F32)
             .expect("a weight just packed")
     }
@@ -220,9 +220,9 @@ impl Weight {
     }
 
     fn decode<T: FloatElement>(&self) -> Vec<u8> {
-        let mut out = vec![T::zeroed(); self.layout.elems];
+        let mut out = vec![T::zeroed(); self.layout.elems()];
         host::dequantize(&self.words, &self.layout, 0, &mut out);
-        let checked = self.layout.elems.min(1 << 16);
+        let checked = self.layout.elems().min(1 << 16);
         let expected = self.tensor().dequantize_range::<T>(0, checked);
         assert_eq!(
             bytemuck::cast_slice::<T, u8>(&out[..checked]),

@@ -12,7 +12,7 @@ use crate::timing::grid;
 
 /// Bytes of the buffer between the launches.
 pub const fn scales_bytes(layout: &PackedLayout) -> usize {
-    layout.blocks * 4
+    layout.blocks() * 4
 }
 
 /// Decodes a whole weight with double quantization. `scales` holds [`scales_bytes`], `out` the
@@ -25,7 +25,7 @@ pub fn dequantize(
     scales: &Handle,
     out: &Handle,
 ) {
-    let nested = layout.config.nested_block_size;
+    let nested = layout.config().nested_block_size;
     let nested_log2 = nested.expect("double quantization").log2();
     let reinterprets = matches!(client.name(), "cuda" | "hip" | "cpu");
     let mut vector = client
@@ -33,7 +33,7 @@ pub fn dequantize(
         .filter(|&size| size <= 8 && size.is_power_of_two())
         .max()
         .unwrap_or(1);
-    while !reinterprets && !layout.elems.is_multiple_of(vector) {
+    while !reinterprets && !layout.elems().is_multiple_of(vector) {
         vector /= 2;
     }
     let packed = || packed.clone();
@@ -45,24 +45,24 @@ pub fn dequantize(
         (client.properties().hardware.max_units_per_cube.min(256), 1)
     };
 
-    let (cubes, units) = grid(layout.blocks.div_ceil(per_unit), a_cube);
+    let (cubes, units) = grid(layout.blocks().div_ceil(per_unit), a_cube);
     // SAFETY: the buffers hold the words and scales declared; the kernel guards its index.
     unsafe {
         decode_scales_kernel::launch_unchecked(
             client,
             cubes,
             units,
-            BufferArg::from_raw_parts(packed(), layout.words),
-            BufferArg::from_raw_parts(scales.clone(), layout.blocks),
-            layout.scales,
-            layout.nested_map,
-            layout.blocks,
+            BufferArg::from_raw_parts(packed(), layout.words()),
+            BufferArg::from_raw_parts(scales.clone(), layout.blocks()),
+            layout.scales_start(),
+            layout.nested_map_start(),
+            layout.blocks(),
             0,
             per_unit,
             nested_log2,
         );
     }
-    let (cubes, units) = grid(layout.elems.div_ceil(vector * per_unit), a_cube);
+    let (cubes, units) = grid(layout.elems().div_ceil(vector * per_unit), a_cube);
     // SAFETY: the buffers hold the words, scales and elements declared; the kernel guards its
     // index and, where the last vector is not whole, each element of it.
     unsafe {
@@ -71,15 +71,15 @@ pub fn dequantize(
             cubes,
             units,
             vector,
-            BufferArg::from_raw_parts(packed(), layout.words),
-            BufferArg::from_raw_parts(scales.clone(), layout.blocks),
-            BufferArg::from_raw_parts(out.clone(), layout.elems),
-            layout.codebook,
-            layout.elems,
+            BufferArg::from_raw_parts(packed(), layout.words()),
+            BufferArg::from_raw_parts(scales.clone(), layout.blocks()),
+            BufferArg::from_raw_parts(out.clone(), layout.elems()),
+            layout.codebook_start(),
+            layout.elems(),
             per_unit,
-            layout.config.block_size.log2(),
+            layout.config().block_size.log2(),
             !is_cpu,
-            !layout.elems.is_multiple_of(vector),
+            !layout.elems().is_multiple_of(vector),
             elem_type(dtype),
         );
     }

@@ -166,7 +166,7 @@ fn random_weight(
 
 fn report_memory(weight: &Nf4Weight) {
     let packed = weight.size_bytes();
-    let elems = weight.layout().elems;
+    let elems = weight.layout().elems();
     println!(
         "memory of the frozen weight: {:.2} MB packed ({:.3} byte per weight); dense {:.2} MB in 16 bit, {:.2} MB in f32",
         packed as f64 / 1e6,
@@ -243,7 +243,7 @@ fn train(
 
 fn report_trained(layer: &QLoraLinear) {
     let trained = layer.lora_a.shape().num_elements() + layer.lora_b.shape().num_elements();
-    let frozen = layer.base.weight.layout().elems;
+    let frozen = layer.base.weight.layout().elems();
     println!(
         "trained {trained} parameters, {:.2}% of the frozen {frozen}",
         100.0 * trained as f64 / frozen as f64

@@ -29,6 +29,26 @@ pub enum Nf4Error {
         /// Elements given.
         given: usize,
     },
+    /// A buffer on a device that begins where a kernel cannot load whole vectors.
+    #[error("`{tensor}` begins at byte {given} of its memory, expected a multiple of {expected}")]
+    Alignment {
+        /// The tensor concerned.
+        tensor: String,
+        /// What the offset must be a multiple of, in bytes.
+        expected: u64,
+        /// The offset given, in bytes.
+        given: u64,
+    },
+    /// A tensor has another number of dimensions than expected.
+    #[error("`{tensor}` has shape {shape:?}, expected {expected} dimensions")]
+    Rank {
+        /// The tensor concerned.
+        tensor: String,
+        /// Dimensions asked for.
+        expected: usize,
+        /// The shape given.
+        shape: Vec<usize>,
+    },
     /// A tensor has another shape than expected.
     #[error("`{tensor}` has shape {given:?}, expected {expected:?}")]
     Shape {
@@ -106,6 +126,16 @@ pub enum Nf4Error {
         end: usize,
         /// Rows of the weight.
         rows: usize,
+    },
+    /// A range of elements that is empty or leaves the weight.
+    #[error("elements {start}..{end} of a weight with {elems}: expected start < end <= {elems}")]
+    ElementRange {
+        /// First element asked for.
+        start: usize,
+        /// One past the last element asked for.
+        end: usize,
+        /// Elements of the weight.
+        elems: usize,
     },
     /// A kernel variant was forced on a device or a weight that it cannot serve.
     #[error("kernel variant `{variant}` cannot run here: {reason}")]

@@ -3,7 +3,8 @@
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
     Absmax, BlockSize, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType, NF4_THRESHOLDS,
-    NestedAbsmax, Nf4Tensor, QuantConfig, QuantType, SumF32x2, fp4_code, nested_code, nf4_code,
+    NestedAbsmax, Nf4Tensor, QuantConfig, QuantType, SumF32x2, WeightForm, fp4_code, nested_code,
+    nf4_code,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -538,17 +539,82 @@ fn quantize_names_the_first_weight_that_is_not_finite(#[case] value: f32, #[case
     assert!(matches!(result, Err(Nf4Error::NonFinite { index: named, .. }) if named == index));
 }
 
-/// The sum of the scales has to fit f32; where it does not, that is an error and not a NaN.
-#[test]
-fn scales_whose_sum_overflows_are_refused_when_nested() {
-    let weight = vec![8e37f32; 64 * 5];
-    let result = Nf4Tensor::quantize(&weight, &[5, 64], QuantConfig::default());
+/// The name of a packed tensor tells its form, and no other name does.
+#[rstest]
+fn the_name_of_a_packed_tensor_tells_its_form(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(32, 64, 4096)] block_size: usize,
+    #[values(None, Some(BlockSize::B256))] nested_block_size: Option<BlockSize>,
+    #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
+    #[values(&[7][..], &[512, 256], &[4, 96, 128])] shape: &[usize],
+    #[values(false, true)] transposed: bool,
+) {
+    let form = WeightForm {
+        shape: shape.to_vec(),
+        dtype,
+        config: QuantConfig {
+            quant_type,
+            block_size: BlockSize::try_from(block_size).expect("a known block size"),
+            nested_block_size,
+        },
+        transposed,
+    };
+    let name = form.packed_name();
+    assert!(!name.contains('.'), "{name} is one part of a path");
+    assert_eq!(WeightForm::from_packed_name(&name), Some(form));
+    for other in [
+        format!("{name}_"),
+        format!("x{name}"),
+        name.replace('_', "-"),
+        name.replace("_64_", "_65_"),
+    ] {
+        assert!(
+            other == name || WeightForm::from_packed_name(&other).is_none(),
+            "{other}"
+        );
+    }
+}
+
+#[rstest]
+#[case::plain("packed")]
+#[case::another_tensor("weight")]
+#[case::block_size("packed_nf4_63_256_float32_512x256")]
+#[case::leading_zero("packed_nf4_064_256_float32_512x256")]
+#[case::plus("packed_nf4_64_256_float32_+512x256")]
+#[case::no_shape("packed_nf4_64_256_float32")]
+#[case::torch("packed_nf4_64_256_torch.float32_512x256")]
+#[case::word_behind("packed_nf4_64_256_float32_512x256_turned")]
+fn other_names_tell_no_form(#[case] name: &str) {
+    assert_eq!(WeightForm::from_packed_name(name), None);
+}
+
+/// The sum of the scales need not fit f32: their mean does.
+#[rstest]
+#[case::equal(&[8e37; 5])]
+#[case::the_largest(&[f32::MAX; 3])]
+#[case::mixed(&[3e38, 1.0, 2e38, 0.0, 1e-20, 3.2e38])]
+fn scales_whose_sum_overflows_have_a_finite_mean(#[case] scales: &[f32]) {
+    let exact = scales.iter().map(|&s| f64::from(s)).sum::<f64>() / scales.len() as f64;
+    let mean = f64::from(SumF32x2::mean(scales));
     assert!(
-        matches!(&result, Err(Nf4Error::NonFinite { tensor, .. }) if tensor == "nested_offset"),
-        "{result:?}"
+        (mean - exact).abs() <= exact * f64::powi(2.0, -22),
+        "{mean}, expected {exact}"
     );
-    let flat = Nf4Tensor::quantize(&weight, &[5, 64], QuantConfig::flat()).unwrap();
-    assert_eq!(flat.dequantize::<f32>(), weight);
+
+    let weight: Vec<f32> = scales.iter().flat_map(|&s| [s; 64]).collect();
+    let tensor = Nf4Tensor::quantize(&weight, &[scales.len(), 64], QuantConfig::default());
+    let decoded = tensor.expect("finite weights").dequantize::<f32>();
+    assert!(decoded.iter().all(|w| w.is_finite()));
+}
+
+/// As in bitsandbytes, the reciprocal of a scale above 2^126 is flushed to zero, and with it the block.
+#[test]
+fn weights_up_to_two_to_the_126_come_back() {
+    let weight = vec![8e37f32; 64 * 5];
+    for config in [QuantConfig::default(), QuantConfig::flat()] {
+        let tensor = Nf4Tensor::quantize(&weight, &[5, 64], config).unwrap();
+        assert_eq!(tensor.dequantize::<f32>(), weight);
+    }
 }
 
 #[rstest]

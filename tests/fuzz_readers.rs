@@ -127,7 +127,7 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
     assert!(host.code(host.elems() - 1) < 16);
     let words = host.to_packed();
     let layout = host.packed_layout();
-    assert_eq!(words.len(), layout.words);
+    assert_eq!(words.len(), layout.words());
     let back = Nf4Tensor::from_packed(&words, host.shape(), host.config(), host.dtype());
     assert_eq!(back.unwrap(), host);
     let decoded: Vec<f32> = host.dequantize();

@@ -196,7 +196,7 @@ fn device_image_round_trips(#[files("tests/fixtures/golden/*.safetensors")] path
     let (shape, config, dtype) = (tensor.shape(), tensor.config(), tensor.dtype());
     let layout = tensor.packed_layout();
     let words = tensor.to_packed();
-    assert_eq!(words.len(), layout.words);
+    assert_eq!(words.len(), layout.words());
 
     let back = Nf4Tensor::from_packed(&words, shape, config, dtype).unwrap();
     assert_eq!(back, tensor);
@@ -211,22 +211,23 @@ fn device_image_round_trips(#[files("tests/fixtures/golden/*.safetensors")] path
     }
     for block in 0..tensor.blocks() {
         let scale = match config.nested_block_size {
-            None => f32::from_bits(words[layout.scales + block]),
+            None => f32::from_bits(words[layout.scales_start() + block]),
             Some(size) => {
-                let code = words[layout.scales + block / 4] >> (block % 4 * 8) & 255;
-                let map = f32::from_bits(words[layout.nested_map + code as usize]);
-                let absmax = f32::from_bits(words[layout.nested_scales + block / size.elems()]);
+                let code = words[layout.scales_start() + block / 4] >> (block % 4 * 8) & 255;
+                let map = f32::from_bits(words[layout.nested_map_start() + code as usize]);
+                let absmax =
+                    f32::from_bits(words[layout.nested_scales_start() + block / size.elems()]);
                 let product = map * absmax;
-                product + f32::from_bits(words[layout.nested_offset])
+                product + f32::from_bits(words[layout.nested_offset_start()])
             }
         };
         assert_eq!(scale.to_bits(), tensor.scale(block).to_bits(), "{block}");
     }
     for (code, level) in config.quant_type.codebook().iter().enumerate() {
-        assert_eq!(words[layout.codebook + code], level.to_bits());
+        assert_eq!(words[layout.codebook_start() + code], level.to_bits());
     }
     let tables = layout.tables();
-    assert_eq!(words[layout.codebook..][..tables.len()], tables);
+    assert_eq!(words[layout.codebook_start()..][..tables.len()], tables);
 }
 
 fn header_error(result: Result<Nf4Tensor, Nf4Error>) -> &'static str {
@@ -260,7 +261,7 @@ fn image_of_another_weight_is_refused(#[case] name: &str) {
     };
     assert_eq!(header_error(read(&words, shape, fp4, dtype)), "settings");
 
-    let header = tensor.packed_layout().header;
+    let header = tensor.packed_layout().header_start();
     let fields = ["magic number", "settings", "shape hash", "shape hash"];
     assert_eq!(fields.len(), HEADER_WORDS);
     for (i, field) in fields.into_iter().enumerate() {
@@ -304,10 +305,10 @@ fn a_large_layer_takes_half_a_byte_a_weight() {
     let (elems, blocks, nested) = (4096 * 4096, 4096 * 64, 4096 / 4);
     let layout = PackedLayout::new(elems, QuantConfig::default());
     assert_eq!(
-        layout.words * 4,
+        layout.words() * 4,
         elems / 2 + blocks + 16 * 4 + (256 + 4 + nested + 4) * 4
     );
-    let per_weight = (layout.words * 4) as f64 / elems as f64;
+    let per_weight = (layout.words() * 4) as f64 / elems as f64;
     assert!((0.5158..0.5160).contains(&per_weight), "{per_weight}");
 
     let absmax = NestedAbsmax {
@@ -347,21 +348,21 @@ fn layout_is_right_beyond_32_bits(#[case] elems: usize) {
 
     let flat = PackedLayout::new(elems, QuantConfig::flat());
     let scales = wide(n.div_ceil(8));
-    assert_eq!(flat.blocks as u128, blocks);
-    assert_eq!(flat.scales as u128, scales);
-    assert_eq!(flat.codebook as u128, scales + wide(blocks));
-    assert_eq!(flat.header as u128, scales + wide(blocks) + 16);
-    assert_eq!(flat.words as u128, scales + wide(blocks) + 16 + 4);
+    assert_eq!(flat.blocks() as u128, blocks);
+    assert_eq!(flat.scales_start() as u128, scales);
+    assert_eq!(flat.codebook_start() as u128, scales + wide(blocks));
+    assert_eq!(flat.header_start() as u128, scales + wide(blocks) + 16);
+    assert_eq!(flat.words() as u128, scales + wide(blocks) + 16 + 4);
 
     let nested = PackedLayout::new(elems, QuantConfig::default());
     let codebook = scales + wide(blocks.div_ceil(4));
-    assert_eq!(nested.codebook as u128, codebook);
-    assert_eq!(nested.nested_map as u128, codebook + 16);
-    assert_eq!(nested.nested_offset as u128, codebook + 16 + 256);
-    assert_eq!(nested.nested_scales as u128, codebook + 16 + 260);
+    assert_eq!(nested.codebook_start() as u128, codebook);
+    assert_eq!(nested.nested_map_start() as u128, codebook + 16);
+    assert_eq!(nested.nested_offset_start() as u128, codebook + 16 + 256);
+    assert_eq!(nested.nested_scales_start() as u128, codebook + 16 + 260);
     let header = codebook + 16 + 260 + wide(blocks.div_ceil(256));
-    assert_eq!(nested.header as u128, header);
-    assert_eq!(nested.words as u128, header + 4);
+    assert_eq!(nested.header_start() as u128, header);
+    assert_eq!(nested.words() as u128, header + 4);
 }
 
 /// Loads of 16 bytes are aligned wherever a section starts.
@@ -380,13 +381,13 @@ fn sections_start_at_multiples_of_four_words(
             },
         );
         let starts = [
-            layout.scales,
-            layout.codebook,
-            layout.nested_map,
-            layout.nested_offset,
-            layout.nested_scales,
-            layout.header,
-            layout.words,
+            layout.scales_start(),
+            layout.codebook_start(),
+            layout.nested_map_start(),
+            layout.nested_offset_start(),
+            layout.nested_scales_start(),
+            layout.header_start(),
+            layout.words(),
         ];
         assert!(starts.iter().all(|start| start % 4 == 0), "{layout:?}");
         assert!(starts.is_sorted(), "{layout:?}");

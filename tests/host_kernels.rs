@@ -384,11 +384,16 @@ fn the_first_weight_that_is_not_finite_is_named_across_threads() {
     check_quantize::<f32>(&weight, QuantConfig::default());
 }
 
-#[test]
-fn a_mean_of_scales_that_overflows_is_refused() {
-    check_quantize::<f32>(&[f32::MAX; 1000], QuantConfig::default());
-    let result = host::quantize(&[f32::MAX; 1000], &[1000], QuantConfig::default());
-    assert!(matches!(result, Err(Nf4Error::NonFinite { tensor, .. }) if tensor == "nested_offset"));
+/// In one chunk and in several, on one thread and on several.
+#[rstest]
+fn scales_whose_sum_overflows_give_the_mean_of_the_reference(
+    #[values(1000, 700_000)] elems: usize,
+    #[values(f32::MAX, 1e38, 1e36)] largest: f32,
+) {
+    let mut random = Random(7);
+    let weight: Vec<f32> = (0..elems).map(|_| random.unit() * largest).collect();
+    check_quantize::<f32>(&weight, QuantConfig::default());
+    check_quantize::<f32>(&vec![largest; elems], QuantConfig::default());
 }
 
 #[rstest]

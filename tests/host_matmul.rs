@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use rstest::rstest;
 
 use burn_nf4::format::{
-    Absmax, BlockSize, DYNAMIC_MAP, FloatElement, FloatType, NestedAbsmax, Nf4Tensor, QuantConfig,
-    QuantType,
+    Absmax, BlockSize, DYNAMIC_MAP, FloatElement, FloatType, NestedAbsmax, Nf4Tensor, PackedLayout,
+    QuantConfig, QuantType,
 };
 use burn_nf4::host;
 use random::{Random, available};
@@ -269,6 +269,25 @@ fn no_rows_of_x_make_no_rows_of_y() {
     let tensor = weight([4, 64], QuantConfig::default(), &SCALES);
     let (words, layout) = (tensor.to_packed(), tensor.packed_layout());
     host::matmul::<f32>(&[], 0, &words, &layout, 4, 64, None, &mut []);
+}
+
+/// Sums of nothing, whatever the block size.
+#[rstest]
+fn no_columns_of_x_leave_the_bias(
+    #[values(32, 64, 128, 4096)] block_elems: u64,
+    #[values(None, Some(256))] nested: Option<u64>,
+    #[values(1, 5)] m: usize,
+) {
+    let layout = PackedLayout::new(0, config(QuantType::Nf4, block_elems, nested));
+    let words = vec![0; layout.words()];
+    let bias: Vec<bf16> = Random(5).units(3);
+    for simd in available() {
+        let mut out = vec![bf16::NAN; m * 3];
+        host::matmul_with(simd, &[], m, &words, &layout, 3, 0, Some(&bias), &mut out);
+        assert_eq!(out, bias.repeat(m), "{simd:?}");
+        host::matmul_with(simd, &[], m, &words, &layout, 3, 0, None, &mut out);
+        assert_eq!(out, vec![bf16::ZERO; 3 * m], "{simd:?}");
+    }
 }
 
 #[rstest]

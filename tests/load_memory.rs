@@ -164,7 +164,7 @@ fn zeros_take_their_memory_when_used() {
         peak_bytes(|| Nf4Weight::zeros(&SHAPE, config, FloatType::F32, &device).unwrap());
     assert!(peak < SMALL_BYTES, "{peak}");
     let before = live_bytes();
-    assert_eq!(zeros.packed().dims(), [zeros.layout().words]);
+    assert_eq!(zeros.packed().dims(), [zeros.layout().words()]);
     assert!(live_bytes() - before >= zeros.size_bytes());
 }
 

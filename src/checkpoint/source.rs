@@ -99,7 +99,7 @@ pub(super) fn deferred(
     let (dtype, shape) = match &entry.kind {
         EntryKind::Packed(form) => {
             let layout = PackedLayout::for_shape(&form.shape, form.config)?;
-            (DType::U32, vec![layout.words])
+            (DType::U32, vec![layout.words()])
         }
         EntryKind::Dense { dtype, shape } => {
             let mut shape = shape.clone();

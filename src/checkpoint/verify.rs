@@ -247,7 +247,7 @@ impl<'a> Values<'a> {
                 shape: quantized.shape,
             });
         };
-        let values = quantized.read(0, layout.elems);
+        let values = quantized.read(0, layout.elems());
         Ok(Ok(Self {
             shape: vec![columns, rows],
             stored: Stored::Transposed(transpose(&values, rows, columns)),

@@ -178,7 +178,7 @@ impl StoredWeight<'_> {
     pub fn to_packed(&self, form: &WeightForm) -> Result<Vec<u32>, Nf4Error> {
         let layout = PackedLayout::for_shape(&form.shape, form.config)?;
         let mut words = self.parts().to_packed(&layout);
-        words[layout.header..].copy_from_slice(&layout.form_header(form));
+        words[layout.header_start()..].copy_from_slice(&layout.form_header(form));
         Ok(words)
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::{FloatType, QuantConfig};
+use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 
 /// What a quantized weight is, apart from its values: two weights of the same form can stand in
 /// for each other in a module and its records.
@@ -27,6 +27,60 @@ impl WeightForm {
             false => self.shape.clone(),
             true => self.shape.iter().rev().copied().collect(),
         }
+    }
+}
+
+/// What begins the name of a packed tensor in the paths of a module.
+const PACKED: &str = "packed";
+
+impl WeightForm {
+    /// The name that a packed tensor of this form has in a module, such as
+    /// `packed_nf4_64_256_float32_512x256`: two weights of different forms have different paths in a
+    /// record, so that one is never loaded into the other.
+    pub fn packed_name(&self) -> String {
+        let Self {
+            shape,
+            dtype,
+            config,
+            transposed,
+        } = self;
+        let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
+        format!(
+            "{PACKED}_{}_{}_{}_{}_{}{}",
+            config.quant_type.name(),
+            config.block_size.elems(),
+            config.nested_block_size.map_or(0, BlockSize::elems),
+            dtype.name(),
+            dims.join("x"),
+            if *transposed { "_transposed" } else { "" },
+        )
+    }
+
+    /// The form that a name tells; `None` for any other name.
+    pub fn from_packed_name(name: &str) -> Option<Self> {
+        let mut parts = name.split('_');
+        let mut next = || parts.next();
+        if next()? != PACKED {
+            return None;
+        }
+        let block_size = |elems: &str| BlockSize::try_from(elems.parse::<usize>().ok()?).ok();
+        let form = Self {
+            config: QuantConfig {
+                quant_type: QuantType::from_name(next()?, PACKED).ok()?,
+                block_size: block_size(next()?)?,
+                nested_block_size: match next()? {
+                    "0" => None,
+                    elems => Some(block_size(elems)?),
+                },
+            },
+            dtype: FloatType::from_name(next()?, PACKED).ok()?,
+            shape: {
+                let dims = next()?.split('x').map(str::parse);
+                dims.collect::<Result<_, _>>().ok()?
+            },
+            transposed: next() == Some("transposed"),
+        };
+        (form.packed_name() == name).then_some(form)
     }
 }
 

@@ -27,28 +27,22 @@ use crate::error::Nf4Error;
 pub const HEADER_WORDS: usize = 4;
 
 /// Where each section of a packed weight starts, in words.
+///
+/// The fields are private because bounds of unsafe code rest on them: a layout is always the one that
+/// [`new`](Self::new) computes from a number of elements and a configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PackedLayout {
-    /// Number of weights.
-    pub elems: usize,
-    /// Number of blocks of weights.
-    pub blocks: usize,
-    /// How the weight is quantized.
-    pub config: QuantConfig,
-    /// Start of the scales; the codes start at 0.
-    pub scales: usize,
-    /// Start of the codebook.
-    pub codebook: usize,
-    /// Start of the nested map; the end of the codebook when flat.
-    pub nested_map: usize,
-    /// Start of the nested offset; the end of the codebook when flat.
-    pub nested_offset: usize,
-    /// Start of the nested scales; the end of the codebook when flat.
-    pub nested_scales: usize,
-    /// Start of the header.
-    pub header: usize,
-    /// Words in all.
-    pub words: usize,
+    elems: usize,
+    blocks: usize,
+    config: QuantConfig,
+    scales: usize,
+    codebook: usize,
+    /// As the two below: the end of the codebook where the scales are flat.
+    nested_map: usize,
+    nested_offset: usize,
+    nested_scales: usize,
+    header: usize,
+    words: usize,
 }
 
 const fn align4(words: usize) -> usize {
@@ -94,6 +88,56 @@ impl PackedLayout {
     /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
     pub fn for_shape(shape: &[usize], config: QuantConfig) -> Result<Self, Nf4Error> {
         Ok(Self::new(checked_elems(shape)?, config))
+    }
+
+    /// Number of weights.
+    pub const fn elems(&self) -> usize {
+        self.elems
+    }
+
+    /// Number of blocks of weights.
+    pub const fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// How the weight is quantized.
+    pub const fn config(&self) -> QuantConfig {
+        self.config
+    }
+
+    /// Words in all.
+    pub const fn words(&self) -> usize {
+        self.words
+    }
+
+    /// Start of the scales; the codes start at 0.
+    pub const fn scales_start(&self) -> usize {
+        self.scales
+    }
+
+    /// Start of the codebook.
+    pub const fn codebook_start(&self) -> usize {
+        self.codebook
+    }
+
+    /// Start of the nested map; the end of the codebook when flat.
+    pub const fn nested_map_start(&self) -> usize {
+        self.nested_map
+    }
+
+    /// Start of the nested offset; the end of the codebook when flat.
+    pub const fn nested_offset_start(&self) -> usize {
+        self.nested_offset
+    }
+
+    /// Start of the nested scales; the end of the codebook when flat.
+    pub const fn nested_scales_start(&self) -> usize {
+        self.nested_scales
+    }
+
+    /// Start of the header.
+    pub const fn header_start(&self) -> usize {
+        self.header
     }
 
     /// The four words that say what the buffer is: a magic number with a version, the settings,

@@ -89,10 +89,10 @@ impl WeightParts<'_> {
 
     /// The device image of checked parts, in the one allocation that it needs. `layout` is theirs.
     pub fn to_packed(self, layout: &PackedLayout) -> Vec<u32> {
-        let mut words = vec![0u32; layout.words];
+        let mut words = vec![0u32; layout.words()];
         put_bytes(&mut words, self.codes);
         match &self.scales {
-            ScaleParts::Flat(scales) => put_floats(&mut words[layout.scales..], *scales),
+            ScaleParts::Flat(scales) => put_floats(&mut words[layout.scales_start()..], *scales),
             ScaleParts::Nested {
                 codes,
                 absmax,
@@ -100,24 +100,24 @@ impl WeightParts<'_> {
                 offset,
                 ..
             } => {
-                put_bytes(&mut words[layout.scales..], codes);
+                put_bytes(&mut words[layout.scales_start()..], codes);
                 put_floats(
-                    &mut words[layout.nested_map..],
+                    &mut words[layout.nested_map_start()..],
                     Floats::Values(map.as_slice()),
                 );
                 put_floats(
-                    &mut words[layout.nested_offset..],
+                    &mut words[layout.nested_offset_start()..],
                     Floats::Values(&[*offset]),
                 );
-                put_floats(&mut words[layout.nested_scales..], *absmax);
+                put_floats(&mut words[layout.nested_scales_start()..], *absmax);
             }
         }
         let codebook = self.config.quant_type.codebook();
         put_floats(
-            &mut words[layout.codebook..],
+            &mut words[layout.codebook_start()..],
             Floats::Values(codebook.as_slice()),
         );
-        words[layout.header..].copy_from_slice(&layout.header(self.shape, self.dtype));
+        words[layout.header_start()..].copy_from_slice(&layout.header(self.shape, self.dtype));
         words
     }
 }

@@ -243,6 +243,8 @@ impl SumF32x2 {
     pub const LANES: usize = 256;
     /// Values summed to one partial sum.
     pub const CHUNK: usize = 4096;
+    /// 2^-32: what values are multiplied with where their sum overflows.
+    pub const SMALLER: f32 = 1.0 / (1u64 << 32) as f32;
 
     /// Adds another sum.
     pub fn plus(self, other: Self) -> Self {
@@ -278,10 +280,31 @@ impl SumF32x2 {
     /// The mean of `values`: the sum rounded to f32, times [`inverse_count`](Self::inverse_count).
     ///
     /// Four roundings at most, so within 2^-22 of the exact mean, relatively. A product rather
-    /// than a quotient, because WGSL does not ask for correctly rounded division.
+    /// than a quotient, because WGSL does not ask for correctly rounded division. Finite values have
+    /// a finite mean: where their sum overflows, it is [`large_mean`](Self::large_mean).
     pub fn mean(values: &[f32]) -> f32 {
         let partial = |chunk: &[f32]| Self::of(chunk.iter().map(|&high| Self { high, low: 0.0 }));
-        Self::of(values.chunks(Self::CHUNK).map(partial)).high * Self::inverse_count(values.len())
+        Self::of(values.chunks(Self::CHUNK).map(partial)).mean_of(values)
+    }
+
+    /// The mean of values that were summed to this.
+    pub(crate) fn mean_of(self, values: &[f32]) -> f32 {
+        if self.high.is_finite() {
+            self.high * Self::inverse_count(values.len())
+        } else {
+            Self::large_mean(values)
+        }
+    }
+
+    /// The mean of values whose sum overflows: each times [`SMALLER`](Self::SMALLER), added up one
+    /// after the other, and the mean brought back to size, at most [`f32::MAX`].
+    pub fn large_mean(values: &[f32]) -> f32 {
+        let sum = values.iter().fold(Self::default(), |sum, value| {
+            let high = value * Self::SMALLER;
+            sum.plus(Self { high, low: 0.0 })
+        });
+        let mean = sum.high * Self::inverse_count(values.len());
+        (mean * (1.0 / Self::SMALLER)).min(f32::MAX)
     }
 
     /// The reciprocal of a count, rounded to f32.

@@ -226,14 +226,43 @@ impl FloatType {
     }
 }
 
-/// A Rust type for each [`FloatType`].
-pub trait FloatElement: bytemuck::Pod + Send + Sync + 'static {
+/// A Rust type for each [`FloatType`]: f16, bf16 and f32.
+///
+/// Sealed, because vector code reads and writes elements by their [`FLOAT_TYPE`](Self::FLOAT_TYPE).
+pub trait FloatElement: sealed::Sealed + bytemuck::Pod + Send + Sync + 'static {
     /// The type's description.
     const FLOAT_TYPE: FloatType;
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
     /// Widens exactly.
     fn to_f32(self) -> f32;
+}
+
+/// Nobody else can claim to be a float:
+///
+/// ```compile_fail
+/// use burn_nf4::format::{FloatElement, FloatType};
+///
+/// #[repr(transparent)]
+/// #[derive(Clone, Copy)]
+/// struct Byte(u8);
+/// unsafe impl bytemuck::Zeroable for Byte {}
+/// unsafe impl bytemuck::Pod for Byte {}
+/// impl FloatElement for Byte {
+///     const FLOAT_TYPE: FloatType = FloatType::F32;
+///     fn from_f32(value: f32) -> Self {
+///         Self(value as u8)
+///     }
+///     fn to_f32(self) -> f32 {
+///         self.0.into()
+///     }
+/// }
+/// ```
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for f32 {}
 }
 
 impl FloatElement for f16 {

@@ -42,7 +42,7 @@ const STREAM_BYTES: usize = 32 << 20;
 /// [`Nf4Tensor::dequantize_range`](crate::format::Nf4Tensor::dequantize_range) to the bit.
 ///
 /// # Shapes
-/// - `words`: `layout.words`; the header is not looked at
+/// - `words`: `layout.words()`; the header is not looked at
 ///
 /// # Panics
 /// If `words` is shorter than `layout` asks for or if the range leaves the weight.
@@ -72,12 +72,12 @@ pub fn dequantize_with<T: FloatElement>(
 ) {
     simd.assert_available();
     assert_words(words, layout);
-    let left = layout.elems.checked_sub(start);
+    let left = layout.elems().checked_sub(start);
     assert!(
         left.is_some_and(|left| out.len() <= left),
         "range of {} from {start} on, of {} weights",
         out.len(),
-        layout.elems
+        layout.elems()
     );
     let task = Task {
         source: Source::new(words, layout),
@@ -91,10 +91,10 @@ pub fn dequantize_with<T: FloatElement>(
 /// If `words` is shorter than `layout` asks for.
 pub(super) fn assert_words(words: &[u32], layout: &PackedLayout) {
     assert!(
-        words.len() >= layout.words,
+        words.len() >= layout.words(),
         "packed weight of {} words, expected {}",
         words.len(),
-        layout.words
+        layout.words()
     );
 }
 
@@ -181,24 +181,24 @@ pub(super) enum Scales<'a> {
 
 impl<'a> Source<'a> {
     pub(super) fn new(words: &'a [u32], layout: &PackedLayout) -> Self {
-        let scales = match layout.config.nested_block_size {
-            None => Scales::Flat(&words[layout.scales..layout.codebook]),
+        let scales = match layout.config().nested_block_size {
+            None => Scales::Flat(&words[layout.scales_start()..layout.codebook_start()]),
             Some(block_size) => Scales::Nested {
-                codes: &words[layout.scales..layout.codebook],
-                map: words[layout.nested_map..]
+                codes: &words[layout.scales_start()..layout.codebook_start()],
+                map: words[layout.nested_map_start()..]
                     .first_chunk()
                     .expect("a layout has 256 words there"),
-                absmax: &words[layout.nested_scales..layout.header],
-                offset: f32::from_bits(words[layout.nested_offset]),
+                absmax: &words[layout.nested_scales_start()..layout.header_start()],
+                offset: f32::from_bits(words[layout.nested_offset_start()]),
                 block_size_log2: block_size.log2(),
             },
         };
-        let quant_type: QuantType = layout.config.quant_type;
+        let quant_type: QuantType = layout.config().quant_type;
         Self {
-            codes: &words[..layout.scales],
+            codes: &words[..layout.scales_start()],
             scales,
             codebook: quant_type.codebook(),
-            block_size_log2: layout.config.block_size.log2(),
+            block_size_log2: layout.config().block_size.log2(),
         }
     }
 

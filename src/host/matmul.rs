@@ -47,7 +47,7 @@ const TASK_SUMS: usize = 1 << 16;
 ///
 /// # Shapes
 /// - `x`: `[m, k]`, row-major as all
-/// - `words`: `layout.words`, of a weight `[n, k]`; the header is not looked at
+/// - `words`: `layout.words()`, of a weight `[n, k]`; the header is not looked at
 /// - `bias`: `[n]`
 /// - `out`: `[m, n]`
 ///
@@ -87,13 +87,16 @@ pub fn matmul_with<T: FloatElement>(
     simd.assert_available();
     dequantize::assert_words(words, layout);
     assert_len("x", x.len(), [m, k]);
-    assert_len("weight", layout.elems, [n, k]);
+    assert_len("weight", layout.elems(), [n, k]);
     if let Some(bias) = bias {
         assert_len("bias", bias.len(), [1, n]);
     }
     assert_len("out", out.len(), [m, n]);
     if out.is_empty() {
         return;
+    }
+    if k == 0 {
+        return finish(&vec![0.0; n * m], m, bias, out);
     }
     // The dot products of bf16 take subnormal numbers for zero.
     let simd = match simd {
@@ -200,21 +203,19 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
             false => k.next_multiple_of(64 / size_of::<E>()),
         };
         let mut padded = vec![E::zeroed(); m * padded_k];
-        if k > 0 {
-            for (to, from) in padded
-                .chunks_exact_mut(padded_k)
-                .zip(factors.chunks_exact(k))
-            {
-                if !fused {
-                    to[..k].copy_from_slice(from);
-                    continue;
-                }
-                for (to, from) in to.chunks_exact_mut(CHUNK).zip(from.chunks(CHUNK)) {
-                    let steps = to.chunks_exact_mut(CHUNK / order.len()).zip(order);
-                    for (to, &first) in steps {
-                        let from = from[first..].iter().step_by(order.len());
-                        to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
-                    }
+        for (to, from) in padded
+            .chunks_exact_mut(padded_k)
+            .zip(factors.chunks_exact(k))
+        {
+            if !fused {
+                to[..k].copy_from_slice(from);
+                continue;
+            }
+            for (to, from) in to.chunks_exact_mut(CHUNK).zip(from.chunks(CHUNK)) {
+                let steps = to.chunks_exact_mut(CHUNK / order.len()).zip(order);
+                for (to, &first) in steps {
+                    let from = from[first..].iter().step_by(order.len());
+                    to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
                 }
             }
         }
@@ -417,7 +418,7 @@ unsafe fn tiles<T: FloatElement, D: Dot>(
             // SAFETY: as the caller vouches.
             *sum = unsafe { D::total(partial) };
         }
-        if D::Element::FLOAT_TYPE == FloatType::BF16 && k > 0 {
+        if D::Element::FLOAT_TYPE == FloatType::BF16 {
             for (row, sums) in (first..).zip(sums.chunks_exact_mut(m)) {
                 if !product.has_plain_scales(row) {
                     product.careful(row, sums);

@@ -37,8 +37,7 @@ const TASK_SUMMANDS: usize = 1 << 15;
 ///
 /// # Errors
 /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::Length`] if `weight` does not
-/// fill it, [`Nf4Error::NonFinite`] at the first NaN or infinite weight, or if the mean of nested
-/// scales overflows.
+/// fill it, [`Nf4Error::NonFinite`] at the first NaN or infinite weight.
 pub fn quantize<T: FloatElement>(
     weight: &[T],
     shape: &[usize],
@@ -63,7 +62,7 @@ pub fn quantize_with<T: FloatElement>(
 ) -> Result<Vec<u32>, Nf4Error> {
     simd.assert_available();
     let layout = PackedLayout::for_shape(shape, config)?;
-    let elems = layout.elems;
+    let elems = layout.elems();
     if elems != weight.len() {
         return Err(Nf4Error::Length {
             tensor: "weight".into(),
@@ -72,9 +71,9 @@ pub fn quantize_with<T: FloatElement>(
         });
     }
 
-    let mut words = vec![0u32; layout.words];
-    let (codes, rest) = words.split_at_mut(layout.scales);
-    let (scale_words, rest) = rest.split_at_mut(layout.codebook - layout.scales);
+    let mut words = vec![0u32; layout.words()];
+    let (codes, rest) = words.split_at_mut(layout.scales_start());
+    let (scale_words, rest) = rest.split_at_mut(layout.codebook_start() - layout.scales_start());
     let codes = &mut codes[..elems.div_ceil(8)];
     let task = Task {
         quant_type: config.quant_type,
@@ -83,28 +82,22 @@ pub fn quantize_with<T: FloatElement>(
     };
     let tables = layout.tables();
     rest[..tables.len()].copy_from_slice(&tables);
-    let after_codebook = layout.codebook;
-    rest[layout.header - after_codebook..].copy_from_slice(&layout.header(shape, T::FLOAT_TYPE));
+    let after_codebook = layout.codebook_start();
+    rest[layout.header_start() - after_codebook..]
+        .copy_from_slice(&layout.header(shape, T::FLOAT_TYPE));
 
     let finite = match config.nested_block_size {
         None => {
-            let scales = bytemuck::cast_slice_mut(&mut scale_words[..layout.blocks]);
+            let scales = bytemuck::cast_slice_mut(&mut scale_words[..layout.blocks()]);
             task.divide(weight, codes, scales)
         }
         Some(block_size) => {
-            let mut scales = vec![0f32; layout.blocks];
+            let mut scales = vec![0f32; layout.blocks()];
             let finite = task.divide(weight, codes, &mut scales);
-            let absmax = &mut rest[layout.nested_scales - after_codebook..];
-            let absmax = &mut absmax[..block_size.blocks(layout.blocks)];
+            let absmax = &mut rest[layout.nested_scales_start() - after_codebook..];
+            let absmax = &mut absmax[..block_size.blocks(layout.blocks())];
             let offset = nested(&scales, block_size, scale_words, absmax);
-            if finite && !offset.is_finite() {
-                return Err(Nf4Error::NonFinite {
-                    tensor: "nested_offset".into(),
-                    index: 0,
-                    given: offset,
-                });
-            }
-            rest[layout.nested_offset - after_codebook] = offset.to_bits();
+            rest[layout.nested_offset_start() - after_codebook] = offset.to_bits();
             finite
         }
     };
@@ -223,7 +216,7 @@ fn mean(values: &[f32]) -> f32 {
         .with_min_len(TASK_SUMMANDS / SumF32x2::CHUNK)
         .map(|chunk| SumF32x2::of(chunk.iter().map(|&high| SumF32x2 { high, low: 0.0 })))
         .collect();
-    SumF32x2::of(partial.into_iter()).high * SumF32x2::inverse_count(values.len())
+    SumF32x2::of(partial.into_iter()).mean_of(values)
 }
 
 /// The value half-way between each entry of the dynamic map and the next.

@@ -136,7 +136,7 @@ pub(crate) fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
     let layout = weight.packed_layout();
     let words = weight.to_packed();
     drop(weight);
-    let mut values = vec![T::zeroed(); layout.elems];
+    let mut values = vec![T::zeroed(); layout.elems()];
     host::dequantize(&words, &layout, 0, &mut values);
     values
 }
