@@ -11,7 +11,7 @@ use burn_nf4::Nf4Error;
 use burn_nf4::format::{
     BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
 };
-use burn_nf4::launch::{self, Variant};
+use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::Client;
 use half::{bf16, f16};
 use rstest::rstest;
@@ -41,16 +41,9 @@ fn run_dequantize(
     let packed = client.create_from_slice(bytemuck::cast_slice(words));
     let bytes = len * dtype.size_bytes();
     let out = client.create_from_slice(&vec![POISON; bytes + GUARD_BYTES]);
-    launch::dequantize(
-        client,
-        packed,
-        layout,
-        start,
-        len,
-        dtype,
-        out.clone(),
-        Some(variant),
-    )?;
+    let elems = start..start + len;
+    let plan = DequantizePlan::new(client, layout, elems, dtype, Some(variant))?;
+    plan.launch(packed, out.clone())?;
     let mut read = client.read_one(out).expect("the kernel ran").to_vec();
     let guard = read.split_off(bytes);
     assert!(
@@ -265,6 +258,10 @@ fn values(device: &Device, variant: Variant, dtype: FloatType) {
 fn quantize_like_reference(device: &Device, dtype: FloatType) {
     let client = client(device);
     if launch::check_dtype(&client, dtype).is_err() {
+        let layout = PackedLayout::new(64, QuantConfig::default());
+        let weight = client.empty(64 * dtype.size_bytes());
+        let refused = launch::quantize(&client, weight, dtype, &[64], &layout);
+        assert!(matches!(refused, Err(Nf4Error::DeviceDtype { .. })));
         return;
     }
     fn check<T: FloatElement>(
@@ -280,7 +277,7 @@ fn quantize_like_reference(device: &Device, dtype: FloatType) {
         let packed =
             launch::quantize(client, weight, T::FLOAT_TYPE, shape, &layout).expect("valid");
         let got = client.read_one(packed).expect("the kernels ran").to_vec();
-        let got: &[u32] = bytemuck::cast_slice(&got[..layout.words * 4]);
+        let got: &[u32] = bytemuck::cast_slice(&got[..layout.words() * 4]);
         let expected = expected.to_packed();
         let differing: Vec<usize> = (0..got.len()).filter(|&i| got[i] != expected[i]).collect();
         assert!(
@@ -331,33 +328,74 @@ fn refusals(device: &Device, variant: Variant) {
     let quant = config(QuantType::Nf4, 64, true);
     let tensor = Nf4Tensor::quantize(&weights(640, 1), &[10, 64], quant).expect("valid");
     let layout = tensor.packed_layout();
-    for range in [(0, 0), (0, 641), (640, 1), (usize::MAX, 2)] {
-        let plan = launch::DequantizePlan::new(
-            &client,
-            &layout,
-            range.0,
-            range.1,
-            FloatType::F32,
-            Some(variant),
-        );
-        assert!(matches!(plan, Err(Nf4Error::RowRange { .. })), "{range:?}");
+    let plan = |elems| DequantizePlan::new(&client, &layout, elems, FloatType::F32, Some(variant));
+    for elems in [0..0, 0..641, 640..641, 5..4, usize::MAX - 1..usize::MAX] {
+        let expected = Nf4Error::ElementRange {
+            start: elems.start,
+            end: elems.end,
+            elems: 640,
+        };
+        assert_eq!(plan(elems).err(), Some(expected));
     }
+    let plan = plan(0..640).expect("a valid range");
     let packed = client.create_from_slice(bytemuck::cast_slice(&tensor.to_packed()));
-    let small = client.empty(639 * 4);
-    let launched = launch::dequantize(
-        &client,
-        packed,
-        &layout,
-        0,
-        640,
-        FloatType::F32,
-        small,
-        Some(variant),
-    );
-    assert!(
-        matches!(launched, Err(Nf4Error::Length { .. })),
-        "{launched:?}"
-    );
+    let length = |tensor: &str, expected, given| Nf4Error::Length {
+        tensor: tensor.into(),
+        expected,
+        given,
+    };
+    let words = layout.words();
+    let full = || client.empty(640 * 4);
+    // Nothing that is launched reaches past a buffer, also where it is a part of a larger one.
+    let whole = client.empty(4 * words + 64);
+    for (packed, out, expected) in [
+        (
+            packed.clone(),
+            client.empty(639 * 4),
+            length("dequantized", 2560, 2556),
+        ),
+        (
+            client.empty(4 * words - 4),
+            full(),
+            length("packed weight", 4 * words, 4 * words - 4),
+        ),
+        (
+            whole.clone().offset_start(128),
+            full(),
+            length("packed weight", 4 * words, 4 * words - 64),
+        ),
+        (
+            whole.clone().offset_end(1 << 40),
+            full(),
+            length("packed weight", 4 * words, 0),
+        ),
+        (
+            whole.offset_start(4),
+            full(),
+            Nf4Error::Alignment {
+                tensor: "packed weight".into(),
+                expected: 16,
+                given: 4,
+            },
+        ),
+    ] {
+        assert_eq!(plan.launch(packed, out), Err(expected));
+    }
+
+    // Shapes whose product overflows do not pass for others.
+    let weight = client.empty(640 * 4);
+    for shape in [
+        &[1usize << 32, 1 << 32][..],
+        &[640, 1 << 60],
+        &[640, 2],
+        &[639],
+    ] {
+        let error = launch::quantize(&client, weight.clone(), FloatType::F32, shape, &layout);
+        assert!(
+            matches!(&error, Err(Nf4Error::Length { tensor, .. }) if tensor == "weight"),
+            "{shape:?}: {error:?}"
+        );
+    }
 }
 
 /// More than 2^31 elements: indices need 64 bits. Needs 6 GB on the device.
@@ -368,29 +406,24 @@ fn cuda_beyond_two_to_the_31(#[values(Variant::Tiled2d, Variant::WarpPerBlock)] 
     let elems = (1usize << 31) + 4096 + 24;
     let layout = PackedLayout::new(elems, QuantConfig::default());
     // A weight whose every word differs from its neighbours', without quantizing gigabytes.
-    let mut words: Vec<u32> = (0..layout.words as u32)
+    let mut words: Vec<u32> = (0..layout.words() as u32)
         .map(|i| i.wrapping_mul(0x9e37_79b9))
         .collect();
-    for (word, value) in words[layout.codebook..].iter_mut().zip(layout.tables()) {
+    for (word, value) in words[layout.codebook_start()..]
+        .iter_mut()
+        .zip(layout.tables())
+    {
         *word = value;
     }
-    words[layout.nested_offset] = 0.05f32.to_bits();
-    words[layout.nested_scales..layout.header].fill(0.01f32.to_bits());
+    words[layout.nested_offset_start()] = 0.05f32.to_bits();
+    words[layout.nested_scales_start()..layout.header_start()].fill(0.01f32.to_bits());
 
     let packed = client.create_from_slice(bytemuck::cast_slice(&words));
     let out = client.empty(elems * 2);
     let dtype = FloatType::BF16;
-    launch::dequantize(
-        &client,
-        packed,
-        &layout,
-        0,
-        elems,
-        dtype,
-        out.clone(),
-        Some(variant),
-    )
-    .expect("a valid launch");
+    DequantizePlan::new(&client, &layout, 0..elems, dtype, Some(variant))
+        .and_then(|plan| plan.launch(packed, out.clone()))
+        .expect("a valid launch");
     for start in [0, (1 << 31) - 512, elems - 1024] {
         let mut expected = vec![bf16::ZERO; 1024];
         burn_nf4::host::dequantize(&words, &layout, start, &mut expected);

@@ -5,7 +5,9 @@
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
-use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{
+    BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+};
 use burn_nf4::launch::{
     Lora, MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype,
 };
@@ -62,6 +64,8 @@ struct Case {
     rank: usize,
     /// Its matrices are in f32, not in the dtype of `x`.
     f32_branch: bool,
+    /// `A` is larger by this power of two, and `B` smaller.
+    a_log2: i32,
 }
 
 /// The factor of the branch.
@@ -77,6 +81,7 @@ fn case(m: usize, n: usize, k: usize) -> Case {
         x_log2: 0,
         rank: 0,
         f32_branch: false,
+        a_log2: 0,
     }
 }
 
@@ -87,7 +92,7 @@ fn plan(
     choice: Choice,
 ) -> Result<MatmulPlan, Nf4Error> {
     let Case { m, n, k, .. } = case;
-    let layout = burn_nf4::format::PackedLayout::new(n * k, case.config);
+    let layout = PackedLayout::new(n * k, case.config);
     let product = Product { m, n, k, dtype };
     match choice {
         Choice::Default => MatmulPlan::new(client, &layout, product, case.bias, None),
@@ -115,20 +120,20 @@ impl Branch {
             true => FloatType::F32,
             false => T::FLOAT_TYPE,
         };
-        let matrix = |elems, seed| -> Vec<f64> {
+        let matrix = |elems, seed, log2| -> Vec<f64> {
             match case.f32_branch {
                 true => floats(&values::<f32>(elems, seed)),
                 false => floats(&values::<T>(elems, seed)),
             }
             .into_iter()
-            .map(f64::from)
+            .map(|value| f64::from(value) * f64::powi(2.0, log2))
             .collect()
         };
         Self {
             rank,
             dtype,
-            a: matrix(k * rank, seed),
-            b: matrix(rank * n, seed + 1),
+            a: matrix(k * rank, seed, case.a_log2),
+            b: matrix(rank * n, seed + 1, -case.a_log2),
         }
     }
 
@@ -198,9 +203,7 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
         bias: case.bias.then(|| upload(&bias)),
         lora: (case.rank > 0).then(|| branch.upload(client)),
     };
-    let layout = tensor.packed_layout();
-    plan.launch(client, operands, &layout, out.clone())
-        .expect(&what);
+    plan.launch(operands, out.clone()).expect(&what);
     let read = client.read_one(out).expect("the kernel ran");
     assert!(
         read[bytes..bytes + GUARD_BYTES]
@@ -217,9 +220,11 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
         FloatType::BF16 => f64::powi(2.0, -8),
         FloatType::F32 => f64::powi(2.0, -24),
     };
-    // Tensor cores take `s x A`, and `B` if it is in f32, rounded to the dtype.
-    let branch_rounding = match plan.variant() {
-        MatmulVariant::TensorCore => 2.0 * rounding,
+    // Tensor cores take `s x A`, and `B` if it is in f32, rounded to bf16; for f16 each as two values
+    // of bf16, 16 bits together.
+    let branch_rounding = match (plan.variant(), dtype) {
+        (MatmulVariant::TensorCore, FloatType::F16) => f64::powi(2.0, -15),
+        (MatmulVariant::TensorCore, _) => 2.0 * rounding,
         _ => 0.0,
     } + f64::powi(2.0, -20);
     for row in 0..m {
@@ -306,19 +311,21 @@ fn shapes(device: &Device, choice: Choice) {
     }
 }
 
+/// Every block size and kind of scales; rows of one length that no block over 32 divides, and of one
+/// that 64 does, which one row on tensor cores asks for.
 fn block_sizes(device: &Device, choice: Choice) {
     let client = client(device);
     for block in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
-        for (quant_type, nested) in [
-            (QuantType::Nf4, true),
-            (QuantType::Nf4, false),
-            (QuantType::Fp4, true),
-        ] {
-            let case = Case {
-                config: config(quant_type, block, nested),
-                ..case(2, 24, 288)
-            };
-            check_dtypes(&client, case, choice);
+        for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+            for nested in [true, false] {
+                for (m, k) in [(2, 288), (1, 320)] {
+                    let case = Case {
+                        config: config(quant_type, block, nested),
+                        ..case(m, 24, k)
+                    };
+                    check_dtypes(&client, case, choice);
+                }
+            }
         }
     }
 }
@@ -337,7 +344,7 @@ fn refusals(device: &Device) {
     let client = client(device);
     let small = case(1, 4, 64);
     let wrong = Case { k: 32, ..small };
-    let layout = burn_nf4::format::PackedLayout::new(4 * 64, small.config);
+    let layout = PackedLayout::new(4 * 64, small.config);
     let product = Product {
         m: 1,
         n: wrong.n,
@@ -368,8 +375,42 @@ fn refusals(device: &Device) {
         bias: None,
         lora: None,
     };
-    let error = plan.launch(&client, operands, &layout, bytes);
+    let error = plan.launch(operands, bytes);
     assert!(matches!(error, Err(Nf4Error::Length { .. })), "{error:?}");
+    let operands = Operands {
+        x: client.empty(64 * 4 + 32).offset_start(8),
+        packed: client.empty(layout.words() * 4),
+        bias: None,
+        lora: None,
+    };
+    let expected = Nf4Error::Alignment {
+        tensor: "x".into(),
+        expected: 16,
+        given: 8,
+    };
+    assert_eq!(plan.launch(operands, client.empty(4 * 4)), Err(expected));
+    let with_bias = MatmulPlan::new(&client, &layout, plan.product(), true, None).expect("it can");
+    let operands = Operands {
+        x: client.empty(64 * 4),
+        packed: client.empty(layout.words() * 4),
+        bias: None,
+        lora: None,
+    };
+    let error = with_bias.launch(operands, client.empty(4 * 4));
+    assert!(
+        matches!(&error, Err(Nf4Error::Length { tensor, .. }) if tensor == "bias"),
+        "{error:?}"
+    );
+    // Sizes whose products overflow do not pass for small ones.
+    let vast = Product {
+        m: usize::MAX / 32,
+        ..plan.product()
+    };
+    let error = MatmulPlan::new(&client, &layout, vast, false, None).err();
+    assert!(
+        matches!(&error, Some(Nf4Error::ElementCount { tensor, .. }) if tensor == "x"),
+        "{error:?}"
+    );
     let lora = Lora {
         a: client.empty(64 * 2 * 4),
         b: client.empty(2 * 4 * 4 - 4),
@@ -389,13 +430,16 @@ fn refusals(device: &Device) {
     ] {
         let operands = Operands {
             x: client.empty(64 * 4),
-            packed: client.empty(layout.words * 4),
+            packed: client.empty(layout.words() * 4),
             bias: None,
             lora: Some(lora),
         };
-        let error = plan.launch(&client, operands, &layout, client.empty(4 * 4));
+        let error = plan.launch(operands, client.empty(4 * 4));
         match error {
             Err(Nf4Error::Length { tensor, .. }) => assert_eq!(tensor, expected),
+            Err(Nf4Error::Variant { variant, .. }) => {
+                assert_eq!((variant, client.name()), ("lora", "cpu"));
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -462,6 +506,122 @@ fn cuda_tensor_core_branches(
         };
         check::<bf16>(&client, case, Choice::Forced(MatmulVariant::TensorCore));
         check::<f16>(&client, case, Choice::Default);
+    }
+}
+
+/// `s x A` may be larger than f16 holds, though its product with `B` is not: what was trained in f32
+/// stays finite.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_branches_beyond_f16(
+    #[values(1, 3, 17, 70)] m: usize,
+    #[values(14, 20)] a_log2: i32,
+    #[values(true, false)] with_bias: bool,
+) {
+    let case = Case {
+        rank: 20,
+        f32_branch: true,
+        a_log2,
+        bias: with_bias,
+        ..case(m, 144, 576)
+    };
+    check::<f16>(&client(&Device::cuda(0)), case, Choice::Default);
+}
+
+/// A weight, an `x` and a `y` with more than 2^31 elements: indices need 64 bits. Some columns at either
+/// end and around the border are compared. Needs 10 GB on the device.
+#[cfg(feature = "cuda")]
+#[rstest]
+#[case::many_rows_of_the_weight(65, (1 << 25) + 48, 64)]
+#[case::long_rows(3, 64, (1 << 25) + 64)]
+#[case::one_row(1, (1 << 25) + 48, 64)]
+fn cuda_beyond_two_to_the_31(
+    #[case] m: usize,
+    #[case] n: usize,
+    #[case] k: usize,
+    #[values(MatmulVariant::Gemv, MatmulVariant::TensorCore)] variant: MatmulVariant,
+) {
+    let client = client(&Device::cuda(0));
+    let config = QuantConfig::default();
+    let layout = PackedLayout::new(n * k, config);
+    assert!(layout.elems() > 1 << 31);
+    // A weight whose every word differs from its neighbours', without quantizing gigabytes.
+    let mut words: Vec<u32> = (0..layout.words() as u32)
+        .map(|i| i.wrapping_mul(0x9e37_79b9))
+        .collect();
+    words[layout.codebook_start()..][..layout.tables().len()].copy_from_slice(&layout.tables());
+    words[layout.nested_offset_start()] = 0.05f32.to_bits();
+    words[layout.nested_scales_start()..layout.header_start()].fill(0.01f32.to_bits());
+
+    let x: Vec<bf16> = values(m * k, 2);
+    let dtype = FloatType::BF16;
+    let product = Product { m, n, k, dtype };
+    let plan = MatmulPlan::new(&client, &layout, product, false, Some(variant)).expect("it can");
+    let operands = Operands {
+        x: client.create_from_slice(bytemuck::cast_slice(&x)),
+        packed: client.create_from_slice(bytemuck::cast_slice(&words)),
+        bias: None,
+        lora: None,
+    };
+    let out = client.empty(plan.out_bytes());
+    plan.launch(operands, out.clone())
+        .expect("buffers are large enough");
+
+    let border = (1 << 31) / k;
+    let columns = [0, 1, border.min(n) - 1, border.min(n - 1), n - 2, n - 1];
+    for row in [0, m / 2, m - 1] {
+        let x = &x[row * k..(row + 1) * k];
+        for column in columns {
+            let mut weights = vec![bf16::ZERO; k];
+            burn_nf4::host::dequantize(&words, &layout, column * k, &mut weights);
+            let terms = x.iter().zip(&weights);
+            let terms = terms.map(|(x, w)| f64::from(x.to_f32()) * f64::from(w.to_f32()));
+            let (sum, magnitude) = terms.fold((0.0, 0.0), |(s, m), t| (s + t, m + t.abs()));
+            let start = (row * n + column) * 2;
+            let part = out.clone().offset_start(start as u64);
+            let part = part.offset_end((plan.out_bytes() - start - 2) as u64);
+            let read = client.read_one(part).expect("the kernel ran");
+            let got = f64::from(bf16::from_le_bytes([read[0], read[1]]));
+            let bound = sum.abs() * f64::powi(2.0, -8) + magnitude * f64::powi(2.0, -16);
+            assert!(
+                (got - sum).abs() <= bound,
+                "{variant:?}: y[{row}, {column}] is {got}, expected {sum} within {bound}"
+            );
+        }
+    }
+}
+
+/// Cubes that share sums count their arrivals in a buffer of their stream: threads, each with a stream
+/// of its own, and more of them than buffers are kept for, do not count in each other's.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_split_k_from_many_threads() {
+    let device = Device::cuda(0);
+    let tile = TensorCoreTile {
+        row_tiles: 1,
+        row_planes: 2,
+        k_planes: 2,
+        chunks: 1,
+        depth: 2,
+        k_cubes: 4,
+    };
+    let choice = Choice::Tile(MatmulVariant::TensorCore, tile);
+    for _ in 0..3 {
+        std::thread::scope(|scope| {
+            for thread in 0..32 {
+                let device = &device;
+                scope.spawn(move || {
+                    let client = client(device);
+                    for m in [1, 5, 16] {
+                        let case = Case {
+                            bias: thread % 2 == 0,
+                            ..case(m, 80 + thread, 4096)
+                        };
+                        check::<bf16>(&client, case, choice);
+                    }
+                });
+            }
+        });
     }
 }
 

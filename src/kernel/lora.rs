@@ -108,7 +108,10 @@ impl<G: Float> LoraBranch<G> {
         }
     }
 
-    /// Adds a tile along the rank to the sums of a plane on tensor cores, in the dtype of the product.
+    /// Adds a tile along the rank to the sums of a plane on tensor cores.
+    ///
+    /// `s x A` and `B` are rounded to `F`; or, in two parts, each is taken for the sum of two values
+    /// of `F`: two of bf16 have the precision of f16 and more, and the range of f32.
     ///
     /// A lane has four neighbouring places along the rank, where the instruction wants two pairs
     /// eight apart: any order does that both sides agree on.
@@ -120,6 +123,7 @@ impl<G: Float> LoraBranch<G> {
         m: usize,
         #[comptime] row_tiles: usize,
         #[comptime] column_tiles: usize,
+        #[comptime] parts: usize,
     ) {
         let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
         let group = (UNIT_POS_X >> 2) as usize;
@@ -127,41 +131,62 @@ impl<G: Float> LoraBranch<G> {
         let mut fragments = Sequence::<Array<Vector<F, Const<2>>>>::new();
         #[unroll]
         for row_tile in 0..row_tiles {
-            let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
             #[unroll]
-            for half in 0..2usize {
+            for part in 0..parts {
+                let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
                 #[unroll]
-                for pair in 0..2usize {
-                    let first = comptime!((2 * row_tile + half) * UP_LOADS + 2 * pair);
-                    let mut two = Vector::<F, Const<2>>::empty();
-                    two.insert(0usize, F::cast_from(up[first]));
-                    two.insert(1usize, F::cast_from(up[comptime!(first + 1)]));
-                    registers[comptime!(2 * pair + half)] = two;
+                for half in 0..2usize {
+                    #[unroll]
+                    for pair in 0..2usize {
+                        let first = comptime!((2 * row_tile + half) * UP_LOADS + 2 * pair);
+                        let mut two = Vector::<F, Const<2>>::empty();
+                        two.insert(0usize, part_of::<G, F>(up[first], part));
+                        two.insert(1usize, part_of::<G, F>(up[comptime!(first + 1)], part));
+                        registers[comptime!(2 * pair + half)] = two;
+                    }
                 }
+                fragments.push(registers);
             }
-            fragments.push(registers);
         }
         #[unroll]
         for column_tile in 0..column_tiles {
             let column = usize::min(comptime!(8 * column_tile) + group, m - 1);
             let values = self.down_four(column, four);
-            let mut down = Array::<Vector<F, Const<2>>>::new(2usize);
             #[unroll]
-            for pair in 0..2usize {
-                let mut two = Vector::<F, Const<2>>::empty();
-                two.insert(0usize, F::cast_from(values.extract(comptime!(2 * pair))));
-                two.insert(
-                    1usize,
-                    F::cast_from(values.extract(comptime!(2 * pair + 1))),
-                );
-                down[pair] = two;
-            }
-            #[unroll]
-            for row_tile in 0..row_tiles {
-                let sum = sums.index_mut(comptime!(row_tile * column_tiles + column_tile));
-                def.execute_inplace(fragments.index(row_tile), &down, sum);
+            for part in 0..parts {
+                let mut down = Array::<Vector<F, Const<2>>>::new(2usize);
+                #[unroll]
+                for pair in 0..2usize {
+                    let first = values.extract(comptime!(2 * pair));
+                    let second = values.extract(comptime!(2 * pair + 1));
+                    let mut two = Vector::<F, Const<2>>::empty();
+                    two.insert(0usize, part_of::<f32, F>(first, part));
+                    two.insert(1usize, part_of::<f32, F>(second, part));
+                    down[pair] = two;
+                }
+                // The product of the second parts is below the precision of the sum.
+                #[unroll]
+                for up_part in 0..comptime!(parts - part) {
+                    #[unroll]
+                    for row_tile in 0..row_tiles {
+                        let sum = sums.index_mut(comptime!(row_tile * column_tiles + column_tile));
+                        let fragment = fragments.index(comptime!(row_tile * parts + up_part));
+                        def.execute_inplace(fragment, &down, sum);
+                    }
+                }
             }
         }
+    }
+}
+
+/// A value rounded to `F`, part 0, or what that rounding took off it, part 1.
+#[cube]
+fn part_of<G: Float, F: Float>(value: G, #[comptime] part: usize) -> F {
+    let first = F::cast_from(value);
+    if comptime!(part == 0) {
+        first
+    } else {
+        F::cast_from(f32::cast_from(value) - f32::cast_from(first))
     }
 }
 

@@ -371,12 +371,14 @@ pub fn sum_absmax_kernel(
 
 /// The offset: the mean of all scales, from the sums of the chunks. One cube, or one unit.
 ///
-/// - `high`, `low`: one f32 a chunk; `packed[offset]` takes the mean's bits.
+/// - `absmax`: one f32 a block; `high`, `low`: one f32 a chunk; `packed[offset]` takes the mean's bits.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn mean_absmax_kernel(
+    absmax: &[f32],
     high: &[f32],
     low: &[f32],
     packed: &mut [u32],
+    blocks: usize,
     chunks: usize,
     offset: usize,
     inverse_blocks: f32,
@@ -385,8 +387,29 @@ pub fn mean_absmax_kernel(
 ) {
     let (h, _l) = ordered_sum(high, low, 0usize, chunks, zero, true, barriers);
     if UNIT_POS == 0 {
-        packed[offset] = u32::reinterpret(h * inverse_blocks);
+        let mut mean = h * inverse_blocks;
+        // By the bits: WGSL lets a compiler take all floats for finite.
+        let exponent = comptime!(f32::INFINITY.to_bits()).runtime();
+        if u32::reinterpret(h) & exponent == exponent {
+            mean = large_mean(absmax, blocks, inverse_blocks, zero);
+        }
+        packed[offset] = u32::reinterpret(mean);
     }
+}
+
+/// The mean of scales whose sum overflows, by one unit: [`SumF32x2::large_mean`].
+#[cube]
+fn large_mean(absmax: &[f32], blocks: usize, inverse_blocks: f32, zero: u32) -> f32 {
+    let mut high = 0.0f32;
+    let mut low = 0.0f32;
+    for i in 0..blocks {
+        let value = opaque(absmax[i] * comptime!(SumF32x2::SMALLER), zero);
+        let (h, l) = plus(high, low, value, 0.0f32, zero);
+        high = h;
+        low = l;
+    }
+    let mean = opaque(high * inverse_blocks, zero) * comptime!(1.0 / SumF32x2::SMALLER);
+    f32::min(mean, comptime!(f32::MAX))
 }
 
 /// Quantizes the scales to 8 bit: cube (or, without barriers, unit) `b` takes nested block `b`.

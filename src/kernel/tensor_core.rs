@@ -25,6 +25,7 @@ use super::fragments::{
 use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales};
 use super::sums::{SumsBlueprint, Target, store_sums};
+use half::bf16;
 
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,6 +42,9 @@ pub struct TensorCoreBlueprint {
     pub x_rows: usize,
     /// All that a cube needs of `x` is one stage.
     pub once: bool,
+    /// Values of the multiplied type, or of bf16, that a value of a low-rank branch is the sum of, see
+    /// [`LoraBranch::add_tile`].
+    pub branch_parts: usize,
 }
 
 impl TensorCoreBlueprint {
@@ -214,7 +218,12 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
         ComptimeOption::Some(lora) => {
             let mut tile = first_tile;
             while tile < lora.tiles() {
-                lora.add_tile::<F>(&mut sums, &up, tile, m, row_tiles, column_tiles);
+                if comptime!(blueprint.branch_parts == 1) {
+                    lora.add_tile::<F>(&mut sums, &up, tile, m, row_tiles, column_tiles, 1usize);
+                } else {
+                    let parts = comptime!(blueprint.branch_parts);
+                    lora.add_tile::<bf16>(&mut sums, &up, tile, m, row_tiles, column_tiles, parts);
+                }
                 tile += comptime!(blueprint.sums.k_planes * k_cubes);
                 lora.load_up(&mut up, tile, plane_row, n, row_tiles);
             }

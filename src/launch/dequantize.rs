@@ -1,13 +1,17 @@
 //! Launches of the dequantization kernels.
 
+use std::fmt;
+use std::ops::Range;
+
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, PackedLayout};
+use crate::format::{BlockSize, FloatType, PackedLayout, QuantConfig};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::{tiled_2d, warp_per_block};
 
@@ -43,46 +47,78 @@ impl Variant {
 }
 
 /// A launch of a dequantization kernel, worked out but not yet made.
-#[derive(Debug, Clone)]
+///
+/// ```no_run
+/// # fn decode(client: &cubecl::prelude::Client, packed: cubecl::server::Handle)
+/// # -> Result<cubecl::server::Handle, burn_nf4::Nf4Error> {
+/// use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
+/// use burn_nf4::launch::DequantizePlan;
+///
+/// let layout = PackedLayout::new(4096 * 4096, QuantConfig::default());
+/// let plan = DequantizePlan::new(client, &layout, 0..layout.elems(), FloatType::BF16, None)?;
+/// let out = client.empty(plan.out_bytes());
+/// plan.launch(packed, out.clone())?;
+/// # Ok(out)
+/// # }
+/// ```
+// The fields are private and never change: the bounds of the launch rest on them.
+#[derive(Clone)]
 pub struct DequantizePlan {
-    /// The kernel.
-    pub variant: Variant,
-    /// Elements a store.
-    pub vector: usize,
-    /// Size of a cube.
-    pub cube_dim: CubeDim,
-    /// Number of cubes.
-    pub cube_count: CubeCount,
+    client: Client,
+    layout: PackedLayout,
+    start: usize,
+    len: usize,
+    dtype: FloatType,
+    variant: Variant,
+    vector: usize,
+    cube_dim: CubeDim,
+    cube_count: CubeCount,
     blueprint: DequantizeBlueprint,
     address: AddressType,
 }
 
+impl fmt::Debug for DequantizePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DequantizePlan")
+            .field("variant", &self.variant)
+            .field("elems", &(self.start..self.start + self.len))
+            .field("dtype", &self.dtype)
+            .field("cube_dim", &self.cube_dim)
+            .field("cube_count", &self.cube_count)
+            .finish_non_exhaustive()
+    }
+}
+
 impl DequantizePlan {
-    /// Works out how to decode elements `start..start + len` to `dtype`, with a given kernel or
-    /// the device's default. Nothing is launched.
+    /// Works out how to decode a range of elements to `dtype`, with a given kernel or the device's
+    /// default. Nothing is launched. Every device runs both kernels.
     ///
     /// # Errors
-    /// [`Nf4Error::RowRange`] if the range is empty or leaves the weight (counted in elements),
-    /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Variant`] if it
-    /// cannot run the kernel.
+    /// [`Nf4Error::ElementRange`] if the range is empty or leaves the weight,
+    /// [`Nf4Error::DeviceDtype`] if the device has no such type.
     pub fn new(
         client: &Client,
         layout: &PackedLayout,
-        start: usize,
-        len: usize,
+        elems: Range<usize>,
         dtype: FloatType,
         variant: Option<Variant>,
     ) -> Result<Self, Nf4Error> {
-        if len == 0 || start.checked_add(len).is_none_or(|end| end > layout.elems) {
-            return Err(Nf4Error::RowRange {
+        let Range { start, end } = elems;
+        if start >= end || end > layout.elems() {
+            return Err(Nf4Error::ElementRange {
                 start,
-                end: start.saturating_add(len),
-                rows: layout.elems,
+                end,
+                elems: layout.elems(),
             });
         }
+        let len = end - start;
         check_dtype(client, dtype)?;
         let variant = variant.unwrap_or_else(|| Variant::default_for(client));
-        let block_size = layout.config.block_size;
+        let QuantConfig {
+            block_size,
+            nested_block_size,
+            ..
+        } = layout.config();
         // Stores are as wide as the device's. Where that does not divide the number of elements,
         // the last one is stored piece by piece if the runtime can reinterpret a buffer.
         let widest = vector_size(client, dtype, 8, &[start]);
@@ -90,7 +126,7 @@ impl DequantizePlan {
         let ragged = dividing < widest && reinterprets(client);
         let blueprint = DequantizeBlueprint {
             block_log2: block_size.log2(),
-            nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
+            nested_log2: nested_block_size.map_or(0, BlockSize::log2),
             shared: has_barriers(client),
             skewed: !start.is_multiple_of(block_size.elems()),
             ragged,
@@ -108,6 +144,11 @@ impl DequantizePlan {
             Variant::WarpPerBlock => work.warp_per_block(client),
         };
         Ok(Self {
+            client: client.clone(),
+            layout: *layout,
+            start,
+            len,
+            dtype,
             variant,
             vector: work.vector,
             cube_dim,
@@ -117,8 +158,102 @@ impl DequantizePlan {
                 group,
                 ..blueprint
             },
-            address: address_type(layout.elems),
+            address: address_type(layout.elems()),
         })
+    }
+
+    /// The kernel.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Elements a store.
+    pub fn vector(&self) -> usize {
+        self.vector
+    }
+
+    /// Size of a cube.
+    pub fn cube_dim(&self) -> CubeDim {
+        self.cube_dim
+    }
+
+    /// Number of cubes.
+    pub fn cube_count(&self) -> CubeCount {
+        self.cube_count.clone()
+    }
+
+    /// Bytes of the result.
+    pub fn out_bytes(&self) -> usize {
+        self.len * self.dtype.size_bytes()
+    }
+
+    /// Makes the launch.
+    ///
+    /// # Shapes
+    /// - `packed`: [`PackedLayout::words`] u32 words
+    /// - `out`: as many elements as the range has, contiguous
+    ///
+    /// # Errors
+    /// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin
+    /// at a multiple of 16 bytes.
+    pub fn launch(&self, packed: Handle, out: Handle) -> Result<(), Nf4Error> {
+        let (layout, len) = (&self.layout, self.len);
+        for (name, handle, dims, elem_bytes) in [
+            ("packed weight", &packed, [layout.words(), 1], 4),
+            ("dequantized", &out, [len, 1], self.dtype.size_bytes()),
+        ] {
+            Buffer {
+                name,
+                handle,
+                dims,
+                elem_bytes,
+            }
+            .check()?;
+        }
+        let view = PackedViewLaunch::new(
+            self.start,
+            len,
+            layout.scales_start(),
+            layout.codebook_start(),
+            0,
+        );
+        // SAFETY: the buffers hold at least the words and elements that are declared here, and begin
+        // where vectors may (checked above). The kernels guard every store and read by `len`, which
+        // `new` has checked to lie within the weight, and read the scales, codebook and nested
+        // sections only where the layout has them.
+        unsafe {
+            let packed = BufferArg::from_raw_parts(packed, layout.words());
+            let out = BufferArg::from_raw_parts(out, len);
+            match self.variant {
+                Variant::Tiled2d => tiled_2d::dequantize_tiled_2d_kernel::launch_unchecked(
+                    &self.client,
+                    self.cube_count.clone(),
+                    self.cube_dim,
+                    self.address,
+                    self.vector,
+                    packed,
+                    out,
+                    view,
+                    self.blueprint,
+                    elem_type(self.dtype),
+                ),
+                Variant::WarpPerBlock => {
+                    warp_per_block::dequantize_warp_per_block_kernel::launch_unchecked(
+                        &self.client,
+                        self.cube_count.clone(),
+                        self.cube_dim,
+                        self.address,
+                        self.vector,
+                        packed,
+                        out,
+                        view,
+                        self.blueprint,
+                        elem_type(self.dtype),
+                    )
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -184,76 +319,4 @@ impl Work {
 /// Whether kernels can see a buffer of vectors as one of scalars: not in WGSL.
 fn reinterprets(client: &Client) -> bool {
     matches!(client.name(), "cuda" | "hip" | "cpu")
-}
-
-/// Decodes elements `start..start + len` of a packed weight into `out`, in one launch.
-///
-/// # Shapes
-/// - `packed`: `layout.words` u32 words
-/// - `out`: `len` elements of `dtype`, contiguous
-///
-/// # Errors
-/// Those of [`DequantizePlan::new`], and [`Nf4Error::Length`] if a buffer is too small.
-#[allow(clippy::too_many_arguments)]
-pub fn dequantize(
-    client: &Client,
-    packed: Handle,
-    layout: &PackedLayout,
-    start: usize,
-    len: usize,
-    dtype: FloatType,
-    out: Handle,
-    variant: Option<Variant>,
-) -> Result<(), Nf4Error> {
-    let plan = DequantizePlan::new(client, layout, start, len, dtype, variant)?;
-    for (tensor, expected, given) in [
-        ("packed weight", layout.words * 4, packed.size_in_used()),
-        ("dequantized", len * dtype.size_bytes(), out.size_in_used()),
-    ] {
-        if (given as usize) < expected {
-            return Err(Nf4Error::Length {
-                tensor: tensor.into(),
-                expected,
-                given: given as usize,
-            });
-        }
-    }
-
-    let view = PackedViewLaunch::new(start, len, layout.scales, layout.codebook, 0);
-    // SAFETY: the buffers hold at least the words and elements that are declared here (checked
-    // above); the kernels guard every store and read by `len`, and read the scales, codebook and
-    // nested sections only where `layout` has them.
-    unsafe {
-        let packed = BufferArg::from_raw_parts(packed, layout.words);
-        let out = BufferArg::from_raw_parts(out, len);
-        match plan.variant {
-            Variant::Tiled2d => tiled_2d::dequantize_tiled_2d_kernel::launch_unchecked(
-                client,
-                plan.cube_count,
-                plan.cube_dim,
-                plan.address,
-                plan.vector,
-                packed,
-                out,
-                view,
-                plan.blueprint,
-                elem_type(dtype),
-            ),
-            Variant::WarpPerBlock => {
-                warp_per_block::dequantize_warp_per_block_kernel::launch_unchecked(
-                    client,
-                    plan.cube_count,
-                    plan.cube_dim,
-                    plan.address,
-                    plan.vector,
-                    packed,
-                    out,
-                    view,
-                    plan.blueprint,
-                    elem_type(dtype),
-                )
-            }
-        }
-    }
-    Ok(())
 }

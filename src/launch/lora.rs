@@ -5,7 +5,7 @@ use cubecl::server::Handle;
 
 use super::matmul::Product;
 use super::{
-    address_type, check_dtype, check_lengths, cube_count, elem_type, has_barriers, units_per_cube,
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -64,14 +64,37 @@ impl Lora {
     }
 
     /// Checks the buffers against a product.
-    pub(super) fn check_lengths(&self, product: &Product) -> Result<(), Nf4Error> {
-        let size = self.dtype.size_bytes();
-        let bytes = |handle: &Handle| handle.size_in_used() as usize;
-        check_lengths([
-            ("lora_a", product.k * self.rank * size, bytes(&self.a)),
-            ("lora_b", self.rank * product.n * size, bytes(&self.b)),
-            ("rank", self.rank.max(1), self.rank),
-        ])
+    pub(super) fn check_buffers(&self, product: &Product) -> Result<(), Nf4Error> {
+        let rank = self.rank;
+        if rank == 0 {
+            return Err(Nf4Error::Length {
+                tensor: "rank".into(),
+                expected: 1,
+                given: 0,
+            });
+        }
+        for (name, handle, dims) in [
+            ("lora_a", &self.a, [product.k, rank]),
+            ("lora_b", &self.b, [rank, product.n]),
+        ] {
+            Buffer {
+                name,
+                handle,
+                dims,
+                elem_bytes: self.dtype.size_bytes(),
+            }
+            .check()?;
+        }
+        // `s x A`, in parts.
+        let part_bytes = rank.checked_next_multiple_of(DOWN_TILE);
+        let bytes = part_bytes.and_then(|bytes| bytes.checked_mul(4 * MAX_SPLITS));
+        if bytes.is_none_or(|bytes| product.m.checked_mul(bytes).is_none()) {
+            return Err(Nf4Error::ElementCount {
+                tensor: "x A".into(),
+                shape: vec![product.m, rank],
+            });
+        }
+        Ok(())
     }
 
     /// Launches `s x A`; `x` holds what the product declares.
@@ -107,7 +130,7 @@ impl Lora {
         };
         let elems = m * splits * width;
         let down = client.empty(elems * 4);
-        // SAFETY: `x` and `A` hold what is declared (checked by the caller), and the kernel guards
+        // SAFETY: `x` and `A` hold what is declared (checked by `check_buffers`), and the kernel guards
         // rows by `m`, columns by the rank and elements by `k`.
         unsafe {
             lora_down_kernel::launch_unchecked(

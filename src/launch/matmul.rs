@@ -1,12 +1,14 @@
 //! Launches of the matrix products with a packed weight.
 
+use std::fmt;
+
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::lora::{Lora, lora_arg};
 use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TensorCoreTile, group_rows};
 use super::{
-    address_type, check_dtype, check_lengths, cube_count, elem_type, has_barriers, units_per_cube,
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -70,16 +72,27 @@ pub struct Operands {
 }
 
 /// A launch of a matrix product, worked out but not yet made.
-#[derive(Debug, Clone)]
+// The fields are private and never change: the bounds of the launch rest on them.
+#[derive(Clone)]
 pub struct MatmulPlan {
-    /// The sizes.
-    pub product: Product,
-    /// Size of a cube.
-    pub cube_dim: CubeDim,
-    /// Number of cubes.
-    pub cube_count: CubeCount,
+    client: Client,
+    layout: PackedLayout,
+    product: Product,
+    cube_dim: CubeDim,
+    cube_count: CubeCount,
     kernel: Kernel,
     address: AddressType,
+}
+
+impl fmt::Debug for MatmulPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MatmulPlan")
+            .field("product", &self.product)
+            .field("kernel", &self.kernel)
+            .field("cube_dim", &self.cube_dim)
+            .field("cube_count", &self.cube_count)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -104,6 +117,7 @@ impl MatmulPlan {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if `n * k` is not the number of weights or `m` is zero,
+    /// [`Nf4Error::ElementCount`] if `x` or `y` is larger than memory can address,
     /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Variant`] if it
     /// cannot run the kernel on these sizes.
     pub fn new(
@@ -165,7 +179,13 @@ impl MatmulPlan {
     ) -> Result<Self, Nf4Error> {
         let blueprint = tensor_core::blueprint(client, layout, product, bias, tile)?;
         let kernel = Kernel::TensorCore { blueprint };
-        Ok(Self::of_sums(client, product, &blueprint.sums, kernel))
+        Ok(Self::of_sums(
+            client,
+            layout,
+            product,
+            &blueprint.sums,
+            kernel,
+        ))
     }
 
     fn levels(
@@ -177,14 +197,28 @@ impl MatmulPlan {
     ) -> Result<Self, Nf4Error> {
         let blueprint = tensor_core::levels_blueprint(client, layout, product, bias, tile)?;
         let kernel = Kernel::Levels { blueprint };
-        Ok(Self::of_sums(client, product, &blueprint.sums, kernel))
+        Ok(Self::of_sums(
+            client,
+            layout,
+            product,
+            &blueprint.sums,
+            kernel,
+        ))
     }
 
     /// The launch of a kernel whose planes share the sums in this way.
-    fn of_sums(client: &Client, product: Product, sums: &SumsBlueprint, kernel: Kernel) -> Self {
+    fn of_sums(
+        client: &Client,
+        layout: &PackedLayout,
+        product: Product,
+        sums: &SumsBlueprint,
+        kernel: Kernel,
+    ) -> Self {
         let Product { m, n, k, .. } = product;
         let planes = sums.units() as u32 / 32;
         Self {
+            client: client.clone(),
+            layout: *layout,
             product,
             cube_dim: CubeDim::new_2d(32, planes),
             cube_count: cube_count(client, n.div_ceil(sums.cube_rows()) * sums.k_cubes),
@@ -206,8 +240,8 @@ impl MatmulPlan {
         let aligned = k.is_multiple_of(8);
         let blueprint = GemvBlueprint {
             decode: DequantizeBlueprint {
-                block_log2: layout.config.block_size.log2(),
-                nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
+                block_log2: layout.config().block_size.log2(),
+                nested_log2: layout.config().nested_block_size.map_or(0, BlockSize::log2),
                 shared: has_barriers(client),
                 skewed: false,
                 ragged: false,
@@ -226,11 +260,13 @@ impl MatmulPlan {
         };
         let cubes = n.div_ceil(rows as usize) * m.div_ceil(blueprint.columns);
         Self {
+            client: client.clone(),
+            layout: *layout,
             product,
             cube_dim: CubeDim::new_2d(lanes, rows),
             cube_count: cube_count(client, cubes),
             kernel: Kernel::Gemv { blueprint, vector },
-            address: address_type(layout.elems.max(m * n).max(m * k)),
+            address: address_type(layout.elems().max(m * n).max(m * k)),
         }
     }
 
@@ -243,17 +279,37 @@ impl MatmulPlan {
         }
     }
 
+    /// The sizes.
+    pub fn product(&self) -> Product {
+        self.product
+    }
+
+    /// Size of a cube.
+    pub fn cube_dim(&self) -> CubeDim {
+        self.cube_dim
+    }
+
+    /// Number of cubes.
+    pub fn cube_count(&self) -> CubeCount {
+        self.cube_count.clone()
+    }
+
+    /// Bytes of `y`.
+    pub fn out_bytes(&self) -> usize {
+        let Product { m, n, dtype, .. } = self.product;
+        m * n * dtype.size_bytes()
+    }
+
     /// Makes the launch, and with a low-rank branch one before it for its first half.
     ///
+    /// # Shapes
+    /// - `out`: `[m, n]`, row-major
+    ///
     /// # Errors
-    /// [`Nf4Error::Length`] if a buffer is too small.
-    pub fn launch(
-        &self,
-        client: &Client,
-        operands: Operands,
-        layout: &PackedLayout,
-        out: Handle,
-    ) -> Result<(), Nf4Error> {
+    /// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin
+    /// at a multiple of 16 bytes, and with a branch those of [`Lora::check`].
+    pub fn launch(&self, operands: Operands, out: Handle) -> Result<(), Nf4Error> {
+        let (client, layout) = (&self.client, &self.layout);
         let Operands {
             x,
             packed,
@@ -267,38 +323,54 @@ impl MatmulPlan {
             Kernel::TensorCore { blueprint } => blueprint.sums.bias,
             Kernel::Levels { blueprint } => blueprint.sums.bias,
         };
-        let bias_bytes = bias.as_ref().map_or(0, |bias| bias.size_in_used() as usize);
-        check_lengths([
-            ("x", m * k * size, x.size_in_used() as usize),
-            (
-                "packed weight",
-                layout.words * 4,
-                packed.size_in_used() as usize,
-            ),
-            ("bias", if with_bias { n * size } else { 0 }, bias_bytes),
-            ("y", m * n * size, out.size_in_used() as usize),
-        ])?;
+        let bias = match (with_bias, bias) {
+            (false, _) => None,
+            (true, Some(bias)) => Some(bias),
+            (true, None) => {
+                return Err(Nf4Error::Length {
+                    tensor: "bias".into(),
+                    expected: n * size,
+                    given: 0,
+                });
+            }
+        };
+        let buffer = |name, handle, dims, elem_bytes| Buffer {
+            name,
+            handle,
+            dims,
+            elem_bytes,
+        };
+        buffer("x", &x, [m, k], size).check()?;
+        buffer("packed weight", &packed, [layout.words(), 1], 4).check()?;
+        buffer("y", &out, [m, n], size).check()?;
+        if let Some(bias) = &bias {
+            buffer("bias", bias, [n, 1], size).check()?;
+        }
         if let Some(lora) = &lora {
-            lora.check_lengths(&self.product)?;
+            Lora::check(client, lora.dtype)?;
+            lora.check_buffers(&self.product)?;
         }
         let down = lora
             .as_ref()
             .map(|lora| lora.launch_down(client, &x, &self.product));
-        let view = || PackedViewLaunch::new(0, layout.elems, layout.scales, layout.codebook, 0);
+        let view = || {
+            let (scales, codebook) = (layout.scales_start(), layout.codebook_start());
+            PackedViewLaunch::new(0, layout.elems(), scales, codebook, 0)
+        };
         let address = self.address;
         let elem = elem_type(dtype);
         let lora_elem = lora.as_ref().map_or(elem, |lora| elem_type(lora.dtype));
-        // SAFETY: the buffers hold what is declared here (checked above, and `layout` is that of
-        // the weight, whose elements are `n * k`); the kernels guard every row by `m` and `n` and
-        // every element by `k`. A bias that is not there is never read, parts that are not asked for
-        // are never written.
+        // SAFETY: the buffers hold what is declared here and begin where vectors may (checked above).
+        // The layout has `n * k` elements (checked by `new`), and the kernels guard every row by `m`
+        // and `n` and every element by `k`. A bias that is not there is never read, parts that are
+        // not asked for are never written.
         unsafe {
             let bias_arg = || match &bias {
                 Some(bias) => BufferArg::from_raw_parts(bias.clone(), n),
                 None => BufferArg::from_raw_parts(x.clone(), 1),
             };
             let out_arg = || BufferArg::from_raw_parts(out.clone(), m * n);
-            let words = || BufferArg::from_raw_parts(packed.clone(), layout.words);
+            let words = || BufferArg::from_raw_parts(packed.clone(), layout.words());
             match self.kernel {
                 Kernel::TensorCore { blueprint } => {
                     let shared = SharedSums::new(client, n, &blueprint.sums);
@@ -385,8 +457,17 @@ impl MatmulPlan {
 fn check(client: &Client, layout: &PackedLayout, product: &Product) -> Result<(), Nf4Error> {
     let Product { m, n, k, dtype } = *product;
     check_dtype(client, dtype)?;
+    for (tensor, rows, columns) in [("x", m, k), ("y", m, n)] {
+        let elems = rows.checked_mul(columns);
+        if elems.is_none_or(|elems| elems > isize::MAX as usize / dtype.size_bytes()) {
+            return Err(Nf4Error::ElementCount {
+                tensor: tensor.into(),
+                shape: vec![rows, columns],
+            });
+        }
+    }
     for (tensor, expected, given) in [
-        ("weight", layout.elems, n.saturating_mul(k)),
+        ("weight", layout.elems(), n.saturating_mul(k)),
         ("x", m.max(1), m),
     ] {
         if expected != given {

@@ -6,7 +6,7 @@ mod matmul;
 mod quantize;
 mod tensor_core;
 
-pub use dequantize::{DequantizePlan, Variant, dequantize};
+pub use dequantize::{DequantizePlan, Variant};
 pub use lora::Lora;
 pub use matmul::{MatmulPlan, MatmulVariant, Operands, Product};
 pub use quantize::quantize;
@@ -15,6 +15,7 @@ pub use tensor_core::{Cut, TENSOR_CORE_ROWS, TensorCoreTile};
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
+use cubecl::server::Handle;
 
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -33,18 +34,51 @@ fn has_barriers(client: &Client) -> bool {
     client.properties().hardware.num_cpu_cores.is_none()
 }
 
-/// Checks that buffers, by name, hold what is expected of them at least.
-fn check_lengths<const N: usize>(lengths: [(&str, usize, usize); N]) -> Result<(), Nf4Error> {
-    for (tensor, expected, given) in lengths {
-        if given < expected {
+/// A buffer by the name that errors give it, with the elements that a kernel takes it for.
+struct Buffer<'a> {
+    name: &'static str,
+    handle: &'a Handle,
+    /// The product of these is the number of elements.
+    dims: [usize; 2],
+    elem_bytes: usize,
+}
+
+/// What kernels load and store at once at most.
+const VECTOR_BYTES: u64 = 16;
+
+impl Buffer<'_> {
+    /// Checks that the kernel stays within the buffer, and that it begins where vectors may.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Length`], in bytes, or [`Nf4Error::Alignment`].
+    fn check(&self) -> Result<(), Nf4Error> {
+        let Self {
+            name,
+            handle,
+            dims: [rows, columns],
+            elem_bytes,
+        } = *self;
+        let elems = rows.checked_mul(columns);
+        let expected = elems.and_then(|elems| elems.checked_mul(elem_bytes));
+        let start = handle.offset_start.unwrap_or(0);
+        let end = handle.offset_end.unwrap_or(0);
+        let given = handle.size().saturating_sub(start).saturating_sub(end) as usize;
+        if expected.is_none_or(|expected| given < expected) {
             return Err(Nf4Error::Length {
-                tensor: tensor.into(),
-                expected,
+                tensor: name.into(),
+                expected: expected.unwrap_or(usize::MAX),
                 given,
             });
         }
+        if !start.is_multiple_of(VECTOR_BYTES) {
+            return Err(Nf4Error::Alignment {
+                tensor: name.into(),
+                expected: VECTOR_BYTES,
+                given: start,
+            });
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Whether the device can hold a float type in a buffer and convert f32 to it.

@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatType, PackedLayout, RECIPROCAL_STEPS, SumF32x2, nf4_cells};
@@ -19,17 +20,19 @@ const WORDS_A_UNIT: usize = 4;
 
 /// Quantizes a weight on the device.
 ///
-/// The weights must be finite: this is not checked, as that would wait for the device. A block
-/// with a NaN or an infinity in it decodes to unspecified values; others are not touched.
+/// The weights must be finite: this is not checked, as that would wait for the device. With a NaN or
+/// an infinity in it, a block decodes to unspecified values, and where scales are quantized too, so
+/// does the whole weight.
 ///
 /// # Shapes
-/// - `weight`: `layout.elems` elements of `dtype`, contiguous, row-major
+/// - `weight`: `layout.elems()` elements of `dtype`, contiguous, row-major
 /// - `shape`: the weight's shape, for the packed weight's header
-/// - returns `layout.words` u32 words
+/// - returns `layout.words()` u32 words
 ///
 /// # Errors
-/// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if the buffer is
-/// too small or `shape` has another product.
+/// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if `shape` has
+/// another product or, in bytes, the buffer is too small, [`Nf4Error::Alignment`] if it does not begin
+/// at a multiple of 16 bytes.
 pub fn quantize(
     client: &Client,
     weight: Handle,
@@ -38,18 +41,23 @@ pub fn quantize(
     layout: &PackedLayout,
 ) -> Result<Handle, Nf4Error> {
     check_dtype(client, dtype)?;
-    let given = weight.size_in_used() as usize / dtype.size_bytes();
-    for given in [given.min(layout.elems), shape.iter().product()] {
-        if given != layout.elems {
-            return Err(Nf4Error::Length {
-                tensor: "weight".into(),
-                expected: layout.elems,
-                given,
-            });
-        }
+    let elems = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+    if elems != Some(layout.elems()) {
+        return Err(Nf4Error::Length {
+            tensor: "weight".into(),
+            expected: layout.elems(),
+            given: elems.unwrap_or(usize::MAX),
+        });
     }
+    Buffer {
+        name: "weight",
+        handle: &weight,
+        dims: [layout.elems(), 1],
+        elem_bytes: dtype.size_bytes(),
+    }
+    .check()?;
 
-    let config = layout.config;
+    let config = layout.config();
     let mut tables = layout.tables();
     if config.nested_block_size.is_some() {
         tables.extend([0; 4]);
@@ -62,39 +70,39 @@ pub fn quantize(
     tables.extend(RECIPROCAL_STEPS);
     let all_table_words = tables.len();
     let tables = client.create_from_slice(bytemuck::cast_slice(&tables));
-    let packed = client.empty(layout.words * 4);
+    let packed = client.empty(layout.words() * 4);
     let absmax_len = match config.nested_block_size {
         None => 1,
-        Some(_) => layout.blocks,
+        Some(_) => layout.blocks(),
     };
     let absmax = client.empty(absmax_len * 4);
 
-    let address = address_type(layout.elems);
+    let address = address_type(layout.elems());
     let barriers = has_barriers(client);
     let units = units_per_cube(client);
-    let vector = vector_size(client, dtype, 8, &[layout.elems]);
+    let vector = vector_size(client, dtype, 8, &[layout.elems()]);
     let view = QuantizeViewLaunch::new(
-        layout.elems,
-        layout.blocks,
+        layout.elems(),
+        layout.blocks(),
         table_words,
         config
             .nested_block_size
-            .map_or(0, |size| size.blocks(layout.blocks)),
-        layout.scales,
-        layout.codebook,
-        layout.header,
+            .map_or(0, |size| size.blocks(layout.blocks())),
+        layout.scales_start(),
+        layout.codebook_start(),
+        layout.header_start(),
     );
     let blueprint = QuantizeBlueprint {
         quant_type: config.quant_type,
         block_elems: config.block_size.elems(),
         flat: config.nested_block_size.is_none(),
     };
-    // SAFETY: `weight` holds `layout.elems` elements (checked above), the other buffers are
+    // SAFETY: `weight` holds `layout.elems()` elements (checked above), the other buffers are
     // allocated here with the lengths declared, and the kernels guard every access by them.
     unsafe {
-        let weight = BufferArg::from_raw_parts(weight, layout.elems);
+        let weight = BufferArg::from_raw_parts(weight, layout.elems());
         let tables = BufferArg::from_raw_parts(tables.clone(), all_table_words);
-        let packed = BufferArg::from_raw_parts(packed.clone(), layout.words);
+        let packed = BufferArg::from_raw_parts(packed.clone(), layout.words());
         let absmax = BufferArg::from_raw_parts(absmax.clone(), absmax_len);
         if barriers {
             let words_a_block = blueprint.block_elems / 8;
@@ -103,7 +111,7 @@ pub fn quantize(
             let per_unit = group * words_a_block / units as usize;
             quantize_tiles_kernel::launch_unchecked(
                 client,
-                cube_count(client, layout.blocks.div_ceil(group)),
+                cube_count(client, layout.blocks().div_ceil(group)),
                 CubeDim::new_1d(units),
                 address,
                 vector,
@@ -120,7 +128,7 @@ pub fn quantize(
         } else {
             quantize_blocks_kernel::launch_unchecked(
                 client,
-                cube_count(client, layout.blocks.max(4).div_ceil(units as usize)),
+                cube_count(client, layout.blocks().max(4).div_ceil(units as usize)),
                 CubeDim::new_1d(units),
                 address,
                 vector,
@@ -136,7 +144,7 @@ pub fn quantize(
     }
 
     if let Some(nested_block_size) = config.nested_block_size {
-        let chunks = layout.blocks.div_ceil(SumF32x2::CHUNK);
+        let chunks = layout.blocks().div_ceil(SumF32x2::CHUNK);
         let high = client.empty(chunks * 4);
         let low = client.empty(chunks * 4);
         // SAFETY: buffers are allocated above with the lengths declared; cubes past the last
@@ -149,7 +157,7 @@ pub fn quantize(
                     BufferArg::from_raw_parts(low.clone(), chunks),
                 )
             };
-            let packed = || BufferArg::from_raw_parts(packed.clone(), layout.words);
+            let packed = || BufferArg::from_raw_parts(packed.clone(), layout.words());
             let dim = CubeDim::new_1d(units);
             let (high, low) = sums();
             sum_absmax_kernel::launch_unchecked(
@@ -160,7 +168,7 @@ pub fn quantize(
                 absmax(),
                 high,
                 low,
-                layout.blocks,
+                layout.blocks(),
                 0,
                 barriers,
             );
@@ -170,26 +178,28 @@ pub fn quantize(
                 CubeCount::Static(1, 1, 1),
                 dim,
                 address,
+                absmax(),
                 high,
                 low,
                 packed(),
+                layout.blocks(),
                 chunks,
-                layout.nested_offset,
-                SumF32x2::inverse_count(layout.blocks),
+                layout.nested_offset_start(),
+                SumF32x2::inverse_count(layout.blocks()),
                 0,
                 barriers,
             );
             quantize_absmax_kernel::launch_unchecked(
                 client,
-                cube_count(client, nested_block_size.blocks(layout.blocks)),
+                cube_count(client, nested_block_size.blocks(layout.blocks())),
                 dim,
                 address,
                 absmax(),
                 BufferArg::from_raw_parts(tables, all_table_words),
                 packed(),
-                layout.blocks,
-                layout.scales,
-                layout.codebook,
+                layout.blocks(),
+                layout.scales_start(),
+                layout.codebook_start(),
                 nested_block_size.elems(),
                 barriers,
             );

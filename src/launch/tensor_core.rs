@@ -1,8 +1,8 @@
 //! How the two products on tensor cores cut a weight up, and what their cubes share.
 
 use std::any::TypeId;
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
 
 use cubecl::device::DeviceId;
 use cubecl::features::MmaConfig;
@@ -191,11 +191,11 @@ fn check(
         return fail(format!("{m} rows are more than one"));
     }
     let runs = if levels { &[6][..] } else { &[6, 5] };
-    let block_log2 = layout.config.block_size.log2();
+    let block_log2 = layout.config().block_size.log2();
     let mut runs = runs.iter().copied();
     let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && k.is_multiple_of(1 << log2))
     else {
-        let block = layout.config.block_size.elems();
+        let block = layout.config().block_size.elems();
         return fail(format!(
             "rows of {k} elements in blocks of {block} do not come in runs that the kernel takes"
         ));
@@ -243,7 +243,7 @@ pub(super) fn levels_blueprint(
         scales: scale_blueprint(layout, run_log2, tile),
         sums: sums_blueprint(1, bias, tile),
         paired: tile.depth == 2
-            && layout.config.nested_block_size.is_some()
+            && layout.config().nested_block_size.is_some()
             && product.k.is_multiple_of(2 * CHUNK)
             && product.k <= MAX_PAIRED_K,
         chunks: tile.chunks,
@@ -268,8 +268,8 @@ pub(super) fn levels_blueprint(
 
 fn scale_blueprint(layout: &PackedLayout, run_log2: u32, tile: TensorCoreTile) -> ScaleBlueprint {
     ScaleBlueprint {
-        block_log2: layout.config.block_size.log2(),
-        nested_log2: layout.config.nested_block_size.map_or(0, BlockSize::log2),
+        block_log2: layout.config().block_size.log2(),
+        nested_log2: layout.config().nested_block_size.map_or(0, BlockSize::log2),
         run_log2,
         row_tiles: tile.row_tiles,
         depth: tile.depth,
@@ -314,6 +314,10 @@ pub(super) fn blueprint(
             8 * column_tiles
         },
         once: false,
+        branch_parts: match product.dtype {
+            FloatType::F16 => 2,
+            FloatType::BF16 | FloatType::F32 => 1,
+        },
     };
     // No cube without a stage.
     let stages = k.div_ceil(blueprint.stage_k());
@@ -342,17 +346,22 @@ pub(super) fn group_rows(m: usize) -> usize {
 }
 
 /// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
+/// Low-rank branches always need bf16.
 fn has_fragments(client: &Client, elem: ElemType) -> bool {
-    let fragments = MmaConfig {
-        a_type: elem,
-        b_type: elem,
-        cd_type: ElemType::Float(FloatKind::F32),
-        m: 16,
-        n: 8,
-        k: 16,
+    let mma = &client.properties().features.matmul.mma;
+    let has = |elem| {
+        mma.contains(&MmaConfig {
+            a_type: elem,
+            b_type: elem,
+            cd_type: ElemType::Float(FloatKind::F32),
+            m: 16,
+            n: 8,
+            k: 16,
+        })
     };
     client.name() == "cuda"
-        && client.properties().features.matmul.mma.contains(&fragments)
+        && has(elem)
+        && has(ElemType::Float(FloatKind::BF16))
         && client.properties().hardware.plane_size_max == 32
 }
 
@@ -395,17 +404,29 @@ impl SharedSums {
     }
 }
 
+/// Streams for which counters are kept. Streams belong to threads, and a program may start any number
+/// of those.
+const MAX_STREAMS: usize = 64;
+
 /// Counters that are zero, one buffer for each stream of a device, here that of `parts`: launches in
 /// a stream follow each other, and each leaves zeros behind.
 fn counters(client: &Client, parts: &Handle) -> Handle {
-    type Buffers = HashMap<(DeviceId, TypeId, u64), Handle>;
-    static BUFFERS: LazyLock<Mutex<Buffers>> = LazyLock::new(Mutex::default);
-    let mut buffers = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
+    type Key = (DeviceId, TypeId, u64);
+    static BUFFERS: Mutex<VecDeque<(Key, Handle)>> = Mutex::new(VecDeque::new());
     let service = parts.service;
-    buffers
-        .entry((service.device, service.service, parts.stream.value))
-        .or_insert_with(|| client.create_from_slice(&[0; MAX_COUNTERS * 4]))
-        .clone()
+    let key = (service.device, service.service, parts.stream.value);
+    let mut buffers = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let found = buffers.iter().position(|(found, _)| *found == key);
+    let buffer = match found.and_then(|index| buffers.remove(index)) {
+        Some((_, buffer)) => buffer,
+        None => client.create_from_slice(&[0; MAX_COUNTERS * 4]),
+    };
+    // Those used last are at the end. A launch that is still to run keeps its own hold on a buffer.
+    buffers.push_back((key, buffer.clone()));
+    if buffers.len() > MAX_STREAMS {
+        buffers.pop_front();
+    }
+    buffer
 }
 
 fn multiprocessors(client: &Client) -> usize {

@@ -11,9 +11,10 @@ use cubecl::prelude::Client;
 use super::backend::{
     DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
 };
+use super::reproducible::is_reproducible;
 use super::tune::{self, Inputs, LoraInputs, Way};
 use crate::error::Nf4Error;
-use crate::launch::{self, MatmulPlan, MatmulVariant};
+use crate::launch::{self, DequantizePlan, MatmulPlan, MatmulVariant};
 
 impl Nf4Backend for CubeBackend {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -29,7 +30,7 @@ impl Nf4Backend for CubeBackend {
         CubeTensor::new_contiguous(
             weight.client,
             weight.device,
-            Shape::from([spec.layout.words]),
+            Shape::from([spec.layout.words()]),
             packed,
             DType::U32,
         )
@@ -38,19 +39,12 @@ impl Nf4Backend for CubeBackend {
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         debug_check(&packed, &spec.layout);
         let packed = into_contiguous(packed);
-        let len = spec.rows * spec.columns;
-        let out = packed.client.empty(len * spec.dtype.size_bytes());
-        launch::dequantize(
-            &packed.client,
-            packed.handle,
-            &spec.layout,
-            spec.start,
-            len,
-            spec.dtype,
-            out.clone(),
-            None,
-        )
-        .expect("arguments were validated");
+        let elems = spec.start..spec.start + spec.rows * spec.columns;
+        let plan = DequantizePlan::new(&packed.client, &spec.layout, elems, spec.dtype, None)
+            .expect("arguments were validated");
+        let out = packed.client.empty(plan.out_bytes());
+        plan.launch(packed.handle, out.clone())
+            .expect("arguments were validated");
         CubeTensor::new_contiguous(
             packed.client,
             packed.device,
@@ -117,8 +111,8 @@ fn matmul(
         spec,
     };
     let way = match spec.strategy {
-        MatmulStrategy::Auto => return tune::fastest(inputs),
-        MatmulStrategy::Rule => return tune::by_rule(inputs),
+        MatmulStrategy::Auto if !is_reproducible() => return tune::fastest(inputs),
+        MatmulStrategy::Auto | MatmulStrategy::Rule => return tune::by_rule(inputs),
         strategy => kernel(strategy).map_or(Way::Decode, Way::Kernel),
     };
     way.run(inputs).expect("arguments were validated")

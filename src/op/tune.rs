@@ -186,16 +186,14 @@ impl Way {
         let beside = lora.filter(|_| joined.is_none());
         let y = match plan {
             Some(plan) => {
-                let out = x
-                    .client
-                    .empty(product.m * product.n * product.dtype.size_bytes());
+                let out = x.client.empty(plan.out_bytes());
                 let operands = Operands {
                     x: x.handle.clone(),
                     packed: packed.handle,
                     bias: bias.map(|bias| bias.handle),
                     lora: joined,
                 };
-                plan.launch(&x.client, operands, layout, out.clone())?;
+                plan.launch(operands, out.clone())?;
                 let shape = Shape::from([product.m, product.n]);
                 let (client, device) = (x.client.clone(), x.device.clone());
                 CubeTensor::new_contiguous(client, device, shape, out, product.dtype.into())
@@ -241,7 +239,7 @@ impl AutotuneKey for MatmulKey {}
 impl MatmulKey {
     fn new(inputs: &Inputs) -> Self {
         let Product { m, n, k, dtype } = inputs.spec.product();
-        let config = inputs.spec.weight.layout.config;
+        let config = inputs.spec.weight.layout.config();
         Self {
             m: rounded_rows(m),
             n,
