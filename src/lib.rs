@@ -10,6 +10,10 @@ mod kernel;
 #[cfg(feature = "cube")]
 pub mod launch;
 pub mod nn;
+#[cfg_attr(
+    not(any(feature = "flex", feature = "cube")),
+    allow(unused, reason = "there is no backend to implement the operations for")
+)]
 pub mod op;
 pub mod peft;
 

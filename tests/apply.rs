@@ -591,13 +591,15 @@ fn the_store_gives_single_tensors_by_remapped_name() {
     let mut store = CheckpointStore::open(folder.path())
         .unwrap()
         .remap(remapper);
+    // The name says what the packed weight is.
+    const PACKED: &str = "model.frozen.weight.packed_nf4_64_256_float32_64x32";
     let keys = store.keys().unwrap();
     assert_eq!(
         keys,
         [
             "model.embed.weight",
             "model.frozen.bias",
-            "model.frozen.weight.packed",
+            PACKED,
             "model.head.bias",
             "model.head.weight",
             "model.mask",
@@ -607,10 +609,7 @@ fn the_store_gives_single_tensors_by_remapped_name() {
     );
     let head = store.get_tensor("model.head.weight").unwrap().unwrap();
     assert_eq!(head.shape.as_slice(), [5, SIZE]);
-    let packed = store
-        .get_tensor("model.frozen.weight.packed")
-        .unwrap()
-        .unwrap();
+    let packed = store.get_tensor(PACKED).unwrap().unwrap();
     let bytes = packed.to_bytes().unwrap();
     let expected = quantized(&[2 * SIZE, SIZE], QuantConfig::default()).to_packed();
     assert_same_bits(&bytes, bytemuck::cast_slice(&expected), "packed");

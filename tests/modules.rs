@@ -6,15 +6,16 @@ mod tensors;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::config::Config;
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::store::{ModuleRecord, RecordError};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig, QLoraLinear, QLoraLinearConfig};
 use burn_nf4::op::MatmulStrategy;
-use burn_nf4::{Nf4Error, Nf4Weight};
+use burn_nf4::{Nf4Error, Nf4Weight, linear};
+use burn_store::{BurnpackStore, ModuleSnapshot};
 use rstest::rstest;
 use tensors::*;
 
@@ -482,30 +483,35 @@ fn records_of_other_weights_are_refused(device: &Device) {
     let record = || layer(64, 128).into_record();
     assert!(layer(64, 128).try_load_record(record()).is_ok());
 
-    // Another number of words: Burn's own validation.
-    let error = layer(64, 64).try_load_record(record()).unwrap_err();
-    assert!(
-        matches!(&error, RecordError::Validation(text) if text.contains("shape mismatch")),
-        "{error}"
-    );
-    // The same number of words: the header tells.
-    let message = panic_message(|| layer(128, 64).try_load_record(record()));
-    assert!(
-        message.contains("cannot load the record: packed weight: shape"),
-        "{message}"
-    );
     let other_dtype = Nf4LinearConfig::new(64, 128)
         .with_bias(false)
         .with_dtype(FloatType::F16)
         .init(device)
         .expect("valid");
-    let message = panic_message(|| other_dtype.try_load_record(record()));
-    assert!(
-        message.contains("cannot load the record: packed weight: settings"),
-        "{message}"
-    );
+    // Another number of words, the same number in another shape, another dtype. The error says what
+    // was looked for and what there is.
+    let wanted = "weight.packed_nf4_64_256_float32_128x64";
+    for (other, its_own) in [
+        (layer(64, 64), "weight.packed_nf4_64_256_float32_64x64"),
+        (layer(128, 64), "weight.packed_nf4_64_256_float32_64x128"),
+        (other_dtype, "weight.packed_nf4_64_256_float16_128x64"),
+    ] {
+        let partial = record().allow_partial(true);
+        let error = other.clone().try_load_record(partial).unwrap_err();
+        assert!(error.to_string().contains(wanted), "{error}");
+        let error = other.try_load_record(record()).unwrap_err();
+        assert!(error.to_string().contains(its_own), "{error}");
+    }
+    // As a file of burn-store.
+    let mut store = BurnpackStore::from_bytes(None);
+    layer(64, 128).save_into(&mut store).expect("in memory");
+    let bytes = store.get_bytes().expect("saved");
+    let mut store = BurnpackStore::from_bytes(Some(bytes));
+    let error = layer(128, 64).load_from(&mut store).unwrap_err();
+    assert!(error.to_string().contains("64x128"), "{error}");
+    assert!(layer(64, 128).load_from(&mut store).is_ok());
 
-    // The check stays with the weight through what modules go through.
+    // The form stays with the weight through what modules go through.
     let tracked = device.clone().autodiff();
     for moved in [
         layer(128, 64).valid(),
@@ -515,8 +521,8 @@ fn records_of_other_weights_are_refused(device: &Device) {
         layer(128, 64).load_record(layer(128, 64).into_record()),
         layer(128, 64).no_grad(),
     ] {
-        let message = panic_message(|| moved.try_load_record(record()));
-        assert!(message.contains("cannot load the record"), "{message}");
+        let error = moved.try_load_record(record()).unwrap_err();
+        assert!(matches!(error, RecordError::Validation(_)), "{error}");
     }
 
     // A dense layer's record and one without a bias.
@@ -525,6 +531,47 @@ fn records_of_other_weights_are_refused(device: &Device) {
     let with_bias = Nf4LinearConfig::new(64, 128).init(device).expect("valid");
     let error = with_bias.try_load_record(record()).unwrap_err();
     assert!(error.to_string().contains("bias"), "{error}");
+}
+
+/// A mapper can put any tensor in the place of a packed one; it is told when it is used.
+fn a_packed_tensor_of_another_kind_is_an_error(device: &Device) {
+    struct Replace(Tensor<1, Int>);
+    impl ModuleMapper for Replace {
+        fn map_int<const D: usize>(
+            &mut self,
+            param: Param<Tensor<D, Int>>,
+        ) -> Param<Tensor<D, Int>> {
+            let words = self.0.clone();
+            param.map(|_| words.reshape([-1; D]))
+        }
+    }
+    let weight = Nf4Weight::zeros(&[8, 64], QuantConfig::default(), FloatType::F32, device);
+    let weight = weight.expect("valid");
+    let words = weight.layout().words();
+    let x = Tensor::<2>::ones([2, 64], (device, DType::F32));
+    for (packed, expected) in [
+        (
+            Tensor::zeros([words - 4], (device, DType::U32)),
+            Nf4Error::Length {
+                tensor: "packed weight".into(),
+                expected: words,
+                given: words - 4,
+            },
+        ),
+        (
+            Tensor::zeros([words], (device, DType::I32)),
+            Nf4Error::Dtype {
+                tensor: "packed weight".into(),
+                expected: "U32".into(),
+                given: "I32".into(),
+            },
+        ),
+    ] {
+        let other = weight.clone().map(&mut Replace(packed));
+        assert_eq!(linear(x.clone(), &other, None).unwrap_err(), expected);
+        assert_eq!(other.dequantize::<2>(FloatType::F32).unwrap_err(), expected);
+        assert_eq!(other.to_host().unwrap_err(), expected);
+    }
 }
 
 fn modules_move_between_devices(device: &Device) {
@@ -671,7 +718,7 @@ fn half_precision_input_meets_an_f32_branch(device: &Device) {
     let tracked = &device.clone().autodiff();
     let expected = values(&qlora(1, device).forward(input(2, device)));
     for (dtype, tolerance) in [(FloatType::F16, 1.0 / 128.0), (FloatType::BF16, 1.0 / 32.0)] {
-        if !device.supports_dtype(DType::from(dtype)) {
+        if lacks(device, dtype.into()) {
             continue;
         }
         let layer = qlora(1, tracked);
@@ -926,6 +973,7 @@ macro_rules! device_tests {
                 dropout_acts_on_the_branch_while_training_alone
                 records_keep_every_bit
                 records_of_other_weights_are_refused
+                a_packed_tensor_of_another_kind_is_an_error
                 modules_move_between_devices
                 a_plain_layer_takes_a_tracked_input
                 layers_take_tensors_that_are_not_leaves

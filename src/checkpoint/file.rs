@@ -163,7 +163,7 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
-    /// [`Nf4Error::Shape`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
+    /// [`Nf4Error::Rank`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
     /// device has no such type.
     pub fn load_tensor<const D: usize>(
         &self,

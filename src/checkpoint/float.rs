@@ -28,10 +28,10 @@ pub(super) fn load_tensor<const D: usize>(
     let stored = source.stored(key)?;
     let from = stored.float_type(key)?;
     if stored.info.shape.len() != D || D == 0 {
-        return Err(Nf4Error::Shape {
+        return Err(Nf4Error::Rank {
             tensor: key.into(),
-            expected: vec![0; D],
-            given: stored.info.shape.to_vec(),
+            expected: D,
+            shape: stored.info.shape.to_vec(),
         });
     }
     let to = dtype.unwrap_or(from);

@@ -8,10 +8,6 @@ use safetensors::Dtype;
 
 use crate::error::TensorForm;
 use crate::format::WeightForm;
-use crate::op::FORM_CONTAINER;
-
-/// The last part of the path of a packed weight's tensor.
-pub(super) const PACKED: &str = "packed";
 
 /// A parameter of a module.
 #[derive(Debug, Clone)]
@@ -102,8 +98,6 @@ pub(super) fn parameters_of<M: Module>(module: &M, skip_enum_variants: bool) -> 
 struct Walk {
     path: Vec<String>,
     containers: Vec<String>,
-    /// The form that a weight has told before its tensor.
-    form: Option<WeightForm>,
     skip_enum_variants: bool,
     found: Vec<Parameter>,
 }
@@ -153,10 +147,6 @@ impl Walk {
 
 impl ModuleVisitor for Walk {
     fn enter_module(&mut self, name: &str, container_type: &str) {
-        if container_type == FORM_CONTAINER {
-            self.form = serde_json::from_str(name).ok();
-            return;
-        }
         self.containers.push(container_type.into());
         if self.names(container_type) {
             self.path.push(name.into());
@@ -164,9 +154,6 @@ impl ModuleVisitor for Walk {
     }
 
     fn exit_module(&mut self, _name: &str, container_type: &str) {
-        if container_type == FORM_CONTAINER {
-            return;
-        }
         self.containers.pop();
         if self.names(container_type) {
             self.path.pop();
@@ -181,9 +168,10 @@ impl ModuleVisitor for Walk {
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let kind = match self.form.take() {
-            Some(form) if self.path.last().is_some_and(|name| name == PACKED) => Kind::Packed(form),
-            _ => Kind::Int(param.lazy_shape().to_vec()),
+        let name = self.path.last().map_or("", String::as_str);
+        let kind = match WeightForm::from_packed_name(name) {
+            Some(form) => Kind::Packed(form),
+            None => Kind::Int(param.lazy_shape().to_vec()),
         };
         self.found(param.lazy_device(), kind);
     }

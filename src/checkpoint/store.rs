@@ -10,7 +10,7 @@ use burn_store::{ApplyError, ApplyResult, KeyRemapper, ModuleSnapshot, ModuleSto
 
 use super::folder::Checkpoint;
 use super::matching::{Allowed, match_up};
-use super::parameters::{PACKED, parameters_of};
+use super::parameters::parameters_of;
 use super::progress::Progress;
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
 use crate::error::Nf4Error;
@@ -242,8 +242,8 @@ impl ModuleStore for CheckpointStore {
         let mut tensors = Vec::with_capacity(matched.pairs.len());
         let mut size_bytes = 0;
         for &(parameter, entry) in &matched.pairs {
-            let name = match entry.kind {
-                EntryKind::Packed(_) => format!("{}.{PACKED}", parameter.path),
+            let name = match &entry.kind {
+                EntryKind::Packed(form) => format!("{}.{}", parameter.path, form.packed_name()),
                 EntryKind::Dense { .. } => parameter.path.clone(),
             };
             let read_as = ReadAs {
@@ -274,7 +274,7 @@ impl ModuleStore for CheckpointStore {
     }
 
     /// The tensor of a remapped key, in the layout of the checkpoint; that of a quantized weight
-    /// `P` is the packed one, under `P.packed`.
+    /// `P` is the packed one, under `P` and its [name](crate::format::WeightForm::packed_name).
     fn get_tensor(&mut self, name: &str) -> Result<Option<&PackTensor>, Nf4Error> {
         Ok(self.get_all_tensors()?.get(name))
     }
@@ -287,8 +287,8 @@ impl ModuleStore for CheckpointStore {
             None => {
                 let mut tensors = BTreeMap::new();
                 for entry in entries(&self.checkpoint, &self.remapper)? {
-                    let name = match entry.kind {
-                        EntryKind::Packed(_) => format!("{}.{PACKED}", entry.path),
+                    let name = match &entry.kind {
+                        EntryKind::Packed(form) => format!("{}.{}", entry.path, form.packed_name()),
                         EntryKind::Dense { .. } => entry.path.clone(),
                     };
                     let read_as = ReadAs {

@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device, Tensor};
 use super::Nf4Linear;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::op::LowRank;
+use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
 const NORM_CHUNK_ELEMS: usize = 1 << 22;
@@ -71,7 +71,8 @@ impl QLoraLinearConfig {
     /// - `lora_b`: `[rank, d_output]`, the transpose of PEFT's `lora_B.weight`
     ///
     /// # Errors
-    /// [`Nf4Error::Shape`] if a matrix does not fit, and those of [`init`](Self::init).
+    /// [`Nf4Error::Shape`] if a matrix does not fit, [`Nf4Error::Dtype`] unless both are of the same
+    /// type, f16, bf16 or f32, and those of [`init`](Self::init).
     pub fn init_with(
         &self,
         base: Nf4Linear,
@@ -194,7 +195,10 @@ impl QLoraLinear {
         let shape = x.dims();
         let rows = x.shape().num_elements() / shape[D - 1].max(1);
         if rows == 0 {
-            return self.base.forward(x);
+            let y = self.base.forward(x);
+            let branch = [self.lora_a.val().sum(), self.lora_b.val().sum()];
+            let magnitude = self.lora_magnitude.as_ref().map(|param| param.val().sum());
+            return connect_empty(y, branch.into_iter().chain(magnitude));
         }
         match &self.lora_magnitude {
             None if self.drops(&x) => {

@@ -28,7 +28,8 @@ pub struct DequantizeSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MatmulStrategy {
     /// The fastest way: where more than one may be, they are measured when a product of the kind is
-    /// first computed on the device, and the result is kept.
+    /// first computed on the device, and the result is kept. Another run may measure otherwise, and
+    /// round otherwise; [`set_reproducible`](super::set_reproducible) turns it to [`Rule`](Self::Rule).
     #[default]
     Auto,
     /// By the sizes alone, without a measurement.
@@ -90,7 +91,7 @@ impl MatmulSpec {
     /// The product, if it may be computed without the decoded weight.
     pub fn of(linear: LinearSpec, m: usize) -> Option<Self> {
         let LinearSpec { weight, strategy } = linear;
-        let whole = weight.start == 0 && weight.rows * weight.columns == weight.layout.elems;
+        let whole = weight.start == 0 && weight.rows * weight.columns == weight.layout.elems();
         let packed = match strategy {
             MatmulStrategy::Auto | MatmulStrategy::Rule => m <= Self::MAX_ROWS,
             MatmulStrategy::Decode => false,
@@ -161,14 +162,14 @@ pub trait Nf4Backend: Backend {
     ///
     /// # Shapes
     /// - `weight`: `spec.shape`, of `spec.dtype`
-    /// - returns `[spec.layout.words]`, u32
-    #[fusion(dtype = DType::U32, shape = Shape::from([spec.layout.words]))]
+    /// - returns `[spec.layout.words()]`, u32
+    #[fusion(dtype = DType::U32, shape = Shape::from([spec.layout.words()]))]
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self>;
 
     /// Decodes a range of a packed weight.
     ///
     /// # Shapes
-    /// - `packed`: `[spec.layout.words]`, u32
+    /// - `packed`: `[spec.layout.words()]`, u32
     /// - returns `[spec.rows, spec.columns]`, of `spec.dtype`
     #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.rows, spec.columns]))]
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
@@ -177,7 +178,7 @@ pub trait Nf4Backend: Backend {
     ///
     /// # Shapes
     /// - `x`: `[m, k]`, of `spec.weight.dtype`
-    /// - `packed`: `[layout.words]`, u32, a weight `[n, k] = [rows, columns]` of `spec.weight`
+    /// - `packed`: `[layout.words()]`, u32, a weight `[n, k] = [rows, columns]` of `spec.weight`
     /// - returns `[m, n]`
     #[fusion(default)]
     fn nf4_linear(
@@ -309,6 +310,6 @@ pub(super) fn add_lora<B: Backend>(
 
 /// Checks in debug builds what the functions in front have promised.
 pub(super) fn debug_check(packed: &impl TensorMetadata, layout: &PackedLayout) {
-    debug_assert_eq!(packed.shape().as_slice(), [layout.words]);
+    debug_assert_eq!(packed.shape().as_slice(), [layout.words()]);
     debug_assert_eq!(packed.dtype(), DType::U32);
 }

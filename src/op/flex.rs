@@ -22,7 +22,7 @@ impl Nf4Backend for Flex {
             FloatType::BF16 => quantize::<bf16>(&weight, &spec),
             FloatType::F32 => quantize::<f32>(&weight, &spec),
         };
-        let shape = Shape::from([spec.layout.words]);
+        let shape = Shape::from([spec.layout.words()]);
         FlexTensor::from_data(TensorData::from_bytes(
             Bytes::from_elems(words),
             shape,
@@ -137,7 +137,7 @@ fn matmul_bytes<T: FloatElement>(
 
 fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u32> {
     let weight: &[T] = bytemuck::cast_slice(weight.bytes());
-    host::quantize(weight, &spec.shape, spec.layout.config).expect("arguments were validated")
+    host::quantize(weight, &spec.shape, spec.layout.config()).expect("arguments were validated")
 }
 
 /// Checks that a weight is finite if it lies on the CPU, where looking costs no waiting.

@@ -14,8 +14,8 @@ use crate::format::FloatType;
 ///
 /// Few rows of `x` are multiplied with `W` as it is packed, see [`linear_with`]; for many it is
 /// decoded to the dtype of `x`, here and again in the backward pass, and not kept in between. The
-/// gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty result, which is a
-/// constant to autodiff.
+/// gradient flows to `x` and `bias`, never to `W`. An empty batch gives an empty result, and gradients
+/// of zeros.
 ///
 /// # Shapes
 /// - `x`: `[..., in_features]`
@@ -25,7 +25,7 @@ use crate::format::FloatType;
 ///
 /// # Errors
 /// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias`
-/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32.
+/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32 and `bias` of the same.
 pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -65,7 +65,7 @@ pub struct LowRank {
 }
 
 impl LowRank {
-    /// Checks that the matrices fit a weight and a rank.
+    /// Checks that the matrices fit a weight and a rank, and each other.
     ///
     /// # Errors
     /// [`Nf4Error::Shape`].
@@ -86,7 +86,8 @@ impl LowRank {
                 });
             }
         }
-        Ok(())
+        FloatType::from_dtype(self.a.dtype(), "lora_a")?;
+        check_dtype("lora_b", &self.b, "as lora_a", &[self.a.dtype()])
     }
 
     /// `s (x A) B`, in the dtype of `A`, by Burn's own products.
@@ -105,9 +106,7 @@ impl LowRank {
         let tracked = self.a.device().is_autodiff() || self.b.device().is_autodiff();
         let dtype = FloatType::from_dtype(self.a.dtype(), "lora_a").ok()?;
         let dtypes = [matmul.weight.dtype, FloatType::F32];
-        let fits = DType::from(dtype) == self.a.dtype()
-            && self.a.dtype() == self.b.dtype()
-            && dtypes.contains(&dtype);
+        let fits = DType::from(dtype) == self.a.dtype() && dtypes.contains(&dtype);
         (!tracked && fits).then_some(LoraSpec {
             matmul,
             rank: self.a.dims()[1],
@@ -120,15 +119,18 @@ impl LowRank {
 /// `y = x Wᵀ + b + s (x A) B` with a packed weight `W`, otherwise as [`linear_with`].
 ///
 /// Without autodiff few rows of `x` take the branch on their way: a graphics card needs one small
-/// launch for `x A`, and the product with the packed weight adds the rest to its sums. On tensor
-/// cores `s x A` and `B` are then rounded to the dtype of `x`; otherwise, and wherever the branch is
-/// computed beside the product, it is in the dtype of `A`. The gradient flows to `A` and `B` too.
+/// launch for `x A`, and the product with the packed weight adds the rest to its sums, in f32. On tensor
+/// cores `s x A` and `B` are then rounded: to bf16 if that is the dtype of `x`; with an `x` of f16 to 16
+/// bits of precision, with the range of f32, so that what was trained in f32 does not overflow. Wherever
+/// the branch is computed beside the product, it is in the dtype of `A`. The gradient flows to `A` and
+/// `B` too.
 ///
 /// # Shapes
 /// - `branch.a`: `[in_features, rank]`; `branch.b`: `[rank, out_features]`
 ///
 /// # Errors
-/// Those of [`linear_with`], and [`Nf4Error::Shape`] if `A` or `B` does not fit the weight.
+/// Those of [`linear_with`], [`Nf4Error::Shape`] if `A` or `B` does not fit the weight, and
+/// [`Nf4Error::Dtype`] unless both are of one of the types that `x` may have.
 pub fn lora_linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -154,9 +156,9 @@ pub fn lora_linear<const D: usize>(
 /// - returns `[..., out_features]`
 ///
 /// # Errors
-/// [`Nf4Error::Shape`] for a weight of another rank or if `x` or `bias` does not fit it,
-/// [`Nf4Error::RowRange`] if there is no such expert, [`Nf4Error::Dtype`] unless `x` is f16, bf16
-/// or f32.
+/// [`Nf4Error::Rank`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias` does not fit
+/// it, [`Nf4Error::RowRange`] if there is no such expert, [`Nf4Error::Dtype`] unless `x` is f16, bf16
+/// or f32 and `bias` of the same.
 pub fn expert_linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -164,10 +166,10 @@ pub fn expert_linear<const D: usize>(
     bias: Option<Tensor<1>>,
 ) -> Result<Tensor<D>, Nf4Error> {
     let &[_, out_features, in_features] = weight.shape() else {
-        return Err(Nf4Error::Shape {
+        return Err(Nf4Error::Rank {
             tensor: "weight".into(),
-            expected: vec![0; 3],
-            given: weight.shape().to_vec(),
+            expected: 3,
+            shape: weight.shape().to_vec(),
         });
     };
     let start = weight.start_of(expert)?;
@@ -208,11 +210,23 @@ fn linear_at<const D: usize>(
         });
     }
 
+    if let Some(bias) = &bias {
+        check_dtype("bias", bias, "as x", &[x.dtype(), DType::from(dtype)])?;
+    }
+    let packed = weight.checked_packed()?;
+
     let rows = shape.iter().product::<usize>() / in_features;
     shape[D - 1] = out_features;
     if rows == 0 {
-        // Burn's reshape would read the zero as "keep this dimension".
-        return Ok(Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype())));
+        // Not a reshape of x: it would read the zero as "keep this dimension".
+        let y = Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype()));
+        if !x.device().is_autodiff() {
+            return Ok(y);
+        }
+        let branch = branch.map(|LowRank { a, b, .. }| [a.sum(), b.sum()]);
+        let bias = bias.map(|bias| bias.sum());
+        let operands = branch.into_iter().flatten().chain(bias);
+        return Ok(connect_empty(y, operands.chain([x.sum()])));
     }
     let transposed = weight.is_transposed();
     let [rows_stored, columns_stored] = match transposed {
@@ -249,7 +263,7 @@ fn linear_at<const D: usize>(
     };
     // Every tensor is handed on at its last use: another reference to it would be dropped after the
     // product, and with that in between Fusion gives up on what stands around it.
-    let (x, packed) = (x.into_dispatch(), weight.packed().into_dispatch());
+    let (x, packed) = (x.into_dispatch(), packed.into_dispatch());
     let y = match (joined, bias, fused) {
         (Some((LowRank { a, b, .. }, lora)), None, _) => {
             let (a, b) = (a.into_dispatch(), b.into_dispatch());
@@ -281,6 +295,34 @@ fn linear_at<const D: usize>(
         y = y + beside.cast(dtype);
     }
     Ok(y.cast(given).reshape(Shape::from(shape)))
+}
+
+/// A result without elements, connected to the graph through sums of all that has a part in it: the
+/// gradients of those are zeros.
+pub(crate) fn connect_empty<const D: usize>(
+    y: Tensor<D>,
+    operands: impl IntoIterator<Item = Tensor<1>>,
+) -> Tensor<D> {
+    let dtype = y.dtype();
+    let operands = operands.into_iter();
+    operands.fold(y, |y, sum| y + sum.cast(dtype).unsqueeze() * 0.0)
+}
+
+/// Checks that a tensor is of one of the dtypes that fit another.
+fn check_dtype<const D: usize>(
+    name: &str,
+    tensor: &Tensor<D>,
+    how: &str,
+    dtypes: &[DType],
+) -> Result<(), Nf4Error> {
+    if dtypes.contains(&tensor.dtype()) {
+        return Ok(());
+    }
+    Err(Nf4Error::Dtype {
+        tensor: name.into(),
+        expected: format!("{:?} {how}", dtypes[0]),
+        given: format!("{:?}", tensor.dtype()),
+    })
 }
 
 /// Checks that a kernel that was asked for can multiply `rows` rows of `x` with a weight.

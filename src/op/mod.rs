@@ -8,6 +8,7 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
+mod reproducible;
 mod spec;
 #[cfg(feature = "cube")]
 mod tune;
@@ -16,8 +17,9 @@ mod weight;
 pub use backend::{
     DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
 };
+pub(crate) use linear::connect_empty;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
-pub(crate) use spec::FORM_CONTAINER;
+pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use weight::Nf4Weight;
 
 use burn::tensor::{DType, Device};

@@ -1,7 +1,10 @@
 //! A quantized weight on a device.
 
 use burn::backend::Dispatch;
-use burn::module::{Module, Param, ParamId};
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+    Param, ParamId,
+};
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use std::ops::Range;
 
@@ -31,12 +34,85 @@ use crate::format::{
 /// assert!(weight.size_bytes() < 256 * 128);
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
-#[derive(Module, Debug)]
+///
+/// In a record, and to a visitor, the tensor is named by its form, such as
+/// `packed_nf4_64_256_float32_256x128`, so that a record of a weight of another form lacks it: it is
+/// an error of [`try_load_record`](Module::try_load_record), and nothing has to be read back from the
+/// device to find it.
+#[derive(Debug, Clone)]
 pub struct Nf4Weight {
-    // First, because it says to visitors what the tensor after it is.
     spec: WeightSpec,
     packed: Param<Tensor<1, Int>>,
 }
+
+/// What visitors and mappers are told that the packed tensor lies in.
+const CONTAINER: &str = "Struct:Nf4Weight";
+
+impl Module for Nf4Weight {
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        let name = self.spec.form.packed_name();
+        visitor.enter_module(&name, CONTAINER);
+        self.packed.visit(visitor);
+        visitor.exit_module(&name, CONTAINER);
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        let name = self.spec.form.packed_name();
+        mapper.enter_module(&name, CONTAINER);
+        let packed = Module::map(self.packed, mapper);
+        mapper.exit_module(&name, CONTAINER);
+        Self { packed, ..self }
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.packed.collect_devices(devices)
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self {
+            packed: self.packed.to_device(device),
+            ..self
+        }
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self {
+            packed: self.packed.fork(device),
+            ..self
+        }
+    }
+
+    fn materialize(self) -> Self {
+        Self {
+            packed: self.packed.materialize(),
+            ..self
+        }
+    }
+
+    fn valid(&self) -> Self {
+        Self {
+            spec: self.spec.clone(),
+            packed: self.packed.valid(),
+        }
+    }
+
+    fn train(self) -> Self {
+        Self {
+            packed: self.packed.train(),
+            ..self
+        }
+    }
+}
+
+impl ModuleDisplayDefault for Nf4Weight {
+    fn content(&self, content: Content) -> Option<Content> {
+        let form = &self.spec.form;
+        let text = format!("{:?}, {form}", form.shape);
+        content.add_formatted(&text).optional()
+    }
+}
+
+impl ModuleDisplay for Nf4Weight {}
 
 impl Nf4Weight {
     /// Uploads a quantized tensor.
@@ -62,7 +138,7 @@ impl Nf4Weight {
     }
 
     fn from_words(words: Vec<u32>, spec: WeightSpec, device: &Device) -> Self {
-        let data = TensorData::new(words, [spec.layout.words]);
+        let data = TensorData::new(words, [spec.layout.words()]);
         Self::from_packed(Tensor::from_data(data, (device, DType::U32)), spec)
     }
 
@@ -70,12 +146,13 @@ impl Nf4Weight {
     /// transpose. Waits for the device.
     ///
     /// # Errors
-    /// [`Nf4Error::Header`] if a record of another weight has been loaded into this one.
+    /// [`Nf4Error::Header`] if a module mapper has put the tensor of another weight into this one, and
+    /// [`Nf4Error::Length`] or [`Nf4Error::Dtype`] if it is of another kind.
     pub fn to_host(&self) -> Result<Nf4Tensor, Nf4Error> {
-        let data = self.packed.val().into_data();
+        let data = self.checked_packed()?.into_data();
         let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
         let WeightSpec { form, layout } = &self.spec;
-        check_header_words(&layout.form_header(form), &words[layout.header..])?;
+        check_header_words(&layout.form_header(form), &words[layout.header_start()..])?;
         Nf4Tensor::from_image(words, layout, &form.stored_shape(), form.dtype)
     }
 
@@ -110,20 +187,20 @@ impl Nf4Weight {
         let packed = Param::uninitialized(
             ParamId::new(),
             move |device, _| {
-                let data = TensorData::new(of.zero_words(), [of.layout.words]);
+                let data = TensorData::new(of.zero_words(), [of.layout.words()]);
                 Tensor::from_data(data, (device, DType::U32))
             },
             device.clone(),
             false,
-            Shape::from([spec.layout.words]),
+            Shape::from([spec.layout.words()]),
         );
-        Ok(Self::from_param(packed, spec))
+        Ok(Self { packed, spec })
     }
 
     /// Quantizes a weight on its device.
     ///
-    /// On GPUs the values are not checked: a NaN or an infinity makes its block decode to
-    /// unspecified values.
+    /// On GPUs the values are not checked: with a NaN or an infinity in it, a block decodes to
+    /// unspecified values, and where scales are quantized too, so does the whole weight.
     ///
     /// # Shapes
     /// - `weight`: any; `[out_features, in_features]` for a linear layer
@@ -156,16 +233,29 @@ impl Nf4Weight {
     }
 
     fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
-        Self::from_param(Param::initialized(ParamId::new(), packed), spec)
+        let packed = Param::initialized(ParamId::new(), packed);
+        Self { packed, spec }
     }
 
-    fn from_param(packed: Param<Tensor<1, Int>>, spec: WeightSpec) -> Self {
-        let expected = spec.clone();
-        let packed = packed.load_mapper(move |tensor| {
-            expected.assert_header(&tensor);
-            tensor
-        });
-        Self { packed, spec }
+    /// The packed tensor, which a module mapper may have replaced by another.
+    pub(super) fn checked_packed(&self) -> Result<Tensor<1, Int>, Nf4Error> {
+        let packed = self.packed.val();
+        let (expected, given) = (self.spec.layout.words(), packed.shape().num_elements());
+        if expected != given {
+            return Err(Nf4Error::Length {
+                tensor: "packed weight".into(),
+                expected,
+                given,
+            });
+        }
+        if packed.dtype() != DType::U32 {
+            return Err(Nf4Error::Dtype {
+                tensor: "packed weight".into(),
+                expected: "U32".into(),
+                given: format!("{:?}", packed.dtype()),
+            });
+        }
+        Ok(packed)
     }
 
     /// Decodes the whole weight.
@@ -174,15 +264,15 @@ impl Nf4Weight {
     /// - returns the weight's shape, which must have `D` dimensions
     ///
     /// # Errors
-    /// [`Nf4Error::Shape`] if the weight has another rank, [`Nf4Error::DeviceDtype`] if the device
+    /// [`Nf4Error::Rank`] if the weight has another rank, [`Nf4Error::DeviceDtype`] if the device
     /// has no such type.
     pub fn dequantize<const D: usize>(&self, dtype: FloatType) -> Result<Tensor<D>, Nf4Error> {
         let shape = &self.spec.form.shape;
         if shape.len() != D {
-            return Err(Nf4Error::Shape {
+            return Err(Nf4Error::Rank {
                 tensor: "weight".into(),
-                expected: vec![0; D],
-                given: shape.clone(),
+                expected: D,
+                shape: shape.clone(),
             });
         }
         let stored = self.decode(0, &self.spec.form.stored_shape(), dtype)?;
@@ -229,7 +319,7 @@ impl Nf4Weight {
     /// - returns the weight's shape without its first dimension, which must leave `D` dimensions
     ///
     /// # Errors
-    /// [`Nf4Error::Shape`] if the weight has another rank than `D + 1`, [`Nf4Error::RowRange`] if
+    /// [`Nf4Error::Rank`] if the weight has another rank than `D + 1`, [`Nf4Error::RowRange`] if
     /// there is no such index, [`Nf4Error::DeviceDtype`] if the device has no such type.
     pub fn dequantize_index<const D: usize>(
         &self,
@@ -238,10 +328,10 @@ impl Nf4Weight {
     ) -> Result<Tensor<D>, Nf4Error> {
         let shape = &self.spec.form.shape;
         if D == 0 || shape.len() != D + 1 {
-            return Err(Nf4Error::Shape {
+            return Err(Nf4Error::Rank {
                 tensor: "weight".into(),
-                expected: vec![0; D + 1],
-                given: shape.clone(),
+                expected: D + 1,
+                shape: shape.clone(),
             });
         }
         let start = self.start_of(index)?;
@@ -262,7 +352,7 @@ impl Nf4Weight {
                 rows: count,
             });
         }
-        Ok(index * (self.spec.layout.elems / count))
+        Ok(index * (self.spec.layout.elems() / count))
     }
 
     /// Decodes a range of the stored elements.
@@ -272,7 +362,7 @@ impl Nf4Weight {
         shape: &[usize],
         dtype: FloatType,
     ) -> Result<Tensor<D>, Nf4Error> {
-        let packed = self.packed.val();
+        let packed = self.checked_packed()?;
         dtype.check_device(&packed.device())?;
         let columns = shape.last().copied().unwrap_or(1);
         let spec = DequantizeSpec {
@@ -326,7 +416,7 @@ impl Nf4Weight {
 
     /// How the weight is quantized.
     pub fn config(&self) -> QuantConfig {
-        self.spec.layout.config
+        self.spec.layout.config()
     }
 
     /// Where the parts lie in the packed tensor.
@@ -334,7 +424,7 @@ impl Nf4Weight {
         &self.spec.layout
     }
 
-    /// The packed tensor, `[layout().words]` u32 words.
+    /// The packed tensor, `[layout().words()]` u32 words.
     pub fn packed(&self) -> Tensor<1, Int> {
         self.packed.val()
     }
@@ -346,11 +436,11 @@ impl Nf4Weight {
 
     /// Bytes of device memory held.
     pub fn size_bytes(&self) -> usize {
-        self.spec.layout.words * 4
+        self.spec.layout.words() * 4
     }
 
     /// Bytes that the weight takes when decoded to its original dtype.
     pub fn dense_size_bytes(&self) -> usize {
-        self.spec.layout.elems * self.spec.form.dtype.size_bytes()
+        self.spec.layout.elems() * self.spec.form.dtype.size_bytes()
     }
 }
