@@ -35,6 +35,13 @@ for step in $steps; do
             run "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
                 "$bin/kernels" --test-threads 1 \
                 cuda::shapes cuda::ranges cuda::values cuda::quantize_like_reference
+            # Products and branches: each kernel, with cubes that share sums.
+            run "compute-sanitizer $tool, products" \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "$bin/matmul" --test-threads 1 \
+                cuda::gemv_shapes cuda::gemv_branches cuda::default_shapes \
+                cuda_tensor_core_branches::rank_3 cuda_tensor_core_tiles::row_tiles_2 \
+                cuda_levels::row_tiles_1::planes_3
         done
         ;;
     example)

@@ -2,9 +2,29 @@
 //! of which uses a part of it.
 #![allow(dead_code)]
 
+use std::io::Write;
+
 use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
 use burn_nf4::format::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
 use half::{bf16, f16};
+
+/// Says that a test, or a part of one, has nothing to run here. Written past libtest's capture, so that
+/// `.ci/run` counts it.
+pub fn skip(reason: &str) {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    // Nothing to be done if stderr is gone.
+    let _ = writeln!(std::io::stderr(), "skipped: {test}: {reason}");
+}
+
+/// Whether a device has no tensors of a dtype, which then is skipped.
+pub fn lacks(device: &Device, dtype: DType) -> bool {
+    if device.supports_dtype(dtype) {
+        return false;
+    }
+    skip(&format!("{device:?} has no {dtype:?}"));
+    true
+}
 
 /// Values like those of a trained weight, within `±0.125`, with some zeros.
 pub fn weights(elems: usize, seed: u64) -> Vec<f32> {
