@@ -49,7 +49,7 @@ impl ModelConfig {
             return Ok(None);
         }
         let text = fs::read(&path).map_err(|error| io(&path, &error))?;
-        match serde_json::from_slice(&text) {
+        match python_json::from_slice(&text) {
             Ok(entries) => Ok(Some(Self { entries })),
             Err(error) => Err(Nf4Error::ModelConfig {
                 path,
@@ -182,7 +182,8 @@ impl ModelConfig {
 
     /// The text, as transformers writes it: indented, keys sorted.
     pub fn to_json(&self) -> String {
-        python_json::pretty(&self.entries)
+        // A map of values always has a text.
+        python_json::to_string_pretty(&self.entries).unwrap_or_default() + "\n"
     }
 }
 
