@@ -266,7 +266,7 @@ pub enum Nf4Error {
     },
     /// The tensors of an adapter are not those that its settings ask for.
     #[error(
-        "{}: missing tensors: [{}], unexpected tensors: [{}]",
+        "{}: missing tensors: [{}], unexpected tensors, which the settings do not ask for: [{}]",
         path.display(), missing.join(", "), unexpected.join(", ")
     )]
     AdapterKeys {

@@ -6,8 +6,10 @@ mod peft_cases;
 
 use std::fs;
 
+use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Dtype, SafetensorsFile};
+use burn_nf4::nn::Nf4LinearConfig;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE};
 use peft_cases::{Case, Entry, PREFIX, entries};
 use proptest::prelude::*;
@@ -380,6 +382,50 @@ fn the_layer_under_a_branch_is_a_parameter_of_the_base() {
     assert_eq!(
         adapter.module("lm_head").expect("it is adapted").dims(),
         [16, 8]
+    );
+}
+
+/// With the head its bias is saved whatever the settings say; it is the trained one if they say so.
+#[rstest]
+#[case("none", false)]
+#[case("lora_only", true)]
+#[case("all", true)]
+fn the_bias_of_a_head_is_there_trained_or_not(#[case] bias: &str, #[case] is_trained: bool) {
+    let mut case = Case::open("head");
+    case.config["bias"] = bias.into();
+    let bytes = 1f32.to_le_bytes().repeat(16);
+    let case = with(
+        case,
+        "lm_head.base_layer.bias",
+        (Dtype::F32, vec![16], bytes),
+    );
+    let adapter = open(&case).expect("PEFT writes it so");
+    let module = adapter.module("lm_head").expect("it is adapted");
+    assert_eq!(module.bias.is_some(), is_trained);
+    assert_eq!(adapter.full_tensor("lm_head.bias").is_some(), !is_trained);
+    let out = TempDir::new().expect("a folder");
+    adapter.save(out.path()).expect("it can be written");
+    let written = SafetensorsFile::open(out.path().join(ADAPTER_FILE)).expect("valid");
+    let key = format!("{PREFIX}lm_head.base_layer.bias");
+    assert!(written.keys().any(|written| written == key));
+}
+
+/// It would have to take the place of the packed weight.
+#[test]
+fn a_float_weight_for_a_layer_in_4_bit_is_refused() {
+    let adapter = open(&Case::open("head")).expect("PEFT wrote it");
+    let device = Device::default();
+    let linear = Nf4LinearConfig::new(8, 16).with_bias(false).init(&device);
+    let layer = adapter.layer("lm_head", linear.expect("valid"), &device);
+    assert!(
+        matches!(
+            layer,
+            Err(Nf4Error::Config {
+                field: "base_layer.weight",
+                ..
+            })
+        ),
+        "{layer:?}"
     );
 }
 

@@ -44,7 +44,11 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 //!
-//! [`merge_16bit`] and [`merge_4bit`] put an adapter into the weights of its base model.
+//! An adapter can hold more than the branches of layers: [`Adapter::embeddings`] are branches of
+//! embeddings, and [`Adapter::full_tensors`] take the place of parameters of the base model. A
+//! program that puts an adapter on its own model puts those there too; `examples/llama/adapter.rs`
+//! does so. [`merge_16bit`] and [`merge_4bit`] put all of an adapter into the weights of its base
+//! model.
 
 mod adapter;
 mod base;

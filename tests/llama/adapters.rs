@@ -235,6 +235,20 @@ fn what_is_not_trained_is_refused_by_name(#[case] lora: LoraConfig, #[case] name
     assert!(error.to_string().contains(named), "{error}");
 }
 
+/// The head that PEFT saves under a branch is a float one.
+#[test]
+fn a_head_in_4_bit_gives_way_to_that_of_the_adapter() {
+    let device = Device::default();
+    let adapter = Adapter::open(Case::open("head").folder().path()).expect("PEFT wrote it");
+    let model = apply(base_in(true, &device).0, &adapter, &device).expect("it fits");
+    let Some(Projection::DenseLora(head)) = &model.lm_head else {
+        panic!("{:?}", model.lm_head);
+    };
+    let weight = head.base.weight.val().transpose().into_data();
+    let given = adapter.full_tensor("lm_head.weight").expect("it is there");
+    assert_eq!(weight.iter::<f32>().collect::<Vec<_>>(), given.to_f32());
+}
+
 /// With DoRA in a float layer, as on every head: from the start nothing changes.
 #[test]
 fn a_fresh_branch_on_a_tied_head_changes_nothing() {
