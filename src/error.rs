@@ -296,7 +296,7 @@ pub enum Nf4Error {
     },
     /// The tensors of an adapter are not those that its settings ask for.
     #[error(
-        "{}: missing tensors: [{}], unexpected tensors: [{}]",
+        "{}: missing tensors: [{}], unexpected tensors, which the settings do not ask for: [{}]",
         path.display(), missing.join(", "), unexpected.join(", ")
     )]
     AdapterKeys {
@@ -306,6 +306,45 @@ pub enum Nf4Error {
         missing: Vec<String>,
         /// Keys that nothing asks for.
         unexpected: Vec<String>,
+    },
+    /// A tensor of an adapter that cannot be used.
+    #[error("{}: `{key}` {reason}", path.display())]
+    AdapterTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's key.
+        key: String,
+        /// Why, and what can be done.
+        reason: String,
+    },
+    /// An adapter without branches or weights that its settings ask for.
+    #[error("the adapter lacks what its settings ask for: [{}]", missing.join(", "))]
+    AdapterLacks {
+        /// Paths of modules without a branch, and names of parameters that are not there, sorted.
+        missing: Vec<String>,
+    },
+    /// An adapter whose tensors are in a pickle, which is not read: loading one runs its code.
+    #[error(
+        "{}: pickled tensors are not read; load the adapter in PEFT and save it again, which \
+         writes adapter_model.safetensors",
+        path.display()
+    )]
+    PickledAdapter {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An adapter for a model with another vocabulary than that of the base model.
+    #[error(
+        "`{tensor}`: the adapter has {given} rows for the vocabulary, the base model {expected}: \
+         it was trained with resized embeddings; resize those of the base model to it first"
+    )]
+    ResizedEmbeddings {
+        /// The parameter or the branch.
+        tensor: String,
+        /// Rows of the base model.
+        expected: usize,
+        /// Rows that the adapter is for.
+        given: usize,
     },
     /// A module that an adapter does not adapt, or must not.
     #[error("module `{module}` is not one that the adapter adapts")]

@@ -40,6 +40,10 @@ mod text;
 #[path = "../examples/llama/train.rs"]
 mod train;
 
+mod peft_cases;
+
+#[path = "llama/adapters.rs"]
+mod adapters;
 #[path = "llama/configs.rs"]
 mod configs;
 #[path = "llama/fixtures.rs"]

@@ -180,16 +180,17 @@ fn ranks_and_alphas_by_pattern_reach_the_layers() {
 }
 
 #[rstest]
-fn half_precision_is_kept_in_the_file_and_widened_in_the_layer(
-    #[values(FloatType::F16, FloatType::BF16)] dtype: FloatType,
+fn each_dtype_is_kept_in_the_file_and_widened_in_the_layer(
+    #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] of_a: FloatType,
+    #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] of_b: FloatType,
 ) {
-    let narrow = |tensor: &DenseTensor| {
+    let narrow = |tensor: &DenseTensor, dtype| {
         DenseTensor::from_f32(&tensor.to_f32(), tensor.shape(), dtype).expect("it fits")
     };
     let wide = module(8, 32, 64);
     let stored = LoraModule {
-        lora_a: narrow(&wide.lora_a),
-        lora_b: narrow(&wide.lora_b),
+        lora_a: narrow(&wide.lora_a, of_a),
+        lora_b: narrow(&wide.lora_b, of_b),
         ..wide
     };
     let mut adapter = Adapter::new(q_config()).expect("valid");
@@ -203,15 +204,16 @@ fn half_precision_is_kept_in_the_file_and_widened_in_the_layer(
     let layer = adapter
         .layer("q", linear(32, 64, false, &device), &device)
         .expect("it fits");
-    assert_eq!(layer.lora_a.val().dtype(), burn::tensor::DType::F32);
-    let got: Vec<f32> = layer
-        .lora_a
-        .val()
-        .transpose()
-        .into_data()
-        .iter::<f32>()
-        .collect();
-    assert_eq!(got, stored.lora_a.to_f32());
+    for (parameter, stored) in [
+        (&layer.lora_a, &stored.lora_a),
+        (&layer.lora_b, &stored.lora_b),
+    ] {
+        let data = parameter.val().transpose().into_data();
+        assert_eq!(data.dtype(), burn::tensor::DType::F32);
+        assert_eq!(data.iter::<f32>().collect::<Vec<_>>(), stored.to_f32());
+    }
+    let y = layer.forward(Tensor::<2>::ones([1, 64], &device));
+    assert!(values(&y).iter().all(|value| value.is_finite()));
 }
 
 #[test]

@@ -305,6 +305,67 @@ fn settings_that_do_not_are_kept(#[case] key: &str, #[case] value: Value) {
     assert_eq!(written[key], value);
 }
 
+/// What `json.dumps(json.loads(text), indent=2, sort_keys=True)` makes of the value.
+#[rstest]
+#[case("eva_config", r#"{"rho": Infinity}"#, "\"rho\": Infinity")]
+#[case("eva_config", r#"{"rho": [NaN, -Infinity]}"#, "NaN,\n      -Infinity")]
+#[case("something_new", "NaN", "\"something_new\": NaN")]
+#[case("something_new", "1e999", "\"something_new\": Infinity")]
+#[case(
+    "something_new",
+    "1000000000000000019884624838656",
+    ": 1000000000000000019884624838656"
+)]
+#[case("something_new", r#""\u00e9 Infinity""#, r#""\u00e9 Infinity""#)]
+#[case("lora_alpha", "1e+30", "\"lora_alpha\": 1e+30")]
+#[case(
+    "lora_alpha",
+    "1000000000000000019884624838656",
+    "\"lora_alpha\": 1e+30"
+)]
+#[case("lora_dropout", "1e-06", "\"lora_dropout\": 1e-06")]
+fn numbers_of_pythons_json_are_read_and_written_back(
+    #[case] key: &str,
+    #[case] value: &str,
+    #[case] written: &str,
+) {
+    let config = parse(&format!(r#"{{"target_modules": ["q"], "{key}": {value}}}"#));
+    let json = config.expect("Python reads it").to_json();
+    assert!(json.contains(written), "{json}");
+    let again = LoraConfig::parse(json.as_bytes(), Path::new("")).expect("it was valid");
+    assert_eq!(again.to_json(), json);
+}
+
+#[rstest]
+fn numbers_that_are_not_finite_are_refused_where_they_count(
+    #[values("NaN", "Infinity", "-Infinity", "1e999")] value: &str,
+    #[values("lora_alpha", "lora_dropout", "alpha_pattern")] key: &str,
+) {
+    let value = match key {
+        "alpha_pattern" => format!(r#"{{"q": {value}}}"#),
+        _ => value.into(),
+    };
+    match parse(&format!(r#"{{"target_modules": ["q"], "{key}": {value}}}"#)) {
+        Err(Nf4Error::Config { field, .. }) => assert_eq!(field, key),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Python takes `null` as false.
+#[test]
+fn null_switches_a_setting_off() {
+    let off = parse(
+        r#"{"target_modules": ["q"], "use_rslora": null, "use_dora": null, "fan_in_fan_out": null,
+            "init_lora_weights": null}"#,
+    );
+    let expected = LoraConfig {
+        init_lora_weights: InitLoraWeights::Default(false),
+        other: Default::default(),
+        ..LoraConfig::new(TargetModules::list(["q"]))
+    };
+    assert_eq!(off, Ok(expected));
+}
+
 #[rstest]
 #[case(r#"{"target_modules": ["q"], "r": 0}"#, "r")]
 #[case(

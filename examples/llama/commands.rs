@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::peft::Adapter;
 use clap::Args;
@@ -67,6 +68,9 @@ pub struct GenerateArgs {
     /// A PEFT LoRA folder to put on the model.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
+    /// Apply an adapter that lacks layers that its settings name, without them.
+    #[arg(long, requires = "adapter")]
+    pub allow_missing: bool,
     /// Rows: the prompts are repeated until there are this many.
     #[arg(long)]
     pub batch: Option<usize>,
@@ -137,8 +141,7 @@ impl GenerateArgs {
             text,
         } = self.model.open(false)?;
         if let Some(folder) = &self.adapter {
-            let device = model.device();
-            model = adapter::apply(model, &Adapter::open(folder)?, &device)?;
+            model = self.adapted(model, folder)?;
         }
         let prompts: Vec<Vec<u32>> = self
             .prompt
@@ -194,6 +197,23 @@ impl GenerateArgs {
         }
         print_report(&report, rows);
         Ok(())
+    }
+
+    fn adapted(&self, model: Llama, folder: &Path) -> Result<Llama, ModelError> {
+        let device = model.device();
+        let adapter = Adapter::open_partial(folder)?;
+        if self.allow_missing {
+            return adapter::apply_partial(model, &adapter, &device);
+        }
+        adapter::apply(model, &adapter, &device).map_err(|error| match error {
+            ModelError::Nf4(error @ Nf4Error::AdapterLacks { .. }) => {
+                ModelError::Argument(format!(
+                    "{}: {error}; --allow-missing applies it without",
+                    folder.display()
+                ))
+            }
+            other => other,
+        })
     }
 
     fn encode(&self, text: &Text, prompt: &str) -> Result<Vec<u32>, ModelError> {

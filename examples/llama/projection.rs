@@ -2,7 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, Linear};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::module::linear;
+use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
 
@@ -29,6 +30,8 @@ pub struct DenseLora {
     pub lora_a: Param<Tensor<2>>,
     /// `B`, `[rank, d_output]`.
     pub lora_b: Param<Tensor<2>>,
+    /// With DoRA the length of each row of the weight, `[d_output]`.
+    pub lora_magnitude: Option<Param<Tensor<1>>>,
     pub dropout: Dropout,
     pub scale: f64,
 }
@@ -36,13 +39,45 @@ pub struct DenseLora {
 impl DenseLora {
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let dtype = x.dtype();
-        let y = self.base.forward(x.clone());
+        let weight = self.base.weight.val();
+        // A trained bias is in f32 whatever the dtype of the model.
+        let bias = self.base.bias.as_ref().map(|bias| bias.val().cast(dtype));
+        let y = linear(x.clone(), weight.clone(), bias);
         let (a, b) = (self.lora_a.val(), self.lora_b.val());
-        let x = self.dropout.forward(x).cast(a.dtype());
-        let branch = x.matmul(a.unsqueeze()).matmul(b.unsqueeze()) * self.scale;
-        y + branch.cast(dtype)
+        let dropped = self.dropout.forward(x);
+        let input = dropped.clone().cast(a.dtype());
+        let branch = input.matmul(a.unsqueeze()).matmul(b.unsqueeze()) * self.scale;
+        let Some(magnitude) = &self.lora_magnitude else {
+            return y + branch.cast(dtype);
+        };
+        // As in PEFT's `DoraLinearLayer`: the norm is a constant to the gradient.
+        let factor: Tensor<D> = (magnitude.val() / self.row_norms()).unsqueeze();
+        let through_base = linear(dropped, weight, None).cast(branch.dtype());
+        let change = (factor.clone() - 1.0) * through_base + factor * branch;
+        y + change.cast(dtype)
+    }
+
+    /// The norm of each row of the weight with its branch, in f32, outside of any graph; a few rows
+    /// at a time, as the weight can be a large head.
+    fn row_norms(&self) -> Tensor<1> {
+        let weight = self.base.weight.val().inner();
+        let a = self.lora_a.val().inner().cast(DType::F32);
+        let b = self.lora_b.val().inner().cast(DType::F32);
+        let [d_input, d_output] = weight.dims();
+        let step = (NORM_CHUNK_ELEMS / d_input).max(1);
+        let norms = (0..d_output).step_by(step).map(|start| {
+            let rows = step.min(d_output - start);
+            let branch = a.clone().matmul(b.clone().narrow(1, start, rows)) * self.scale;
+            let merged = weight.clone().narrow(1, start, rows).cast(DType::F32) + branch;
+            merged.square().sum_dim(0).sqrt().reshape([rows])
+        });
+        // A row of zeros stays one, whatever its magnitude.
+        Tensor::cat(norms.collect(), 0).clamp_min(f32::MIN_POSITIVE)
     }
 }
+
+/// Weights that are widened at a time while norms are taken: 16 MiB.
+const NORM_CHUNK_ELEMS: usize = 1 << 22;
 
 impl Projection {
     /// Applies the layer.
@@ -73,14 +108,58 @@ impl Projection {
         }
     }
 
+    /// The frozen layer, without a branch.
+    pub fn into_base(self) -> Self {
+        match self {
+            Self::QLora(layer) => Self::Nf4(layer.base),
+            Self::DenseLora(layer) => Self::Dense(layer.base),
+            frozen => frozen,
+        }
+    }
+
+    /// The bias of the frozen layer.
+    pub fn bias(&self) -> Option<&Param<Tensor<1>>> {
+        let bias = match self {
+            Self::Nf4(layer) => &layer.bias,
+            Self::QLora(layer) => &layer.base.bias,
+            Self::Dense(layer) => &layer.bias,
+            Self::DenseLora(layer) => &layer.base.bias,
+        };
+        bias.as_ref()
+    }
+
+    /// The layer with another bias.
+    pub fn with_bias(mut self, bias: Param<Tensor<1>>) -> Self {
+        let slot = match &mut self {
+            Self::Nf4(layer) => &mut layer.bias,
+            Self::QLora(layer) => &mut layer.base.bias,
+            Self::Dense(layer) => &mut layer.bias,
+            Self::DenseLora(layer) => &mut layer.base.bias,
+        };
+        *slot = Some(bias);
+        self
+    }
+
+    /// `[d_output, d_input]`.
+    pub fn dims(&self) -> [usize; 2] {
+        let dense = |layer: &Linear| {
+            let [d_input, d_output] = layer.weight.dims();
+            [d_output, d_input]
+        };
+        match self {
+            Self::Nf4(layer) => layer.dims(),
+            Self::QLora(layer) => layer.base.dims(),
+            Self::Dense(layer) => dense(layer),
+            Self::DenseLora(layer) => dense(&layer.base),
+        }
+    }
+
     /// Puts a fresh branch on the layer, in place of any that is there.
     pub fn with_lora(self, lora: &QLoraLinearConfig, device: &Device) -> Result<Self, Nf4Error> {
-        match self {
+        match self.into_base() {
             Self::Nf4(base) => Ok(Self::QLora(lora.init(base, device)?)),
-            Self::QLora(layer) => Ok(Self::QLora(lora.init(layer.base, device)?)),
-            Self::Dense(base) | Self::DenseLora(DenseLora { base, .. }) => {
-                dense_lora(base, lora, device).map(Self::DenseLora)
-            }
+            Self::Dense(base) => dense_lora(base, lora, device).map(Self::DenseLora),
+            adapted => Ok(adapted),
         }
     }
 }
@@ -93,12 +172,19 @@ fn dense_lora(
 ) -> Result<DenseLora, Nf4Error> {
     let [d_input, d_output] = base.weight.dims();
     let shape = burn_nf4::nn::Nf4LinearConfig::new(d_input, d_output).with_bias(false);
-    let branch = lora.init(shape.init(device)?, device)?;
-    Ok(DenseLora {
-        base,
+    let without_dora = lora.clone().with_use_dora(false);
+    let branch = without_dora.init(shape.init(device)?, device)?;
+    let mut layer = DenseLora {
+        base: base.to_device(device),
         lora_a: branch.lora_a,
         lora_b: branch.lora_b,
+        lora_magnitude: None,
         dropout: branch.dropout,
         scale: branch.scale,
-    })
+    };
+    if lora.use_dora {
+        let norms = Tensor::from_data(layer.row_norms().into_data(), (device, DType::F32));
+        layer.lora_magnitude = Some(Param::from_tensor(norms));
+    }
+    Ok(layer)
 }

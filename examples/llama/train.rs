@@ -7,7 +7,7 @@ use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
 use burn_nf4::peft::{Adapter, LoraConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{apply, extract};
+use crate::adapter::{apply, extract, extract_into};
 use crate::backward::{PassOptions, backward};
 use crate::config::{LlamaConfig, parse, read};
 use crate::data::Batch;
@@ -50,6 +50,8 @@ pub struct Trainer {
     optimizer: ModuleOptimizer,
     rope: RopeTables,
     lora: LoraConfig,
+    /// The adapter that the run went on from, with all that is not trained.
+    adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
     /// Steps done.
@@ -86,6 +88,7 @@ impl Trainer {
             model,
             optimizer,
             lora,
+            adapter: None,
             settings,
             checkpointing,
             step: 0,
@@ -135,7 +138,11 @@ impl Trainer {
 
     /// Saves the adapter in PEFT's form.
     pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
-        extract(&self.model, self.lora.clone())?.save(folder)?;
+        let adapter = match &self.adapter {
+            Some(adapter) => extract_into(&self.model, adapter.clone())?,
+            None => extract(&self.model, self.lora.clone())?,
+        };
+        adapter.save(folder)?;
         Ok(())
     }
 
@@ -174,7 +181,9 @@ impl Trainer {
             return Err(resume_error(folder, message));
         }
         let device = self.model.device();
-        self.model = apply(self.model, &Adapter::open(folder)?, &device)?;
+        let adapter = Adapter::open(folder)?;
+        self.model = apply(self.model, &adapter, &device)?;
+        self.adapter = Some(adapter);
         self.optimizer = self
             .optimizer
             .load(folder.join(OPTIMIZER_FILE))

@@ -11,6 +11,7 @@ use super::file::{SafetensorsFile, TensorInfo};
 use super::float::{load_float, load_tensor};
 use super::header::MAX_HEADER_BYTES;
 use super::json::UniqueMap;
+use super::python_json;
 use super::weight::{
     QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed,
     load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
@@ -104,7 +105,7 @@ impl Checkpoint {
         let text = fs::read(index).map_err(io)?;
         let Index {
             weight_map: UniqueMap(weight_map),
-        } = serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        } = python_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
 
         let mut files: Vec<SafetensorsFile> = Vec::new();
         let mut names: BTreeMap<&str, usize> = BTreeMap::new();

@@ -53,7 +53,7 @@ mod layout;
 mod matching;
 mod parameters;
 mod progress;
-mod python_json;
+pub mod python_json;
 mod quant_state;
 mod source;
 mod staging;

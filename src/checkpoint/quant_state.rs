@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Deserialize;
 
 use super::json::shape;
-use super::python_json::float_repr;
+use super::python_json::{self, Float, float_repr};
 use crate::error::Nf4Error;
 use crate::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 
@@ -54,9 +54,7 @@ struct Fields {
     shape: Vec<usize>,
     nested_blocksize: Option<u64>,
     nested_dtype: Option<String>,
-    // Python writes the f32 widened to f64 with all its digits, so that even a parse that is an
-    // ulp of f64 off rounds back to the same f32.
-    nested_offset: Option<f64>,
+    nested_offset: Option<Float>,
 }
 
 impl QuantState {
@@ -73,7 +71,7 @@ impl QuantState {
             message,
         };
         let fields: Fields =
-            serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+            python_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
 
         let nested = match (
             fields.nested_blocksize,
@@ -81,7 +79,7 @@ impl QuantState {
             fields.nested_offset,
         ) {
             (None, None, None) => None,
-            (Some(block_size), Some(dtype), Some(offset)) => {
+            (Some(block_size), Some(dtype), Some(Float(offset))) => {
                 if FloatType::from_name(&dtype, key) != Ok(FloatType::F32) {
                     return Err(Nf4Error::Dtype {
                         tensor: key.into(),

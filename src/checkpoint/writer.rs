@@ -269,7 +269,9 @@ impl CheckpointWriter {
             .iter()
             .map(|(_, name)| self.staging.folder().join(name))
             .collect();
-        self.staging.commit(&shards, &python_json::pretty(&index))?;
+        // A map of values always has a text.
+        let index = python_json::to_string_pretty(&index).unwrap_or_default() + "\n";
+        self.staging.commit(&shards, &index)?;
         Ok(Written {
             files,
             tensors: self.written.len(),

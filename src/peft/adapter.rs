@@ -7,10 +7,9 @@ use std::path::{Path, PathBuf};
 use safetensors::serialize_to_file;
 
 use super::config::LoraConfig;
-use super::keys::{Key, Part, full_key, is_full};
+use super::keys::{Part, full_key, is_full, is_saved};
 use super::matcher::ModuleMatcher;
 use super::tensor::DenseTensor;
-use crate::checkpoint::SafetensorsFile;
 use crate::error::Nf4Error;
 
 /// The file of an adapter's settings.
@@ -38,10 +37,15 @@ pub struct Adapter {
     config: LoraConfig,
     matcher: ModuleMatcher,
     modules: BTreeMap<String, LoraModule>,
+    embeddings: BTreeMap<String, LoraModule>,
     full: BTreeMap<String, DenseTensor>,
 }
 
 /// The tensors of one adapted module.
+///
+/// An embedding is taken as the linear layer from a token to its vector: `in_features` is the size
+/// of the vocabulary and `out_features` that of a vector, so that its table is `[in_features,
+/// out_features]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoraModule {
     /// `[r, in_features]`.
@@ -66,21 +70,25 @@ impl LoraModule {
         [size(&self.lora_b, 0), size(&self.lora_a, 1)]
     }
 
-    fn parts(&self) -> impl Iterator<Item = (Part, &DenseTensor)> {
+    fn parts(&self, is_embedding: bool) -> impl Iterator<Item = (Part, &DenseTensor)> {
+        let [a, b] = match is_embedding {
+            false => [Part::A, Part::B],
+            true => [Part::EmbeddingA, Part::EmbeddingB],
+        };
         let optional = [(Part::Magnitude, &self.magnitude), (Part::Bias, &self.bias)];
         let optional = optional.into_iter();
-        [(Part::A, &self.lora_a), (Part::B, &self.lora_b)]
+        [(a, &self.lora_a), (b, &self.lora_b)]
             .into_iter()
             .chain(optional.filter_map(|(part, tensor)| Some((part, tensor.as_ref()?))))
     }
 
     /// Shapes agree with each other and with the rank, and everything is finite.
-    fn check(&self, path: &str, rank: usize) -> Result<(), Nf4Error> {
+    fn check(&self, path: &str, rank: usize, is_embedding: bool) -> Result<(), Nf4Error> {
         let [d_output, d_input] = self.dims();
-        for (part, tensor) in self.parts() {
+        for (part, tensor) in self.parts(is_embedding) {
             let expected: &[usize] = match part {
-                Part::A => &[rank, d_input],
-                Part::B => &[d_output, rank],
+                Part::A | Part::EmbeddingA => &[rank, d_input],
+                Part::B | Part::EmbeddingB => &[d_output, rank],
                 Part::Magnitude | Part::Bias => &[d_output],
             };
             tensor.check_shape(expected, &part.key(path))?;
@@ -96,39 +104,6 @@ impl LoraModule {
     }
 }
 
-/// The tensors of a module while they are being collected.
-#[derive(Default)]
-struct Parts {
-    lora_a: Option<DenseTensor>,
-    lora_b: Option<DenseTensor>,
-    magnitude: Option<DenseTensor>,
-    bias: Option<DenseTensor>,
-}
-
-impl Parts {
-    fn slot(&mut self, part: Part) -> &mut Option<DenseTensor> {
-        match part {
-            Part::A => &mut self.lora_a,
-            Part::B => &mut self.lora_b,
-            Part::Magnitude => &mut self.magnitude,
-            Part::Bias => &mut self.bias,
-        }
-    }
-
-    /// The keys that must be there and are not.
-    fn missing(&self, path: &str, use_dora: bool) -> Vec<String> {
-        [
-            (Part::A, self.lora_a.is_none()),
-            (Part::B, self.lora_b.is_none()),
-            (Part::Magnitude, use_dora && self.magnitude.is_none()),
-        ]
-        .into_iter()
-        .filter(|(_, is_missing)| *is_missing)
-        .map(|(part, _)| part.key(path))
-        .collect()
-    }
-}
-
 impl Adapter {
     /// An adapter without tensors, to be filled by [`insert_layer`](Self::insert_layer).
     ///
@@ -140,67 +115,9 @@ impl Adapter {
             matcher: config.matcher()?,
             config,
             modules: BTreeMap::new(),
+            embeddings: BTreeMap::new(),
             full: BTreeMap::new(),
         })
-    }
-
-    /// Reads the folder of an adapter.
-    ///
-    /// # Errors
-    /// Those of [`LoraConfig::parse`] and [`SafetensorsFile::open`], and naming the full key
-    /// - [`Nf4Error::AdapterKeys`] for tensors that are missing or that the settings do not ask
-    ///   for, all of them together
-    /// - [`Nf4Error::Shape`] for a tensor that does not fit the others or the rank
-    /// - [`Nf4Error::Dtype`] unless it is F16, BF16 or F32
-    /// - [`Nf4Error::NonFinite`] if it holds a NaN or an infinity
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self, Nf4Error> {
-        let folder = folder.as_ref();
-        let config_path = folder.join(CONFIG_FILE);
-        let json = fs::read(&config_path).map_err(|error| io(&config_path, &error))?;
-        let mut adapter = Self::new(LoraConfig::parse(&json, &config_path)?)?;
-        let file = SafetensorsFile::open(folder.join(ADAPTER_FILE))?;
-
-        let mut modules: BTreeMap<&str, Parts> = BTreeMap::new();
-        let mut unexpected = Vec::new();
-        for key in file.keys() {
-            match Key::parse(key, &adapter.config) {
-                Some(Key::Part(path, part)) if adapter.matcher.is_target(path)? => {
-                    let tensor = DenseTensor::read(&file, key)?;
-                    *modules.entry(path).or_default().slot(part) = Some(tensor);
-                }
-                Some(Key::Full(parameter)) => {
-                    let tensor = DenseTensor::read(&file, key)?;
-                    tensor.check_finite(key)?;
-                    adapter.full.insert(parameter.into(), tensor);
-                }
-                _ => unexpected.push(key.to_string()),
-            }
-        }
-        let use_dora = adapter.config.use_dora;
-        let missing = modules.iter();
-        let missing: Vec<String> = missing
-            .flat_map(|(path, parts)| parts.missing(path, use_dora))
-            .collect();
-        if !missing.is_empty() || !unexpected.is_empty() {
-            return Err(Nf4Error::AdapterKeys {
-                path: file.path().into(),
-                missing,
-                unexpected,
-            });
-        }
-        for (path, parts) in modules {
-            if let (Some(lora_a), Some(lora_b)) = (parts.lora_a, parts.lora_b) {
-                let module = LoraModule {
-                    lora_a,
-                    lora_b,
-                    magnitude: parts.magnitude,
-                    bias: parts.bias,
-                };
-                module.check(path, adapter.matcher.rank(path)?)?;
-                adapter.modules.insert(path.into(), module);
-            }
-        }
-        Ok(adapter)
     }
 
     /// Writes the folder as PEFT does, creating it where it is not there.
@@ -214,15 +131,14 @@ impl Adapter {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
         let mut tensors: Vec<(String, &DenseTensor)> = Vec::new();
-        for (path, module) in &self.modules {
-            tensors.extend(
-                module
-                    .parts()
-                    .map(|(part, tensor)| (part.key(path), tensor)),
-            );
+        for (is_embedding, modules) in [(false, &self.modules), (true, &self.embeddings)] {
+            for (path, module) in modules {
+                let parts = module.parts(is_embedding);
+                tensors.extend(parts.map(|(part, tensor)| (part.key(path), tensor)));
+            }
         }
         let full = self.full.iter();
-        tensors.extend(full.map(|(parameter, tensor)| (full_key(parameter), tensor)));
+        tensors.extend(full.map(|(parameter, tensor)| (self.full_key(parameter), tensor)));
 
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         replace(&folder.join(ADAPTER_FILE), |path| {
@@ -275,6 +191,41 @@ impl Adapter {
     /// infinity, [`Nf4Error::Config`] if it has a magnitude without `use_dora` or the other way
     /// round, or a bias without `bias`.
     pub fn insert(&mut self, path: &str, module: LoraModule) -> Result<(), Nf4Error> {
+        self.check_module(path, &module, false)?;
+        self.embeddings.remove(path);
+        self.modules.insert(path.into(), module);
+        Ok(())
+    }
+
+    /// The adapted embeddings by path, sorted.
+    pub fn embeddings(&self) -> impl Iterator<Item = (&str, &LoraModule)> {
+        self.embeddings
+            .iter()
+            .map(|(path, module)| (path.as_str(), module))
+    }
+
+    /// The tensors of an embedding.
+    pub fn embedding(&self, path: &str) -> Option<&LoraModule> {
+        self.embeddings.get(path)
+    }
+
+    /// Sets the tensors of an embedding, which has no bias.
+    ///
+    /// # Errors
+    /// Those of [`insert`](Self::insert).
+    pub fn insert_embedding(&mut self, path: &str, module: LoraModule) -> Result<(), Nf4Error> {
+        self.check_module(path, &module, true)?;
+        self.modules.remove(path);
+        self.embeddings.insert(path.into(), module);
+        Ok(())
+    }
+
+    fn check_module(
+        &self,
+        path: &str,
+        module: &LoraModule,
+        is_embedding: bool,
+    ) -> Result<(), Nf4Error> {
         if !self.matcher.is_target(path)? {
             return Err(Nf4Error::NotAdapted {
                 module: path.into(),
@@ -287,6 +238,13 @@ impl Adapter {
                 given: self.config.use_dora.to_string(),
             });
         }
+        if module.bias.is_some() && is_embedding {
+            return Err(Nf4Error::Config {
+                field: "bias",
+                expected: "none for an embedding",
+                given: format!("a bias for `{path}`"),
+            });
+        }
         if module.bias.is_some() && self.config.bias == super::LoraBias::None {
             return Err(Nf4Error::Config {
                 field: "bias",
@@ -294,13 +252,21 @@ impl Adapter {
                 given: "none".into(),
             });
         }
-        module.check(path, self.matcher.rank(path)?)?;
-        self.modules.insert(path.into(), module);
-        Ok(())
+        module.check(path, self.matcher.rank(path)?, is_embedding)
+    }
+
+    /// Whether there is a branch of a module.
+    pub(super) fn has_branch(&self, path: &str) -> bool {
+        self.modules.contains_key(path) || self.embeddings.contains_key(path)
+    }
+
+    fn full_key(&self, parameter: &str) -> String {
+        full_key(parameter, |module| self.has_branch(module))
     }
 
     /// The parameters of the base model that the adapter replaces as a whole, by name, sorted:
-    /// those of `modules_to_save`, biases with `bias` `all`, and resized embeddings.
+    /// those of `modules_to_save`, biases with `bias` `all`, and the embedding and the head where
+    /// PEFT saved them along, resized or under a branch.
     pub fn full_tensors(&self) -> impl Iterator<Item = (&str, &DenseTensor)> {
         self.full
             .iter()
@@ -312,18 +278,27 @@ impl Adapter {
         self.full.get(parameter)
     }
 
+    /// Whether a parameter belongs to a module of `modules_to_save`, which the adapter then has a
+    /// copy of: the copy alone is replaced, also where the base model ties it to another. Without
+    /// that the base model's own parameter is replaced, and with it all that is tied to it.
+    pub fn is_saved(&self, parameter: &str) -> bool {
+        is_saved(parameter, &self.config)
+    }
+
     /// Replaces a parameter of the base model.
     ///
     /// # Errors
     /// [`Nf4Error::NotAdapted`] if the settings do not have it saved, [`Nf4Error::NonFinite`] if
     /// it holds a NaN or an infinity.
     pub fn insert_full(&mut self, parameter: &str, tensor: DenseTensor) -> Result<(), Nf4Error> {
-        if !is_full(parameter, &self.config) {
+        let module = parameter.rsplit_once('.').map(|(module, _)| module);
+        let has_branch = module.is_some_and(|module| self.has_branch(module));
+        if !is_full(parameter, &self.config, has_branch) {
             return Err(Nf4Error::NotAdapted {
                 module: parameter.into(),
             });
         }
-        tensor.check_finite(&full_key(parameter))?;
+        tensor.check_finite(&self.full_key(parameter))?;
         self.full.insert(parameter.into(), tensor);
         Ok(())
     }
@@ -346,7 +321,7 @@ fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), String>) -> Resu
     })
 }
 
-fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
+pub(super) fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
     Nf4Error::Io {
         path: path.into(),
         message: error.to_string(),

@@ -11,6 +11,7 @@ use super::options;
 use super::setting::{
     InitLoraWeights, LoraBias, ModuleNames, OneOrMany, PatternMap, TargetModules,
 };
+use crate::checkpoint::python_json::{self, Float};
 use crate::error::Nf4Error;
 
 /// The settings of a LoRA adapter, with PEFT's names and defaults.
@@ -38,19 +39,19 @@ pub struct LoraConfig {
     pub r: usize,
     /// Numerator of the branch's factor, where [`alpha_pattern`](Self::alpha_pattern) gives no
     /// other.
-    #[serde(default = "default_alpha")]
+    #[serde(default = "default_alpha", deserialize_with = "float")]
     pub lora_alpha: f64,
     /// Whether the factor is `α / √r` instead of `α / r`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub use_rslora: bool,
     /// Probability of dropping an input of the branch while training.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "float")]
     pub lora_dropout: f64,
     /// Ranks of modules that match a pattern.
     #[serde(default, deserialize_with = "null_as_default")]
     pub rank_pattern: PatternMap<usize>,
     /// Alphas of modules that match a pattern.
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, deserialize_with = "floats")]
     pub alpha_pattern: PatternMap<f64>,
     /// The modules to adapt.
     pub target_modules: TargetModules,
@@ -70,13 +71,13 @@ pub struct LoraConfig {
     #[serde(default)]
     pub modules_to_save: Option<Vec<String>>,
     /// Whether the branch comes with a trained magnitude a row (DoRA, arXiv 2402.09353).
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub use_dora: bool,
     /// Whether the base model stores its weights `[in_features, out_features]`, as GPT-2 does.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub fan_in_fan_out: bool,
     /// How the branch was initialized.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_false")]
     pub init_lora_weights: InitLoraWeights,
     /// What the model is for, such as `CAUSAL_LM`.
     #[serde(default)]
@@ -97,11 +98,27 @@ fn default_alpha() -> f64 {
     8.0
 }
 
-/// PEFT allows `null` where its default is an empty dictionary.
+/// PEFT allows `null` where its default is an empty dictionary, and Python takes it as false.
 fn null_as_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+fn null_as_false<'de, D: Deserializer<'de>>(deserializer: D) -> Result<InitLoraWeights, D::Error> {
+    let init = Option::deserialize(deserializer)?;
+    Ok(init.unwrap_or(InitLoraWeights::Default(false)))
+}
+
+/// Any number of Python's JSON.
+fn float<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Float::deserialize(deserializer)?.0)
+}
+
+fn floats<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PatternMap<f64>, D::Error> {
+    let values: PatternMap<Float> = null_as_default(deserializer)?;
+    let values = values.iter();
+    Ok(values.map(|(pattern, value)| (pattern, value.0)).collect())
 }
 
 impl LoraConfig {
@@ -130,7 +147,8 @@ impl LoraConfig {
         }
     }
 
-    /// Reads the JSON text of an `adapter_config.json`; `path` is named in errors.
+    /// Reads the JSON text of an `adapter_config.json`, which can hold what Python's JSON can
+    /// ([`python_json`]); `path` is named in errors.
     ///
     /// # Errors
     /// [`Nf4Error::AdapterConfig`] for text that is not the expected JSON, and those of
@@ -141,7 +159,7 @@ impl LoraConfig {
             message,
         };
         let value: Value =
-            serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+            python_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
         // Before anything else: the settings of another method need not be those of LoRA, and an
         // option that is not supported can leave `target_modules` empty.
         let Some(settings) = value.as_object() else {
@@ -160,15 +178,16 @@ impl LoraConfig {
         options::check(settings)?;
         // From the text again: `Value` need not keep the order of the patterns.
         let mut config: Self =
-            serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+            python_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
         config.other.remove("peft_type");
         config.check()?;
         Ok(config)
     }
 
-    /// The JSON text as PEFT writes it: two spaces, keys sorted.
+    /// The JSON text as PEFT writes it: that of Python, with two spaces and keys sorted.
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("keys are strings and nothing else can fail")
+        // Keys are strings and nothing else can fail.
+        python_json::to_string_pretty(self).unwrap_or_default()
     }
 
     /// Checks the values, and that they do not contradict each other.
@@ -198,7 +217,6 @@ impl LoraConfig {
         if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, rank)| **rank == 0) {
             return invalid("rank_pattern", "at least 1", format!("0 for `{pattern}`"));
         }
-        // JSON has no infinities, but a caller can set one.
         let alphas = self.alpha_pattern.iter().map(|(_, alpha)| alpha);
         for (field, alpha) in std::iter::once(("lora_alpha", &self.lora_alpha))
             .chain(alphas.map(|alpha| ("alpha_pattern", alpha)))

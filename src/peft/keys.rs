@@ -1,86 +1,243 @@
-//! The names of an adapter's tensors.
+//! The names of an adapter's tensors: those that PEFT 0.21 writes, and the others that it reads.
+//!
+//! Followed here: `set_peft_model_state_dict` with `LoraModel._remap_adapter_state_dict_for_load`
+//! and `ModulesToSaveWrapper.adapter_state_dict_load_map` of PEFT, and `PeftAdapterMixin.load_adapter`
+//! of transformers 5.24, which reads names without the prefix too.
 
 use super::config::LoraConfig;
+use super::matcher::ModuleMatcher;
 use super::setting::LoraBias;
+use crate::error::Nf4Error;
 
 /// What PEFT's wrappers put before the name that a module has in the base model.
 const PREFIX: &str = "base_model.model.";
 
-/// A part of the branch of one module.
+/// What PyTorch's wrappers put into a path: `torch.compile`, FSDP, activation checkpointing. PEFT
+/// takes them out when it saves; files that were saved without it have them.
+const WRAPPERS: [&str; 3] = [
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+];
+
+/// The wrapper around the whole model of DistributedDataParallel and DeepSpeed.
+const OUTER_WRAPPER: &str = "module";
+
+/// What PEFT calls an adapter that was given no name. PEFT leaves the name out when it saves.
+const ADAPTER_NAME: &str = "default";
+
+/// A part of what an adapter holds for one module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     A,
     B,
+    EmbeddingA,
+    EmbeddingB,
     Magnitude,
     Bias,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::A, Self::B, Self::Magnitude, Self::Bias];
-
     fn suffix(self) -> &'static str {
         match self {
             Self::A => ".lora_A.weight",
             Self::B => ".lora_B.weight",
+            Self::EmbeddingA => ".lora_embedding_A",
+            Self::EmbeddingB => ".lora_embedding_B",
             Self::Magnitude => ".lora_magnitude_vector",
             Self::Bias => ".base_layer.bias",
         }
     }
 
+    /// The key that PEFT writes.
     pub fn key(self, module: &str) -> String {
         format!("{PREFIX}{module}{}", self.suffix())
     }
 }
 
-/// What a key stands for.
+/// What a key says, before the settings are asked.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Key<'a> {
-    /// A part of a module's branch.
-    Part(&'a str, Part),
-    /// A parameter of the base model as a whole.
-    Full(&'a str),
+pub(super) enum Name {
+    /// A part of the branch of a module.
+    Part(String, Part),
+    /// A parameter of the layer under a branch: its module, and its name in it.
+    Base(String, String),
+    /// A parameter of a module that is trained as a whole: its module, and its name in it.
+    Saved(String, String),
+    /// A parameter of the copy that PEFT keeps of such a module as it was before.
+    Original(String),
+    /// A parameter under the name that it has in the base model.
+    Parameter(String),
+    /// A part of an adapter with a name of its own.
+    Named(String),
 }
 
-impl Key<'_> {
-    /// Understands a key, or says that the settings ask for no such tensor.
-    pub fn parse<'a>(key: &'a str, config: &LoraConfig) -> Option<Key<'a>> {
-        let name = key.strip_prefix(PREFIX)?;
-        for part in Part::ALL {
-            let Some(module) = name.strip_suffix(part.suffix()) else {
-                continue;
-            };
-            let is_asked_for = match part {
-                Part::A | Part::B => true,
-                Part::Magnitude => config.use_dora,
-                Part::Bias => config.bias != LoraBias::None,
-            };
-            return is_asked_for.then_some(Key::Part(module, part));
+impl Name {
+    pub fn parse(key: &str) -> Self {
+        let mut segments: Vec<&str> = key
+            .split('.')
+            .filter(|segment| !WRAPPERS.contains(segment))
+            .collect();
+        if segments.starts_with(&[OUTER_WRAPPER, "base_model"]) {
+            segments.remove(0);
         }
-        is_full(name, config).then_some(Key::Full(name))
+        if segments.starts_with(&["base_model", "model"]) {
+            segments.drain(..2);
+        }
+        let marker = segments
+            .iter()
+            .rposition(|segment| segment.starts_with("lora_") || WITHIN.contains(segment));
+        let Some(marker) = marker.filter(|&marker| marker > 0) else {
+            return Self::Parameter(segments.join("."));
+        };
+        let module = segments[..marker].join(".");
+        let rest = &segments[marker + 1..];
+        match (segments[marker], rest) {
+            ("base_layer", [_, ..]) => Self::Base(module, rest.join(".")),
+            ("original_module", [_, ..]) => Self::Original(module),
+            ("modules_to_save", [ADAPTER_NAME, name @ ..] | name) if !name.is_empty() => {
+                Self::Saved(module, name.join("."))
+            }
+            (marker, rest) => Self::of_branch(module, marker, rest)
+                .unwrap_or_else(|| Self::Parameter(segments.join("."))),
+        }
+    }
+
+    fn of_branch(module: String, marker: &str, rest: &[&str]) -> Option<Self> {
+        let part = match marker {
+            "lora_A" => Part::A,
+            "lora_B" => Part::B,
+            "lora_embedding_A" => Part::EmbeddingA,
+            "lora_embedding_B" => Part::EmbeddingB,
+            "lora_magnitude_vector" => Part::Magnitude,
+            _ => return None,
+        };
+        // A and B are modules with a weight, the factors of embeddings are parameters themselves,
+        // and the magnitudes have been both.
+        let name = match (part, rest) {
+            (Part::A | Part::B | Part::Magnitude, ["weight"]) => None,
+            (Part::A | Part::B | Part::Magnitude, [name, "weight"]) => Some(*name),
+            (Part::EmbeddingA | Part::EmbeddingB | Part::Magnitude, []) => None,
+            (Part::EmbeddingA | Part::EmbeddingB | Part::Magnitude, [name]) => Some(*name),
+            _ => return None,
+        };
+        Some(match name {
+            None | Some(ADAPTER_NAME) => Self::Part(module, part),
+            Some(name) => Self::Named(name.into()),
+        })
     }
 }
 
-pub(super) fn full_key(parameter: &str) -> String {
-    format!("{PREFIX}{parameter}")
+/// What PEFT's wrappers put between a module and its parameters, but for the branches.
+const WITHIN: [&str; 3] = ["base_layer", "modules_to_save", "original_module"];
+
+/// Where a tensor belongs.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A part of the branch of a module.
+    Part(String, Part),
+    /// A parameter of the base model, by its name there.
+    Full(String),
+    /// Nowhere: it changes nothing.
+    Unused,
+    /// The settings ask for no such tensor.
+    Unexpected,
 }
 
-/// PEFT's `EMBEDDING_LAYER_NAMES`: it saves them, unasked, when they were resized.
+impl Place {
+    /// `has_branch` says of which modules the adapter holds a branch.
+    ///
+    /// # Errors
+    /// Those of [`ModuleMatcher::is_target`].
+    pub fn of(
+        name: Name,
+        config: &LoraConfig,
+        matcher: &ModuleMatcher,
+        has_branch: impl Fn(&str) -> bool,
+    ) -> Result<Self, Nf4Error> {
+        let place = match name {
+            Name::Part(module, part) => {
+                let is_asked_for = match part {
+                    Part::Magnitude => config.use_dora,
+                    Part::EmbeddingA | Part::EmbeddingB => !matcher.takes_all_linear(),
+                    _ => true,
+                };
+                (is_asked_for && matcher.is_target(&module)?).then_some(Self::Part(module, part))
+            }
+            Name::Base(module, name) if matcher.is_target(&module)? => {
+                if name == "bias" && config.bias != LoraBias::None {
+                    return Ok(Self::Part(module, Part::Bias));
+                }
+                let parameter = format!("{module}.{name}");
+                is_full(&parameter, config, true).then_some(Self::Full(parameter))
+            }
+            Name::Saved(module, name) => {
+                let parameter = format!("{module}.{name}");
+                is_saved(&parameter, config).then_some(Self::Full(parameter))
+            }
+            Name::Original(module) => {
+                is_saved(&format!("{module}."), config).then_some(Self::Unused)
+            }
+            // What is under a branch is saved as such: PEFT finds nothing under the plain name.
+            Name::Parameter(parameter) => {
+                let under_branch = parameter
+                    .rsplit_once('.')
+                    .is_some_and(|(module, _)| has_branch(module));
+                (!under_branch && is_full(&parameter, config, false))
+                    .then_some(Self::Full(parameter))
+            }
+            Name::Base(..) | Name::Named(_) => None,
+        };
+        Ok(place.unwrap_or(Self::Unexpected))
+    }
+}
+
+/// The key that PEFT writes for a parameter of the base model.
+pub(super) fn full_key(parameter: &str, has_branch: impl Fn(&str) -> bool) -> String {
+    match parameter.rsplit_once('.') {
+        Some((module, name)) if has_branch(module) => {
+            format!("{PREFIX}{module}.base_layer.{name}")
+        }
+        _ => format!("{PREFIX}{parameter}"),
+    }
+}
+
+/// PEFT's `EMBEDDING_LAYER_NAMES`: it saves them, unasked, when they are adapted or were resized.
 const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// Whether a parameter of the base model can be in an adapter as a whole.
-pub(super) fn is_full(parameter: &str, config: &LoraConfig) -> bool {
+pub(super) fn is_full(parameter: &str, config: &LoraConfig, has_branch: bool) -> bool {
     let Some((module, name)) = parameter.rsplit_once('.') else {
         return false;
     };
-    if config.bias == LoraBias::All && name == "bias" {
-        return true;
+    let is_embedding = is_embedding(module);
+    match name {
+        "bias" if config.bias == LoraBias::All => true,
+        "weight" if is_embedding || has_branch => true,
+        "bias" if is_embedding && has_branch => true,
+        _ => is_saved(parameter, config),
     }
-    let last = module.rsplit_once('.').map_or(module, |(_, last)| last);
-    if name == "weight" && EMBEDDINGS.contains(&last) {
-        return true;
-    }
-    // A saved module is any whose path ends with the name, and holds all parameters below it.
+}
+
+/// Whether PEFT saves the weight of a module unasked.
+pub(super) fn is_embedding(module: &str) -> bool {
+    EMBEDDINGS.contains(&last(module))
+}
+
+/// Output heads: linear layers also in models whose other layers are transformers' `Conv1D`.
+pub(super) fn is_head(module: &str) -> bool {
+    ["lm_head", "score", "classifier"].contains(&last(module))
+}
+
+/// Whether a parameter belongs to a module that `modules_to_save` names: any whose path ends with
+/// the name, and all that is below it (PEFT's `_set_trainable`).
+pub(super) fn is_saved(parameter: &str, config: &LoraConfig) -> bool {
     let ends = || parameter.match_indices('.').map(|(end, _)| end);
     let mut saved = config.modules_to_save.iter().flatten();
     saved.any(|saved| ends().any(|end| parameter[..end].ends_with(saved.as_str())))
+}
+
+/// The last part of a path.
+pub(super) fn last(path: &str) -> &str {
+    path.rsplit_once('.').map_or(path, |(_, last)| last)
 }

@@ -37,7 +37,8 @@ impl Adapter {
     /// # Errors
     /// [`Nf4Error::NotAdapted`] if the adapter has no tensors for the module, [`Nf4Error::Shape`]
     /// if they do not fit `base`, [`Nf4Error::BaseLacks`] if there is a trained bias but none in
-    /// `base`.
+    /// `base`, [`Nf4Error::Config`] if the adapter brings the weight of the layer along, which would
+    /// have to take the place of the packed one.
     pub fn layer(
         &self,
         module: &str,
@@ -59,6 +60,13 @@ impl Adapter {
         if tensors.bias.is_some() && base.bias.is_none() {
             return Err(Nf4Error::BaseLacks {
                 missing: vec![format!("{module}.bias")],
+            });
+        }
+        if self.full_tensor(&format!("{module}.weight")).is_some() {
+            return Err(Nf4Error::Config {
+                field: "base_layer.weight",
+                expected: "none for a layer in 4 bit",
+                given: format!("a float weight for `{module}`"),
             });
         }
         let base = burn::module::Module::to_device(base, device);

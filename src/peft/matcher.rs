@@ -166,6 +166,11 @@ impl ModuleMatcher {
         }
     }
 
+    /// Whether the settings take the linear layers whatever their names.
+    pub(super) fn takes_all_linear(&self) -> bool {
+        matches!(self.targets, Targets::AllLinear { .. })
+    }
+
     /// The rank of a module's branch.
     ///
     /// # Errors

@@ -2,13 +2,16 @@
 
 mod branch;
 mod loss;
+mod plan;
 mod weight;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::adapter::{Adapter, LoraModule};
-use super::tensor::{DenseTensor, check_finite, widen};
+use super::adapter::Adapter;
+use super::base::BaseNames;
+use super::keys::is_embedding;
+use super::tensor::{check_finite, widen};
 use crate::checkpoint::convert::{
     CONFIG_FILE, ModelConfig, Reporter, copy_other_files, source_folder, start_writer, write_dense,
 };
@@ -18,6 +21,7 @@ use crate::error::Nf4Error;
 use crate::format::FloatType;
 use branch::Branch;
 use loss::Sums;
+use plan::{Change, Output, Plan};
 use weight::BaseWeight;
 
 pub use loss::MergeLoss;
@@ -29,6 +33,9 @@ pub struct MergeOptions {
     pub max_shard_bytes: usize,
     /// Whether to write into a folder that is not empty.
     pub overwrite: bool,
+    /// Whether to merge an adapter that lacks branches or weights that its settings ask for: what it
+    /// lacks stays as it is in the base model.
+    pub allow_missing: bool,
 }
 
 impl Default for MergeOptions {
@@ -36,6 +43,7 @@ impl Default for MergeOptions {
         Self {
             max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
             overwrite: false,
+            allow_missing: false,
         }
     }
 }
@@ -64,6 +72,9 @@ pub struct Merged {
 /// as a whole take the place of the base model's. `config.json` loses its `quantization_config`.
 /// One tensor is in memory at a time.
 ///
+/// Where the head is the embedding and the adapter changes one of the two, the result has a weight
+/// for each, and `config.json` says so (`tie_word_embeddings` is `false`).
+///
 /// ```no_run
 /// use burn_nf4::checkpoint::Checkpoint;
 /// use burn_nf4::format::FloatType;
@@ -79,11 +90,14 @@ pub struct Merged {
 /// # Errors
 /// - [`Nf4Error::BaseLacks`], naming all parameters that the adapter changes and the base model
 ///   does not have
-/// - [`Nf4Error::Shape`] for a weight that the adapter does not fit
+/// - [`Nf4Error::AdapterLacks`], naming all that the settings of the adapter ask for and it does not
+///   have, unless [`allow_missing`](MergeOptions::allow_missing) is set
+/// - [`Nf4Error::Shape`] for a weight that the adapter does not fit,
+///   [`Nf4Error::ResizedEmbeddings`] where the vocabularies differ
 /// - [`Nf4Error::NonFinite`] for a weight, merged or not, that is NaN, infinite or too large for
 ///   its dtype
-/// - [`Nf4Error::Config`] for an adapter that changes one of two tied weights, for a base model
-///   that another method quantized, and for writing into the base model's folder
+/// - [`Nf4Error::Config`] for an adapter with two different weights for two that the base model
+///   ties, for a base model that another method quantized, and for writing into its folder
 /// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4),
 ///   [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
 pub fn merge_16bit(
@@ -133,12 +147,6 @@ enum Target {
     AsBase,
 }
 
-/// What an adapter does to a parameter of the base model.
-enum Change<'a> {
-    Branch(&'a str, &'a LoraModule),
-    Replace(&'a DenseTensor),
-}
-
 fn merge(
     base: &Checkpoint,
     adapter: &Adapter,
@@ -147,42 +155,47 @@ fn merge(
     options: &MergeOptions,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<Merged, Nf4Error> {
-    let parameters = base.parameters();
-    let changes = changes(adapter, &parameters)?;
     let mut model_config = ModelConfig::read(base)?;
     if let Some(config) = &model_config {
         config.check_dequantizable()?;
-        check_tied(config, &changes)?;
     }
+    let names = BaseNames::of(base, model_config.as_ref())?;
+    adapter.check_fits(&names)?;
+    if !options.allow_missing {
+        adapter.check_complete(names.modules(), names.parameters())?;
+    }
+    let Plan { outputs, unties } = Plan::of(adapter, &names, model_config.as_ref())?;
+
     let mut writer = start_writer(base, folder, options.max_shard_bytes, options.overwrite)?;
-    let mut reporter = Reporter::new(base, parameters.len(), progress);
+    let mut reporter = Reporter::new(base, outputs.len(), progress);
     let mut modules = BTreeMap::new();
     let mut total = Sums::default();
-    let mut replaced = 0;
-    for &key in &parameters {
-        match changes.get(key) {
-            Some(Change::Branch(path, module)) => {
-                let mut weight = BaseWeight::read(base, key)?;
-                let branch = Branch {
-                    module,
-                    scale: adapter.scale(path)? as f32,
-                    fan_in_fan_out: adapter.config().fan_in_fan_out,
-                };
-                let mut sums = branch.add_to(&mut weight, key)?;
-                weight.write(&mut writer, key, target, Some(&mut sums))?;
-                total.add(&sums);
-                modules.insert(path.to_string(), sums.loss());
+    let (mut replaced, mut kept) = (0, 0);
+    for output in &outputs {
+        match &output.change {
+            change if change.is_none() => {
+                keep(&mut writer, base, output, target)?;
+                kept += 1;
             }
-            Some(Change::Replace(tensor)) => {
-                replace(&mut writer, base, key, tensor, target)?;
-                replaced += 1;
-            }
-            None => keep(&mut writer, base, key, target)?,
+            change => match write_changed(&mut writer, base, adapter, output, target)? {
+                None => replaced += 1,
+                Some(sums) => {
+                    total.add(&sums);
+                    modules.extend(
+                        change
+                            .branch
+                            .map(|branch| (branch.path.into(), sums.loss())),
+                    );
+                }
+            },
         }
-        reporter.done(key);
+        reporter.done(&output.key);
     }
 
     copy_other_files(&mut writer, base)?;
+    if unties && let Some(config) = &mut model_config {
+        config.set_untied();
+    }
     match (target, &mut model_config, source_folder(base)) {
         (Target::Float(dtype), Some(config), _) => {
             config.set_dense();
@@ -191,13 +204,16 @@ fn merge(
             }
             writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
         }
+        (Target::AsBase, Some(config), _) if unties => {
+            writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
+        }
         (Target::AsBase, Some(_), Some(source)) => {
             writer.copy_file(CONFIG_FILE, &source.join(CONFIG_FILE))?;
         }
         _ => {}
     }
     Ok(Merged {
-        kept: parameters.len() - modules.len() - replaced,
+        kept,
         modules,
         loss: total.loss(),
         replaced,
@@ -205,80 +221,81 @@ fn merge(
     })
 }
 
-/// What the adapter does to each parameter, if the base model has all that it changes.
-fn changes<'a>(
-    adapter: &'a Adapter,
-    parameters: &[&str],
-) -> Result<BTreeMap<String, Change<'a>>, Nf4Error> {
-    let mut changes = BTreeMap::new();
-    for (path, module) in adapter.modules() {
-        changes.insert(format!("{path}.weight"), Change::Branch(path, module));
-        if let Some(bias) = &module.bias {
-            changes.insert(format!("{path}.bias"), Change::Replace(bias));
-        }
-    }
-    for (parameter, tensor) in adapter.full_tensors() {
-        changes.insert(parameter.into(), Change::Replace(tensor));
-    }
-    let lacks = |key: &&String| parameters.binary_search(&key.as_str()).is_err();
-    let missing: Vec<String> = changes.keys().filter(lacks).cloned().collect();
-    if missing.is_empty() {
-        Ok(changes)
-    } else {
-        Err(Nf4Error::BaseLacks { missing })
-    }
-}
-
-/// A base model whose head is its embedding would, once loaded, have both changed or neither.
-fn check_tied(
-    config: &ModelConfig,
-    changes: &BTreeMap<String, Change<'_>>,
-) -> Result<(), Nf4Error> {
-    let is_tied = |key: &&String| {
-        ["embed_tokens.weight", "lm_head.weight"]
-            .iter()
-            .any(|name| key.rsplit('.').take(2).eq(name.rsplit('.')))
-    };
-    match changes.keys().find(is_tied) {
-        Some(key) if config.ties_embeddings() => Err(Nf4Error::Config {
-            field: "tie_word_embeddings",
-            expected: "false for an adapter that changes one of the two weights",
-            given: format!("true, and the adapter changes `{key}`"),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// A tensor of the adapter in the place of the base model's, in the form that this would have.
-fn replace(
+/// Writes a parameter that the adapter changes, in the form that the base model has it in. With a
+/// branch it returns what that did.
+fn write_changed(
     writer: &mut CheckpointWriter,
     base: &Checkpoint,
-    key: &str,
-    tensor: &DenseTensor,
+    adapter: &Adapter,
+    output: &Output<'_>,
     target: Target,
+) -> Result<Option<Sums>, Nf4Error> {
+    let Output {
+        key,
+        source,
+        change: Change { replace, branch },
+    } = output;
+    let mut weight = BaseWeight::read(base, source)?;
+    if let Some(tensor) = replace {
+        check_vocabulary(key, weight.shape.first(), tensor.shape().first())?;
+        tensor.check_shape(&weight.shape, key)?;
+        weight.values = tensor.to_f32();
+    }
+    let Some(adapted) = branch else {
+        weight.write(writer, key, target, None)?;
+        return Ok(None);
+    };
+    let [d_output, d_input] = adapted.module.dims();
+    let rows = if adapted.transposed {
+        d_input
+    } else {
+        d_output
+    };
+    check_vocabulary(key, weight.shape.first(), Some(&rows))?;
+    let branch = Branch {
+        module: adapted.module,
+        scale: adapter.scale(adapted.path)? as f32,
+        transposed: adapted.transposed,
+    };
+    let mut sums = branch.add_to(&mut weight, key)?;
+    weight.write(writer, key, target, Some(&mut sums))?;
+    Ok(Some(sums))
+}
+
+/// Whether the rows of an embedding or a head are as many as the base model has.
+fn check_vocabulary(
+    key: &str,
+    expected: Option<&usize>,
+    given: Option<&usize>,
 ) -> Result<(), Nf4Error> {
-    let mut weight = BaseWeight::read(base, key)?;
-    tensor.check_shape(&weight.shape, key)?;
-    weight.values = tensor.to_f32();
-    weight.write(writer, key, target, None)
+    let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
+    match (expected, given) {
+        (Some(&expected), Some(&given)) if is_embedding(module) && expected != given => {
+            Err(Nf4Error::ResizedEmbeddings {
+                tensor: key.into(),
+                expected,
+                given,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A parameter that the adapter does not touch.
 fn keep(
     writer: &mut CheckpointWriter,
     base: &Checkpoint,
-    key: &str,
+    output: &Output<'_>,
     target: Target,
 ) -> Result<(), Nf4Error> {
-    let is_quantized = base.is_quantized(key);
-    match target {
-        Target::Float(_) if is_quantized => {
-            return BaseWeight::read(base, key)?.write(writer, key, target, None);
-        }
-        Target::AsBase if is_quantized => return writer.copy(base, key),
-        _ => {}
+    let Output { key, source, .. } = output;
+    if base.is_quantized(source) {
+        return match target {
+            Target::AsBase if key == source => writer.copy(base, key),
+            _ => BaseWeight::read(base, source)?.write(writer, key, target, None),
+        };
     }
-    let (info, bytes) = (base.tensor_info(key)?, base.tensor_bytes(key)?);
+    let (info, bytes) = (base.tensor_info(source)?, base.tensor_bytes(source)?);
     if let Some(dtype) = float_type(info.dtype) {
         with_float_type!(dtype, T => check_finite(&widen(&elements::<T>(bytes)), key)?);
     }

@@ -8,11 +8,21 @@
 //! | `base_model.model.M.lora_A.weight` | `[r, in_features]` |
 //! | `base_model.model.M.lora_B.weight` | `[out_features, r]` |
 //! | `base_model.model.M.lora_magnitude_vector`, with DoRA | `[out_features]` |
+//! | `base_model.model.E.lora_embedding_A` | `[r, vocabulary]` |
+//! | `base_model.model.E.lora_embedding_B` | `[embedding size, r]` |
 //! | `base_model.model.M.base_layer.bias`, with `bias` other than `none` | `[out_features]` |
+//! | `base_model.model.M.base_layer.weight`, of a head or an embedding | that of the weight |
 //! | `base_model.model.P`, with `modules_to_save` or `bias` `all` | that of the parameter `P` |
 //!
-//! for each adapted module `M`, such as `model.layers.0.self_attn.q_proj`. The settings mean what
-//! they mean in PEFT 0.21; one that changes the result and is not supported is refused by name.
+//! for each adapted module `M`, such as `model.layers.0.self_attn.q_proj`, and each adapted
+//! embedding `E`. The settings mean what they mean in PEFT 0.21; one that changes the result and is
+//! not supported is refused by name.
+//!
+//! Read, too, is every other spelling of the keys that PEFT 0.21 or transformers 5.24 reads: with
+//! the adapter's name `default` (`lora_A.default.weight`), magnitudes with `.weight`,
+//! `modules_to_save.P` and `modules_to_save.default.P`, keys without the prefix, and those with the
+//! names of PyTorch's wrappers (`_orig_mod`, `_fsdp_wrapped_module`, `module`) in them. They are
+//! written back as PEFT writes them.
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -23,6 +33,7 @@
 //! let device = Device::default().autodiff();
 //! let base = Checkpoint::open("tiny-llama-bnb-4bit")?;
 //! let mut adapter = Adapter::open("tiny-llama-lora")?;
+//! adapter.check_base(&base)?;
 //! let module = "model.layers.0.self_attn.q_proj";
 //! let weight = base.load_nf4(&format!("{module}.weight"))?;
 //! let linear = Nf4Linear::from_host(&weight, None, &device)?;
@@ -33,15 +44,22 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 //!
-//! [`merge_16bit`] and [`merge_4bit`] put an adapter into the weights of its base model.
+//! An adapter can hold more than the branches of layers: [`Adapter::embeddings`] are branches of
+//! embeddings, and [`Adapter::full_tensors`] take the place of parameters of the base model. A
+//! program that puts an adapter on its own model puts those there too; `examples/llama/adapter.rs`
+//! does so. [`merge_16bit`] and [`merge_4bit`] put all of an adapter into the weights of its base
+//! model.
 
 mod adapter;
+mod base;
+mod complete;
 mod config;
 mod keys;
 mod layer;
 mod matcher;
 mod merge;
 mod options;
+mod read;
 mod setting;
 mod tensor;
 

@@ -21,9 +21,17 @@ pub fn fixture(path: &str) -> PathBuf {
 
 /// A model in its own dtype, or another.
 pub fn open(folder: &str, dtype: Option<FloatType>, device: &Device) -> (Llama, LlamaConfig) {
-    let folder = fixture(folder);
-    let config = LlamaConfig::from_folder(&folder).unwrap();
-    let checkpoint = Checkpoint::open(&folder).unwrap();
+    open_folder(&fixture(folder), dtype, device)
+}
+
+/// A model of any folder.
+pub fn open_folder(
+    folder: &Path,
+    dtype: Option<FloatType>,
+    device: &Device,
+) -> (Llama, LlamaConfig) {
+    let config = LlamaConfig::from_folder(folder).unwrap();
+    let checkpoint = Checkpoint::open(folder).unwrap();
     let dtype = dtype.unwrap_or(config.dtype);
     let model = load::load(&checkpoint, &config, dtype, device, |_| ()).unwrap();
     (model, config)

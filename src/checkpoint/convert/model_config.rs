@@ -27,6 +27,8 @@ const DTYPE_KEYS: [&str; 2] = ["dtype", "torch_dtype"];
 
 const QUANTIZATION: &str = "quantization_config";
 
+const TIED: &str = "tie_word_embeddings";
+
 /// The entries, each as it was read unless it is set here.
 #[derive(Debug)]
 pub(crate) struct ModelConfig {
@@ -47,7 +49,7 @@ impl ModelConfig {
             return Ok(None);
         }
         let text = fs::read(&path).map_err(|error| io(&path, &error))?;
-        match serde_json::from_slice(&text) {
+        match python_json::from_slice(&text) {
             Ok(entries) => Ok(Some(Self { entries })),
             Err(error) => Err(Nf4Error::ModelConfig {
                 path,
@@ -140,10 +142,26 @@ impl ModelConfig {
         self.entries.insert(QUANTIZATION.into(), quantization);
     }
 
-    /// Whether it says that the output head is the embedding.
-    pub fn ties_embeddings(&self) -> bool {
-        let tied = self.entries.get("tie_word_embeddings");
-        tied.and_then(Value::as_bool) == Some(true)
+    /// Whether it says that the output head is the embedding, in itself or in a part of a composed
+    /// model; `None` where it says nothing.
+    pub fn ties_embeddings(&self) -> Option<bool> {
+        let flag = |entries: &Map<String, Value>| entries.get(TIED)?.as_bool();
+        let mut parts = self.entries.values().filter_map(Value::as_object);
+        flag(&self.entries).or_else(|| parts.find_map(flag))
+    }
+
+    /// Says that the output head has a weight of its own.
+    pub fn set_untied(&mut self) {
+        for part in self.entries.values_mut().filter_map(Value::as_object_mut) {
+            part.entry(TIED).and_modify(|tied| *tied = false.into());
+        }
+        self.entries.insert(TIED.into(), false.into());
+    }
+
+    /// Whether the linear layers but for the head are transformers' `Conv1D`.
+    pub fn has_conv1d(&self) -> bool {
+        let model_type = self.entries.get("model_type").and_then(Value::as_str);
+        model_type.is_some_and(|model_type| CONV1D_MODELS.contains(&model_type))
     }
 
     /// Takes out the quantization.
@@ -164,7 +182,8 @@ impl ModelConfig {
 
     /// The text, as transformers writes it: indented, keys sorted.
     pub fn to_json(&self) -> String {
-        python_json::pretty(&self.entries)
+        // A map of values always has a text.
+        python_json::to_string_pretty(&self.entries).unwrap_or_default() + "\n"
     }
 }
 

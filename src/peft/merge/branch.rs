@@ -12,14 +12,15 @@ use crate::peft::tensor::DenseTensor;
 pub(super) struct Branch<'a> {
     pub module: &'a LoraModule,
     pub scale: f32,
-    pub fan_in_fan_out: bool,
+    /// Whether the weight is `[in_features, out_features]`.
+    pub transposed: bool,
 }
 
 impl Branch<'_> {
     /// Adds the branch, and returns how much it changed.
     pub fn add_to(&self, weight: &mut BaseWeight, key: &str) -> Result<Sums, Nf4Error> {
         let [d_output, d_input] = self.module.dims();
-        let expected = match self.fan_in_fan_out {
+        let expected = match self.transposed {
             false => [d_output, d_input],
             true => [d_input, d_output],
         };
@@ -30,7 +31,7 @@ impl Branch<'_> {
                 given: weight.shape.clone(),
             });
         }
-        if self.fan_in_fan_out {
+        if self.transposed {
             weight.transpose(key)?;
         }
         let rank = self.module.rank();
@@ -47,7 +48,7 @@ impl Branch<'_> {
                 self.add_to_row(row, &a, b, magnitude)
             })
             .collect();
-        if self.fan_in_fan_out {
+        if self.transposed {
             weight.transpose(key)?;
         }
         Ok(Sums::of_update(updates.into_iter().sum()))
