@@ -19,6 +19,8 @@ mod config;
 mod data;
 #[path = "../examples/llama/error.rs"]
 mod error;
+#[path = "../examples/llama/fields.rs"]
+mod fields;
 #[path = "../examples/llama/generate.rs"]
 mod generate;
 #[path = "../examples/llama/load.rs"]
@@ -29,6 +31,8 @@ mod model;
 mod projection;
 #[path = "../examples/llama/rope.rs"]
 mod rope;
+#[path = "../examples/llama/rope_fields.rs"]
+mod rope_fields;
 #[path = "../examples/llama/rotation.rs"]
 mod rotation;
 #[path = "../examples/llama/sample.rs"]
@@ -39,7 +43,6 @@ mod schedule;
 mod text;
 #[path = "../examples/llama/train.rs"]
 mod train;
-
 #[path = "llama/configs.rs"]
 mod configs;
 #[path = "llama/fixtures.rs"]
@@ -48,7 +51,7 @@ mod fixtures;
 mod generation;
 #[path = "llama/parity.rs"]
 mod parity;
-#[path = "llama/texts.rs"]
-mod texts;
+#[path = "llama/ropes.rs"]
+mod ropes;
 #[path = "llama/training.rs"]
 mod training;
