@@ -43,6 +43,8 @@ mod schedule;
 mod text;
 #[path = "../examples/llama/train.rs"]
 mod train;
+mod stored;
+
 #[path = "llama/configs.rs"]
 mod configs;
 #[path = "llama/fixtures.rs"]
@@ -53,5 +55,7 @@ mod generation;
 mod parity;
 #[path = "llama/ropes.rs"]
 mod ropes;
+#[path = "llama/ties.rs"]
+mod ties;
 #[path = "llama/training.rs"]
 mod training;
