@@ -27,6 +27,8 @@ mod generate;
 mod load;
 #[path = "../examples/llama/model.rs"]
 mod model;
+#[path = "../examples/llama/optimizer.rs"]
+mod optimizer;
 #[path = "../examples/llama/projection.rs"]
 mod projection;
 #[path = "../examples/llama/rope.rs"]
@@ -51,6 +53,8 @@ mod configs;
 mod fixtures;
 #[path = "llama/generation.rs"]
 mod generation;
+#[path = "llama/optimizers.rs"]
+mod optimizers;
 #[path = "llama/parity.rs"]
 mod parity;
 #[path = "llama/ropes.rs"]

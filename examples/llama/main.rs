@@ -23,6 +23,7 @@ mod finetune;
 mod generate;
 mod load;
 mod model;
+mod optimizer;
 mod progress;
 mod projection;
 mod rope;
