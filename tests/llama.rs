@@ -13,6 +13,8 @@ mod attention;
 mod backward;
 #[path = "../examples/llama/cache.rs"]
 mod cache;
+#[path = "../examples/llama/chat.rs"]
+mod chat;
 #[path = "../examples/llama/config.rs"]
 mod config;
 #[path = "../examples/llama/data.rs"]
@@ -23,14 +25,26 @@ mod error;
 mod fields;
 #[path = "../examples/llama/generate.rs"]
 mod generate;
+#[path = "../examples/llama/jinja.rs"]
+mod jinja;
 #[path = "../examples/llama/load.rs"]
 mod load;
+#[path = "../examples/llama/message.rs"]
+mod message;
 #[path = "../examples/llama/model.rs"]
 mod model;
 #[path = "../examples/llama/optimizer.rs"]
 mod optimizer;
+#[path = "../examples/llama/pipeline.rs"]
+mod pipeline;
+#[path = "../examples/llama/plain_text.rs"]
+mod plain_text;
 #[path = "../examples/llama/projection.rs"]
 mod projection;
+#[path = "../examples/llama/python.rs"]
+mod python;
+#[path = "../examples/llama/records.rs"]
+mod records;
 #[path = "../examples/llama/rope.rs"]
 mod rope;
 #[path = "../examples/llama/rope_fields.rs"]
@@ -41,14 +55,20 @@ mod rotation;
 mod sample;
 #[path = "../examples/llama/schedule.rs"]
 mod schedule;
+#[path = "../examples/llama/special_tokens.rs"]
+mod special_tokens;
+mod stored;
 #[path = "../examples/llama/text.rs"]
 mod text;
 #[path = "../examples/llama/train.rs"]
 mod train;
-mod stored;
 
+#[path = "llama/chats.rs"]
+mod chats;
 #[path = "llama/configs.rs"]
 mod configs;
+#[path = "llama/datasets.rs"]
+mod datasets;
 #[path = "llama/fixtures.rs"]
 mod fixtures;
 #[path = "llama/generation.rs"]
@@ -61,5 +81,7 @@ mod parity;
 mod ropes;
 #[path = "llama/ties.rs"]
 mod ties;
+#[path = "llama/tokenizer_flags.rs"]
+mod tokenizer_flags;
 #[path = "llama/training.rs"]
 mod training;

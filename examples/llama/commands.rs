@@ -10,16 +10,18 @@ use burn_nf4::peft::Adapter;
 use clap::Args;
 
 use crate::adapter;
+use crate::chat::{Conversation, Ending};
 use crate::config::LlamaConfig;
 use crate::device::{DTypeName, DeviceName};
 use crate::error::ModelError;
 use crate::fetch;
 use crate::generate::{Report, Request, generate};
 use crate::load;
+use crate::message::Message;
 use crate::model::Llama;
 use crate::progress::{LoadBar, mebibytes, peak_memory_bytes, seconds};
 use crate::sample::Sampling;
-use crate::text::{Message, Text};
+use crate::text::Text;
 
 /// Which model, where, and in which type.
 #[derive(Args, Debug)]
@@ -200,16 +202,16 @@ impl GenerateArgs {
         if !self.chat {
             return text.encode(prompt);
         }
-        let message = |role: &str, content: &str| Message {
-            role: role.into(),
-            content: content.into(),
+        let system = self.system.iter();
+        let mut messages: Vec<Message> = system
+            .map(|system| Message::new("system", system))
+            .collect();
+        messages.push(Message::new("user", prompt));
+        let conversation = Conversation {
+            messages,
+            ..Conversation::default()
         };
-        let mut messages = Vec::new();
-        if let Some(system) = &self.system {
-            messages.push(message("system", system));
-        }
-        messages.push(message("user", prompt));
-        text.encode_chat(&messages, true)
+        text.encode_chat(&conversation, Ending::Prompt)
     }
 }
 

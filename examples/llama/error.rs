@@ -31,6 +31,17 @@ pub enum ModelError {
     /// The tensors of the checkpoint are not those of the model.
     #[error("{0}")]
     Tensors(Box<TensorFaults>),
+    /// A file of texts that holds something unexpected.
+    #[error("{}, line {line}, column {column}: {message}", path.display())]
+    Data {
+        path: PathBuf,
+        line: usize,
+        column: usize,
+        message: String,
+    },
+    /// The chat template cannot be used, or not for this conversation.
+    #[error("the chat template: {0}")]
+    Template(String),
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
