@@ -15,14 +15,26 @@ mod backward;
 mod cache;
 #[path = "../examples/llama/chat.rs"]
 mod chat;
+#[path = "../examples/llama/cli.rs"]
+mod cli;
+#[path = "../examples/llama/commands.rs"]
+mod commands;
 #[path = "../examples/llama/config.rs"]
 mod config;
 #[path = "../examples/llama/data.rs"]
 mod data;
+#[path = "../examples/llama/decode.rs"]
+mod decode;
+#[path = "../examples/llama/device.rs"]
+mod device;
 #[path = "../examples/llama/error.rs"]
 mod error;
+#[path = "../examples/llama/fetch.rs"]
+mod fetch;
 #[path = "../examples/llama/fields.rs"]
 mod fields;
+#[path = "../examples/llama/finetune.rs"]
+mod finetune;
 #[path = "../examples/llama/generate.rs"]
 mod generate;
 #[path = "../examples/llama/jinja.rs"]
@@ -39,6 +51,8 @@ mod optimizer;
 mod pipeline;
 #[path = "../examples/llama/plain_text.rs"]
 mod plain_text;
+#[path = "../examples/llama/progress.rs"]
+mod progress;
 #[path = "../examples/llama/projection.rs"]
 mod projection;
 #[path = "../examples/llama/python.rs"]
@@ -57,12 +71,17 @@ mod sample;
 mod schedule;
 #[path = "../examples/llama/special_tokens.rs"]
 mod special_tokens;
-mod stored;
 #[path = "../examples/llama/text.rs"]
 mod text;
 #[path = "../examples/llama/train.rs"]
 mod train;
+#[path = "../examples/llama/watch.rs"]
+mod watch;
 
+mod stored;
+
+#[path = "llama/arguments.rs"]
+mod arguments;
 #[path = "llama/chats.rs"]
 mod chats;
 #[path = "llama/configs.rs"]

@@ -51,6 +51,12 @@ pub struct GenerateArgs {
     /// The system message of the chat.
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
+    /// The chat template: the name of one that the model has, or a file.
+    #[arg(long, requires = "chat")]
+    pub chat_template: Option<String>,
+    /// How the answer begins, to be continued.
+    #[arg(long, requires = "chat")]
+    pub prefill: Option<String>,
     /// Most tokens to generate.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
@@ -69,7 +75,7 @@ pub struct GenerateArgs {
     /// A PEFT LoRA folder to put on the model.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
-    /// Rows: the prompts are repeated until there are this many.
+    /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
     #[arg(long)]
     pub batch: Option<usize>,
     /// Go on to the last token even where the model ends its text: for timing.
@@ -99,6 +105,12 @@ impl ModelArgs {
         device
             .sync()
             .map_err(|error| ModelError::Argument(format!("{device:?}: {error}")))?;
+        if config.tie_word_embeddings && model.lm_head.is_some() {
+            eprintln!(
+                "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
+                 model holds two different ones: both are used"
+            );
+        }
         let (packed, dense) = model.size_bytes();
         eprintln!(
             "loaded in {} on {:?} ({}): {} of packed weights, {} of float weights",
@@ -132,12 +144,38 @@ fn load_model(
 }
 
 impl GenerateArgs {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+        }
+    }
+
+    /// Refuses what cannot be served, before a model is loaded.
+    fn check(&self) -> Result<(), ModelError> {
+        self.sampling().check()?;
+        at_least(1, "--max-tokens", self.max_tokens)?;
+        let prompts = self.prompt.len();
+        match self.batch {
+            Some(batch) if batch < prompts => Err(ModelError::Argument(format!(
+                "--batch is {batch}, expected at least as many rows as prompts, which are {prompts}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     pub fn run(&self) -> Result<(), ModelError> {
+        self.check()?;
         let Opened {
             mut model,
             config,
-            text,
+            mut text,
         } = self.model.open(false)?;
+        if let Some(name) = &self.chat_template {
+            text.chat.choose(name)?;
+        }
         if let Some(folder) = &self.adapter {
             let device = model.device();
             model = adapter::apply(model, &Adapter::open(folder)?, &device)?;
@@ -147,21 +185,21 @@ impl GenerateArgs {
             .iter()
             .map(|prompt| self.encode(&text, prompt))
             .collect::<Result<_, _>>()?;
-        let rows = self.batch.unwrap_or(prompts.len()).max(1);
+        let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),
             max_tokens: self.max_tokens,
-            sampling: Sampling {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                seed: self.seed,
-            },
+            sampling: self.sampling(),
             eos: match self.ignore_eos {
                 true => Vec::new(),
                 false => config.eos_token_ids.clone(),
             },
         };
+        let longest = request.longest_prompt();
+        let mut warning = config.warn_of_length("the longest prompt", longest);
+        if let Some(warning) = &warning {
+            eprintln!("{warning}");
+        }
 
         // One row is shown as it comes; more would mix.
         let mut stream = text.tokenizer.decode_stream(true);
@@ -180,21 +218,35 @@ impl GenerateArgs {
         })?;
         println!();
         if rows > 1 {
-            // Rows of the same prompt say the same when nothing is drawn.
-            let shown = if self.temperature > 0.0 {
-                rows
-            } else {
-                prompts.len().min(rows)
-            };
-            for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
-                let decoded = text
-                    .tokenizer
-                    .decode(tokens, true)
-                    .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
-                println!("[{row}] {decoded}");
+            self.print_rows(&report, &text, prompts.len())?;
+        }
+        if warning.is_none() {
+            let texts = request.prompts.iter().zip(&report.tokens);
+            let longest = texts
+                .map(|(prompt, tokens)| prompt.len() + tokens.len())
+                .max();
+            warning = config.warn_of_length("the longest text", longest.unwrap_or(0));
+            if let Some(warning) = warning {
+                eprintln!("{warning}");
             }
         }
         print_report(&report, rows);
+        Ok(())
+    }
+
+    fn print_rows(&self, report: &Report, text: &Text, prompts: usize) -> Result<(), ModelError> {
+        // Rows of the same prompt say the same when nothing is drawn.
+        let shown = match self.temperature > 0.0 {
+            true => report.tokens.len(),
+            false => prompts,
+        };
+        for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
+            let decoded = text
+                .tokenizer
+                .decode(tokens, true)
+                .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+            println!("[{row}] {decoded}");
+        }
         Ok(())
     }
 
@@ -202,16 +254,32 @@ impl GenerateArgs {
         if !self.chat {
             return text.encode(prompt);
         }
-        let system = self.system.iter();
-        let mut messages: Vec<Message> = system
-            .map(|system| Message::new("system", system))
-            .collect();
+        let system = self
+            .system
+            .iter()
+            .map(|system| Message::new("system", system));
+        let mut messages: Vec<Message> = system.collect();
         messages.push(Message::new("user", prompt));
+        let mut ending = Ending::Prompt;
+        if let Some(start) = &self.prefill {
+            messages.push(Message::new("assistant", start));
+            ending = Ending::Open;
+        }
         let conversation = Conversation {
             messages,
             ..Conversation::default()
         };
-        text.encode_chat(&conversation, Ending::Prompt)
+        text.encode_chat(&conversation, ending)
+    }
+}
+
+/// Refuses a number that is too small.
+pub fn at_least(least: usize, name: &str, given: usize) -> Result<(), ModelError> {
+    match given < least {
+        true => Err(ModelError::Argument(format!(
+            "{name} is {given}, expected at least {least}"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -12,6 +12,7 @@ mod attention;
 mod backward;
 mod cache;
 mod chat;
+mod cli;
 mod commands;
 mod config;
 mod data;
@@ -43,33 +44,10 @@ mod text;
 mod train;
 mod watch;
 
-use clap::{Parser, Subcommand};
-
-use commands::GenerateArgs;
-use decode::DecodeArgs;
-use finetune::FinetuneArgs;
-
-/// Run and fine-tune Llama-family models in NF4.
-#[derive(Parser, Debug)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand, Debug)]
-enum Command {
-    Generate(GenerateArgs),
-    Decode(DecodeArgs),
-    Finetune(Box<FinetuneArgs>),
-}
+use clap::Parser;
 
 fn main() {
-    let result = match Cli::parse().command {
-        Command::Generate(args) => args.run(),
-        Command::Decode(args) => args.run(),
-        Command::Finetune(args) => args.run(),
-    };
-    if let Err(error) = result {
+    if let Err(error) = cli::Cli::parse().run() {
         eprintln!("error: {error}");
         std::process::exit(1);
     }
