@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use crate::config::{parse, read};
@@ -28,11 +28,19 @@ pub enum Class {
 
 impl Class {
     /// The class of a folder. The config of the model has a say: Mistral's tokenizers are always
-    /// read from the file.
+    /// read from the file. So is a file with bytes as characters, which `LlamaTokenizer` is not for.
     pub fn of(folder: &Path, tokenizer: &Fields) -> Result<Self, ModelError> {
-        let path = folder.join("config.json");
-        let model = match path.exists() {
-            true => Fields::parse(&read(&path)?, &path)?,
+        let path = folder.join("tokenizer.json");
+        if !path.exists() && folder.join("tokenizer.model").exists() {
+            return Err(ModelError::Tokenizer(format!(
+                "{}: there is no tokenizer.json, which transformers makes of tokenizer.model when \
+                 it saves the tokenizer",
+                folder.display()
+            )));
+        }
+        let config = folder.join("config.json");
+        let model = match config.exists() {
+            true => Fields::parse(&read(&config)?, &config)?,
             false => tokenizer.of("model", Default::default()),
         };
         let class = match tokenizer.nullable::<String>("tokenizer_class")? {
@@ -43,7 +51,13 @@ impl Class {
             return Ok(Self::File);
         }
         Ok(match class.strip_suffix("Fast").unwrap_or(&class) {
-            "LlamaTokenizer" => Self::Llama,
+            "LlamaTokenizer" => {
+                let text = String::from_utf8(read(&path)?).unwrap_or_default();
+                match text.contains("\"ByteLevel\"") {
+                    true => Self::File,
+                    false => Self::Llama,
+                }
+            }
             "GPT2Tokenizer" => Self::Gpt2,
             "Qwen2Tokenizer" => Self::Qwen2,
             _ => Self::File,
@@ -75,33 +89,27 @@ impl Class {
     /// Opens `tokenizer.json` under the flags of `tokenizer_config.json`.
     pub fn open(self, folder: &Path, config: &Fields) -> Result<Tokenizer, ModelError> {
         let path = folder.join("tokenizer.json");
-        if !path.exists() && folder.join("tokenizer.model").exists() {
-            return Err(ModelError::Tokenizer(format!(
-                "{}: there is no tokenizer.json, which transformers makes of tokenizer.model when \
-                 it saves the tokenizer",
-                folder.display()
-            )));
-        }
         let mut text = read(&path)?;
         let prefix = config.nullable::<bool>("add_prefix_space")?;
-        let byte_level = text.windows(11).any(|window| window == b"\"ByteLevel\"");
         match self {
-            Self::Llama if !byte_level => {
-                let mut steps: Value = parse(&text, &path)?;
+            Self::Llama => {
+                let mut steps: Map<String, Value> = parse(&text, &path)?;
                 let legacy = config.nullable("legacy")?.unwrap_or(false);
                 if rebuild_llama(&mut steps, prefix.unwrap_or(true), legacy) {
-                    text = steps.to_string().into_bytes();
+                    text = Value::Object(steps).to_string().into_bytes();
                 }
             }
             // The class would drop other steps of the file too, such as SmolLM2's cut between
             // digits. The model was trained with them, so they stay.
             Self::Gpt2 | Self::Qwen2 => {
-                let mut steps: Value = parse(&text, &path)?;
-                if set_prefix_space(&mut steps["pre_tokenizer"], prefix.unwrap_or(false)) {
-                    text = steps.to_string().into_bytes();
+                let mut steps: Map<String, Value> = parse(&text, &path)?;
+                let prefix = prefix.unwrap_or(false);
+                let step = steps.get_mut("pre_tokenizer");
+                if step.is_some_and(|step| set_prefix_space(step, prefix)) {
+                    text = Value::Object(steps).to_string().into_bytes();
                 }
             }
-            Self::File | Self::Llama => {}
+            Self::File => {}
         }
         let mut tokenizer = Tokenizer::from_bytes(&text)
             .map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
@@ -117,8 +125,8 @@ impl Class {
 }
 
 /// The steps of `LlamaTokenizer.__init__`. Says whether the file was of a kind that has them.
-fn rebuild_llama(steps: &mut Value, prefix: bool, legacy: bool) -> bool {
-    let Some(model) = steps["model"].as_object_mut() else {
+fn rebuild_llama(steps: &mut Map<String, Value>, prefix: bool, legacy: bool) -> bool {
+    let Some(model) = steps.get_mut("model").and_then(Value::as_object_mut) else {
         return false;
     };
     // Files of older versions do not name the kind of their model, but BPE alone has merges.
@@ -141,8 +149,7 @@ fn rebuild_llama(steps: &mut Value, prefix: bool, legacy: bool) -> bool {
         (true, true) => "always",
         (true, false) => "first",
     };
-    steps["normalizer"] = Value::Null;
-    steps["pre_tokenizer"] = json!({
+    let pre_tokenizer = json!({
         "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false,
     });
     let mut decoders = vec![
@@ -153,7 +160,10 @@ fn rebuild_llama(steps: &mut Value, prefix: bool, legacy: bool) -> bool {
     if prefix {
         decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
     }
-    steps["decoder"] = json!({ "type": "Sequence", "decoders": decoders });
+    let decoder = json!({ "type": "Sequence", "decoders": decoders });
+    steps.insert("normalizer".into(), Value::Null);
+    steps.insert("pre_tokenizer".into(), pre_tokenizer);
+    steps.insert("decoder".into(), decoder);
     true
 }
 

@@ -22,9 +22,16 @@ pub struct SpecialTokens {
 
 impl SpecialTokens {
     /// Reads them from `tokenizer_config.json`, and from `special_tokens_map.json` where the
-    /// former does not list the tokens that were added.
-    pub fn from_folder(folder: &Path, config: &Fields) -> Result<Self, ModelError> {
+    /// former does not list the tokens that were added. `defaults` are those of the class.
+    pub fn from_folder(
+        folder: &Path,
+        config: &Fields,
+        defaults: &[(&str, &str)],
+    ) -> Result<Self, ModelError> {
         let mut tokens = Self::default();
+        for (name, token) in defaults {
+            tokens.set(name, (*token).into());
+        }
         let mut extra = Vec::new();
         let decoder = config.object("added_tokens_decoder")?;
         tokens.read_named(config, &mut extra)?;
@@ -92,7 +99,7 @@ impl SpecialTokens {
     }
 
     /// Names a token.
-    pub fn set(&mut self, name: &str, token: String) {
+    fn set(&mut self, name: &str, token: String) {
         match self.named.iter_mut().find(|(known, _)| known == name) {
             Some((_, old)) => *old = token,
             None => self.named.push((name.into(), token)),

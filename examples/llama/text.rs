@@ -29,12 +29,7 @@ impl Text {
         };
         let config = Fields::parse(&config, &path)?;
         let class = Class::of(folder, &config)?;
-        let mut tokens = SpecialTokens::from_folder(folder, &config)?;
-        for (name, token) in class.default_tokens() {
-            if config.value(name).is_none() && tokens.get(name).is_none() {
-                tokens.set(name, (*token).into());
-            }
-        }
+        let tokens = SpecialTokens::from_folder(folder, &config, class.default_tokens())?;
         let mut tokenizer = class.open(folder, &config)?;
         tokens.add_to(&mut tokenizer);
         let eos = tokens
