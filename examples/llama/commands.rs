@@ -11,16 +11,18 @@ use burn_nf4::peft::Adapter;
 use clap::Args;
 
 use crate::adapter;
+use crate::chat::{Conversation, Ending};
 use crate::config::LlamaConfig;
 use crate::device::{DTypeName, DeviceName};
 use crate::error::ModelError;
 use crate::fetch;
 use crate::generate::{Report, Request, generate};
 use crate::load;
+use crate::message::Message;
 use crate::model::Llama;
 use crate::progress::{LoadBar, mebibytes, peak_memory_bytes, seconds};
 use crate::sample::Sampling;
-use crate::text::{Message, Text};
+use crate::text::Text;
 
 /// Which model, where, and in which type.
 #[derive(Args, Debug)]
@@ -50,6 +52,12 @@ pub struct GenerateArgs {
     /// The system message of the chat.
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
+    /// The chat template: the name of one that the model has, or a file.
+    #[arg(long, requires = "chat")]
+    pub chat_template: Option<String>,
+    /// How the answer begins, to be continued.
+    #[arg(long, requires = "chat")]
+    pub prefill: Option<String>,
     /// Most tokens to generate.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
@@ -71,7 +79,7 @@ pub struct GenerateArgs {
     /// Apply an adapter that lacks layers that its settings name, without them.
     #[arg(long, requires = "adapter")]
     pub allow_missing: bool,
-    /// Rows: the prompts are repeated until there are this many.
+    /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
     #[arg(long)]
     pub batch: Option<usize>,
     /// Go on to the last token even where the model ends its text: for timing.
@@ -101,6 +109,12 @@ impl ModelArgs {
         device
             .sync()
             .map_err(|error| ModelError::Argument(format!("{device:?}: {error}")))?;
+        if config.tie_word_embeddings && model.lm_head.is_some() {
+            eprintln!(
+                "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
+                 model holds two different ones: both are used"
+            );
+        }
         let (packed, dense) = model.size_bytes();
         eprintln!(
             "loaded in {} on {:?} ({}): {} of packed weights, {} of float weights",
@@ -134,12 +148,38 @@ fn load_model(
 }
 
 impl GenerateArgs {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+        }
+    }
+
+    /// Refuses what cannot be served, before a model is loaded.
+    fn check(&self) -> Result<(), ModelError> {
+        self.sampling().check()?;
+        at_least(1, "--max-tokens", self.max_tokens)?;
+        let prompts = self.prompt.len();
+        match self.batch {
+            Some(batch) if batch < prompts => Err(ModelError::Argument(format!(
+                "--batch is {batch}, expected at least as many rows as prompts, which are {prompts}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     pub fn run(&self) -> Result<(), ModelError> {
+        self.check()?;
         let Opened {
             mut model,
             config,
-            text,
+            mut text,
         } = self.model.open(false)?;
+        if let Some(name) = &self.chat_template {
+            text.chat.choose(name)?;
+        }
         if let Some(folder) = &self.adapter {
             model = self.adapted(model, folder)?;
         }
@@ -148,21 +188,21 @@ impl GenerateArgs {
             .iter()
             .map(|prompt| self.encode(&text, prompt))
             .collect::<Result<_, _>>()?;
-        let rows = self.batch.unwrap_or(prompts.len()).max(1);
+        let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),
             max_tokens: self.max_tokens,
-            sampling: Sampling {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                seed: self.seed,
-            },
+            sampling: self.sampling(),
             eos: match self.ignore_eos {
                 true => Vec::new(),
                 false => config.eos_token_ids.clone(),
             },
         };
+        let longest = request.longest_prompt();
+        let mut warning = config.warn_of_length("the longest prompt", longest);
+        if let Some(warning) = &warning {
+            eprintln!("{warning}");
+        }
 
         // One row is shown as it comes; more would mix.
         let mut stream = text.tokenizer.decode_stream(true);
@@ -181,18 +221,16 @@ impl GenerateArgs {
         })?;
         println!();
         if rows > 1 {
-            // Rows of the same prompt say the same when nothing is drawn.
-            let shown = if self.temperature > 0.0 {
-                rows
-            } else {
-                prompts.len().min(rows)
-            };
-            for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
-                let decoded = text
-                    .tokenizer
-                    .decode(tokens, true)
-                    .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
-                println!("[{row}] {decoded}");
+            self.print_rows(&report, &text, prompts.len())?;
+        }
+        if warning.is_none() {
+            let texts = request.prompts.iter().zip(&report.tokens);
+            let longest = texts
+                .map(|(prompt, tokens)| prompt.len() + tokens.len())
+                .max();
+            warning = config.warn_of_length("the longest text", longest.unwrap_or(0));
+            if let Some(warning) = warning {
+                eprintln!("{warning}");
             }
         }
         print_report(&report, rows);
@@ -216,20 +254,52 @@ impl GenerateArgs {
         })
     }
 
+    fn print_rows(&self, report: &Report, text: &Text, prompts: usize) -> Result<(), ModelError> {
+        // Rows of the same prompt say the same when nothing is drawn.
+        let shown = match self.temperature > 0.0 {
+            true => report.tokens.len(),
+            false => prompts,
+        };
+        for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
+            let decoded = text
+                .tokenizer
+                .decode(tokens, true)
+                .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+            println!("[{row}] {decoded}");
+        }
+        Ok(())
+    }
+
     fn encode(&self, text: &Text, prompt: &str) -> Result<Vec<u32>, ModelError> {
         if !self.chat {
             return text.encode(prompt);
         }
-        let message = |role: &str, content: &str| Message {
-            role: role.into(),
-            content: content.into(),
-        };
-        let mut messages = Vec::new();
-        if let Some(system) = &self.system {
-            messages.push(message("system", system));
+        let system = self
+            .system
+            .iter()
+            .map(|system| Message::new("system", system));
+        let mut messages: Vec<Message> = system.collect();
+        messages.push(Message::new("user", prompt));
+        let mut ending = Ending::Prompt;
+        if let Some(start) = &self.prefill {
+            messages.push(Message::new("assistant", start));
+            ending = Ending::Open;
         }
-        messages.push(message("user", prompt));
-        text.encode_chat(&messages, true)
+        let conversation = Conversation {
+            messages,
+            ..Conversation::default()
+        };
+        text.encode_chat(&conversation, ending)
+    }
+}
+
+/// Refuses a number that is too small.
+pub fn at_least(least: usize, name: &str, given: usize) -> Result<(), ModelError> {
+    match given < least {
+        true => Err(ModelError::Argument(format!(
+            "{name} is {given}, expected at least {least}"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -1,14 +1,19 @@
 //! `config.json` and `generation_config.json` of a Llama-family model.
+//!
+//! Fields and their defaults: `LlamaConfig` and `MistralConfig` of transformers 5.24.0. What those
+//! classes do not read has no meaning here either.
 
 use std::fs;
 use std::path::Path;
 
+use burn_nf4::checkpoint::python_json;
 use burn_nf4::format::FloatType;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::error::ModelError;
-use crate::rope::{RopeConfig, RopeParameters};
+use crate::fields::{FieldType, Fields};
+use crate::rope::RopeConfig;
 
 /// The model that a `config.json` describes, with every default filled in and everything that is
 /// not implemented refused.
@@ -24,6 +29,8 @@ pub struct LlamaConfig {
     pub rms_norm_eps: f64,
     pub attention_bias: bool,
     pub mlp_bias: bool,
+    /// Whether the head is the table of the embeddings, where the checkpoint does not hold two
+    /// different ones.
     pub tie_word_embeddings: bool,
     /// How many positions a token sees, itself included; all before it if none.
     pub sliding_window: Option<usize>,
@@ -31,70 +38,29 @@ pub struct LlamaConfig {
     /// The type to compute in.
     pub dtype: FloatType,
     pub eos_token_ids: Vec<u32>,
+    /// Dropout on the attention weights in training.
+    pub attention_dropout: f64,
 }
 
-/// `config.json` as it is written, both the present and the older names.
-#[derive(Deserialize)]
-struct RawConfig {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    #[serde(default = "default_act")]
-    hidden_act: String,
-    #[serde(default = "default_eps")]
-    rms_norm_eps: f64,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    sliding_window: Option<usize>,
-    layer_types: Option<Vec<String>>,
-    max_position_embeddings: Option<usize>,
-    original_max_position_embeddings: Option<usize>,
-    rope_parameters: Option<RopeParameters>,
-    rope_scaling: Option<RopeParameters>,
-    rope_theta: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-    dtype: Option<String>,
-    torch_dtype: Option<String>,
-    eos_token_id: Option<TokenIds>,
-}
-
-fn default_act() -> String {
-    "silu".into()
-}
-
-fn default_eps() -> f64 {
-    1e-6
+/// The families that share this code.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Family {
+    Llama,
+    Mistral,
 }
 
 /// One id or a list of them.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
-}
+struct TokenIds(Vec<u32>);
 
-impl TokenIds {
-    fn into_vec(self) -> Vec<u32> {
-        match self {
-            Self::One(id) => vec![id],
-            Self::Many(ids) => ids,
+impl FieldType for TokenIds {
+    const NAME: &'static str = "a token id, or a list of them";
+
+    fn read(value: &Value) -> Option<Self> {
+        match value {
+            Value::Array(ids) => ids.iter().map(u32::read).collect::<Option<_>>().map(Self),
+            id => u32::read(id).map(|id| Self(vec![id])),
         }
     }
-}
-
-#[derive(Deserialize)]
-struct RawGenerationConfig {
-    eos_token_id: Option<TokenIds>,
 }
 
 impl LlamaConfig {
@@ -105,9 +71,9 @@ impl LlamaConfig {
         let mut config = Self::from_json(&read(&path)?, &path)?;
         let path = folder.join("generation_config.json");
         if path.exists() {
-            let generation: RawGenerationConfig = parse(&read(&path)?, &path)?;
-            if let Some(ids) = generation.eos_token_id {
-                config.eos_token_ids = ids.into_vec();
+            let fields = Fields::parse(&read(&path)?, &path)?;
+            if let Some(TokenIds(ids)) = fields.nullable("eos_token_id")? {
+                config.eos_token_ids = ids;
             }
         }
         Ok(config)
@@ -115,82 +81,176 @@ impl LlamaConfig {
 
     /// Reads the text of a `config.json`; the path is for errors.
     pub fn from_json(text: &[u8], path: &Path) -> Result<Self, ModelError> {
-        let raw: RawConfig = parse(text, path)?;
-        let mistral = match raw.model_type.as_str() {
-            "llama" => false,
-            "mistral" => true,
-            _ => {
-                return Err(unsupported("model_type", &raw.model_type, "llama, mistral"));
-            }
+        let fields = Fields::parse(text, path)?;
+        let family = match fields.required::<String>("model_type")?.as_str() {
+            "llama" => Family::Llama,
+            "mistral" => Family::Mistral,
+            other => return Err(fields.unsupported("model_type", other, "llama, mistral")),
         };
-        if raw.hidden_act != "silu" {
-            return Err(unsupported("hidden_act", &raw.hidden_act, "silu"));
+        check_quantization(&fields)?;
+        if !matches!(fields.value("per_layer_config"), None | Some(Value::Null)) {
+            return Err(fields.unsupported("per_layer_config", "set", "one config for all layers"));
         }
-        if let Some(factor) = raw.partial_rotary_factor.filter(|&factor| factor != 1.0) {
-            return Err(unsupported("partial_rotary_factor", factor, "1"));
-        }
-        if mistral && raw.layer_types.is_some() {
-            return Err(unsupported("layer_types", "set", "one type for all layers"));
+        let activation = fields.get("hidden_act")?.unwrap_or("silu".to_string());
+        // Two names of one function in transformers' table.
+        if !["silu", "swish"].contains(&activation.as_str()) {
+            return Err(fields.unsupported("hidden_act", activation, "silu"));
         }
 
-        let heads = raw.num_attention_heads;
-        let kv_heads = raw
-            .num_key_value_heads
-            .unwrap_or(if mistral { 8 } else { heads });
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(unsupported(
-                "num_key_value_heads",
-                format!("{kv_heads} for {heads} heads"),
-                "a divisor of num_attention_heads",
-            ));
-        }
-        let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
+        let hidden_size = size(&fields, "hidden_size", 4096)?;
+        let num_hidden_layers = size(&fields, "num_hidden_layers", 32)?;
+        let (num_attention_heads, num_key_value_heads) = heads(&fields, family)?;
+        let head_dim = fields
+            .nullable("head_dim")?
+            .unwrap_or(hidden_size / num_attention_heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            return Err(unsupported("head_dim", head_dim, "a positive even number"));
+            return Err(fields.unsupported("head_dim", head_dim, "a positive even number"));
         }
-        let dtype = raw.dtype.or(raw.torch_dtype);
+        let sliding_window = sliding_window(&fields, family)?;
+        check_layer_types(&fields, num_hidden_layers, sliding_window)?;
+        let max_positions = match family {
+            Family::Llama => 2048,
+            Family::Mistral => 4096 * 32,
+        };
+        let max_positions = size(&fields, "max_position_embeddings", max_positions)?;
+        let eos_token_ids = match fields.value("eos_token_id") {
+            None => vec![2],
+            Some(_) => fields
+                .nullable("eos_token_id")?
+                .map_or_else(Vec::new, |TokenIds(ids)| ids),
+        };
+        let flag = |name| Ok::<bool, ModelError>(fields.get(name)?.unwrap_or(false));
+        // Mistral's layers have no biases, whatever the config says.
+        let bias = |name| Ok::<bool, ModelError>(flag(name)? && family == Family::Llama);
         Ok(Self {
-            vocab_size: raw.vocab_size,
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            num_hidden_layers: raw.num_hidden_layers,
-            num_attention_heads: heads,
-            num_key_value_heads: kv_heads,
-            head_dim,
-            rms_norm_eps: raw.rms_norm_eps,
-            attention_bias: raw.attention_bias,
-            mlp_bias: raw.mlp_bias,
-            tie_word_embeddings: raw.tie_word_embeddings,
-            // Llama has no window; its config may still carry the key.
-            sliding_window: raw.sliding_window.filter(|_| mistral),
-            rope: RopeConfig::new(
-                raw.rope_parameters.or(raw.rope_scaling).unwrap_or_default(),
-                raw.rope_theta,
-                raw.max_position_embeddings
-                    .unwrap_or(if mistral { 4096 * 32 } else { 2048 }),
-                raw.original_max_position_embeddings,
-                head_dim,
+            vocab_size: size(&fields, "vocab_size", 32_000)?,
+            hidden_size,
+            intermediate_size: size(
+                &fields,
+                "intermediate_size",
+                match family {
+                    Family::Llama => 11_008,
+                    Family::Mistral => 14_336,
+                },
             )?,
-            dtype: match dtype {
-                Some(name) => FloatType::from_name(&name, "config.json: dtype")?,
-                None => FloatType::F32,
-            },
-            eos_token_ids: raw.eos_token_id.map_or_else(Vec::new, TokenIds::into_vec),
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(1e-6),
+            attention_bias: bias("attention_bias")?,
+            mlp_bias: bias("mlp_bias")?,
+            tie_word_embeddings: flag("tie_word_embeddings")?,
+            sliding_window,
+            rope: RopeConfig::read(&fields, max_positions, head_dim)?,
+            dtype: dtype(&fields)?,
+            eos_token_ids,
+            attention_dropout: fields.nullable("attention_dropout")?.unwrap_or(0.0),
+        })
+    }
+
+    /// What to tell people of a text that goes on beyond the positions that the model was made for,
+    /// if it does.
+    pub fn warn_of_length(&self, what: &str, tokens: usize) -> Option<String> {
+        let positions = self.rope.max_positions;
+        (tokens > positions).then(|| {
+            format!(
+                "warning: {what} has {tokens} tokens, the model was made for {positions} positions \
+                 (max_position_embeddings)"
+            )
         })
     }
 }
 
-/// The error for a value that is not implemented.
-pub fn unsupported(
-    field: &'static str,
-    given: impl ToString,
-    supported: &'static str,
-) -> ModelError {
-    ModelError::Unsupported {
-        field,
-        given: given.to_string(),
-        supported,
+/// A size of the model.
+fn size(fields: &Fields, name: &str, default: usize) -> Result<usize, ModelError> {
+    match fields.get(name)?.unwrap_or(default) {
+        0 => Err(fields.unsupported(name, 0, "a positive number")),
+        size => Ok(size),
     }
+}
+
+/// The heads of the queries, and of the keys and values.
+fn heads(fields: &Fields, family: Family) -> Result<(usize, usize), ModelError> {
+    let heads = size(fields, "num_attention_heads", 32)?;
+    let kv_heads = match (fields.value("num_key_value_heads"), family) {
+        (None, Family::Mistral) => 8,
+        (None | Some(Value::Null), _) => heads,
+        (Some(_), _) => size(fields, "num_key_value_heads", heads)?,
+    };
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(fields.unsupported(
+            "num_key_value_heads",
+            format!("{kv_heads} for {heads} heads"),
+            "a divisor of num_attention_heads",
+        ));
+    }
+    Ok((heads, kv_heads))
+}
+
+/// The window of Mistral; Llama has none, though its config may carry the key.
+fn sliding_window(fields: &Fields, family: Family) -> Result<Option<usize>, ModelError> {
+    match (family, fields.value("sliding_window")) {
+        (Family::Llama, _) | (_, Some(Value::Null)) => Ok(None),
+        (Family::Mistral, _) => size(fields, "sliding_window", 4096).map(Some),
+    }
+}
+
+/// transformers treats all layers of these families alike, whatever the types say.
+fn check_layer_types(
+    fields: &Fields,
+    layers: usize,
+    window: Option<usize>,
+) -> Result<(), ModelError> {
+    let Some(types) = fields.nullable::<Vec<String>>("layer_types")? else {
+        return Ok(());
+    };
+    let expected = match window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    };
+    if types.len() == layers && types.iter().all(|name| name == expected) {
+        return Ok(());
+    }
+    Err(fields.unsupported(
+        "layer_types",
+        format!("[{}]", types.join(", ")),
+        format!("{expected} for each of the {layers} layers"),
+    ))
+}
+
+/// The type to compute in: `dtype`, or `torch_dtype` of older files.
+fn dtype(fields: &Fields) -> Result<FloatType, ModelError> {
+    for name in ["dtype", "torch_dtype"] {
+        if let Some(dtype) = fields.nullable::<String>(name)? {
+            return Ok(FloatType::from_name(
+                &dtype,
+                &format!("config.json: {name}"),
+            )?);
+        }
+    }
+    Ok(FloatType::F32)
+}
+
+/// Weights that another method quantized have other tensors and other arithmetic.
+fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
+    if !matches!(fields.value("compression_config"), None | Some(Value::Null)) {
+        let supported = "bitsandbytes' quantization_config";
+        return Err(fields.unsupported("compression_config", "set", supported));
+    }
+    let Some(quantization) = fields.object("quantization_config")? else {
+        return Ok(());
+    };
+    let method = quantization.nullable::<String>("quant_method")?;
+    if let Some(method) = method.filter(|method| method != "bitsandbytes") {
+        return Err(quantization.unsupported("quant_method", method, "bitsandbytes"));
+    }
+    for name in ["load_in_8bit", "_load_in_8bit"] {
+        if quantization.nullable(name)? == Some(true) {
+            return Err(quantization.unsupported(name, true, "4 bit"));
+        }
+    }
+    Ok(())
 }
 
 /// Reads a file.
@@ -198,7 +258,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     fs::read(path).map_err(ModelError::io(path))
 }
 
-/// Reads JSON; the path is for errors.
+/// Reads JSON as Python does; the path is for errors.
 pub fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, ModelError> {
-    serde_json::from_slice(text).map_err(ModelError::json(path))
+    python_json::from_slice(text).map_err(ModelError::json(path))
 }

@@ -1,21 +1,26 @@
 //! Training texts as batches of tokens.
 
-use std::fs;
 use std::path::Path;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use serde::Deserialize;
 
 use crate::adapter::stable_hash;
+use crate::chat::Ending;
 use crate::error::ModelError;
-use crate::text::{Message, Text};
+use crate::plain_text::{self, with_unix_lines};
+use crate::records::{self, Record};
+use crate::text::Text;
 
 /// Tokenized examples.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dataset {
     examples: Vec<Vec<u32>>,
+    /// Examples of the file that were cut off.
+    pub cut: usize,
+    /// Examples that were left out because they have no token to be predicted.
+    pub left_out: usize,
 }
 
 /// Rows of tokens, padded on the right to one length.
@@ -31,17 +36,9 @@ pub struct Batch {
     pub lengths: Vec<usize>,
 }
 
-/// A line of a `.jsonl` file: a text, or a conversation.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Record {
-    Text { text: String },
-    Messages { messages: Vec<Message> },
-}
-
 impl Dataset {
-    /// Reads a `.txt` file, cut into pieces of `length` tokens, or a `.jsonl` file, one example a
-    /// line (`text`, or `messages` for the chat template), each cut off at `length` tokens.
+    /// Reads a `.txt` file, cut into pieces of `length` tokens, or a `.jsonl` or `.json` file of
+    /// examples (`text`, or `messages` for the chat template), each cut off at `length` tokens.
     pub fn read(
         path: &Path,
         text: &Text,
@@ -53,56 +50,61 @@ impl Dataset {
                 "the sequence length must be at least 2".into(),
             ));
         }
-        let content = fs::read_to_string(path).map_err(ModelError::io(path))?;
-        let examples: Vec<Vec<u32>> = match path.extension().and_then(|ext| ext.to_str()) {
-            Some("txt") => text
-                .encode(&content)?
-                .chunks(length)
-                .map(<[u32]>::to_vec)
-                .collect(),
-            Some("jsonl") => content
-                .lines()
-                .enumerate()
-                .filter(|(_, line)| !line.trim().is_empty())
-                .map(|(index, line)| {
-                    let record = serde_json::from_str(line).map_err(|_| ModelError::Json {
-                        path: path.into(),
-                        message: format!(
-                            "line {}: expected an object with `text` or `messages`",
-                            index + 1
-                        ),
-                    })?;
-                    let mut ids = match record {
-                        Record::Text { text: example } => {
-                            let mut ids = text.encode(&example)?;
-                            ids.extend(eos);
-                            ids
-                        }
-                        Record::Messages { messages } => text.encode_chat(&messages, false)?,
-                    };
-                    ids.truncate(length);
-                    Ok(ids)
-                })
-                .collect::<Result<_, ModelError>>()?,
-            _ => {
-                return Err(ModelError::Argument(format!(
-                    "{}: expected a .txt or .jsonl file",
-                    path.display()
-                )));
-            }
-        };
-        Self::new(examples)
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        let extension = extension.unwrap_or_default().to_lowercase();
+        if !["txt", "jsonl", "json"].contains(&extension.as_str()) {
+            return Err(ModelError::Argument(format!(
+                "{}: expected a .txt, .jsonl or .json file",
+                path.display()
+            )));
+        }
+        let content = plain_text::read(path)?;
+        if extension == "txt" {
+            let ids = text.encode(&with_unix_lines(&content))?;
+            return Self::new(ids.chunks(length).map(<[u32]>::to_vec).collect());
+        }
+        let mut cut = 0;
+        let mut examples = Vec::new();
+        for (place, record) in records::parse(&content, path)? {
+            let mut ids = match record {
+                Record::Text(example) => {
+                    let mut ids = text.encode(&example)?;
+                    ids.extend(eos);
+                    ids
+                }
+                Record::Conversation(conversation) => text
+                    .encode_chat(&conversation, Ending::Whole)
+                    .map_err(|error| place.error(path, error))?,
+            };
+            cut += usize::from(ids.len() > length);
+            ids.truncate(length);
+            examples.push(ids);
+        }
+        Ok(Self {
+            cut,
+            ..Self::new(examples)?
+        })
     }
 
     /// A dataset of tokens. Examples too short to predict anything are left out.
     pub fn new(mut examples: Vec<Vec<u32>>) -> Result<Self, ModelError> {
+        let given = examples.len();
         examples.retain(|example| example.len() >= 2);
         if examples.is_empty() {
             return Err(ModelError::Argument(
                 "the data holds no example of two tokens or more".into(),
             ));
         }
-        Ok(Self { examples })
+        Ok(Self {
+            left_out: given - examples.len(),
+            examples,
+            cut: 0,
+        })
+    }
+
+    /// Tokens of the longest example.
+    pub fn longest(&self) -> usize {
+        self.examples.iter().map(Vec::len).max().unwrap_or(0)
     }
 
     /// Refuses tokens that a model of this vocabulary does not know.

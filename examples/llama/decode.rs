@@ -10,6 +10,7 @@ use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
 use clap::{Args, ValueEnum};
 
 use crate::attention::Attention;
+use crate::commands::at_least;
 use crate::config::LlamaConfig;
 use crate::device::{DTypeName, DeviceName};
 use crate::error::ModelError;
@@ -18,6 +19,9 @@ use crate::load::linears;
 use crate::model::{DecoderLayer, Llama, Mlp, RmsNorm};
 use crate::projection::Projection;
 use crate::sample::Sampling;
+
+/// Tokens of the prompt.
+const PROMPT: usize = 16;
 
 /// Time decoding with random weights: needs no checkpoint.
 #[derive(Args, Debug)]
@@ -81,6 +85,11 @@ impl SizeName {
 
 impl DecodeArgs {
     pub fn run(&self) -> Result<(), ModelError> {
+        at_least(1, "--tokens", self.tokens)?;
+        for rows in &self.batch {
+            at_least(1, "--batch", *rows)?;
+        }
+        at_least(1, "--rank", self.rank.unwrap_or(1))?;
         let config = LlamaConfig::from_json(self.size.config().as_bytes(), "config.json".as_ref())?;
         let device = self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
@@ -94,9 +103,13 @@ impl DecodeArgs {
             self.device,
             dtype.name()
         );
+        // The first token is that of the prompt.
+        if let Some(warning) = config.warn_of_length("each text", PROMPT + self.tokens + 1) {
+            eprintln!("{warning}");
+        }
         for &rows in &self.batch {
             let request = Request {
-                prompts: vec![vec![1; 16]; rows],
+                prompts: vec![vec![1; PROMPT]; rows],
                 max_tokens: self.tokens + 1,
                 sampling: Sampling {
                     temperature: 0.0,

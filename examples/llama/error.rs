@@ -20,16 +20,28 @@ pub enum ModelError {
     /// A file that is not the JSON expected.
     #[error("{}: {message}", path.display())]
     Json { path: PathBuf, message: String },
-    /// A field of `config.json` whose value this model does not implement.
-    #[error("config.json: `{field}` is {given}, supported: {supported}")]
+    /// A field of a JSON file whose value is not implemented here or makes no sense.
+    #[error("{}: `{field}` is {given}, supported: {supported}", path.display())]
     Unsupported {
-        field: &'static str,
+        path: PathBuf,
+        field: String,
         given: String,
-        supported: &'static str,
+        supported: String,
     },
     /// The tensors of the checkpoint are not those of the model.
     #[error("{0}")]
     Tensors(Box<TensorFaults>),
+    /// A file of texts that holds something unexpected.
+    #[error("{}, line {line}, column {column}: {message}", path.display())]
+    Data {
+        path: PathBuf,
+        line: usize,
+        column: usize,
+        message: String,
+    },
+    /// The chat template cannot be used, or not for this conversation.
+    #[error("the chat template: {0}")]
+    Template(String),
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

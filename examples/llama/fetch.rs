@@ -7,6 +7,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::chat::{OLD_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::config::{parse, read};
 use crate::error::ModelError;
 
@@ -35,6 +36,27 @@ pub fn folder(name: &str) -> Result<PathBuf, ModelError> {
     fetch(name)
 }
 
+/// The files that are read beside the weights: those that must be there, and of the others those
+/// that are.
+pub fn beside_the_weights(held: &BTreeSet<String>) -> Vec<&str> {
+    const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
+    const OPTIONAL: [&str; 5] = [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        TEMPLATE_FILE,
+        OLD_TEMPLATE_FILE,
+    ];
+    let optional = held.iter().map(String::as_str).filter(|file| {
+        let template = file
+            .strip_prefix(TEMPLATE_FOLDER)
+            .and_then(|file| file.strip_prefix('/'))
+            .is_some_and(|file| file.ends_with(".jinja") && !file.contains('/'));
+        template || OPTIONAL.contains(file)
+    });
+    REQUIRED.into_iter().chain(optional).collect()
+}
+
 /// Fetches only what is needed, with hf-hub's progress bars.
 fn fetch(name: &str) -> Result<PathBuf, ModelError> {
     let failed = |error: ApiError| ModelError::Fetch {
@@ -53,13 +75,8 @@ fn fetch(name: &str) -> Result<PathBuf, ModelError> {
         .into_iter()
         .map(|file| file.rfilename)
         .collect();
-    for required in ["config.json", "tokenizer.json"] {
-        repo.get(required).map_err(failed)?;
-    }
-    for optional in ["generation_config.json", "tokenizer_config.json"] {
-        if held.contains(optional) {
-            repo.get(optional).map_err(failed)?;
-        }
+    for file in beside_the_weights(&held) {
+        repo.get(file).map_err(failed)?;
     }
     if held.contains(INDEX_FILE) {
         let path = repo.get(INDEX_FILE).map_err(failed)?;

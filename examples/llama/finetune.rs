@@ -7,10 +7,11 @@ use burn_nf4::peft::{LoraConfig, TargetModules};
 use clap::Args;
 
 use crate::adapter;
-use crate::commands::{ModelArgs, Opened};
+use crate::commands::{ModelArgs, Opened, at_least};
 use crate::config::parse;
 use crate::data::{Batch, Dataset};
 use crate::error::ModelError;
+use crate::model::Llama;
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 use crate::schedule::{Decay, Schedule};
 use crate::train::{Settings, Trainer, latest_checkpoint};
@@ -21,7 +22,7 @@ use crate::watch::{StepReport, Watch};
 pub struct FinetuneArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// A .txt file, or a .jsonl file with `text` or `messages` in each line.
+    /// A .txt file, or a .jsonl or .json file of objects with `text` or `messages`.
     #[arg(long)]
     pub data: PathBuf,
     /// Where to save the adapter and the checkpoints.
@@ -93,22 +94,64 @@ pub struct FinetuneArgs {
 }
 
 impl FinetuneArgs {
-    pub fn run(&self) -> Result<(), ModelError> {
-        if self.batch_size == 0 || self.grad_accum == 0 {
-            return Err(ModelError::Argument(
-                "--batch-size and --grad-accum must be at least 1".into(),
-            ));
+    /// Refuses what cannot be served, before a model is loaded.
+    fn check(&self) -> Result<(), ModelError> {
+        at_least(1, "--batch-size", self.batch_size)?;
+        at_least(1, "--grad-accum", self.grad_accum)?;
+        at_least(2, "--seq-len", self.seq_len)?;
+        at_least(1, "--epochs", self.epochs)?;
+        at_least(1, "--steps", self.steps.unwrap_or(1))?;
+        at_least(1, "--save-every", self.save_every.unwrap_or(1))?;
+        let decay = f64::from(self.weight_decay);
+        for (name, given, fine, expected) in [
+            ("--lr", self.lr, self.lr > 0.0, "a positive number"),
+            ("--alpha", self.alpha, self.alpha > 0.0, "a positive number"),
+            (
+                "--weight-decay",
+                decay,
+                decay >= 0.0,
+                "a number of at least 0",
+            ),
+        ] {
+            if !fine || !given.is_finite() {
+                return Err(ModelError::Argument(format!(
+                    "{name} is {given}, expected {expected}"
+                )));
+            }
         }
+        Ok(self.lora().check()?)
+    }
+
+    pub fn run(&self) -> Result<(), ModelError> {
+        self.check()?;
         let Opened {
             model,
             config,
             text,
         } = self.model.open(true)?;
-        let eos = config.eos_token_ids.first().copied();
+        if config.attention_dropout != 0.0 {
+            return Err(ModelError::Unsupported {
+                path: "config.json".into(),
+                field: "attention_dropout".into(),
+                given: config.attention_dropout.to_string(),
+                supported: "0 in training".into(),
+            });
+        }
+        self.check_targets(&model)?;
+        let eos = text.eos.or(config.eos_token_ids.first().copied());
         let data = Dataset::read(&self.data, &text, eos, self.seq_len)?;
         data.check_vocabulary(config.vocab_size)?;
+        if let Some(warning) = config.warn_of_length("the longest example", data.longest()) {
+            eprintln!("{warning}");
+        }
         let per_epoch = data.steps_per_epoch(self.batch_size * self.grad_accum);
         let total = self.steps.unwrap_or(self.epochs * per_epoch);
+        if self.warmup > total {
+            eprintln!(
+                "warning: --warmup is {}, of {total} steps: the learning rate does not reach --lr",
+                self.warmup
+            );
+        }
 
         let lora = self.lora();
         let settings = self.settings(&lora, &data, total)?;
@@ -131,8 +174,17 @@ impl FinetuneArgs {
                 }
             };
         }
+        let mut notes = String::new();
+        for (count, what) in [
+            (data.cut, "cut at --seq-len"),
+            (data.left_out, "too short and left out"),
+        ] {
+            if count > 0 {
+                notes += &format!(", {count} {what}");
+            }
+        }
         eprintln!(
-            "{} examples, {total} steps, {per_epoch} an epoch",
+            "{} examples{notes}; {total} steps, {per_epoch} an epoch",
             data.len()
         );
         self.train(&mut trainer, &data, total)?;
@@ -169,7 +221,7 @@ impl FinetuneArgs {
             }
             if self
                 .save_every
-                .is_some_and(|every| trainer.step.is_multiple_of(every.max(1)))
+                .is_some_and(|every| trainer.step.is_multiple_of(every))
             {
                 watch.saved(&trainer.save_checkpoint(&self.output)?);
             }
@@ -184,6 +236,27 @@ impl FinetuneArgs {
             trainer.step - first,
             seconds(start.elapsed())
         );
+        Ok(())
+    }
+
+    /// Refuses a target that no layer has. The library asks for one layer of any target.
+    fn check_targets(&self, model: &Llama) -> Result<(), ModelError> {
+        let TargetModules::List(names) = self.lora().target_modules else {
+            return Ok(());
+        };
+        let paths: Vec<String> = model
+            .projections()
+            .into_iter()
+            .map(|(path, _)| path)
+            .collect();
+        for name in names {
+            let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
+            if !paths.iter().any(has_it) {
+                return Err(ModelError::Argument(format!(
+                    "--target-modules: no layer of the model is named `{name}`"
+                )));
+            }
+        }
         Ok(())
     }
 

@@ -21,6 +21,13 @@ pub struct Request {
     pub eos: Vec<u32>,
 }
 
+impl Request {
+    /// Tokens of the longest prompt.
+    pub fn longest_prompt(&self) -> usize {
+        self.prompts.iter().map(Vec::len).max().unwrap_or(0)
+    }
+}
+
 /// How it went.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -47,7 +54,14 @@ pub fn generate(
     mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
 ) -> Result<Report, ModelError> {
     let rows = request.prompts.len();
-    let longest = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let longest = request.longest_prompt();
+    request.sampling.check()?;
+    if rows == 0 || request.max_tokens == 0 {
+        return Err(ModelError::Argument(format!(
+            "{rows} prompts and up to {} tokens, expected at least one of each",
+            request.max_tokens
+        )));
+    }
     if let Some(row) = request.prompts.iter().position(Vec::is_empty) {
         return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
     }
@@ -84,6 +98,9 @@ pub fn generate(
     let mut step_start = start;
     for _ in 0..request.max_tokens {
         let logits = model.next_logits(ids, &mut rope, &mut cache);
+        if prompt_time.is_none() {
+            check_finite(&logits)?;
+        }
         let (next, host) = sampler.next(logits);
         if prompt_time.is_some() {
             decoded_tokens += open.iter().filter(|&&open| open).count();
@@ -123,6 +140,19 @@ pub fn generate(
             .unwrap_or_default(),
         cache_bytes: cache.size_bytes(),
     })
+}
+
+/// Refuses logits that no token can be chosen by. They would give some text all the same.
+fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
+    let finite = logits.clone().is_finite().all();
+    match finite.into_scalar::<bool>() {
+        true => Ok(()),
+        false => Err(ModelError::Argument(format!(
+            "the model gives logits that are infinite or no numbers: its weights are damaged, or \
+             {:?} is too small for them",
+            logits.dtype()
+        ))),
+    }
 }
 
 impl Report {

@@ -14,11 +14,52 @@ use crate::error::{ModelError, TensorFaults};
 use crate::model::{DecoderLayer, Llama, Mlp, RmsNorm};
 use crate::projection::Projection;
 
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Where the table of the embeddings and the head come from.
+///
+/// As `PreTrainedModel.tie_weights` of transformers 5.24.0 decides it: the flag of the config asks
+/// for one matrix, and what the checkpoint holds has the last word.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Tie {
+    /// Two matrices.
+    Two,
+    /// The table is the head too.
+    Table,
+    /// The head is the table too.
+    Head,
+    /// One matrix if both are equal.
+    IfEqual,
+}
+
+impl Tie {
+    fn of(checkpoint: &Checkpoint, config: &LlamaConfig) -> Self {
+        match (checkpoint.contains(TABLE), checkpoint.contains(HEAD)) {
+            _ if !config.tie_word_embeddings => Self::Two,
+            (true, true) => Self::IfEqual,
+            // A packed head cannot give embeddings: the table is missing.
+            (false, true) if !checkpoint.is_quantized(HEAD) => Self::Head,
+            _ => Self::Table,
+        }
+    }
+
+    /// The matrices to be read.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Two | Self::IfEqual => &[TABLE, HEAD],
+            Self::Table => &[TABLE],
+            Self::Head => &[HEAD],
+        }
+    }
+}
+
 /// Builds the model and reads its weights onto the device, one at a time.
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. All that is missing, unexpected or of another form is listed in one error, before
-/// anything is read.
+/// anything is read. Where the config ties the head to the table and the checkpoint holds two
+/// different ones, the model has both, as in transformers: see [`Llama::lm_head`].
 pub fn load(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
@@ -26,8 +67,9 @@ pub fn load(
     device: &Device,
     mut on_progress: impl FnMut(Progress<'_>),
 ) -> Result<Llama, ModelError> {
-    let parameters = parameters(config);
-    check(checkpoint, config, &parameters)?;
+    let tie = Tie::of(checkpoint, config);
+    let parameters = parameters(config, tie);
+    check(checkpoint, &parameters)?;
     let mut reader = Reader {
         checkpoint,
         dtype,
@@ -38,21 +80,15 @@ pub fn load(
         bytes_done: 0,
         bytes_total: checkpoint.size_bytes(),
     };
-    Ok(reader.model(config)?.no_grad())
+    Ok(reader.model(config, tie)?.no_grad())
 }
 
 /// The parameters of the model and their shapes.
-fn parameters(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+fn parameters(config: &LlamaConfig, tie: Tie) -> Vec<(String, Vec<usize>)> {
     let hidden = config.hidden_size;
-    let mut found = vec![
-        (
-            "model.embed_tokens.weight".into(),
-            vec![config.vocab_size, hidden],
-        ),
-        ("model.norm.weight".into(), vec![hidden]),
-    ];
-    if !config.tie_word_embeddings {
-        found.push(("lm_head.weight".into(), vec![config.vocab_size, hidden]));
+    let mut found = vec![("model.norm.weight".into(), vec![hidden])];
+    for key in tie.keys() {
+        found.push(((*key).into(), vec![config.vocab_size, hidden]));
     }
     for index in 0..config.num_hidden_layers {
         let layer = format!("model.layers.{index}");
@@ -87,11 +123,7 @@ pub fn linears(config: &LlamaConfig) -> [(&'static str, [usize; 2], bool); 7] {
 }
 
 /// Compares names, shapes and dtypes with the checkpoint's, without reading a weight.
-fn check(
-    checkpoint: &Checkpoint,
-    config: &LlamaConfig,
-    parameters: &[(String, Vec<usize>)],
-) -> Result<(), ModelError> {
+fn check(checkpoint: &Checkpoint, parameters: &[(String, Vec<usize>)]) -> Result<(), ModelError> {
     let mut faults = TensorFaults {
         path: checkpoint.path().into(),
         ..TensorFaults::default()
@@ -101,7 +133,7 @@ fn check(
             faults.missing.push(format!("{key} {expected:?}"));
             continue;
         }
-        let linear = key.ends_with("_proj.weight") || key == "lm_head.weight";
+        let linear = key.ends_with("_proj.weight") || key == HEAD;
         let given = match checkpoint.is_quantized(key) {
             true if !linear => {
                 let fault = format!("{key} is quantized, expected a float tensor {expected:?}");
@@ -126,9 +158,8 @@ fn check(
     }
     let known = |key: &str| {
         parameters.iter().any(|(name, _)| name == key)
-            // Buffers and copies that transformers does not read either.
+            // Buffers that transformers does not read either.
             || key.ends_with(".rotary_emb.inv_freq")
-            || (config.tie_word_embeddings && key == "lm_head.weight")
     };
     faults.unexpected = checkpoint
         .parameters()
@@ -154,6 +185,17 @@ fn quantized_shape(checkpoint: &Checkpoint, key: &str) -> Result<Vec<usize>, Nf4
     Ok(shape)
 }
 
+/// Whether a head is the table of the embeddings, in the type that both were cast to.
+fn is_table(head: &Projection, table: &Tensor<2>) -> bool {
+    match head {
+        Projection::Dense(head) => {
+            let same = head.weight.val().transpose().equal(table.clone());
+            same.all().into_scalar::<bool>()
+        }
+        _ => false,
+    }
+}
+
 struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     dtype: FloatType,
@@ -166,15 +208,23 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn model(&mut self, config: &LlamaConfig) -> Result<Llama, ModelError> {
-        let embed_tokens = self.tensor::<2>("model.embed_tokens.weight")?;
+    fn model(&mut self, config: &LlamaConfig, tie: Tie) -> Result<Llama, ModelError> {
+        let table = match tie {
+            Tie::Head => HEAD,
+            _ => TABLE,
+        };
+        let embed_tokens = self.tensor::<2>(table)?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| self.layer(&format!("model.layers.{index}"), config))
             .collect::<Result<_, ModelError>>()?;
         let norm = self.norm("model.norm", config)?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(self.projection("lm_head", false)?),
+        let lm_head = match tie {
+            Tie::Two => Some(self.projection("lm_head", false)?),
+            Tie::IfEqual => {
+                let head = self.projection("lm_head", false)?;
+                (!is_table(&head, &embed_tokens)).then_some(head)
+            }
+            Tie::Table | Tie::Head => None,
         };
         Ok(Llama {
             embed_tokens: Param::from_tensor(embed_tokens),

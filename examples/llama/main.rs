@@ -11,6 +11,8 @@ mod adapter;
 mod attention;
 mod backward;
 mod cache;
+mod chat;
+mod cli;
 mod commands;
 mod config;
 mod data;
@@ -18,47 +20,34 @@ mod decode;
 mod device;
 mod error;
 mod fetch;
+mod fields;
 mod finetune;
 mod generate;
+mod jinja;
 mod load;
+mod message;
 mod model;
+mod optimizer;
+mod pipeline;
+mod plain_text;
 mod progress;
 mod projection;
+mod python;
+mod records;
 mod rope;
+mod rope_fields;
 mod rotation;
 mod sample;
 mod schedule;
+mod special_tokens;
 mod text;
 mod train;
 mod watch;
 
-use clap::{Parser, Subcommand};
-
-use commands::GenerateArgs;
-use decode::DecodeArgs;
-use finetune::FinetuneArgs;
-
-/// Run and fine-tune Llama-family models in NF4.
-#[derive(Parser, Debug)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand, Debug)]
-enum Command {
-    Generate(GenerateArgs),
-    Decode(DecodeArgs),
-    Finetune(Box<FinetuneArgs>),
-}
+use clap::Parser;
 
 fn main() {
-    let result = match Cli::parse().command {
-        Command::Generate(args) => args.run(),
-        Command::Decode(args) => args.run(),
-        Command::Finetune(args) => args.run(),
-    };
-    if let Err(error) = result {
+    if let Err(error) = cli::Cli::parse().run() {
         eprintln!("error: {error}");
         std::process::exit(1);
     }

@@ -18,6 +18,8 @@ pub struct Llama {
     pub embed_tokens: Param<Tensor<2>>,
     pub layers: Vec<DecoderLayer>,
     pub norm: RmsNorm,
+    /// None where the head is tied to the embeddings. A checkpoint that holds another head than the
+    /// table has its own, even if its config says that they are tied.
     pub lm_head: Option<Projection>,
     pub sliding_window: Option<usize>,
 }

@@ -1,48 +1,22 @@
 //! Rotary position embeddings with the scaling variants of transformers.
 //!
-//! Formulas: `modeling_rope_utils.py` of transformers 5.17.0, in the same precisions: scalars in f64,
-//! frequencies in f32.
+//! Formulas: `modeling_rope_utils.py` of transformers 5.24.0, in the same precisions: scalars in f64,
+//! frequencies in f32. `rope_fields` reads the parameters.
 
 use std::f64::consts::PI;
-
-use serde::Deserialize;
-
-use crate::config::unsupported;
-use crate::error::ModelError;
-
-/// `rope_parameters` of `config.json`, or `rope_scaling` of older ones.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub struct RopeParameters {
-    rope_type: Option<String>,
-    /// The older name of `rope_type`.
-    #[serde(rename = "type")]
-    old_type: Option<String>,
-    rope_theta: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-    attention_factor: Option<f64>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-    truncate: Option<bool>,
-}
 
 /// How positions turn into angles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
-    scaling: RopeScaling,
-    theta: f64,
+    pub(crate) scaling: RopeScaling,
+    pub(crate) theta: f64,
     pub head_dim: usize,
     /// Positions that the model was made for.
     pub max_positions: usize,
 }
 
 #[derive(Debug, Clone, PartialEq)]
-enum RopeScaling {
+pub(crate) enum RopeScaling {
     Default,
     Linear {
         factor: f64,
@@ -69,93 +43,6 @@ enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// Reads the parameters, falling back on `theta` and `original` of the config around them.
-    pub fn new(
-        parameters: RopeParameters,
-        theta: Option<f64>,
-        max_positions: usize,
-        original: Option<usize>,
-        head_dim: usize,
-    ) -> Result<Self, ModelError> {
-        let name = parameters
-            .rope_type
-            .or(parameters.old_type)
-            .unwrap_or_else(|| "default".into());
-        if let Some(factor) = parameters.partial_rotary_factor.filter(|&f| f != 1.0) {
-            return Err(unsupported("partial_rotary_factor", factor, "1"));
-        }
-        let required = |field, value: Option<f64>| {
-            value.ok_or_else(|| unsupported(field, "missing", "a number"))
-        };
-        // The config's own field has precedence, as in transformers.
-        let original_positions = original
-            .map(|positions| positions as f64)
-            .or(parameters.original_max_position_embeddings)
-            .unwrap_or(max_positions as f64);
-        let scaling = match name.as_str() {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear {
-                factor: required("rope_parameters.factor", parameters.factor)?,
-            },
-            "dynamic" => RopeScaling::Dynamic {
-                factor: required("rope_parameters.factor", parameters.factor)?,
-            },
-            "llama3" => RopeScaling::Llama3 {
-                factor: required("rope_parameters.factor", parameters.factor)?,
-                low_freq_factor: required(
-                    "rope_parameters.low_freq_factor",
-                    parameters.low_freq_factor,
-                )?,
-                high_freq_factor: required(
-                    "rope_parameters.high_freq_factor",
-                    parameters.high_freq_factor,
-                )?,
-                original_positions,
-            },
-            "yarn" => {
-                let factor = parameters
-                    .factor
-                    .unwrap_or(max_positions as f64 / original_positions);
-                let mscale = |scale: f64| {
-                    if factor <= 1.0 {
-                        1.0
-                    } else {
-                        0.1 * scale * factor.ln() + 1.0
-                    }
-                };
-                let nonzero = |value: Option<f64>| value.filter(|&value| value != 0.0);
-                let inferred = match (
-                    nonzero(parameters.mscale),
-                    nonzero(parameters.mscale_all_dim),
-                ) {
-                    (Some(one), Some(all)) => mscale(one) / mscale(all),
-                    _ => mscale(1.0),
-                };
-                RopeScaling::Yarn {
-                    factor,
-                    attention_factor: parameters.attention_factor.unwrap_or(inferred),
-                    beta_fast: nonzero(parameters.beta_fast).unwrap_or(32.0),
-                    beta_slow: nonzero(parameters.beta_slow).unwrap_or(1.0),
-                    original_positions,
-                    truncate: parameters.truncate.unwrap_or(true),
-                }
-            }
-            _ => {
-                return Err(unsupported(
-                    "rope_type",
-                    name,
-                    "default, linear, dynamic, llama3, yarn",
-                ));
-            }
-        };
-        Ok(Self {
-            scaling,
-            theta: parameters.rope_theta.or(theta).unwrap_or(10_000.0),
-            head_dim,
-            max_positions,
-        })
-    }
-
     /// Whether the angles of a position depend on the length of the sequence.
     pub fn is_dynamic(&self) -> bool {
         matches!(self.scaling, RopeScaling::Dynamic { .. })

@@ -4,6 +4,8 @@ use burn::tensor::{DType, Int, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::error::ModelError;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -17,8 +19,29 @@ pub struct Sampling {
 }
 
 impl Sampling {
+    /// Refuses settings under which no token can be drawn as asked.
+    pub fn check(&self) -> Result<(), ModelError> {
+        let Self {
+            temperature,
+            top_k,
+            top_p,
+            ..
+        } = *self;
+        let message = if !temperature.is_finite() || temperature < 0.0 {
+            format!("the temperature is {temperature}, expected a number of at least 0")
+        } else if !(top_p > 0.0 && top_p <= 1.0) {
+            format!("top-p is {top_p}, expected more than 0 and at most 1")
+        } else if temperature == 0.0 && (top_k > 0 || top_p < 1.0) {
+            "top-k and top-p choose among tokens that are drawn, which takes a temperature above 0"
+                .into()
+        } else {
+            return Ok(());
+        };
+        Err(ModelError::Argument(message))
+    }
+
     fn is_greedy(&self) -> bool {
-        self.temperature <= 0.0 || self.top_k == 1
+        self.temperature == 0.0 || self.top_k == 1
     }
 }
 
@@ -73,11 +96,13 @@ impl Sampler {
         } = self.sampling;
         let candidates = &mut self.candidates;
         candidates.clear();
+        // Less the largest first, so that a tiny temperature makes no infinity of it.
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         candidates.extend(
             logits
                 .iter()
                 .zip(0..)
-                .map(|(&logit, id)| (logit / temperature, id)),
+                .map(|(&logit, id)| ((logit - max) / temperature, id)),
         );
         // Equal logits are ordered by id, so that the draw does not depend on the sort.
         let likelier = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
@@ -85,11 +110,8 @@ impl Sampler {
             candidates.select_nth_unstable_by(top_k - 1, likelier);
             candidates.truncate(top_k);
         }
-        let max = candidates
-            .iter()
-            .fold(f32::NEG_INFINITY, |max, c| max.max(c.0));
         for candidate in candidates.iter_mut() {
-            candidate.0 = (candidate.0 - max).exp();
+            candidate.0 = candidate.0.exp();
         }
         let mut total: f32 = candidates.iter().map(|candidate| candidate.0).sum();
         if top_p < 1.0 {

@@ -1,62 +1,44 @@
-//! Text to tokens and back, and the chat templates that are known.
+//! Text to tokens and back.
 
 use std::path::Path;
 
-use serde::Deserialize;
 use tokenizers::Tokenizer;
 
-use crate::config::{parse, read};
+use crate::chat::{Chat, Conversation, Ending};
+use crate::config::read;
 use crate::error::ModelError;
+use crate::fields::Fields;
+use crate::pipeline::Class;
+use crate::special_tokens::SpecialTokens;
 
-/// A tokenizer and, where the folder has one that is known, its chat template.
+/// A tokenizer and the chat templates of its folder.
 pub struct Text {
     pub tokenizer: Tokenizer,
-    chat: Result<ChatFormat, ModelError>,
-}
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Message {
-    pub role: String,
-    pub content: String,
-}
-
-/// ChatML, with the system message that is put in front of a conversation without one.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ChatFormat {
-    default_system: Option<&'static str>,
-}
-
-const SMOLLM2_SYSTEM: &str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
-
-/// Templates are programs (Jinja); instead of running them, the known ones are recognised by their
-/// text.
-const PLAIN_CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
-const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
-
-#[derive(Deserialize, Default)]
-struct TokenizerConfig {
-    chat_template: Option<serde_json::Value>,
+    pub chat: Chat,
+    /// The token that ends a text, if the tokenizer names one.
+    pub eos: Option<u32>,
 }
 
 impl Text {
-    /// Reads `tokenizer.json` and `tokenizer_config.json`.
+    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path)
-            .map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
         let path = folder.join("tokenizer_config.json");
-        let config: TokenizerConfig = match path.exists() {
-            true => parse(&read(&path)?, &path)?,
-            false => TokenizerConfig::default(),
+        let config = match path.exists() {
+            true => read(&path)?,
+            false => b"{}".to_vec(),
         };
-        let template = config
-            .chat_template
-            .as_ref()
-            .and_then(serde_json::Value::as_str);
+        let config = Fields::parse(&config, &path)?;
+        let class = Class::of(folder, &config)?;
+        let tokens = SpecialTokens::from_folder(folder, &config, class.default_tokens())?;
+        let mut tokenizer = class.open(folder, &config)?;
+        tokens.add_to(&mut tokenizer);
+        let eos = tokens
+            .get("eos_token")
+            .and_then(|eos| tokenizer.token_to_id(eos));
         Ok(Self {
             tokenizer,
-            chat: ChatFormat::recognise(template),
+            chat: Chat::from_folder(folder, &config, tokens.named)?,
+            eos,
         })
     }
 
@@ -65,13 +47,13 @@ impl Text {
         self.encode_with(text, true)
     }
 
-    /// The tokens of a conversation, ready for the answer if `answer`.
-    pub fn encode_chat(&self, messages: &[Message], answer: bool) -> Result<Vec<u32>, ModelError> {
-        match &self.chat {
-            // The template brings the special tokens itself.
-            Ok(format) => self.encode_with(&format.render(messages, answer), false),
-            Err(error) => Err(ModelError::Argument(error.to_string())),
-        }
+    /// The tokens of a conversation. Its template brings the special tokens itself.
+    pub fn encode_chat(
+        &self,
+        conversation: &Conversation,
+        ending: Ending,
+    ) -> Result<Vec<u32>, ModelError> {
+        self.encode_with(&self.chat.render(conversation, ending)?, false)
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
@@ -80,51 +62,5 @@ impl Text {
             .encode(text, special)
             .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
-    }
-}
-
-impl ChatFormat {
-    /// The format that a template of `tokenizer_config.json` describes.
-    pub fn recognise(template: Option<&str>) -> Result<Self, ModelError> {
-        let Some(template) = template else {
-            return Err(ModelError::Argument(
-                "tokenizer_config.json has no chat_template".into(),
-            ));
-        };
-        // A line break inside a Jinja string may be written either way.
-        let template = template.trim().replace('\n', "\\n");
-        match template.as_str() {
-            SMOLLM2 => Ok(Self {
-                default_system: Some(SMOLLM2_SYSTEM),
-            }),
-            PLAIN_CHATML => Ok(Self {
-                default_system: None,
-            }),
-            _ => Err(ModelError::Argument(
-                "the chat_template of tokenizer_config.json is not one that is known here: \
-                 ChatML, with or without the system message of SmolLM2"
-                    .into(),
-            )),
-        }
-    }
-
-    /// The text of a conversation, ready for the answer if `answer`.
-    pub fn render(&self, messages: &[Message], answer: bool) -> String {
-        let turn = |role: &str, content: &str| format!("<|im_start|>{role}\n{content}<|im_end|>\n");
-        let mut text = String::new();
-        if let Some(system) = self.default_system
-            && messages
-                .first()
-                .is_none_or(|message| message.role != "system")
-        {
-            text += &turn("system", system);
-        }
-        for message in messages {
-            text += &turn(&message.role, &message.content);
-        }
-        if answer {
-            text += "<|im_start|>assistant\n";
-        }
-        text
     }
 }

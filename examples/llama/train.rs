@@ -1,11 +1,15 @@
 //! A training run: its steps, and the folders it can be continued from.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsAccumulator, ModuleOptimizer};
+use burn::tensor::Tensor;
 use burn_nf4::peft::{Adapter, LoraConfig};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::adapter::{apply, extract, extract_into};
 use crate::backward::{PassOptions, backward};
@@ -13,8 +17,9 @@ use crate::config::{LlamaConfig, parse, read};
 use crate::data::Batch;
 use crate::error::ModelError;
 use crate::model::Llama;
+use crate::optimizer::{Loaded, adamw};
 use crate::rotation::RopeTables;
-use crate::schedule::Schedule;
+use crate::schedule::{Decay, Schedule};
 
 /// All that decides what a run computes. A run is continued only under the same settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,26 +33,72 @@ pub struct Settings {
     /// Of the data, see `Dataset::fingerprint`.
     pub data: u64,
     /// `adapter_config.json`.
-    pub lora: serde_json::Value,
+    pub lora: Value,
 }
 
 impl Settings {
-    /// The settings that differ, each with both values.
-    fn differences(&self, given: &Self) -> Result<Vec<String>, ModelError> {
-        let value = |settings| serde_json::to_value(settings).map_err(ModelError::json(STATE_FILE));
-        let (saved, given) = (value(self)?, value(given)?);
-        let fields = saved.as_object().into_iter().flatten();
-        Ok(fields
-            .filter(|(name, saved)| given[*name] != **saved)
-            .map(|(name, saved)| format!("{name} was {saved}, now {}", given[name]))
-            .collect())
+    /// Says which settings differ from those of a saved run that did `steps` steps, and refuses
+    /// them, but for the length of a run whose rate does not depend on it.
+    fn check_resumes(&self, saved: &Self, steps: usize) -> Result<(), String> {
+        let total = self.schedule.total;
+        if total < steps {
+            return Err(format!(
+                "has {steps} steps already, more than the {total} asked for"
+            ));
+        }
+        let mut known = saved.clone();
+        if saved.schedule.decay == Decay::Constant {
+            known.schedule.total = total;
+        }
+        let value = |settings| serde_json::to_value(settings).map_err(|error| error.to_string());
+        let mut differing = Vec::new();
+        differences("", &value(&known)?, &value(self)?, &mut differing);
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let mut message = format!("was saved under other settings: {}", differing.join("; "));
+        if known.schedule.total != total {
+            message += "; a rate that falls over the steps goes on only to the same total";
+        }
+        Err(message)
     }
+}
+
+/// The fields that differ, each with both values.
+fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>) {
+    if saved == given {
+        return;
+    }
+    if let (Value::Object(saved), Value::Object(given)) = (saved, given) {
+        let names: BTreeSet<&String> = saved.keys().chain(given.keys()).collect();
+        for field in names {
+            let value = |entries: &Map<String, Value>| entries.get(field).cloned();
+            let (saved, given) = (value(saved), value(given));
+            let path = match name {
+                "" => field.clone(),
+                name => format!("{name}.{field}"),
+            };
+            differences(
+                &path,
+                &saved.unwrap_or_default(),
+                &given.unwrap_or_default(),
+                found,
+            );
+        }
+        return;
+    }
+    found.push(match name {
+        // A fingerprint, which says nothing to people.
+        "data" => "the training data is other".into(),
+        name => format!("{name} was {saved}, now {given}"),
+    });
 }
 
 /// A run under way.
 pub struct Trainer {
     pub model: Llama,
     optimizer: ModuleOptimizer,
+    loaded: Loaded,
     rope: RopeTables,
     lora: LoraConfig,
     /// The adapter that the run went on from, with all that is not trained.
@@ -78,15 +129,12 @@ impl Trainer {
         settings: Settings,
         checkpointing: bool,
     ) -> Self {
-        let optimizer = AdamWConfig::new()
-            // PyTorch's; Burn's own default is larger.
-            .with_epsilon(1e-8)
-            .with_weight_decay(settings.weight_decay)
-            .init();
+        let (optimizer, loaded) = adamw(settings.weight_decay, &model.device());
         Self {
             rope: model.rope_tables(config),
             model,
             optimizer,
+            loaded,
             lora,
             adapter: None,
             settings,
@@ -175,11 +223,9 @@ impl Trainer {
     pub fn resume(mut self, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join(STATE_FILE);
         let state: State = parse(&read(&path)?, &path)?;
-        let differing = state.settings.differences(&self.settings)?;
-        if !differing.is_empty() {
-            let message = format!("was saved under other settings: {}", differing.join("; "));
-            return Err(resume_error(folder, message));
-        }
+        self.settings
+            .check_resumes(&state.settings, state.step)
+            .map_err(|message| resume_error(folder, message))?;
         let device = self.model.device();
         let adapter = Adapter::open(folder)?;
         self.model = apply(self.model, &adapter, &device)?;
@@ -188,8 +234,42 @@ impl Trainer {
             .optimizer
             .load(folder.join(OPTIMIZER_FILE))
             .map_err(|error| resume_error(folder, error))?;
+        self.check_loaded()
+            .map_err(|message| resume_error(&folder.join(OPTIMIZER_FILE), message))?;
         self.step = state.step;
         Ok(self)
+    }
+
+    /// Burn leaves a parameter without state where the file has none for it.
+    fn check_loaded(&self) -> Result<(), String> {
+        let mut trained = Trained::default();
+        self.model.visit(&mut trained);
+        let count = trained.ids.len();
+        let without = trained
+            .ids
+            .iter()
+            .filter(|&&id| !self.loaded.contains(id))
+            .count();
+        match without {
+            0 => Ok(()),
+            without => Err(format!(
+                "has no state for {without} of {count} trained tensors"
+            )),
+        }
+    }
+}
+
+/// The ids of the parameters that are trained.
+#[derive(Debug, Default)]
+struct Trained {
+    ids: Vec<u64>,
+}
+
+impl ModuleVisitor for Trained {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if param.is_require_grad() {
+            self.ids.push(param.id.val());
+        }
     }
 }
 

@@ -171,3 +171,77 @@ fn a_row_stops_at_its_end_and_the_others_go_on() {
         assert_eq!(stopped, &free[..end]);
     }
 }
+
+fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
+    Sampling {
+        temperature,
+        top_k,
+        top_p,
+        seed: 1,
+    }
+}
+
+#[rstest]
+#[case::nan(sampling(f32::NAN, 0, 1.0), "temperature is NaN")]
+#[case::negative(sampling(-1.0, 0, 1.0), "temperature is -1")]
+#[case::infinite(sampling(f32::INFINITY, 0, 1.0), "temperature is inf")]
+#[case::nucleus_empty(sampling(1.0, 0, 0.0), "top-p is 0")]
+#[case::nucleus_negative(sampling(1.0, 0, -0.5), "top-p is -0.5")]
+#[case::nucleus_large(sampling(1.0, 0, 1.5), "top-p is 1.5")]
+#[case::nucleus_nan(sampling(1.0, 0, f32::NAN), "top-p is NaN")]
+#[case::nucleus_of_nothing(sampling(0.0, 0, 0.9), "takes a temperature")]
+#[case::candidates_of_nothing(sampling(0.0, 40, 1.0), "takes a temperature")]
+fn sampling_that_cannot_be_is_refused(#[case] sampling: Sampling, #[case] word: &str) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let request = request(prompts(), sampling);
+    let error = generate(&model, &config, &request, |_, _| Ok(())).unwrap_err();
+    assert!(error.to_string().contains(word), "{error}");
+}
+
+#[rstest]
+#[case::no_prompts(Vec::new(), 1)]
+#[case::an_empty_prompt(vec![vec![1], Vec::new()], 1)]
+#[case::no_tokens(vec![vec![1]], 0)]
+#[case::another_vocabulary(vec![vec![1, 100_000]], 1)]
+fn a_request_for_nothing_is_refused(#[case] prompts: Vec<Vec<u32>>, #[case] max_tokens: usize) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let request = Request {
+        max_tokens,
+        ..request(prompts, GREEDY)
+    };
+    assert!(generate(&model, &config, &request, |_, _| Ok(())).is_err());
+}
+
+/// Dividing by the smallest temperatures makes infinities; the likeliest token is drawn all the
+/// same.
+#[test]
+fn a_tiny_temperature_is_greedy() {
+    let greedy = texts(&request(prompts(), GREEDY));
+    let tiny = sampling(f32::MIN_POSITIVE, 0, 1.0);
+    assert_eq!(texts(&request(prompts(), tiny)), greedy);
+}
+
+/// Damaged weights, or a type too small for them, give no text.
+#[rstest]
+fn logits_that_are_no_numbers_are_refused(#[values(f32::NAN, f32::INFINITY)] weight: f32) {
+    let device = Device::default();
+    let (mut model, config) = open("hf/f32/model", None, &device);
+    let weights = Tensor::full([config.hidden_size], weight, &device);
+    model.norm.weight = burn::module::Param::from_tensor(weights);
+    let request = request(prompts(), GREEDY);
+    let error = generate(&model, &config, &request, |_, _| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("no numbers"), "{error}");
+}
+
+#[test]
+fn a_text_beyond_the_positions_is_warned_of() {
+    let (_, config) = open("hf/f32/model", None, &Device::default());
+    let positions = config.rope.max_positions;
+    assert_eq!(config.warn_of_length("the prompt", positions), None);
+    let warning = config.warn_of_length("the prompt", positions + 1).unwrap();
+    let both = [positions, positions + 1].map(|number| number.to_string());
+    assert!(
+        both.iter().all(|number| warning.contains(number)),
+        "{warning}"
+    );
+}

@@ -1,7 +1,7 @@
 //! Fine-tuning against PEFT's, and against itself.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -246,6 +246,103 @@ fn a_run_is_not_resumed_under_other_settings() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("resumed"),
     }
+}
+
+/// A run with a rate of its own, of some steps in all.
+fn of_length(decay: Decay, total: usize) -> Trainer {
+    let mut settings = settings(2e-3, 0.01, total);
+    settings.schedule.decay = decay;
+    from_init(settings, false).0
+}
+
+/// Saves a run of `total` steps after two of them.
+fn after_two_steps(decay: Decay, total: usize, output: &Path) -> PathBuf {
+    let batches = peft_batches();
+    let mut first = of_length(decay, total);
+    for step in 0..2 {
+        first.step(&batches[step..=step]);
+    }
+    first.save_checkpoint(output).unwrap()
+}
+
+fn refused(result: Result<Trainer, ModelError>) -> String {
+    match result {
+        Err(ModelError::Resume { message, .. }) => message,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("resumed"),
+    }
+}
+
+/// A constant rate does not know how long the run is.
+#[test]
+fn a_run_of_constant_rate_goes_on_for_more_steps() {
+    let batches = peft_batches();
+    let mut whole = of_length(Decay::Constant, 4);
+    let expected: Vec<f32> = (0..4)
+        .map(|step| whole.step(&batches[step..=step]))
+        .collect();
+    let output = tempfile::tempdir().unwrap();
+    let folder = after_two_steps(Decay::Constant, 2, output.path());
+    let mut second = of_length(Decay::Constant, 4).resume(&folder).unwrap();
+    let resumed: Vec<f32> = (2..4)
+        .map(|step| second.step(&batches[step..=step]))
+        .collect();
+    assert_eq!(resumed, expected[2..]);
+}
+
+#[rstest]
+#[case::linear(Decay::Linear, 3, 4, "schedule.total was 3, now 4; a rate that falls")]
+#[case::cosine(Decay::Cosine, 4, 3, "schedule.total was 4, now 3; a rate that falls")]
+#[case::done(
+    Decay::Constant,
+    4,
+    1,
+    "has 2 steps already, more than the 1 asked for"
+)]
+#[case::done_falling(Decay::Linear, 4, 1, "has 2 steps already, more than the 1 asked for")]
+fn a_length_that_does_not_fit_is_refused(
+    #[case] decay: Decay,
+    #[case] saved: usize,
+    #[case] given: usize,
+    #[case] expected: &str,
+) {
+    let output = tempfile::tempdir().unwrap();
+    let folder = after_two_steps(decay, saved, output.path());
+    let message = refused(of_length(decay, given).resume(&folder));
+    assert!(message.contains(expected), "{message}");
+}
+
+#[test]
+fn settings_that_differ_are_named() {
+    let output = tempfile::tempdir().unwrap();
+    let folder = after_two_steps(Decay::Constant, 4, output.path());
+    let mut other = settings(1e-3, 0.01, 9);
+    other.data = 1;
+    other.lora = serde_json::json!({"r": 4});
+    let message = refused(from_init(other, false).0.resume(&folder));
+    for part in [
+        "the training data is other",
+        "schedule.peak was 0.002, now 0.001",
+        "lora was null",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!message.contains("schedule.total"), "{message}");
+}
+
+/// Burn starts anew with what it finds no state for.
+#[test]
+fn a_run_does_not_go_on_without_the_state_of_its_optimizer() {
+    let output = tempfile::tempdir().unwrap();
+    let folder = after_two_steps(Decay::Constant, 4, output.path());
+    let empty = of_length(Decay::Constant, 4)
+        .save_checkpoint(output.path())
+        .unwrap();
+    fs::copy(empty.join("optimizer.bpk"), folder.join("optimizer.bpk")).unwrap();
+    let message = refused(of_length(Decay::Constant, 4).resume(&folder));
+    assert!(message.contains("has no state for"), "{message}");
+    fs::write(folder.join("optimizer.bpk"), "cut").unwrap();
+    refused(of_length(Decay::Constant, 4).resume(&folder));
 }
 
 #[rstest]

@@ -1,0 +1,33 @@
+//! The command line.
+
+use clap::{Parser, Subcommand};
+
+use crate::commands::GenerateArgs;
+use crate::decode::DecodeArgs;
+use crate::error::ModelError;
+use crate::finetune::FinetuneArgs;
+
+/// Run and fine-tune Llama-family models in NF4.
+#[derive(Parser, Debug)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Generate(Box<GenerateArgs>),
+    Decode(DecodeArgs),
+    Finetune(Box<FinetuneArgs>),
+}
+
+impl Cli {
+    /// Does what is asked for.
+    pub fn run(&self) -> Result<(), ModelError> {
+        match &self.command {
+            Command::Generate(args) => args.run(),
+            Command::Decode(args) => args.run(),
+            Command::Finetune(args) => args.run(),
+        }
+    }
+}
