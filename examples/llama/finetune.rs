@@ -248,6 +248,8 @@ impl FinetuneArgs {
             .projections()
             .into_iter()
             .map(|(path, _)| path)
+            // There is a head where it is tied, too.
+            .chain(["lm_head".into()])
             .collect();
         for name in names {
             let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
