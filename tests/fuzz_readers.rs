@@ -174,6 +174,7 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
             let (Nf4Error::Io { path, .. }
+            | Nf4Error::NoWeights { path, .. }
             | Nf4Error::Safetensors { path, .. }
             | Nf4Error::Index { path, .. }) = &error
             else {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::folder::Checkpoint;
 use super::progress::Progress;
-use super::staging::{io, is_model_file};
+use super::staging::is_model_file;
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
@@ -100,9 +100,9 @@ pub(crate) fn copy_other_files(
 }
 
 fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Result<(), Nf4Error> {
-    let entries = fs::read_dir(folder).map_err(|error| io(folder, &error))?;
+    let entries = fs::read_dir(folder).map_err(Nf4Error::io(folder))?;
     for entry in entries {
-        let entry = entry.map_err(|error| io(folder, &error))?;
+        let entry = entry.map_err(Nf4Error::io(folder))?;
         let path = entry.path();
         let name = entry.file_name();
         let Some(name) = name.to_str() else {

@@ -55,6 +55,7 @@ mod parameters;
 mod progress;
 pub mod python_json;
 mod quant_state;
+mod resolve;
 mod source;
 mod staging;
 mod store;

@@ -146,7 +146,7 @@ fn read_dense(
 ) -> Result<Bytes, Nf4Error> {
     if let Ok(from) = stored.float_type(key) {
         let to = dtype.unwrap_or(from);
-        return Ok(super::float::float_bytes(stored, from, to, transposed));
+        return super::float::float_bytes(stored, key, from, to, transposed);
     }
     let mut bytes = stored.bytes.to_vec();
     if stored.info.dtype == Dtype::BOOL {

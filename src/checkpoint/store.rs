@@ -89,7 +89,9 @@ impl Report {
 }
 
 impl CheckpointStore {
-    /// Opens a file or folder.
+    /// Opens a file or folder. The files are mapped and must not change meanwhile: see
+    /// [`SafetensorsFile::open`](super::SafetensorsFile::open). To read them into memory instead,
+    /// make the store [`new`](Self::new) from [`Checkpoint::read`].
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`].

@@ -1,14 +1,13 @@
 //! The `config.json` of a folder.
 
-use std::fs;
 use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
 use super::quantize::QuantizeOptions;
 use super::{CONFIG_FILE, source_folder};
+use crate::checkpoint::file::read_text;
 use crate::checkpoint::python_json;
-use crate::checkpoint::staging::io;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -46,7 +45,7 @@ impl ModelConfig {
         if !path.exists() {
             return Ok(None);
         }
-        let text = fs::read(&path).map_err(|error| io(&path, &error))?;
+        let text = read_text(&path)?;
         match python_json::from_slice(&text) {
             Ok(entries) => Ok(Some(Self { entries })),
             Err(error) => Err(Nf4Error::ModelConfig {
