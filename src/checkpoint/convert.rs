@@ -1,5 +1,6 @@
 //! From a folder of float weights to one of quantized weights, and back.
 
+mod claim;
 mod dequantize;
 mod model_config;
 mod quantize;
@@ -14,8 +15,9 @@ use super::staging::is_model_file;
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
+pub(crate) use claim::Claim;
 pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
-pub(crate) use dequantize::{decode, transpose};
+pub(crate) use dequantize::{check_decodes, decode, transpose};
 pub(crate) use model_config::ModelConfig;
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
 pub(crate) use quantize::{quantize, write_dense};
@@ -52,6 +54,17 @@ const WEIGHT_EXTENSIONS: [&str; 10] = [
 
 /// Folders of small files that belong to a tokenizer.
 const TEMPLATE_FOLDERS: [&str; 2] = ["additional_chat_templates", "chat_templates"];
+
+/// Refuses a source that is not what it claims to be.
+///
+/// # Errors
+/// The first of [`Checkpoint::faults`].
+pub(crate) fn check_source(source: &Checkpoint) -> Result<(), Nf4Error> {
+    match source.faults().into_iter().next() {
+        None => Ok(()),
+        Some(fault) => Err(fault),
+    }
+}
 
 /// Refuses to write a folder into itself, then starts it.
 pub(crate) fn start_writer(

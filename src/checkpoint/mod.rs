@@ -44,6 +44,7 @@
 
 pub(crate) mod convert;
 pub(crate) mod elements;
+mod faults;
 mod file;
 mod float;
 mod folder;

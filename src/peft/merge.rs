@@ -10,7 +10,8 @@ use std::path::Path;
 use super::adapter::{Adapter, LoraModule};
 use super::tensor::{DenseTensor, check_finite, widen};
 use crate::checkpoint::convert::{
-    CONFIG_FILE, ModelConfig, Reporter, copy_other_files, source_folder, start_writer, write_dense,
+    CONFIG_FILE, ModelConfig, Reporter, check_source, copy_other_files, source_folder,
+    start_writer, write_dense,
 };
 use crate::checkpoint::elements::{elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, Written};
@@ -82,8 +83,9 @@ pub struct Merged {
 /// - [`Nf4Error::Shape`] for a weight that the adapter does not fit
 /// - [`Nf4Error::NonFinite`] for a weight, merged or not, that is NaN, infinite or too large for
 ///   its dtype
-/// - [`Nf4Error::Config`] for an adapter that changes one of two tied weights, for a base model
-///   that another method quantized, and for writing into the base model's folder
+/// - [`Nf4Error::Config`] for an adapter that changes one of two tied weights, and for writing
+///   into the base model's folder
+/// - the first of [`Checkpoint::faults`], as for a base model that another method quantized
 /// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4),
 ///   [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
 pub fn merge_16bit(
@@ -147,11 +149,11 @@ fn merge(
     options: &MergeOptions,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<Merged, Nf4Error> {
+    check_source(base)?;
     let parameters = base.parameters();
     let changes = changes(adapter, &parameters)?;
     let mut model_config = ModelConfig::read(base)?;
     if let Some(config) = &model_config {
-        config.check_dequantizable()?;
         check_tied(config, &changes)?;
     }
     let mut writer = start_writer(base, folder, options.max_shard_bytes, options.overwrite)?;
@@ -191,9 +193,7 @@ fn merge(
             }
             writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
         }
-        (Target::AsBase, Some(_), Some(source)) => {
-            writer.copy_file(CONFIG_FILE, &source.join(CONFIG_FILE))?;
-        }
+        (Target::AsBase, Some(config), Some(source)) => config.copy(&mut writer, source)?,
         _ => {}
     }
     Ok(Merged {
