@@ -630,8 +630,10 @@ fn malformed_header(#[case] header: &str, #[case] data_bytes: usize) {
 fn header_that_claims_to_be_huge() {
     let mut bytes = Draft::of(NESTED).to_bytes();
     bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-    assert_not_safetensors(&bytes, "does not fit");
+    assert_not_safetensors(&bytes, "is over 100000000");
     bytes[..8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    assert_not_safetensors(&bytes, "is over 100000000");
+    bytes[..8].copy_from_slice(&(1u64 << 26).to_le_bytes());
     assert_not_safetensors(&bytes, "does not fit");
 
     // A sparse file that has the room, but not the right to it.

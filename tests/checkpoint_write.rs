@@ -484,7 +484,7 @@ mod full_disk {
         assert!(said.contains("1 passed"), "{said}");
     }
 
-    const LARGE: [u8; 100_000] = [1; 100_000];
+    static LARGE: [u8; 100_000] = [1; 100_000];
 
     #[track_caller]
     fn assert_full(error: &Nf4Error, at: &Path) {

@@ -535,6 +535,26 @@ fn numbers_of_python_are_kept() {
     );
 }
 
+/// It would be lost in the new folder, which is no repository.
+#[rstest]
+fn a_file_that_git_lfs_has_not_fetched_is_named(
+    #[values("tokenizer.json", "additional_chat_templates/tool.jinja")] name: &str,
+) {
+    let folder = written(&packed(), Some(&in_4bit()));
+    let path = folder.path().join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(
+        &path,
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    )
+    .unwrap();
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let error = dequantize_checkpoint(&source, &out, &DequantizeOptions::default(), quiet);
+    assert_eq!(error.unwrap_err(), Nf4Error::GitLfsPointer { path });
+    assert!(!out.exists());
+}
+
 /// A weight of one block a row, the first with another scale.
 fn scaled(dtype: &str, quant_type: QuantType, scale: f32) -> Tensors {
     let config = QuantConfig {

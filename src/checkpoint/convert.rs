@@ -9,6 +9,7 @@ mod select;
 use std::fs;
 use std::path::Path;
 
+use super::file::check_fetched;
 use super::folder::Checkpoint;
 use super::progress::Progress;
 use super::staging::is_model_file;
@@ -95,6 +96,9 @@ pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
 
 /// Copies tokenizer, chat templates, generation settings and the like: every file that holds
 /// neither weights nor the model's configuration.
+///
+/// # Errors
+/// [`Nf4Error::GitLfsPointer`] for a file that Git LFS has not fetched, [`Nf4Error::Io`].
 pub(crate) fn copy_other_files(
     writer: &mut CheckpointWriter,
     source: &Checkpoint,
@@ -123,6 +127,7 @@ fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Res
         };
         // `is_file` follows links: a folder of the Hub's cache consists of them.
         if path.is_file() && !is_replaced(name) {
+            check_fetched(&path)?;
             writer.copy_file(&format!("{prefix}{name}"), &path)?;
         }
     }

@@ -322,7 +322,26 @@ pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>, Nf4Error> {
     Ok(text)
 }
 
+/// Refuses a file that only stands for another one.
+///
+/// # Errors
+/// [`Nf4Error::GitLfsPointer`], [`Nf4Error::Io`].
+pub(crate) fn check_fetched(path: &Path) -> Result<(), Nf4Error> {
+    let mut start = Vec::new();
+    let file = open_file(path)?;
+    file.take(LFS_POINTER.len() as u64)
+        .read_to_end(&mut start)
+        .map_err(Nf4Error::io(path))?;
+    if is_lfs_pointer(&start) {
+        return Err(Nf4Error::GitLfsPointer { path: path.into() });
+    }
+    Ok(())
+}
+
+/// How such a file begins.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 /// Whether a file is what Git LFS leaves in the place of one that it has not fetched.
 fn is_lfs_pointer(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"version https://git-lfs.github.com/spec/")
+    bytes.starts_with(LFS_POINTER)
 }

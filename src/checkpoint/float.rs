@@ -81,7 +81,8 @@ fn check_held<S: FloatElement, T: FloatElement>(
     key: &str,
 ) -> Result<(), Nf4Error> {
     let is_finite = |value: &T| value.to_f32().is_finite();
-    if S::FLOAT_TYPE == T::FLOAT_TYPE || values.iter().all(is_finite) {
+    let holds_all = S::FLOAT_TYPE == T::FLOAT_TYPE || T::FLOAT_TYPE == FloatType::F32;
+    if holds_all || values.iter().all(is_finite) {
         return Ok(());
     }
     let stored = stored.chunks_exact(size_of::<S>()).enumerate();

@@ -109,8 +109,8 @@ impl fmt::Display for Claim {
             Some(Value::String(method)) => f.write_str(method)?,
             _ => f.write_str("a method without a name")?,
         }
-        let is_set = |name: &&str| self.value.get(*name) == Some(&Value::Bool(true));
-        if IN_8BIT.iter().any(|name| is_set(&name)) {
+        let is_set = |name: &str| self.value.get(name) == Some(&Value::Bool(true));
+        if IN_8BIT.iter().any(|name| is_set(name)) {
             f.write_str(" in 8 bit")?;
         }
         f.write_str(&self.place())
