@@ -614,6 +614,32 @@ fn a_weight_that_its_dtype_cannot_hold_is_named(
     assert_named(verify(&other, &source, quiet).unwrap_err());
 }
 
+/// Two scales that are f32 can make one that is none.
+#[test]
+fn a_nested_scale_that_overflows_is_named() {
+    let mut tensors = packed();
+    for part in ["nested_absmax", "nested_quant_map"] {
+        let values = tensors.get_mut(&format!("{UP}.{part}")).unwrap();
+        let large = if part == "nested_absmax" {
+            f32::MAX
+        } else {
+            2.0
+        };
+        values
+            .bytes
+            .chunks_mut(4)
+            .for_each(|value| value.copy_from_slice(&large.to_le_bytes()));
+    }
+    let folder = written(&tensors, None);
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let error = dequantize_checkpoint(&source, &out, &DequantizeOptions::default(), quiet);
+    assert!(
+        matches!(&error, Err(Nf4Error::NonFinite { tensor, .. }) if tensor == UP),
+        "{error:?}"
+    );
+}
+
 /// The scale alone does not tell: no value of the block need be that large.
 #[rstest]
 #[case("float32", f32::MAX, 0xff)]
