@@ -555,6 +555,23 @@ fn a_file_that_git_lfs_has_not_fetched_is_named(
     assert!(!out.exists());
 }
 
+/// As in a cache whose blobs are gone.
+#[cfg(unix)]
+#[rstest]
+fn a_link_that_leads_nowhere_is_named(#[values("tokenizer.json", "config.json")] name: &str) {
+    let folder = written(&packed(), None);
+    let path = folder.path().join(name);
+    std::os::unix::fs::symlink(folder.path().join("nowhere"), &path).unwrap();
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let error = dequantize_checkpoint(&source, &out, &DequantizeOptions::default(), quiet);
+    assert!(
+        matches!(&error, Err(Nf4Error::Io { path: at, .. }) if *at == path),
+        "{error:?}"
+    );
+    assert!(!out.exists());
+}
+
 /// A weight of one block a row, the first with another scale.
 fn scaled(dtype: &str, quant_type: QuantType, scale: f32) -> Tensors {
     let config = QuantConfig {

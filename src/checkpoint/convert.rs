@@ -125,8 +125,12 @@ fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Res
         let Some(name) = name.to_str() else {
             continue; // no file of a model
         };
-        // `is_file` follows links: a folder of the Hub's cache consists of them.
-        if path.is_file() && !is_replaced(name) {
+        if is_replaced(name) {
+            continue;
+        }
+        // Links are followed: a folder of the Hub's cache consists of them.
+        let metadata = fs::metadata(&path).map_err(Nf4Error::io(&path))?;
+        if metadata.is_file() {
             check_fetched(&path)?;
             writer.copy_file(&format!("{prefix}{name}"), &path)?;
         }

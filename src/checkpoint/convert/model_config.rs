@@ -1,5 +1,6 @@
 //! The `config.json` of a folder.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -45,7 +46,8 @@ impl ModelConfig {
             return Ok(None);
         };
         let path: PathBuf = folder.join(CONFIG_FILE);
-        if !path.exists() {
+        // A link that leads nowhere is a file that cannot be read, and not none.
+        if fs::symlink_metadata(&path).is_err() {
             return Ok(None);
         }
         let text = read_text(&path)?;
