@@ -1,7 +1,12 @@
 //! The one error type of the crate.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::io;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use safetensors::SafeTensorError;
 
 /// Everything that can go wrong with a caller's input.
 ///
@@ -173,13 +178,43 @@ pub enum Nf4Error {
         /// The value given.
         given: String,
     },
-    /// A file could not be opened or read.
-    #[error("{}: {message}", path.display())]
+    /// A file or folder could not be opened, read or written.
+    #[error("{}: {source}", path.display())]
     Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said; [`Error::source`](std::error::Error::source) gives it
+        /// as the [`io::Error`] that it is.
+        source: IoError,
+    },
+    /// A file was cut, extended or rewritten while it was open.
+    #[error("{}: the file was changed while it was open", path.display())]
+    FileChanged {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
-        message: String,
+    },
+    /// A file that only stands for another one, which Git LFS has to fetch.
+    #[error(
+        "{}: is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`",
+        path.display()
+    )]
+    GitLfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A folder without the weights of a model, at least under the names that transformers looks
+    /// for.
+    #[error(
+        "{}: neither `model.safetensors` nor `model.safetensors.index.json` is there{}",
+        path.display(), found_instead(found, advice)
+    )]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+        /// Files that may hold the weights in another form, sorted.
+        found: Vec<String>,
+        /// What can be done about them.
+        advice: &'static str,
     },
     /// A file is not well-formed safetensors.
     #[error("{}: not a valid safetensors file: {message}", path.display())]
@@ -196,6 +231,14 @@ pub enum Nf4Error {
         path: PathBuf,
         /// What is wrong with it.
         message: String,
+    },
+    /// A tensor that belongs to a weight quantized by another method than bitsandbytes in 4 bit.
+    #[error("`{tensor}` belongs to a weight in {method}, expected floats or bitsandbytes in 4 bit")]
+    OtherQuantization {
+        /// The tensor.
+        tensor: String,
+        /// The method, as far as names and dtypes tell.
+        method: &'static str,
     },
     /// A tensor that must be there is missing.
     #[error("{}: `{key}` is missing", path.display())]
@@ -218,6 +261,14 @@ pub enum Nf4Error {
     FolderNotEmpty {
         /// The folder.
         path: PathBuf,
+    },
+    /// A writer that could not write something, and has a hole since.
+    #[error("{}: cannot go on after a failed write: {source}", path.display())]
+    WriterFailed {
+        /// The folder being written.
+        path: PathBuf,
+        /// Why the first write failed.
+        source: Box<Nf4Error>,
     },
     /// A tensor or file that is written twice, or under a name that is not free.
     #[error("{}: `{name}` is there already, or is a name that has another use", path.display())]
@@ -360,6 +411,58 @@ pub enum Nf4Error {
     },
 }
 
+impl Nf4Error {
+    /// What to do with an error of the operating system that concerns `path`.
+    pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(io::Error) -> Self {
+        move |error| Self::Io {
+            path: path.as_ref().into(),
+            source: error.into(),
+        }
+    }
+
+    /// What to do with an error of the safetensors crate that concerns the file `path`.
+    pub(crate) fn safetensors(path: impl AsRef<Path>) -> impl Fn(SafeTensorError) -> Self {
+        move |error| match error {
+            SafeTensorError::IoError(error) => Self::io(&path)(error),
+            error => Self::Safetensors {
+                path: path.as_ref().into(),
+                message: error.to_string(),
+            },
+        }
+    }
+}
+
+/// An error of the operating system. Two are equal if they are of one kind and read the same.
+#[derive(Debug, Clone)]
+pub struct IoError(Arc<io::Error>);
+
+impl From<io::Error> for IoError {
+    fn from(error: io::Error) -> Self {
+        Self(Arc::new(error))
+    }
+}
+
+// Not an error itself: so thiserror takes the inner one as the source.
+impl Deref for IoError {
+    type Target = io::Error;
+
+    fn deref(&self) -> &io::Error {
+        &self.0
+    }
+}
+
+impl PartialEq for IoError {
+    fn eq(&self, other: &Self) -> bool {
+        self.kind() == other.kind() && self.to_string() == other.to_string()
+    }
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// A tensor of a checkpoint that does not fit a module: missing where nothing was given,
 /// unexpected where nothing was expected, mismatched otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -406,6 +509,16 @@ impl fmt::Display for TensorMisfit {
             (None, None) => write!(f, "`{key}`"),
         }
     }
+}
+
+/// The first of the files that are there instead, and the advice.
+fn found_instead(found: &[String], advice: &str) -> String {
+    let (first, more) = match found {
+        [] => return String::new(),
+        [first] => (first, String::new()),
+        [first, more @ ..] => (first, format!(" and {} more", more.len())),
+    };
+    format!(", but `{first}`{more}: {advice}")
 }
 
 /// One line each.

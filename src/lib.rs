@@ -17,5 +17,5 @@ pub mod nn;
 pub mod op;
 pub mod peft;
 
-pub use error::{Nf4Error, TensorForm, TensorMisfit};
+pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};
 pub use op::{Nf4Weight, expert_linear, linear};

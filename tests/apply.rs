@@ -647,3 +647,22 @@ fn a_callback_that_panics_is_an_error() {
         "{error}"
     );
 }
+
+/// burn-store knows texts only; the error is the library's own all the same.
+#[test]
+fn a_read_that_fails_is_told_as_it_is() {
+    let mut tensors = small_file();
+    let values = tensors.get_mut("head.bias").unwrap();
+    let expected = Nf4Error::NonFinite {
+        tensor: "head.bias".into(),
+        index: 0,
+        given: f32::NEG_INFINITY,
+    };
+    *values = stored::floats(&[-1e5; 5], &[5]);
+    let folder = folder(&tensors);
+    let mut store = CheckpointStore::open(folder.path())
+        .unwrap()
+        .with_dtype(FloatType::F16);
+    let error = small(&Device::default()).load_from(&mut store).unwrap_err();
+    assert_eq!(error, expected);
+}

@@ -443,3 +443,150 @@ fn files_get_the_usual_permissions() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
     assert_eq!(mode(&written.files[0]), mode(&usual));
 }
+
+/// A disk that is full and has room again, which a limit on the size of files stands for: it is
+/// set in a process of its own, which runs this test.
+#[cfg(unix)]
+mod full_disk {
+    use std::io::ErrorKind;
+    use std::process::Command;
+
+    use burn_nf4::peft::{Adapter, DenseTensor, LoraConfig, LoraModule, TargetModules};
+
+    use super::*;
+
+    const CHILD: &str = "NF4_FULL_DISK";
+
+    #[test]
+    fn a_writer_that_failed_stays_failed() {
+        if std::env::var_os(CHILD).is_some() {
+            for max_shard_bytes in [100, DEFAULT_MAX_SHARD_BYTES] {
+                large_tensor(max_shard_bytes);
+                large_file(max_shard_bytes);
+            }
+            large_shard();
+            return large_adapter();
+        }
+        let name = "full_disk::a_writer_that_failed_stays_failed";
+        let output = Command::new("bash")
+            // 64 KiB; a process that ignores the signal gets an error instead.
+            .args([
+                "-c",
+                "ulimit -f 64; trap '' XFSZ; exec \"$0\" --exact \"$1\" --nocapture",
+            ])
+            .arg(std::env::current_exe().unwrap())
+            .arg(name)
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}{output:?}");
+        assert!(said.contains("1 passed"), "{said}");
+    }
+
+    static LARGE: [u8; 100_000] = [1; 100_000];
+
+    #[track_caller]
+    fn assert_full(error: &Nf4Error, at: &Path) {
+        match error {
+            Nf4Error::Io { path, source } => {
+                assert_eq!(path, at);
+                assert_eq!(source.kind(), ErrorKind::FileTooLarge);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Every call that could write is refused, and nothing is left behind.
+    #[track_caller]
+    fn assert_failed(mut writer: CheckpointWriter, folder: &Path, first: Nf4Error) {
+        let failed = Nf4Error::WriterFailed {
+            path: folder.into(),
+            source: Box::new(first),
+        };
+        let refused = Err(failed.clone());
+        assert_eq!(writer.write_tensor("t", Dtype::U8, &[1], &[1]), refused);
+        assert_eq!(writer.write_nf4("w", &weight(), Dtype::U8, false), refused);
+        let source = Checkpoint::open(hf("f32")).unwrap();
+        assert_eq!(writer.copy(&source, "model.norm.weight"), refused);
+        assert_eq!(writer.write_file("config.json", b"{}"), refused);
+        let file = hf("f32").join("config.json");
+        assert_eq!(writer.copy_file("config.json", &file), refused);
+        assert_eq!(writer.finish().unwrap_err(), failed);
+        assert!(!folder.exists());
+        assert!(failed.to_string().contains("cannot go on"), "{failed}");
+    }
+
+    fn started(max_shard_bytes: usize) -> (TempDir, PathBuf, CheckpointWriter) {
+        let parent = temp();
+        let folder = parent.path().join("out");
+        let mut writer = CheckpointWriter::create(&folder, max_shard_bytes).unwrap();
+        writer.write_tensor("a", Dtype::U8, &[1], &[1]).unwrap();
+        (parent, folder, writer)
+    }
+
+    fn large_tensor(max_shard_bytes: usize) {
+        let (_parent, folder, mut writer) = started(max_shard_bytes);
+        let error = writer.write_tensor("b", Dtype::U8, &[LARGE.len()], &LARGE);
+        let error = error.unwrap_err();
+        assert_full(&error, &folder);
+        assert_failed(writer, &folder, error);
+    }
+
+    fn large_file(max_shard_bytes: usize) {
+        let (_parent, folder, mut writer) = started(max_shard_bytes);
+        let error = writer.write_file("tokenizer.json", &LARGE).unwrap_err();
+        assert_full(&error, &folder.join("tokenizer.json"));
+        assert_failed(writer, &folder, error);
+    }
+
+    fn large_adapter() {
+        let parent = temp();
+
+        let config = LoraConfig {
+            r: 2,
+            ..LoraConfig::new(TargetModules::list(["up_proj"]))
+        };
+        let mut adapter = Adapter::new(config).unwrap();
+        let module = LoraModule {
+            lora_a: DenseTensor::from_f32(&[0.5; 4], &[2, 2], FloatType::F32).unwrap(),
+            lora_b: DenseTensor::from_f32(&[0.5; 32 * 1024], &[16 * 1024, 2], FloatType::F32)
+                .unwrap(),
+            magnitude: None,
+            bias: None,
+        };
+        adapter.insert("up_proj", module).unwrap();
+        let error = adapter.save(parent.path()).unwrap_err();
+        assert_full(&error, &parent.path().join("adapter_model.safetensors"));
+        assert_eq!(file_names(parent.path()), [""; 0]);
+    }
+
+    /// The tensors fit, and the file that they go into has a header too: it is no malformed file.
+    fn large_shard() {
+        let (_parent, folder, mut writer) = started(DEFAULT_MAX_SHARD_BYTES);
+        let rest = 64 * 1024 - 2;
+        writer
+            .write_tensor("b", Dtype::U8, &[rest], &LARGE[..rest])
+            .unwrap();
+        assert_full(&writer.finish().unwrap_err(), &folder);
+        assert!(!folder.exists());
+    }
+}
+
+/// Nothing was written, so that nothing is lost.
+#[test]
+fn a_writer_goes_on_after_what_it_refused() {
+    let folder = temp();
+    let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
+    assert!(
+        writer
+            .copy_file("a", &folder.path().join("nowhere"))
+            .is_err()
+    );
+    assert!(writer.write_file("../a", b"").is_err());
+    assert!(writer.write_nf4("w", &weight(), Dtype::I32, false).is_err());
+    assert!(writer.write_tensor("t", Dtype::U8, &[2], &[1]).is_err());
+    writer.write_tensor("t", Dtype::U8, &[1], &[1]).unwrap();
+    writer.finish().unwrap();
+    assert!(Checkpoint::open(folder.path()).unwrap().keys().eq(["t"]));
+}

@@ -71,6 +71,69 @@ fn inspect_lists_parameters_and_totals() {
     );
 }
 
+/// A folder whose `config.json` claims LLM.int8, and which has none.
+fn faulty(folder: &Path) {
+    fs::create_dir(folder).unwrap();
+    for name in ["model.safetensors", "config.json"] {
+        fs::copy(Path::new(F32).join(name), folder.join(name)).unwrap();
+    }
+    let config = folder.join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        text.replace("\"load_in_8bit\": false", "\"load_in_8bit\": true"),
+    )
+    .unwrap();
+}
+
+#[test]
+fn faults_are_told_by_all_commands() {
+    let (_parent, [folder, out]) = folders(["model", "out"]);
+    faulty(&folder);
+    let fault = "`quantization_config` is bitsandbytes in 8 bit";
+    let table = succeeds(["inspect", text(&folder)]);
+    assert!(table.contains(&format!("fault: {fault}")), "{table}");
+    let json: Value =
+        serde_json::from_str(&succeeds(["inspect", "--json", text(&folder)])).unwrap();
+    let faults = json["faults"].as_array().unwrap();
+    assert!(faults[0].as_str().unwrap().starts_with(fault), "{json}");
+    assert_eq!(faults.len(), 1);
+
+    let output = run(["verify", F32, text(&folder)]);
+    assert_eq!(output.status.code(), Some(0));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        errors.starts_with(&format!("B: fault: {fault}")),
+        "{errors}"
+    );
+    let output = run(["dequantize", text(&folder), text(&out)]);
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(errors.starts_with(&format!("error: {fault}")), "{errors}");
+    assert!(!out.exists());
+}
+
+/// What is not written must not look as if it were.
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args(["inspect", F32])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        errors.starts_with("error: stdout: No space left"),
+        "{errors}"
+    );
+}
+
 #[test]
 fn inspect_prints_json() {
     let json: Value = serde_json::from_str(&succeeds(["inspect", "--json", SHARDED])).unwrap();

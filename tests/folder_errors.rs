@@ -104,7 +104,12 @@ fn unedited_folder_loads() {
 #[test]
 fn folder_without_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    assert_io(folder.path(), SINGLE_FILE);
+    let expected = Nf4Error::NoWeights {
+        path: folder.path().into(),
+        found: vec![],
+        advice: "",
+    };
+    assert_eq!(error(folder.path()), expected);
     let nowhere = folder.path().join("nowhere");
     assert!(matches!(error(&nowhere), Nf4Error::Io { path, .. } if path == nowhere));
 }
@@ -129,6 +134,11 @@ fn folder_without_checkpoint() {
     "`norm.weight` is there twice"
 )]
 #[case::trailing(r#"{"weight_map": {}} {}"#, "trailing characters")]
+#[case::no_shards(r#"{"weight_map": {}}"#, "names no shard")]
+#[case::not_utf8(
+    "{\"weight_map\": {\n\"\u{fffd}\": Infinity}}",
+    "`\u{fffd}`: invalid type"
+)]
 fn malformed_index(#[case] json: &str, #[case] words: &str) {
     let folder = written();
     fs::write(folder.path().join(INDEX_FILE), json).unwrap();
@@ -154,11 +164,11 @@ fn shard_names_that_are_no_names_in_the_folder(
         ".",
         "",
         "/etc/passwd",
-        "sub/model.safetensors",
-        "./model.safetensors",
+        "sub/shard.safetensors",
+        "./shard.safetensors",
         r"..\outside.safetensors",
-        r"C:\model.safetensors",
-        "C:model.safetensors"
+        r"C:\shard.safetensors",
+        "C:shard.safetensors"
     )]
     name: &str,
 ) {
@@ -169,8 +179,8 @@ fn shard_names_that_are_no_names_in_the_folder(
     let shard = stored::to_bytes(&sharded()[1]);
     for path in [
         "outside.safetensors",
-        "folder/sub/model.safetensors",
-        "folder/model.safetensors",
+        "folder/sub/shard.safetensors",
+        "folder/shard.safetensors",
     ] {
         fs::write(parent.path().join(path), &shard).unwrap();
     }
@@ -203,39 +213,53 @@ fn index_that_names_what_is_not_a_shard() {
     assert!(matches!(error(folder.path()), Nf4Error::Safetensors { path, .. } if path == index));
 }
 
+/// What shards hold counts for transformers, and not where the index says it lies.
 #[test]
-fn index_and_shards_that_differ() {
+fn shards_count_more_than_the_index() {
     let folder = written();
-    let shards = sharded();
-    let map = weight_map(&shards);
+    let map = weight_map(&sharded());
     let absmax = format!("{PREFIX}.absmax");
-
-    let mut too_much = map.clone();
-    too_much.insert("more.weight".into(), SHARDS[0].into());
-    write_index(folder.path(), &too_much);
-    assert_index(folder.path(), &[SHARDS[0], "does not hold `more.weight`"]);
 
     let mut too_little = map.clone();
     let home = too_little.remove(&absmax).unwrap();
-    write_index(folder.path(), &too_little);
-    assert_index(
-        folder.path(),
-        &[&format!("does not say that `{home}` holds `{absmax}`")],
-    );
-
     let mut moved = map.clone();
     let other = SHARDS.iter().find(|name| **name != home).unwrap();
     moved.insert(absmax.clone(), other.to_string());
-    write_index(folder.path(), &moved);
-    assert_index(folder.path(), &[other, &absmax]);
+    for map in [too_little, moved] {
+        write_index(folder.path(), &map);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+        assert_eq!(checkpoint.parameters(), [PREFIX, "norm.weight"]);
+    }
+}
 
-    // A tensor in both shards: which one counts?
-    let mut both = shards.clone();
-    let from = usize::from(shards[1].contains_key(&absmax));
-    both[1 - from].insert(absmax.clone(), shards[from][&absmax].clone());
-    write_shards(folder.path(), &both);
+/// transformers begins without such a weight, and warns.
+#[test]
+fn index_that_names_what_no_shard_holds() {
+    let folder = written();
+    let mut map = weight_map(&sharded());
+    map.insert("more.weight".into(), SHARDS[0].into());
     write_index(folder.path(), &map);
-    assert_index(folder.path(), &[other, &absmax]);
+    assert_index(folder.path(), &["`more.weight`, which no shard holds"]);
+}
+
+/// transformers takes the last one; which one is meant, nobody knows.
+#[test]
+fn tensor_in_two_shards() {
+    let folder = written();
+    let mut shards = sharded();
+    let absmax = format!("{PREFIX}.absmax");
+    let from = usize::from(shards[1].contains_key(&absmax));
+    let again = shards[from][&absmax].clone();
+    shards[1 - from].insert(absmax.clone(), again);
+    write_shards(folder.path(), &shards);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+
+    let last = shards[1 - from].get_mut(&absmax).unwrap();
+    *last.bytes.last_mut().unwrap() ^= 1;
+    write_shards(folder.path(), &shards);
+    assert_index(folder.path(), &[&absmax, SHARDS[0], SHARDS[1]]);
 }
 
 #[test]
@@ -322,18 +346,20 @@ mod links {
         assert!(matches!(error(&looping), Nf4Error::Io { path, .. } if path == looping));
     }
 
-    /// The single file beside it must not be taken in its place.
+    /// As for Python's `isfile`, a link that leads nowhere is no file.
     #[test]
-    fn index_that_links_nowhere() {
-        let folder = tempfile::tempdir().unwrap();
+    fn links_that_lead_nowhere() {
+        let folder = written();
+        let link = |name: &str| symlink(folder.path().join("nowhere"), folder.path().join(name));
+        link(SINGLE_FILE).unwrap();
+        assert!(Checkpoint::open(folder.path()).is_ok());
+        fs::remove_file(folder.path().join(INDEX_FILE)).unwrap();
+        assert_io(folder.path(), SINGLE_FILE);
+        fs::remove_file(folder.path().join(SINGLE_FILE)).unwrap();
+        link(INDEX_FILE).unwrap();
+        assert_io(folder.path(), INDEX_FILE);
         stored::write(folder.path(), &sharded()[1]);
         assert!(Checkpoint::open(folder.path()).is_ok());
-        symlink(
-            folder.path().join("nowhere"),
-            folder.path().join(INDEX_FILE),
-        )
-        .unwrap();
-        assert_io(folder.path(), INDEX_FILE);
     }
 
     /// Opening one would wait for ever.
@@ -378,6 +404,14 @@ const LINE: &str = r#"{"dtype":"U8","shape":[4],"data_offsets":[0,4]}"#;
 #[rstest]
 #[case::valid(&format!(r#"{{"a":{LINE}}}"#), "opens")]
 #[case::metadata(&format!(r#"{{"__metadata__":{{"format":"pt"}},"a":{LINE}}}"#), "opens")]
+#[case::metadata_null(&format!(r#"{{"__metadata__":null,"a":{LINE}}}"#), "opens")]
+#[case::metadata_empty(&format!(r#"{{"__metadata__":{{}},"a":{LINE}}}"#), "opens")]
+#[case::metadata_list(&format!(r#"{{"__metadata__":[],"a":{LINE}}}"#), "`__metadata__`: invalid")]
+#[case::metadata_null_value(
+    &format!(r#"{{"__metadata__":{{"format":null}},"a":{LINE}}}"#), "`__metadata__`: `format`: invalid")]
+#[case::metadata_null_twice(
+    &format!(r#"{{"__metadata__":null,"a":{LINE},"__metadata__":null}}"#),
+    "`__metadata__` is there twice")]
 #[case::more_fields(
     r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"new":[1,2]}}"#,
     "opens"
@@ -441,7 +475,7 @@ const LINE: &str = r#"{"dtype":"U8","shape":[4],"data_offsets":[0,4]}"#;
 )]
 #[case::past_the_end(
     r#"{"a":{"dtype":"U8","shape":[5],"data_offsets":[0,5]}}"#,
-    "take 5 bytes, but 4 follow"
+    "take 5 bytes, but 4 follow the header: the file was cut short"
 )]
 #[case::not_all(
     r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#,

@@ -19,7 +19,9 @@ use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 use burn_nf4::Nf4Error;
-use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, SafetensorsFile};
+use burn_nf4::checkpoint::{
+    Checkpoint, CheckpointStore, DequantizeOptions, SafetensorsFile, dequantize_checkpoint, verify,
+};
 use burn_nf4::format::{FloatType, Nf4Tensor};
 use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
 use burn_store::{ModuleSnapshot, ModuleStore};
@@ -38,6 +40,7 @@ struct Tally {
     weights_loaded: u64,
     weights_refused: u64,
     modules_loaded: u64,
+    converted: u64,
 }
 
 /// Some real folders, small ones more often.
@@ -56,7 +59,7 @@ fn corpus() -> Vec<Files> {
         for entry in fs::read_dir(folder).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
-            if name.contains("safetensors") {
+            if name.contains("safetensors") || name == "config.json" {
                 files.push((name, fs::read(entry.path()).unwrap()));
             }
         }
@@ -157,6 +160,31 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
     }
 }
 
+/// Dequantizes a folder, if it can be; nothing is lost then.
+fn convert(checkpoint: &Checkpoint, tally: &mut Tally) {
+    let out = tempfile::tempdir().unwrap();
+    let faults = checkpoint.faults();
+    let options = DequantizeOptions::default();
+    match dequantize_checkpoint(checkpoint, out.path(), &options, |_| ()) {
+        Ok(converted) => {
+            assert!(faults.is_empty(), "{faults:?}");
+            assert_eq!(converted.converted, checkpoint.quantized_weights().len());
+            let dense = Checkpoint::open(out.path()).unwrap();
+            assert_eq!(dense.faults(), []);
+            let report = verify(checkpoint, &dense, |_| ()).unwrap();
+            assert!(report.is_within(0.0, 0.0), "{report:?}");
+            tally.converted += 1;
+        }
+        Err(error) => {
+            let first = faults.first().map(Nf4Error::to_string);
+            assert!(
+                first.is_none_or(|first| first == error.to_string()),
+                "{error}"
+            );
+        }
+    }
+}
+
 /// Reads all of a folder.
 fn use_folder(folder: &Path, tally: &mut Tally) {
     let device = Device::flex();
@@ -174,6 +202,8 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
             let (Nf4Error::Io { path, .. }
+            | Nf4Error::ModelConfig { path, .. }
+            | Nf4Error::NoWeights { path, .. }
             | Nf4Error::Safetensors { path, .. }
             | Nf4Error::Index { path, .. }) = &error
             else {
@@ -224,6 +254,8 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
     for prefix in checkpoint.quantized_weights() {
         use_weight(&checkpoint, prefix, tally);
     }
+
+    convert(&checkpoint, tally);
 
     let mut store = CheckpointStore::open(folder).unwrap().allow_partial(true);
     if let Ok(tensors) = store.get_all_tensors() {
@@ -297,5 +329,5 @@ fn damaged_checkpoints_are_refused_or_read() {
         tally.weights_loaded > 0 && tally.weights_refused > 0,
         "{tally:?}"
     );
-    assert!(tally.modules_loaded > 0, "{tally:?}");
+    assert!(tally.modules_loaded > 0 && tally.converted > 0, "{tally:?}");
 }

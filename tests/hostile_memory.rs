@@ -109,6 +109,30 @@ fn as_many_tensors_as_a_header_can_hold() {
     assert!(assert_within(folder.path(), bytes.len()), "it is valid");
 }
 
+/// Each takes more room in JSON than in Python's.
+#[test]
+fn as_many_numbers_of_python_as_a_text_can_hold() {
+    let _alone = alone();
+    let numbers = "NaN,".repeat(200_000);
+    let json = format!(r#"{{"x":[{numbers}0],"weight_map":{{}}}}"#);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(INDEX_FILE), &json).unwrap();
+    assert!(!assert_within(folder.path(), json.len()));
+
+    let weight = Nf4Tensor::quantize(&[0.5f32; 64], &[64], QuantConfig::flat()).unwrap();
+    let mut tensors = stored::weight("w", &weight);
+    let state = tensors.get_mut("w.quant_state.bitsandbytes__nf4").unwrap();
+    let text = String::from_utf8(state.bytes.clone()).unwrap();
+    state.bytes = text
+        .replacen('{', &format!(r#"{{"x":[{numbers}0],"#), 1)
+        .into_bytes();
+    state.shape = vec![state.bytes.len()];
+    let bytes = stored::to_bytes(&tensors);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(SINGLE_FILE), &bytes).unwrap();
+    assert!(assert_within(folder.path(), bytes.len()), "it is valid");
+}
+
 /// A file of a terabyte that takes no space on disk.
 #[test]
 fn sparse_files() {

@@ -341,7 +341,7 @@ fn experts_of_a_stack_are_decoded_and_multiplied_one_by_one(#[case] config: Quan
 }
 
 fn float_file() -> (Vec<f32>, Tensors) {
-    let values = vec![0.1, -2.5, 65504.0, 1e-8, f32::INFINITY, -0.0];
+    let values = vec![0.1, -2.5, 65280.0, 1e-8, f32::INFINITY, -0.0];
     let mut tensors = Tensors::from([("f32".into(), stored::floats(&values, &[2, 3]))]);
     for (key, dtype, of) in [
         ("f16", Dtype::F16, FloatType::F16),
@@ -390,6 +390,33 @@ fn floats_load_as_stored_or_rounded_once(
     assert_eq!(tensor.dims(), [2, 3]);
     let to = to.unwrap_or(from);
     assert_same_bits(&bits(tensor, to), &bytes(&stored, to), key);
+}
+
+/// A finite value never becomes an infinity; one that is stored stays one.
+#[rstest]
+#[case(FloatType::F16, 65520.0, f32::INFINITY)]
+#[case(FloatType::F16, -1e5, f32::NEG_INFINITY)]
+#[case(FloatType::BF16, f32::MAX, f32::INFINITY)]
+fn floats_beyond_the_type_asked_for_are_refused(
+    #[case] to: FloatType,
+    #[case] value: f32,
+    #[case] given: f32,
+) {
+    let values = [f32::INFINITY, 1.0, value, f32::NAN];
+    let tensors = Tensors::from([("w".into(), stored::floats(&values, &[2, 2]))]);
+    let (_folder, checkpoint) = opened(&tensors);
+    let tensor = checkpoint.load_tensor::<2>("w", Some(to), &Device::default());
+    let expected = Nf4Error::NonFinite {
+        tensor: "w".into(),
+        index: 2,
+        given,
+    };
+    assert_eq!(tensor.unwrap_err(), expected);
+    assert!(
+        checkpoint
+            .load_tensor::<2>("w", None, &Device::default())
+            .is_ok()
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! From a folder of float weights to one of quantized weights, and back.
 
+mod claim;
 mod dequantize;
 mod model_config;
 mod quantize;
@@ -8,14 +9,16 @@ mod select;
 use std::fs;
 use std::path::Path;
 
+use super::file::check_fetched;
 use super::folder::Checkpoint;
 use super::progress::Progress;
-use super::staging::{io, is_model_file};
+use super::staging::is_model_file;
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
+pub(crate) use claim::Claim;
 pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
-pub(crate) use dequantize::{decode, transpose};
+pub(crate) use dequantize::{check_decodes, decode, transpose};
 pub(crate) use model_config::ModelConfig;
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
 pub(crate) use quantize::{quantize, write_dense};
@@ -53,6 +56,17 @@ const WEIGHT_EXTENSIONS: [&str; 10] = [
 /// Folders of small files that belong to a tokenizer.
 const TEMPLATE_FOLDERS: [&str; 2] = ["additional_chat_templates", "chat_templates"];
 
+/// Refuses a source that is not what it claims to be.
+///
+/// # Errors
+/// The first of [`Checkpoint::faults`].
+pub(crate) fn check_source(source: &Checkpoint) -> Result<(), Nf4Error> {
+    match source.faults().into_iter().next() {
+        None => Ok(()),
+        Some(fault) => Err(fault),
+    }
+}
+
 /// Refuses to write a folder into itself, then starts it.
 pub(crate) fn start_writer(
     source: &Checkpoint,
@@ -82,6 +96,9 @@ pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
 
 /// Copies tokenizer, chat templates, generation settings and the like: every file that holds
 /// neither weights nor the model's configuration.
+///
+/// # Errors
+/// [`Nf4Error::GitLfsPointer`] for a file that Git LFS has not fetched, [`Nf4Error::Io`].
 pub(crate) fn copy_other_files(
     writer: &mut CheckpointWriter,
     source: &Checkpoint,
@@ -100,16 +117,21 @@ pub(crate) fn copy_other_files(
 }
 
 fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Result<(), Nf4Error> {
-    let entries = fs::read_dir(folder).map_err(|error| io(folder, &error))?;
+    let entries = fs::read_dir(folder).map_err(Nf4Error::io(folder))?;
     for entry in entries {
-        let entry = entry.map_err(|error| io(folder, &error))?;
+        let entry = entry.map_err(Nf4Error::io(folder))?;
         let path = entry.path();
         let name = entry.file_name();
         let Some(name) = name.to_str() else {
             continue; // no file of a model
         };
-        // `is_file` follows links: a folder of the Hub's cache consists of them.
-        if path.is_file() && !is_replaced(name) {
+        if is_replaced(name) {
+            continue;
+        }
+        // Links are followed: a folder of the Hub's cache consists of them.
+        let metadata = fs::metadata(&path).map_err(Nf4Error::io(&path))?;
+        if metadata.is_file() {
+            check_fetched(&path)?;
             writer.copy_file(&format!("{prefix}{name}"), &path)?;
         }
     }

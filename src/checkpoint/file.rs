@@ -1,18 +1,20 @@
-//! One safetensors file, memory-mapped.
+//! One safetensors file.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use burn::tensor::{Device, Tensor};
 use memmap2::Mmap;
 use safetensors::Dtype;
 
 use super::float::{load_float, load_tensor};
-use super::header::{Entry, read_header};
+use super::header::{Entry, MAX_HEADER_BYTES, read_header};
 use super::weight::{
-    StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed, load_nf4,
-    load_weight, quantized_weights,
+    StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed, load_nf4, load_weight,
+    quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -20,16 +22,51 @@ use crate::op::Nf4Weight;
 
 /// A safetensors file, opened for reading.
 ///
-/// The file is memory-mapped and its header checked once; the tensors stay on disk until they are
-/// asked for, and each is copied once.
-///
-/// The file must not be changed or truncated while it is open: a mapped page that no longer
-/// exists ends the process.
+/// The header is checked once; the tensors stay on disk until they are asked for, and each is
+/// copied once. See [`open`](Self::open) for what must not happen to the file meanwhile.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
-    map: Mmap,
+    content: Content,
     entries: BTreeMap<String, Entry>,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum Content {
+    Mapped {
+        map: Mmap,
+        file: File,
+        /// What it was when it was mapped.
+        stamp: Stamp,
+    },
+    Memory(Vec<u8>),
+}
+
+/// What changes when a file is written to.
+#[derive(Debug, PartialEq)]
+struct Stamp {
+    len: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            len: metadata.len(),
+            // Not every platform has it.
+            modified: metadata.modified().ok(),
+        }
+    }
+}
+
+impl Content {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped { map, .. } => map,
+            Self::Memory(bytes) => bytes,
+        }
+    }
 }
 
 /// What a file says about one tensor.
@@ -42,33 +79,66 @@ pub struct TensorInfo<'a> {
 }
 
 impl SafetensorsFile {
-    /// Maps a file and checks its header.
+    /// Maps a file into memory and checks its header.
+    ///
+    /// # The file must not change while it is open
+    /// The memory of a mapped file is the file itself. If somebody cuts it, reading a page that no
+    /// longer exists ends the process (`SIGBUS`); if somebody writes to it, bytes change while
+    /// they are being read, which in Rust is undefined behaviour. No program can keep others from
+    /// doing that, so that `memmap2` leaves it to its caller. This function is safe to call all
+    /// the same, as are burn-store's `SafetensorsStore` and Python's `safe_open`: files of weights
+    /// are written once and then only read or replaced as a whole (a new file under the old name
+    /// is another file, and harms no map), and the way without a map takes as much memory again as
+    /// the file has. That they are is yours to see to.
+    ///
+    /// Before a tensor is read, the length of the file and the time when it was last written to
+    /// are compared with those of the opening, and a difference is [`Nf4Error::FileChanged`]. What
+    /// happens during the read goes unnoticed. Where others do write to a file, as on a shared
+    /// disk during a download, use [`read`](Self::read).
     ///
     /// # Errors
-    /// [`Nf4Error::Io`] if it cannot be opened or mapped, [`Nf4Error::Safetensors`] if its header
-    /// is malformed or names a tensor twice, or if the tensors do not cover the rest of the file exactly, as in a file
-    /// that was cut short.
+    /// [`Nf4Error::Io`] if it cannot be opened or mapped, [`Nf4Error::GitLfsPointer`],
+    /// [`Nf4Error::Safetensors`] if its header is malformed or names a tensor twice, or if the
+    /// tensors do not cover the rest of the file exactly, as in a file that was cut short.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
         let path = path.as_ref();
-        let io = |error: std::io::Error| Nf4Error::Io {
-            path: path.into(),
-            message: error.to_string(),
-        };
-        // Opening a pipe would wait for somebody to write to it.
-        if !fs::metadata(path).map_err(io)?.is_file() {
-            return Err(io(std::io::Error::other("is not a file")));
-        }
-        let file = File::open(path).map_err(io)?;
+        let file = open_file(path)?;
+        let stamp = Stamp::of(&file.metadata().map_err(Nf4Error::io(path))?);
         // SAFETY: the mapping is read-only and private to this value, which owns it; no reference
         // into it outlives it. That nobody changes the file meanwhile is asked of the caller.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let entries = read_header(&map).map_err(|message| Nf4Error::Safetensors {
-            path: path.into(),
-            message,
-        })?;
+        let map = unsafe { Mmap::map(&file) }.map_err(Nf4Error::io(path))?;
+        Self::with_content(path, Content::Mapped { map, file, stamp })
+    }
+
+    /// Reads a file into memory and checks its header: as [`open`](Self::open), but whatever
+    /// happens to the file after that does no harm.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open), but for [`Nf4Error::FileChanged`] later on.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        let path = path.as_ref();
+        let mut bytes = Vec::new();
+        let mut file = open_file(path)?;
+        file.read_to_end(&mut bytes).map_err(Nf4Error::io(path))?;
+        Self::with_content(path, Content::Memory(bytes))
+    }
+
+    fn with_content(path: &Path, content: Content) -> Result<Self, Nf4Error> {
+        let entries = match read_header(content.bytes()) {
+            Ok(entries) => entries,
+            Err(_) if is_lfs_pointer(content.bytes()) => {
+                return Err(Nf4Error::GitLfsPointer { path: path.into() });
+            }
+            Err(message) => {
+                return Err(Nf4Error::Safetensors {
+                    path: path.into(),
+                    message,
+                });
+            }
+        };
         Ok(Self {
             path: path.into(),
-            map,
+            content,
             entries,
         })
     }
@@ -85,7 +155,7 @@ impl SafetensorsFile {
 
     /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
     pub fn is_quantized(&self, prefix: &str) -> bool {
-        find_quant_state(self, prefix).is_ok()
+        has_quant_state(self, prefix)
     }
 
     /// The quantized parameters, sorted.
@@ -163,8 +233,9 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
-    /// [`Nf4Error::Rank`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
-    /// device has no such type.
+    /// [`Nf4Error::Rank`] if it does not have `D` dimensions, [`Nf4Error::NonFinite`] for a
+    /// finite value that `dtype` cannot hold, [`Nf4Error::DeviceDtype`] if the device has no such
+    /// type.
     pub fn load_tensor<const D: usize>(
         &self,
         key: &str,
@@ -185,7 +256,7 @@ impl SafetensorsFile {
     /// The bytes of a tensor, little-endian, in the mapped file.
     ///
     /// # Errors
-    /// [`Nf4Error::MissingKey`].
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::FileChanged`].
     pub fn tensor_bytes(&self, key: &str) -> Result<&[u8], Nf4Error> {
         Ok(self.stored(key)?.bytes)
     }
@@ -203,7 +274,74 @@ impl TensorSource for SafetensorsFile {
                 dtype: entry.dtype,
                 shape: &entry.shape,
             },
-            bytes: self.map.get(entry.bytes.clone())?,
+            bytes: self.content.bytes().get(entry.bytes.clone())?,
         })
     }
+
+    fn check_unchanged(&self, _key: &str) -> Result<(), Nf4Error> {
+        match &self.content {
+            Content::Mapped { file, stamp, .. } => {
+                let metadata = file.metadata().map_err(Nf4Error::io(&self.path))?;
+                if Stamp::of(&metadata) == *stamp {
+                    return Ok(());
+                }
+                Err(Nf4Error::FileChanged {
+                    path: self.path.clone(),
+                })
+            }
+            Content::Memory(_) => Ok(()),
+        }
+    }
+}
+
+/// Opens what is a file; opening a pipe would wait for somebody to write to it.
+fn open_file(path: &Path) -> Result<File, Nf4Error> {
+    let metadata = fs::metadata(path).map_err(Nf4Error::io(path))?;
+    if !metadata.is_file() {
+        return Err(Nf4Error::io(path)(io::Error::other("is not a file")));
+    }
+    File::open(path).map_err(Nf4Error::io(path))
+}
+
+/// Reads a file of text, such as JSON. It may not be longer than a header, so that one that
+/// claims to be takes no memory.
+pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>, Nf4Error> {
+    let file = open_file(path)?;
+    let len = file.metadata().map_err(Nf4Error::io(path))?.len();
+    if len > MAX_HEADER_BYTES as u64 {
+        let error = format!("{len} bytes are over {MAX_HEADER_BYTES}");
+        return Err(Nf4Error::io(path)(io::Error::other(error)));
+    }
+    let mut text = Vec::with_capacity(len as usize);
+    // Whatever is added to it meanwhile.
+    let mut file = file.take(len);
+    file.read_to_end(&mut text).map_err(Nf4Error::io(path))?;
+    if is_lfs_pointer(&text) {
+        return Err(Nf4Error::GitLfsPointer { path: path.into() });
+    }
+    Ok(text)
+}
+
+/// Refuses a file that only stands for another one.
+///
+/// # Errors
+/// [`Nf4Error::GitLfsPointer`], [`Nf4Error::Io`].
+pub(crate) fn check_fetched(path: &Path) -> Result<(), Nf4Error> {
+    let mut start = Vec::new();
+    let file = open_file(path)?;
+    file.take(LFS_POINTER.len() as u64)
+        .read_to_end(&mut start)
+        .map_err(Nf4Error::io(path))?;
+    if is_lfs_pointer(&start) {
+        return Err(Nf4Error::GitLfsPointer { path: path.into() });
+    }
+    Ok(())
+}
+
+/// How such a file begins.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+/// Whether a file is what Git LFS leaves in the place of one that it has not fetched.
+fn is_lfs_pointer(bytes: &[u8]) -> bool {
+    bytes.starts_with(LFS_POINTER)
 }

@@ -37,7 +37,7 @@ pub(super) fn load_tensor<const D: usize>(
     let to = dtype.unwrap_or(from);
     to.check_device(device)?;
     let data = TensorData::from_bytes(
-        float_bytes(&stored, from, to, None),
+        float_bytes(&stored, key, from, to, None)?,
         Shape::from(stored.info.shape.to_vec()),
         DType::from(to),
     );
@@ -46,24 +46,60 @@ pub(super) fn load_tensor<const D: usize>(
 
 /// The elements of a tensor of type `from`, as `to`, in one allocation; as those of the transpose
 /// of a matrix where its rows and columns are given.
+///
+/// # Errors
+/// [`Nf4Error::NonFinite`], with `key`, for the first finite one that `to` cannot hold.
 pub(super) fn float_bytes(
     stored: &StoredTensor<'_>,
+    key: &str,
     from: FloatType,
     to: FloatType,
     transposed: Option<[usize; 2]>,
-) -> Bytes {
+) -> Result<Bytes, Nf4Error> {
     with_float_type!(to, T => {
-        let values: Vec<T> = with_float_type!(from, S => match transposed {
-            Some(dims) => transpose(stored.bytes, dims, read::<S, T>),
-            None if from == to => elements::<T>(stored.bytes).into_owned(),
-            None => stored
-                .bytes
-                .chunks_exact(from.size_bytes())
-                .map(read::<S, T>)
-                .collect(),
+        let values: Vec<T> = with_float_type!(from, S => {
+            let values = match transposed {
+                Some(dims) => transpose(stored.bytes, dims, read::<S, T>),
+                None if from == to => elements::<T>(stored.bytes).into_owned(),
+                None => stored
+                    .bytes
+                    .chunks_exact(from.size_bytes())
+                    .map(read::<S, T>)
+                    .collect(),
+            };
+            check_held::<S, T>(stored.bytes, &values, key)?;
+            values
         });
-        Bytes::from_elems(values)
+        Ok(Bytes::from_elems(values))
     })
+}
+
+/// Checks that no finite element has become an infinity. `values` may be in another order.
+fn check_held<S: FloatElement, T: FloatElement>(
+    stored: &[u8],
+    values: &[T],
+    key: &str,
+) -> Result<(), Nf4Error> {
+    let is_finite = |value: &T| value.to_f32().is_finite();
+    let holds_all = S::FLOAT_TYPE == T::FLOAT_TYPE || T::FLOAT_TYPE == FloatType::F32;
+    if holds_all || values.iter().all(is_finite) {
+        return Ok(());
+    }
+    let stored = stored.chunks_exact(size_of::<S>()).enumerate();
+    let lost = stored
+        .map(|(index, bytes)| (index, element::<S>(bytes).to_f32()))
+        .find_map(|(index, from)| {
+            let to = T::from_f32(from);
+            (from.is_finite() && !is_finite(&to)).then(|| (index, to.to_f32()))
+        });
+    match lost {
+        None => Ok(()),
+        Some((index, given)) => Err(Nf4Error::NonFinite {
+            tensor: key.into(),
+            index,
+            given,
+        }),
+    }
 }
 
 /// One stored element of type `S`, as `T`. Without a conversion the bits are kept.

@@ -1,20 +1,19 @@
 //! A checkpoint: one safetensors file, or a folder of them.
 
-use std::collections::BTreeMap;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
-use super::file::{SafetensorsFile, TensorInfo};
+use super::file::{SafetensorsFile, TensorInfo, read_text};
 use super::float::{load_float, load_tensor};
-use super::header::MAX_HEADER_BYTES;
 use super::json::UniqueMap;
 use super::python_json;
+use super::resolve::{Weights, find_weights};
 use super::weight::{
-    QUANT_TYPES, StoredTensor, TensorSource, find_quant_state, find_weight, is_transposed,
-    load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
+    QUANT_TYPES, StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed, load_nf4,
+    load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -29,8 +28,9 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
 ///
 /// A folder holds `model.safetensors`, or several shards and `model.safetensors.index.json`,
-/// which says where each tensor lies; the tensors of one quantized weight may lie in different
-/// shards. The files are memory-mapped and must not be changed while the checkpoint is open.
+/// which names them; the tensors of one quantized weight may lie in different shards. The files
+/// are memory-mapped and must not be changed while the checkpoint is open, see
+/// [`SafetensorsFile::open`].
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::Checkpoint;
@@ -50,30 +50,50 @@ pub struct Checkpoint {
     file_of: BTreeMap<String, usize>,
 }
 
+/// How a file is opened.
+type Open<'a> = &'a dyn Fn(&Path) -> Result<SafetensorsFile, Nf4Error>;
+
 #[derive(Deserialize)]
 struct Index {
     weight_map: UniqueMap<String>,
 }
 
 impl Checkpoint {
-    /// Maps the file, or the files of the folder, and checks their headers.
+    /// Maps the file, or the files of the folder, and checks their headers. They must not change
+    /// while the checkpoint is open: see [`SafetensorsFile::open`].
+    ///
+    /// Of a folder the files are read that transformers 5.24 reads, with the same meaning: the one
+    /// that `transformers_weights` in `config.json` names, else [`SINGLE_FILE`], else all the
+    /// shards that [`INDEX_FILE`] names. What a shard holds counts, also where the index says
+    /// otherwise.
     ///
     /// # Errors
     /// Those of [`SafetensorsFile::open`] for each file, and for a folder
-    /// - [`Nf4Error::Io`] if it holds neither [`INDEX_FILE`] nor [`SINGLE_FILE`]
-    /// - [`Nf4Error::Index`] if the index is malformed, names a file outside of the folder, or
-    ///   differs from what the shards hold
+    /// - [`Nf4Error::NoWeights`] if it holds neither file, with those that may hold the weights in
+    ///   a form that is not read, such as `pytorch_model.bin`
+    /// - [`Nf4Error::Index`] if the index is malformed, names a file outside of the folder or a
+    ///   tensor that no shard holds, or if two shards hold one tensor with different values
+    /// - [`Nf4Error::ModelConfig`] if `transformers_weights` does not name such a file
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
-        let path = path.as_ref();
+        Self::open_with(path.as_ref(), &|path| SafetensorsFile::open(path))
+    }
+
+    /// Reads the file, or the files of the folder, into memory: as [`open`](Self::open), but
+    /// whatever happens to them after that does no harm.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open).
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, Nf4Error> {
+        Self::open_with(path.as_ref(), &|path| SafetensorsFile::read(path))
+    }
+
+    fn open_with(path: &Path, open: Open<'_>) -> Result<Self, Nf4Error> {
         if !path.is_dir() {
-            return Self::of_file(path, SafetensorsFile::open(path)?);
+            return Self::of_file(path, open(path)?);
         }
-        let index = path.join(INDEX_FILE);
-        // A link that leads nowhere is an index that cannot be read, and not none.
-        if fs::symlink_metadata(&index).is_ok() {
-            Self::of_shards(path, &index)
-        } else {
-            Self::of_file(path, SafetensorsFile::open(path.join(SINGLE_FILE))?)
+        match find_weights(path)? {
+            Weights::Single(file) => Self::of_file(path, open(&file)?),
+            Weights::Index(index) => Self::of_shards(path, &index, open),
         }
     }
 
@@ -85,64 +105,51 @@ impl Checkpoint {
         })
     }
 
-    fn of_shards(folder: &Path, index: &Path) -> Result<Self, Nf4Error> {
+    fn of_shards(folder: &Path, index: &Path, open: Open<'_>) -> Result<Self, Nf4Error> {
         let fault = |message: String| Nf4Error::Index {
             path: index.into(),
             message,
         };
-        let io = |error: std::io::Error| Nf4Error::Io {
-            path: index.into(),
-            message: error.to_string(),
-        };
-        let metadata = fs::metadata(index).map_err(io)?;
-        if !metadata.is_file() {
-            return Err(io(std::io::Error::other("is not a file")));
-        }
-        if metadata.len() > MAX_HEADER_BYTES as u64 {
-            let given = metadata.len();
-            return Err(fault(format!("{given} bytes are over {MAX_HEADER_BYTES}")));
-        }
-        let text = fs::read(index).map_err(io)?;
         let Index {
             weight_map: UniqueMap(weight_map),
-        } = python_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        } = python_json::from_slice(&read_text(index)?)
+            .map_err(|error| fault(error.to_string()))?;
+        if let Some((key, name)) = weight_map.iter().find(|(_, name)| !is_plain_name(name)) {
+            return Err(fault(format!(
+                "`{key}` is said to lie in `{name}`, which is not the name of a file in the folder"
+            )));
+        }
+        let names: BTreeSet<&String> = weight_map.values().collect();
+        if names.is_empty() {
+            return Err(fault("names no shard".into()));
+        }
 
-        let mut files: Vec<SafetensorsFile> = Vec::new();
-        let mut names: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut file_of = BTreeMap::new();
-        for (key, name) in &weight_map {
-            let shard = match names.get(name.as_str()) {
-                Some(&shard) => shard,
-                None => {
-                    if !is_plain_name(name) {
-                        return Err(fault(format!(
-                            "`{key}` is said to lie in `{name}`, which is not the name of a file \
-                             in the folder"
-                        )));
-                    }
-                    files.push(SafetensorsFile::open(folder.join(name))?);
-                    names.insert(name, files.len() - 1);
-                    files.len() - 1
-                }
-            };
-            if files[shard].find(key).is_none() {
-                return Err(fault(format!("`{name}` does not hold `{key}`")));
-            }
-            file_of.insert(key.clone(), shard);
-        }
-        for (name, &shard) in &names {
-            if let Some(key) = files[shard]
-                .keys()
-                .find(|key| weight_map.get(*key).is_none_or(|indexed| indexed != name))
-            {
-                return Err(fault(format!("does not say that `{name}` holds `{key}`")));
-            }
-        }
-        Ok(Self {
+        let mut checkpoint = Self {
             path: folder.into(),
-            files,
-            file_of,
-        })
+            files: Vec::with_capacity(names.len()),
+            file_of: BTreeMap::new(),
+        };
+        for name in names {
+            let file = open(&folder.join(name))?;
+            for key in file.keys() {
+                let Some(&first) = checkpoint.file_of.get(key) else {
+                    checkpoint
+                        .file_of
+                        .insert(key.into(), checkpoint.files.len());
+                    continue;
+                };
+                let first = &checkpoint.files[first];
+                if !first.stored(key)?.is_same(&file.stored(key)?) {
+                    let first = first.path().display();
+                    return Err(fault(format!("`{key}` in `{name}` is not that in {first}")));
+                }
+            }
+            checkpoint.files.push(file);
+        }
+        match weight_map.keys().find(|key| !checkpoint.contains(key)) {
+            None => Ok(checkpoint),
+            Some(key) => Err(fault(format!("names `{key}`, which no shard holds"))),
+        }
     }
 
     /// The path that was opened.
@@ -194,7 +201,7 @@ impl Checkpoint {
 
     /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
     pub fn is_quantized(&self, prefix: &str) -> bool {
-        find_quant_state(self, prefix).is_ok()
+        has_quant_state(self, prefix)
     }
 
     /// Whether the parameter `prefix` is stored transposed, see
@@ -249,8 +256,9 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], [`Nf4Error::Dtype`] unless it is stored as F16, BF16 or F32,
-    /// [`Nf4Error::Rank`] if it does not have `D` dimensions, [`Nf4Error::DeviceDtype`] if the
-    /// device has no such type.
+    /// [`Nf4Error::Rank`] if it does not have `D` dimensions, [`Nf4Error::NonFinite`] for a
+    /// finite value that `dtype` cannot hold, [`Nf4Error::DeviceDtype`] if the device has no such
+    /// type.
     pub fn load_tensor<const D: usize>(
         &self,
         key: &str,
@@ -271,7 +279,7 @@ impl Checkpoint {
     /// The bytes of a tensor, little-endian, in the mapped file.
     ///
     /// # Errors
-    /// [`Nf4Error::MissingKey`].
+    /// [`Nf4Error::MissingKey`], [`Nf4Error::FileChanged`].
     pub fn tensor_bytes(&self, key: &str) -> Result<&[u8], Nf4Error> {
         Ok(self.stored(key)?.bytes)
     }
@@ -299,8 +307,9 @@ impl Checkpoint {
     }
 }
 
-/// What follows the name of a quantized parameter in the names of its other tensors.
-const PARTS: [&str; 4] = [
+/// What follows the name of a quantized parameter in the names of its other tensors; the last two
+/// only with double quantization.
+pub(super) const PARTS: [&str; 4] = [
     ".absmax",
     ".quant_map",
     ".nested_absmax",
@@ -314,6 +323,13 @@ impl TensorSource for Checkpoint {
 
     fn find(&self, key: &str) -> Option<StoredTensor<'_>> {
         self.files[*self.file_of.get(key)?].find(key)
+    }
+
+    fn check_unchanged(&self, key: &str) -> Result<(), Nf4Error> {
+        match self.file_of.get(key) {
+            Some(&file) => self.files[file].check_unchanged(key),
+            None => Ok(()),
+        }
     }
 }
 

@@ -61,8 +61,11 @@ impl<'de> Visitor<'de> for LinesVisitor {
             let twice = || A::Error::custom(format!("`{key}` is there twice"));
             let within = |error: A::Error| A::Error::custom(format!("`{key}`: {error}"));
             if key == METADATA {
-                let texts = map.next_value::<UniqueMap<String>>().map_err(within)?;
-                if metadata.replace(texts.0.len()).is_some() {
+                // The crate and Python's library take null for none.
+                let texts = map
+                    .next_value::<Option<UniqueMap<String>>>()
+                    .map_err(within)?;
+                if metadata.replace(texts.is_some()).is_some() {
                     return Err(twice());
                 }
                 continue;
@@ -105,6 +108,25 @@ impl Line {
     }
 }
 
+/// What a file is that does not begin with the length of a header, if its first bytes tell.
+fn other_format(file: &[u8]) -> String {
+    let is = |what: &str| format!(": the file is {what}");
+    match file {
+        [b'P', b'K', 3, 4, ..] => is("a zip archive, as PyTorch writes them"),
+        [0x80, 2..=5, ..] => is("pickled, as PyTorch's older files are"),
+        [b'G', b'G', b'U', b'F', ..] => is("GGUF"),
+        _ => match file
+            .first_chunk::<PREFIX_BYTES>()
+            .map(|text| str::from_utf8(text))
+        {
+            Some(Ok(text)) if !text.contains(char::is_control) => {
+                format!(": the file begins with the text `{text}`")
+            }
+            _ => String::new(),
+        },
+    }
+}
+
 /// Finds every tensor of a file, or says what is wrong with it.
 ///
 /// Not by the safetensors crate: it keeps the last of two tensors of one name, and adds up offsets
@@ -114,17 +136,17 @@ pub(super) fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, String
         return Err(format!("{} bytes are too few for a header", file.len()));
     };
     let declared = u64::from_le_bytes(*prefix);
-    let header = usize::try_from(declared)
-        .ok()
-        .filter(|&len| len <= MAX_HEADER_BYTES)
-        .and_then(|len| rest.get(..len))
-        .ok_or_else(|| {
-            format!(
-                "a header of {declared} bytes is over {MAX_HEADER_BYTES} \
-                 or does not fit a file of {}",
-                file.len()
-            )
-        })?;
+    let len = usize::try_from(declared).unwrap_or(usize::MAX);
+    if len > MAX_HEADER_BYTES {
+        return Err(format!(
+            "a header of {declared} bytes is over {MAX_HEADER_BYTES}{}",
+            other_format(file)
+        ));
+    }
+    let header = rest.get(..len).ok_or_else(|| {
+        let given = file.len();
+        format!("a header of {declared} bytes does not fit a file of {given}: it was cut short")
+    })?;
     let Lines(mut entries) =
         serde_json::from_slice(header).map_err(|error| format!("invalid header: {error}"))?;
 
@@ -146,8 +168,13 @@ pub(super) fn read_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, String
     }
     let data_bytes = rest.len() - header.len();
     if covered != data_bytes {
+        let cut = if covered > data_bytes {
+            ": the file was cut short"
+        } else {
+            ""
+        };
         return Err(format!(
-            "the tensors take {covered} bytes, but {data_bytes} follow the header"
+            "the tensors take {covered} bytes, but {data_bytes} follow the header{cut}"
         ));
     }
     let data_start = PREFIX_BYTES + header.len();

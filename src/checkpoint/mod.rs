@@ -27,7 +27,14 @@
 //!
 //! Files are not trusted: whatever they hold, opening and loading gives a typed error that names
 //! file and key. No length is believed before it was compared with the bytes that are there, so
-//! that nothing is allocated for data that a file only claims to have.
+//! that nothing is allocated for data that a file only claims to have. But they are mapped, and
+//! must not change while they are open: see [`SafetensorsFile::open`] for what that means, and
+//! [`SafetensorsFile::read`] and [`Checkpoint::read`] for the way without a map.
+//!
+//! Of a folder those files are read that transformers 5.24 reads, see [`Checkpoint::open`], and
+//! their JSON is what Python's is, see [`python_json`]. [`Checkpoint::faults`] tells where a
+//! folder does not hold what its `config.json` claims; what makes a folder of another one refuses
+//! such a source.
 //!
 //! # Example
 //!
@@ -44,6 +51,7 @@
 
 pub(crate) mod convert;
 pub(crate) mod elements;
+mod faults;
 mod file;
 mod float;
 mod folder;
@@ -55,6 +63,7 @@ mod parameters;
 mod progress;
 pub mod python_json;
 mod quant_state;
+mod resolve;
 mod source;
 mod staging;
 mod store;
@@ -65,6 +74,7 @@ mod writer;
 pub use convert::{
     Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
 };
+pub(crate) use file::read_text;
 pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;

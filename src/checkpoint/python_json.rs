@@ -60,7 +60,14 @@ pub fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Err
     let pieces = Pieces::new(text);
     match pieces.next_number() {
         None => serde_json::from_str(text),
-        Some(_) => serde_json::from_reader(pieces),
+        // To serde such a number is a map, which nobody sees in the file.
+        Some(_) => serde_json::from_reader(pieces).map_err(|error| {
+            let message = error.to_string();
+            serde_json::Error::custom(message.replace(
+                "invalid type: map",
+                "invalid type: map, or NaN, an infinity or an integer beyond 64 bits",
+            ))
+        }),
     }
 }
 
@@ -545,6 +552,19 @@ mod tests {
     fn deep_nesting_is_an_error() {
         for text in ["[".repeat(1_000_000), r#"{"a":"#.repeat(1_000_000)] {
             assert!(read(&text).unwrap_err().to_string().contains("recursion"));
+        }
+    }
+
+    #[test]
+    fn a_field_of_another_type_names_what_the_file_holds() {
+        for text in ["Infinity", "18446744073709551616"] {
+            let error = from_slice::<usize>(text.as_bytes())
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains("an infinity or an integer beyond 64 bits"),
+                "{error}"
+            );
         }
     }
 

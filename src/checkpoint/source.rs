@@ -87,14 +87,14 @@ pub(super) struct ReadAs {
     pub transposed: bool,
 }
 
-/// A tensor that is read when it is asked for; `done` is called each time. `None` where Burn has
-/// no such dtype.
+/// A tensor that is read when it is asked for; `done` is called each time, with the error if there
+/// is one, of which burn-store takes the text only. `None` where Burn has no such dtype.
 pub(super) fn deferred(
     checkpoint: &Arc<Checkpoint>,
     entry: &Entry,
     name: String,
     read_as: ReadAs,
-    done: impl Fn() + Send + Sync + 'static,
+    done: impl Fn(Option<Nf4Error>) + Send + Sync + 'static,
 ) -> Result<Option<PackTensor>, Nf4Error> {
     let (dtype, shape) = match &entry.kind {
         EntryKind::Packed(form) => {
@@ -130,11 +130,20 @@ pub(super) fn deferred(
                     read_dense(&stored, &key, read_as.dtype, matrix)?
                 }
             };
-            done();
             Ok(TensorData::from_bytes(bytes, to.clone(), dtype))
         }
     };
-    let provider = move || read().map_err(|error| PackError::ValidationError(error.to_string()));
+    let provider = move || match read() {
+        Ok(data) => {
+            done(None);
+            Ok(data)
+        }
+        Err(error) => {
+            let text = error.to_string();
+            done(Some(error));
+            Err(PackError::ValidationError(text))
+        }
+    };
     Ok(Some(bridge::deferred(name, dtype, to, None, provider)))
 }
 
@@ -146,7 +155,7 @@ fn read_dense(
 ) -> Result<Bytes, Nf4Error> {
     if let Ok(from) = stored.float_type(key) {
         let to = dtype.unwrap_or(from);
-        return Ok(super::float::float_bytes(stored, from, to, transposed));
+        return super::float::float_bytes(stored, key, from, to, transposed);
     }
     let mut bytes = stored.bytes.to_vec();
     if stored.info.dtype == Dtype::BOOL {

@@ -32,7 +32,7 @@ impl Staging {
     /// [`Nf4Error::FolderNotEmpty`] if it holds anything, unless `overwrite`; [`Nf4Error::Io`].
     pub fn create(folder: &Path, overwrite: bool) -> Result<Self, Nf4Error> {
         let made_folder = !folder.exists();
-        fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
+        fs::create_dir_all(folder).map_err(Nf4Error::io(folder))?;
         let mut staging = Self {
             folder: folder.into(),
             hidden: None,
@@ -40,7 +40,7 @@ impl Staging {
             overwrite,
             files: BTreeSet::new(),
         };
-        let mut entries = fs::read_dir(folder).map_err(|error| io(folder, &error))?;
+        let mut entries = fs::read_dir(folder).map_err(Nf4Error::io(folder))?;
         if !overwrite && entries.next().is_some() {
             return Err(Nf4Error::FolderNotEmpty {
                 path: folder.into(),
@@ -49,7 +49,7 @@ impl Staging {
         let hidden = tempfile::Builder::new()
             .prefix(".burn-nf4-")
             .tempdir_in(folder)
-            .map_err(|error| io(folder, &error))?;
+            .map_err(Nf4Error::io(folder))?;
         staging.hidden = Some(hidden);
         Ok(staging)
     }
@@ -73,7 +73,7 @@ impl Staging {
         let probe = self.hidden().join("permissions");
         let made = File::create(&probe).and_then(|file| file.metadata());
         made.map(|metadata| metadata.permissions())
-            .map_err(|error| io(&probe, &error))
+            .map_err(Nf4Error::io(&self.folder))
     }
 
     /// Reserves a name and says where to write the file.
@@ -94,7 +94,7 @@ impl Staging {
         }
         let path = self.hidden().join("files").join(name);
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(|error| io(parent, &error))?;
+            fs::create_dir_all(parent).map_err(Nf4Error::io(self.folder.join(name)))?;
         }
         Ok(path)
     }
@@ -115,8 +115,9 @@ impl Staging {
         );
         if shards.len() > 1 {
             let path = hidden.join(INDEX_FILE);
-            fs::write(&path, index).map_err(|error| io(&path, &error))?;
-            moves.push((path, self.folder.join(INDEX_FILE)));
+            let place = self.folder.join(INDEX_FILE);
+            fs::write(&path, index).map_err(Nf4Error::io(&place))?;
+            moves.push((path, place));
         }
         if self.overwrite {
             // First, as the index of other shards would hide a new single file.
@@ -133,7 +134,7 @@ impl Staging {
                     // Nothing more can be done about a file that does not go.
                     let _ = fs::remove_file(path);
                 }
-                return Err(io(to, &error));
+                return Err(Nf4Error::io(to)(error));
             }
             done.push(to);
         }
@@ -142,11 +143,11 @@ impl Staging {
     }
 
     fn remove_model_files(&self) -> Result<(), Nf4Error> {
-        let entries = fs::read_dir(&self.folder).map_err(|error| io(&self.folder, &error))?;
+        let entries = fs::read_dir(&self.folder).map_err(Nf4Error::io(&self.folder))?;
         for entry in entries {
-            let entry = entry.map_err(|error| io(&self.folder, &error))?;
+            let entry = entry.map_err(Nf4Error::io(&self.folder))?;
             if entry.file_name().to_str().is_some_and(is_model_file) {
-                fs::remove_file(entry.path()).map_err(|error| io(&entry.path(), &error))?;
+                fs::remove_file(entry.path()).map_err(Nf4Error::io(&entry.path()))?;
             }
         }
         Ok(())
@@ -165,22 +166,17 @@ impl Drop for Staging {
 
 /// Whether a file belongs to the weights: `model.safetensors`, its index, or a shard.
 pub(super) fn is_model_file(name: &str) -> bool {
-    name == SINGLE_FILE
-        || name == INDEX_FILE
-        || name
-            .strip_prefix("model-")
-            .and_then(|rest| rest.strip_suffix(".safetensors"))
-            .and_then(|numbers| numbers.split_once("-of-"))
-            .is_some_and(|(number, count)| {
-                [number, count]
-                    .iter()
-                    .all(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
-            })
+    name == SINGLE_FILE || name == INDEX_FILE || is_shard(name)
 }
 
-pub(super) fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
-    Nf4Error::Io {
-        path: path.into(),
-        message: error.to_string(),
-    }
+/// Whether a name is that of a shard, such as `model-00001-of-00002.safetensors`.
+pub(super) fn is_shard(name: &str) -> bool {
+    name.strip_prefix("model-")
+        .and_then(|rest| rest.strip_suffix(".safetensors"))
+        .and_then(|numbers| numbers.split_once("-of-"))
+        .is_some_and(|(number, count)| {
+            [number, count]
+                .iter()
+                .all(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+        })
 }

@@ -70,6 +70,8 @@ struct Report {
     callback: Option<Callback>,
     parameters: [usize; 2],
     bytes: [usize; 2],
+    /// The first error of a read.
+    failed: Option<Nf4Error>,
 }
 
 impl Report {
@@ -89,7 +91,9 @@ impl Report {
 }
 
 impl CheckpointStore {
-    /// Opens a file or folder.
+    /// Opens a file or folder. The files are mapped and must not change meanwhile: see
+    /// [`SafetensorsFile::open`](super::SafetensorsFile::open). To read them into memory instead,
+    /// make the store [`new`](Self::new) from [`Checkpoint::read`].
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`].
@@ -194,9 +198,13 @@ impl CheckpointStore {
         read_as: ReadAs,
     ) -> Result<Option<PackTensor>, Nf4Error> {
         let (report, key, size_bytes) = (self.report.clone(), entry.key.clone(), entry.size_bytes);
-        let done = move || {
+        let done = move |error| {
             let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
-            report.done(&key, size_bytes);
+            match error {
+                None => report.done(&key, size_bytes),
+                Some(_) if report.failed.is_some() => {}
+                failed => report.failed = failed,
+            }
         };
         deferred(&self.checkpoint, entry, name, read_as, done)
     }
@@ -230,6 +238,8 @@ impl ModuleStore for CheckpointStore {
     /// - [`Nf4Error::Misfit`] with every tensor that is missing, unexpected or mismatched, unless
     ///   that is allowed, [`Nf4Error::SamePath`] for two of one path; nothing has been loaded then
     /// - those of [`Checkpoint::load_weight`] for a quantized weight that is broken
+    /// - [`Nf4Error::NonFinite`] for a finite value that the dtype to convert to cannot hold,
+    ///   [`Nf4Error::FileChanged`]; other parameters have been loaded then
     /// - [`Nf4Error::DeviceDtype`] if a parameter's device has no such type
     /// - [`Nf4Error::Load`] if a parameter could not be loaded, as when the progress callback
     ///   panics; others have been loaded then
@@ -263,13 +273,15 @@ impl ModuleStore for CheckpointStore {
             let mut report = self.report();
             report.parameters = [0, tensors.len()];
             report.bytes = [0, size_bytes];
+            report.failed = None;
         }
         let mut result = module.apply(tensors, None, None, self.skip_enum_variants);
         let unused = matched.unexpected.iter().map(|entry| entry.path.clone());
         result.unused.extend(unused);
-        match result.errors.first() {
-            None => Ok(result),
-            Some(error) => Err(load_error(error)),
+        match (self.report().failed.take(), result.errors.first()) {
+            (Some(error), _) => Err(error),
+            (None, Some(error)) => Err(load_error(error)),
+            (None, None) => Ok(result),
         }
     }
 
@@ -295,7 +307,7 @@ impl ModuleStore for CheckpointStore {
                         dtype: self.dtype,
                         transposed: false,
                     };
-                    let tensor = deferred(&self.checkpoint, &entry, name.clone(), read_as, || {})?;
+                    let tensor = deferred(&self.checkpoint, &entry, name.clone(), read_as, |_| {})?;
                     tensors.extend(tensor.map(|tensor| (name, tensor)));
                 }
                 tensors

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::convert::transpose;
+use super::convert::{check_decodes, transpose};
 use super::elements::{elements, float_type, with_float_type};
 use super::folder::Checkpoint;
 use super::progress::Progress;
@@ -111,7 +111,9 @@ impl VerifyReport {
 /// ```
 ///
 /// # Errors
-/// Those of [`SafetensorsFile::load_nf4`](super::SafetensorsFile::load_nf4).
+/// Those of [`SafetensorsFile::load_nf4`](super::SafetensorsFile::load_nf4), and
+/// [`Nf4Error::NonFinite`] for a quantized weight that decodes to an infinity; not for one whose
+/// tensors are the same in both, which is not decoded.
 pub fn verify(
     a: &Checkpoint,
     b: &Checkpoint,
@@ -233,6 +235,7 @@ impl<'a> Values<'a> {
             }));
         }
         let weight = source.load_nf4(name)?;
+        check_decodes(&weight, name)?;
         let layout = weight.packed_layout();
         let quantized = Self {
             shape: weight.shape().to_vec(),

@@ -21,12 +21,18 @@ pub(super) trait TensorSource {
     /// The tensor, if it is there.
     fn find(&self, key: &str) -> Option<StoredTensor<'_>>;
 
-    /// The tensor, or [`Nf4Error::MissingKey`].
+    /// Whether the file of a tensor that is there still is what was opened, or
+    /// [`Nf4Error::FileChanged`].
+    fn check_unchanged(&self, key: &str) -> Result<(), Nf4Error>;
+
+    /// The tensor, to be read, or [`Nf4Error::MissingKey`].
     fn stored(&self, key: &str) -> Result<StoredTensor<'_>, Nf4Error> {
-        self.find(key).ok_or_else(|| Nf4Error::MissingKey {
+        let stored = self.find(key).ok_or_else(|| Nf4Error::MissingKey {
             path: self.path().into(),
             key: key.into(),
-        })
+        })?;
+        self.check_unchanged(key)?;
+        Ok(stored)
     }
 }
 
@@ -38,6 +44,11 @@ pub(super) struct StoredTensor<'a> {
 }
 
 impl StoredTensor<'_> {
+    /// Whether they are equal to the byte.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.info == other.info && self.bytes == other.bytes
+    }
+
     pub fn check_dtype(&self, key: &str, allowed: &[Dtype]) -> Result<(), Nf4Error> {
         if allowed.contains(&self.info.dtype) {
             return Ok(());
@@ -93,16 +104,21 @@ pub(super) fn find_quant_state<'a>(
     source: &'a impl TensorSource,
     prefix: &str,
 ) -> Result<(QuantType, String, StoredTensor<'a>), Nf4Error> {
+    let quant_type = QUANT_TYPES
+        .into_iter()
+        .find(|&quant_type| source.find(&quant_state_key(prefix, quant_type)).is_some())
+        // The one whose absence is to be told.
+        .unwrap_or(QuantType::Nf4);
+    let key = quant_state_key(prefix, quant_type);
+    let stored = source.stored(&key)?;
+    Ok((quant_type, key, stored))
+}
+
+/// Whether a parameter has a `quant_state`.
+pub(super) fn has_quant_state(source: &impl TensorSource, prefix: &str) -> bool {
     QUANT_TYPES
         .into_iter()
-        .find_map(|quant_type| {
-            let key = quant_state_key(prefix, quant_type);
-            source.find(&key).map(|stored| (quant_type, key, stored))
-        })
-        .ok_or_else(|| Nf4Error::MissingKey {
-            path: source.path().into(),
-            key: quant_state_key(prefix, QuantType::Nf4),
-        })
+        .any(|quant_type| source.find(&quant_state_key(prefix, quant_type)).is_some())
 }
 
 /// Whether codes are stored `[1, k]` instead of `[k, 1]`.

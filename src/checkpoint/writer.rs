@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use serde_json::{Map, json};
 use super::folder::{Checkpoint, SINGLE_FILE};
 use super::layout::{self, NewTensor};
 use super::python_json;
-use super::staging::{Staging, io};
+use super::staging::Staging;
 use crate::error::Nf4Error;
 use crate::format::Nf4Tensor;
 
@@ -25,7 +25,9 @@ pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
 ///
 /// Tensors are handed over one by one, in the order in which they fill the shards. They wait in
 /// a temporary file, not in memory, and nothing appears under its final name before
-/// [`finish`](Self::finish); a writer that is dropped before leaves nothing behind.
+/// [`finish`](Self::finish); a writer that is dropped before leaves nothing behind. Once a write
+/// has failed, as on a full disk, every further call fails with [`Nf4Error::WriterFailed`]:
+/// the folder would lack something.
 ///
 /// ```
 /// use burn_nf4::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype};
@@ -55,6 +57,8 @@ pub struct CheckpointWriter {
     written: HashMap<String, usize>,
     /// Weights of the model; a quantized one counts what it decodes to.
     parameter_elems: usize,
+    /// The first write that failed.
+    failed: Option<Nf4Error>,
 }
 
 /// What was written.
@@ -113,6 +117,7 @@ impl CheckpointWriter {
             shards: Vec::new(),
             written: HashMap::new(),
             parameter_elems: 0,
+            failed: None,
         })
     }
 
@@ -217,8 +222,10 @@ impl CheckpointWriter {
     /// [`Nf4Error::NameTaken`] for a name that was given before, that belongs to the weights or
     /// leads out of the folder, [`Nf4Error::Io`].
     pub fn write_file(&mut self, name: &str, content: &[u8]) -> Result<(), Nf4Error> {
-        let path = self.staging.reserve(name)?;
-        fs::write(&path, content).map_err(|error| io(&path, &error))
+        self.attempt(|writer| {
+            let path = writer.staging.reserve(name)?;
+            fs::write(&path, content).map_err(Nf4Error::io(writer.staging.folder().join(name)))
+        })
     }
 
     /// Adds a copy of a file; `name` is relative to the folder.
@@ -226,13 +233,15 @@ impl CheckpointWriter {
     /// # Errors
     /// As [`write_file`](Self::write_file).
     pub fn copy_file(&mut self, name: &str, source: &Path) -> Result<(), Nf4Error> {
-        let path = self.staging.reserve(name)?;
-        // By content: the permissions of a read-only cache are not wanted.
-        let copied = File::open(source).and_then(|mut from| {
-            let mut to = File::create(&path)?;
-            std::io::copy(&mut from, &mut to)
-        });
-        copied.map(|_| ()).map_err(|error| io(source, &error))
+        let mut from = File::open(source).map_err(Nf4Error::io(source))?;
+        self.attempt(|writer| {
+            let path = writer.staging.reserve(name)?;
+            // By content: the permissions of a read-only cache are not wanted.
+            let copied = File::create(&path).and_then(|mut to| std::io::copy(&mut from, &mut to));
+            copied
+                .map(|_| ())
+                .map_err(Nf4Error::io(writer.staging.folder().join(name)))
+        })
     }
 
     /// Writes what is left and gives every file its final name.
@@ -242,9 +251,12 @@ impl CheckpointWriter {
     /// the format's limit of 100 MB. Nothing is left behind then, unless a folder was being
     /// overwritten and the error came while the files were put in place.
     pub fn finish(mut self) -> Result<Written, Nf4Error> {
-        if !self.open.tensors.is_empty() || self.shards.is_empty() {
-            self.close_shard()?;
-        }
+        self.attempt(|writer| {
+            if !writer.open.tensors.is_empty() || writer.shards.is_empty() {
+                writer.close_shard()?;
+            }
+            Ok(())
+        })?;
         let count = self.shards.len();
         let mut weight_map = BTreeMap::new();
         let mut shards = Vec::with_capacity(count);
@@ -291,18 +303,7 @@ impl CheckpointWriter {
                 name: tensor.key.clone(),
             });
         }
-        let bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
-        if bytes > self.max_shard_bytes {
-            let open = std::mem::take(&mut self.open);
-            let closed = self.spool(tensors).and_then(|()| self.close_shard());
-            self.open = open;
-            closed?;
-        } else {
-            if self.open.size_bytes + bytes > self.max_shard_bytes {
-                self.close_shard()?;
-            }
-            self.spool(tensors)?;
-        }
+        self.attempt(|writer| writer.place(tensors))?;
         for tensor in tensors {
             self.written.insert(tensor.key.clone(), tensor.bytes.len());
         }
@@ -310,43 +311,75 @@ impl CheckpointWriter {
         Ok(())
     }
 
+    /// Does what may write. If it could not, nothing may come after.
+    fn attempt<T>(
+        &mut self,
+        write: impl FnOnce(&mut Self) -> Result<T, Nf4Error>,
+    ) -> Result<T, Nf4Error> {
+        if let Some(first) = &self.failed {
+            return Err(Nf4Error::WriterFailed {
+                path: self.staging.folder().into(),
+                source: Box::new(first.clone()),
+            });
+        }
+        let result = write(self);
+        // A name that is not free is refused before anything is written.
+        if let Err(error) = &result
+            && !matches!(error, Nf4Error::NameTaken { .. })
+        {
+            self.failed = Some(error.clone());
+        }
+        result
+    }
+
+    /// Puts tensors into the open shard, or into one of their own.
+    fn place(&mut self, tensors: &[NewTensor<'_>]) -> Result<(), Nf4Error> {
+        let bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
+        if bytes > self.max_shard_bytes {
+            let open = std::mem::take(&mut self.open);
+            self.spool(tensors)?;
+            self.close_shard()?;
+            self.open = open;
+            return Ok(());
+        }
+        if self.open.size_bytes + bytes > self.max_shard_bytes {
+            self.close_shard()?;
+        }
+        self.spool(tensors)
+    }
+
     fn spool(&mut self, tensors: &[NewTensor<'_>]) -> Result<(), Nf4Error> {
-        let hidden = self.staging.hidden();
-        let fault = |error: std::io::Error| io(hidden, &error);
+        let fault = Nf4Error::io(self.staging.folder());
         let file = match &mut self.open.file {
             Some(file) => file,
-            none => none.insert(tempfile::tempfile_in(hidden).map_err(fault)?),
+            none => none.insert(tempfile::tempfile_in(self.staging.hidden()).map_err(&fault)?),
         };
-        // Not where the last write stopped: that may have failed half-way.
-        let mut end = self.open.size_bytes;
-        file.seek(SeekFrom::Start(end as u64)).map_err(fault)?;
-        let mut spooled = Vec::with_capacity(tensors.len());
         for tensor in tensors {
-            file.write_all(&tensor.bytes).map_err(fault)?;
-            spooled.push(Spooled {
+            file.write_all(&tensor.bytes).map_err(&fault)?;
+            let end = self.open.size_bytes + tensor.bytes.len();
+            self.open.tensors.push(Spooled {
                 key: tensor.key.clone(),
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
-                bytes: end..end + tensor.bytes.len(),
+                bytes: self.open.size_bytes..end,
             });
-            end += tensor.bytes.len();
+            self.open.size_bytes = end;
         }
-        self.open.tensors.append(&mut spooled);
-        self.open.size_bytes = end;
         Ok(())
     }
 
     /// Turns the spooled tensors into a shard.
     fn close_shard(&mut self) -> Result<(), Nf4Error> {
         let spool = std::mem::take(&mut self.open);
-        let hidden = self.staging.hidden();
-        let path = hidden.join(format!("shard-{}", self.shards.len()));
+        let folder = self.staging.folder();
+        let name = format!("shard-{}", self.shards.len());
+        let path = self.staging.hidden().join(name);
         // An empty file cannot be mapped everywhere.
         let map = match &spool.file {
             Some(file) if spool.size_bytes > 0 => {
                 // SAFETY: the file has no name and is this writer's alone, so nobody changes it
                 // while it is mapped.
-                Some(unsafe { Mmap::map(file) }.map_err(|error| io(hidden, &error))?)
+                Some(unsafe { Mmap::map(file) }.map_err(Nf4Error::io(folder))?)
             }
             _ => None,
         };
@@ -356,14 +389,9 @@ impl CheckpointWriter {
             (tensor.key.as_str(), MappedView { tensor, bytes })
         });
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|error| {
-            Nf4Error::Safetensors {
-                path: path.clone(),
-                message: error.to_string(),
-            }
-        })?;
-        fs::set_permissions(&path, self.staging.permissions()?)
-            .map_err(|error| io(&path, &error))?;
+        safetensors::serialize_to_file(views, Some(metadata), &path)
+            .map_err(Nf4Error::safetensors(folder))?;
+        fs::set_permissions(&path, self.staging.permissions()?).map_err(Nf4Error::io(folder))?;
         let keys = spool.tensors.into_iter().map(|tensor| tensor.key).collect();
         self.shards.push((path, keys));
         Ok(())

@@ -129,7 +129,7 @@ impl Adapter {
     /// [`Nf4Error::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), Nf4Error> {
         let folder = folder.as_ref();
-        fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
+        fs::create_dir_all(folder).map_err(Nf4Error::io(folder))?;
         let mut tensors: Vec<(String, &DenseTensor)> = Vec::new();
         for (is_embedding, modules) in [(false, &self.modules), (true, &self.embeddings)] {
             for (path, module) in modules {
@@ -141,15 +141,18 @@ impl Adapter {
         tensors.extend(full.map(|(parameter, tensor)| (self.full_key(parameter), tensor)));
 
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        replace(&folder.join(ADAPTER_FILE), |path| {
+        let file = folder.join(ADAPTER_FILE);
+        replace(&file, |path| {
             // safetensors makes files that only their owner can read.
             let usual = fs::File::create(path).and_then(|file| file.metadata());
-            let usual = usual.map_err(|error| error.to_string())?.permissions();
-            serialize_to_file(tensors, Some(metadata), path).map_err(|error| error.to_string())?;
-            fs::set_permissions(path, usual).map_err(|error| error.to_string())
+            let usual = usual.map_err(Nf4Error::io(&file))?.permissions();
+            serialize_to_file(tensors, Some(metadata), path)
+                .map_err(Nf4Error::safetensors(&file))?;
+            fs::set_permissions(path, usual).map_err(Nf4Error::io(&file))
         })?;
-        replace(&folder.join(CONFIG_FILE), |path| {
-            fs::write(path, self.config.to_json()).map_err(|error| error.to_string())
+        let file = folder.join(CONFIG_FILE);
+        replace(&file, |path| {
+            fs::write(path, self.config.to_json()).map_err(Nf4Error::io(&file))
         })
     }
 
@@ -305,25 +308,15 @@ impl Adapter {
 }
 
 /// Writes a new file and puts it in the place of the old one.
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<(), Nf4Error> {
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), Nf4Error>) -> Result<(), Nf4Error> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let written = write(&partial)
-        .and_then(|()| fs::rename(&partial, path).map_err(|error| error.to_string()));
-    written.map_err(|message| {
+    let written =
+        write(&partial).and_then(|()| fs::rename(&partial, path).map_err(Nf4Error::io(path)));
+    if written.is_err() {
         // What is left of a failed write is of no use; the error says why it failed.
         let _ = fs::remove_file(&partial);
-        Nf4Error::Io {
-            path: path.into(),
-            message,
-        }
-    })
-}
-
-pub(super) fn io(path: &Path, error: &std::io::Error) -> Nf4Error {
-    Nf4Error::Io {
-        path: path.into(),
-        message: error.to_string(),
     }
+    written
 }

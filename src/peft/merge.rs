@@ -13,7 +13,8 @@ use super::base::BaseNames;
 use super::keys::is_embedding;
 use super::tensor::{check_finite, widen};
 use crate::checkpoint::convert::{
-    CONFIG_FILE, ModelConfig, Reporter, copy_other_files, source_folder, start_writer, write_dense,
+    CONFIG_FILE, ModelConfig, Reporter, check_source, copy_other_files, source_folder,
+    start_writer, write_dense,
 };
 use crate::checkpoint::elements::{elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, Written};
@@ -97,7 +98,8 @@ pub struct Merged {
 /// - [`Nf4Error::NonFinite`] for a weight, merged or not, that is NaN, infinite or too large for
 ///   its dtype
 /// - [`Nf4Error::Config`] for an adapter with two different weights for two that the base model
-///   ties, for a base model that another method quantized, and for writing into its folder
+///   ties, and for writing into the base model's folder
+/// - the first of [`Checkpoint::faults`], as for a base model that another method quantized
 /// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4),
 ///   [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
 pub fn merge_16bit(
@@ -155,10 +157,8 @@ fn merge(
     options: &MergeOptions,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<Merged, Nf4Error> {
+    check_source(base)?;
     let mut model_config = ModelConfig::read(base)?;
-    if let Some(config) = &model_config {
-        config.check_dequantizable()?;
-    }
     let names = BaseNames::of(base, model_config.as_ref())?;
     adapter.check_fits(&names)?;
     if !options.allow_missing {
@@ -207,9 +207,7 @@ fn merge(
         (Target::AsBase, Some(config), _) if unties => {
             writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
         }
-        (Target::AsBase, Some(_), Some(source)) => {
-            writer.copy_file(CONFIG_FILE, &source.join(CONFIG_FILE))?;
-        }
+        (Target::AsBase, Some(config), Some(source)) => config.copy(&mut writer, source)?,
         _ => {}
     }
     Ok(Merged {

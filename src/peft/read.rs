@@ -1,15 +1,14 @@
 //! The folder of an adapter, read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
-use super::adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule, io};
+use super::adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule};
 use super::config::LoraConfig;
 use super::keys::{Name, Part, Place};
 use super::setting::TargetModules;
 use super::tensor::DenseTensor;
-use crate::checkpoint::{Dtype, SafetensorsFile};
+use crate::checkpoint::{Dtype, SafetensorsFile, read_text};
 use crate::error::Nf4Error;
 
 /// What PEFT wrote before it wrote safetensors.
@@ -54,7 +53,7 @@ impl Adapter {
     pub fn open_partial(folder: impl AsRef<Path>) -> Result<Self, Nf4Error> {
         let folder = folder.as_ref();
         let config_path = folder.join(CONFIG_FILE);
-        let json = fs::read(&config_path).map_err(|error| io(&config_path, &error))?;
+        let json = read_text(&config_path)?;
         let mut adapter = Self::new(LoraConfig::parse(&json, &config_path)?)?;
         let (path, pickle) = (folder.join(ADAPTER_FILE), folder.join(PICKLE_FILE));
         if !path.exists() && pickle.exists() {

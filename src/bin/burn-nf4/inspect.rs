@@ -10,6 +10,8 @@ pub struct Inspection {
     parameters: Vec<Parameter>,
     quantized: Totals,
     total: Totals,
+    /// What keeps it from being converted.
+    faults: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -76,6 +78,7 @@ impl Inspection {
             quantized: Totals::of(parameters.iter().filter(quantized)),
             total: Totals::of(parameters.iter()),
             parameters,
+            faults: faults(checkpoint),
         })
     }
 
@@ -118,8 +121,29 @@ impl Inspection {
         if self.quantized.parameters > 0 {
             text += &self.quantized.line("quantized");
         }
-        text + &self.total.line("total")
+        text += &self.total.line("total");
+        text + &fault_lines(&self.faults)
     }
+}
+
+/// What a checkpoint lacks, or has too much.
+pub fn faults(checkpoint: &Checkpoint) -> Vec<String> {
+    let faults = checkpoint.faults();
+    faults.iter().map(Nf4Error::to_string).collect()
+}
+
+/// A line each; not all of them, where every weight has one.
+pub fn fault_lines(faults: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let mut text: String = faults
+        .iter()
+        .take(SHOWN)
+        .map(|fault| format!("fault: {fault}\n"))
+        .collect();
+    if faults.len() > SHOWN {
+        text += &format!("and {} faults more\n", faults.len() - SHOWN);
+    }
+    text
 }
 
 impl Parameter {

@@ -99,7 +99,9 @@ struct Quantization {
     /// Keep the scales in f32
     #[arg(long)]
     no_double_quant: bool,
-    /// Module to keep, as in llm_int8_skip_modules; may be repeated
+    /// Module to keep, as in llm_int8_skip_modules of transformers 5.24: the beginning of a path
+    /// up to a dot (model.layers.1 is not model.layers.10), also as a regular expression, or its
+    /// end; may be repeated
     #[arg(long, value_name = "MODULE")]
     skip: Vec<String>,
     /// Quantize the experts of a mixture too (transformers 5.17 does not load those)
@@ -157,6 +159,12 @@ fn run(command: Command) -> Result<ExitCode, Nf4Error> {
             json,
         } => {
             let (a, b) = (Checkpoint::open(a)?, Checkpoint::open(b)?);
+            for (checkpoint, which) in [(&a, "A"), (&b, "B")] {
+                // What is compared are tensors, whatever they stand for.
+                for line in inspect::fault_lines(&inspect::faults(checkpoint)).lines() {
+                    eprintln!("{which}: {line}");
+                }
+            }
             let bar = Bar::new("verify");
             let report = burn_nf4::checkpoint::verify(&a, &b, |progress| bar.show(progress))?;
             drop(bar);
@@ -166,7 +174,7 @@ fn run(command: Command) -> Result<ExitCode, Nf4Error> {
                 to_json(&verify::Verdict { within, report })
             } else {
                 limits.text(&report)
-            });
+            })?;
             return Ok(if within {
                 ExitCode::SUCCESS
             } else {
@@ -174,7 +182,7 @@ fn run(command: Command) -> Result<ExitCode, Nf4Error> {
             });
         }
     };
-    print(&text);
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -221,9 +229,16 @@ fn to_json(value: &impl serde::Serialize) -> String {
 }
 
 /// Writes to stdout, whose reader may go away early.
-fn print(text: &str) {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => eprintln!("error: stdout: {error}"),
-        _ => (),
+fn print(text: &str) -> Result<(), Nf4Error> {
+    let mut stdout = std::io::stdout();
+    let written = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    match written {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Nf4Error::Io {
+            path: "stdout".into(),
+            source: error.into(),
+        }),
+        _ => Ok(()),
     }
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use super::model_config::ModelConfig;
 use super::quantize::write_dense;
-use super::{CONFIG_FILE, Converted, Reporter, copy_other_files, start_writer};
+use super::{CONFIG_FILE, Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor};
+use crate::format::{Absmax, FloatElement, FloatType, Nf4Tensor};
 use crate::host;
 
 /// What to write when a checkpoint is dequantized.
@@ -41,10 +41,11 @@ impl Default for DequantizeOptions {
 ///
 /// # Errors
 /// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4)
-/// - [`Nf4Error::NonFinite`] for a weight that the dtype asked for cannot hold
+/// - [`Nf4Error::NonFinite`] for a weight that its own dtype or the one asked for cannot hold
 /// - [`Nf4Error::NotAMatrix`] for a transposed weight of other than two dimensions
-/// - [`Nf4Error::Config`] for a checkpoint that another method quantized, and for writing into
-///   the source
+/// - the first of [`Checkpoint::faults`], as for a checkpoint that another method quantized or
+///   weights whose `quant_state` is lost
+/// - [`Nf4Error::Config`] for writing into the source
 /// - [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
 pub fn dequantize_checkpoint(
     source: &Checkpoint,
@@ -52,10 +53,8 @@ pub fn dequantize_checkpoint(
     options: &DequantizeOptions,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<Converted, Nf4Error> {
+    check_source(source)?;
     let mut model_config = ModelConfig::read(source)?;
-    if let Some(config) = &model_config {
-        config.check_dequantizable()?;
-    }
     let mut writer = start_writer(
         source,
         folder.as_ref(),
@@ -110,7 +109,7 @@ fn write_decoded<T: FloatElement>(
     dtype: Option<FloatType>,
 ) -> Result<(), Nf4Error> {
     let mut shape = weight.shape().to_vec();
-    let mut values = decode::<T>(weight);
+    let mut values = decode::<T>(weight, key)?;
     if transposed {
         let &[rows, columns] = shape.as_slice() else {
             return Err(Nf4Error::NotAMatrix {
@@ -132,13 +131,52 @@ fn write_decoded<T: FloatElement>(
 }
 
 /// All values of a weight.
-pub(crate) fn decode<T: FloatElement>(weight: Nf4Tensor) -> Vec<T> {
+///
+/// # Errors
+/// [`Nf4Error::NonFinite`] for the first one that `T` cannot hold.
+pub(crate) fn decode<T: FloatElement>(weight: Nf4Tensor, key: &str) -> Result<Vec<T>, Nf4Error> {
+    let can_overflow = can_overflow::<T>(&weight);
     let layout = weight.packed_layout();
     let words = weight.to_packed();
     drop(weight);
     let mut values = vec![T::zeroed(); layout.elems()];
     host::dequantize(&words, &layout, 0, &mut values);
-    values
+    let overflows = |value: &T| can_overflow && !value.to_f32().is_finite();
+    match values.iter().position(overflows) {
+        None => Ok(values),
+        Some(index) => Err(Nf4Error::NonFinite {
+            tensor: key.into(),
+            index,
+            given: values[index].to_f32(),
+        }),
+    }
+}
+
+/// Checks that every value of a weight fits its dtype, without decoding any as a rule.
+///
+/// # Errors
+/// [`Nf4Error::NonFinite`] for the first one that does not.
+pub(crate) fn check_decodes(weight: &Nf4Tensor, key: &str) -> Result<(), Nf4Error> {
+    with_float_type!(weight.dtype(), T => match can_overflow::<T>(weight) {
+        false => Ok(()),
+        true => decode::<T>(weight.clone(), key).map(|_| ()),
+    })
+}
+
+/// Whether a scale is too large for `T`. No level is larger than 1, so that all values fit where
+/// all scales do.
+fn can_overflow<T: FloatElement>(weight: &Nf4Tensor) -> bool {
+    let is_beyond = |scale: f32| !T::from_f32(scale).to_f32().is_finite();
+    match weight.absmax() {
+        Absmax::Flat(scales) => scales.iter().any(|&scale| is_beyond(scale)),
+        Absmax::Nested(nested) => {
+            let groups = nested.codes.chunks(nested.block_size.elems());
+            groups.zip(&nested.absmax).any(|(codes, absmax)| {
+                let scale = |&code: &u8| nested.map[usize::from(code)] * absmax + nested.offset;
+                codes.iter().map(scale).any(is_beyond)
+            })
+        }
+    }
 }
 
 /// The transpose of a `[rows, columns]` matrix.

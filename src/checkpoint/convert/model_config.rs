@@ -1,15 +1,17 @@
 //! The `config.json` of a folder.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::claim::Claim;
 use super::quantize::QuantizeOptions;
 use super::{CONFIG_FILE, source_folder};
+use crate::checkpoint::file::read_text;
 use crate::checkpoint::python_json;
-use crate::checkpoint::staging::io;
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::resolve::WEIGHTS_ENTRY;
+use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
@@ -25,14 +27,15 @@ const CONV1D_MODELS: [&str; 5] = [
 /// The names of the dtype entry: transformers 5's, and the one before.
 const DTYPE_KEYS: [&str; 2] = ["dtype", "torch_dtype"];
 
-const QUANTIZATION: &str = "quantization_config";
-
 const TIED: &str = "tie_word_embeddings";
 
-/// The entries, each as it was read unless it is set here.
+/// The entries, each as it was read unless it is set here, but for the one that names the file of
+/// the weights, which transformers does not save either.
 #[derive(Debug)]
 pub(crate) struct ModelConfig {
     entries: Map<String, Value>,
+    /// Whether that one was there.
+    named_weights: bool,
 }
 
 impl ModelConfig {
@@ -45,12 +48,19 @@ impl ModelConfig {
             return Ok(None);
         };
         let path: PathBuf = folder.join(CONFIG_FILE);
-        if !path.exists() {
+        // A link that leads nowhere is a file that cannot be read, and not none.
+        if fs::symlink_metadata(&path).is_err() {
             return Ok(None);
         }
-        let text = fs::read(&path).map_err(|error| io(&path, &error))?;
-        match python_json::from_slice(&text) {
-            Ok(entries) => Ok(Some(Self { entries })),
+        let text = read_text(&path)?;
+        match python_json::from_slice::<Map<String, Value>>(&text) {
+            Ok(mut entries) => {
+                let named_weights = entries.remove(WEIGHTS_ENTRY).is_some();
+                Ok(Some(Self {
+                    entries,
+                    named_weights,
+                }))
+            }
             Err(error) => Err(Nf4Error::ModelConfig {
                 path,
                 message: error.to_string(),
@@ -59,15 +69,8 @@ impl ModelConfig {
     }
 
     /// # Errors
-    /// [`Nf4Error::Config`] for a model that is quantized or has transposed linear layers.
-    pub fn check_quantizable(&self) -> Result<(), Nf4Error> {
-        if self.quantization().is_some() {
-            return Err(Nf4Error::Config {
-                field: QUANTIZATION,
-                expected: "none: float weights",
-                given: self.method(),
-            });
-        }
+    /// [`Nf4Error::Config`] for a model that has transposed linear layers.
+    pub fn check_layout(&self) -> Result<(), Nf4Error> {
         let model_type = self.entries.get("model_type").and_then(Value::as_str);
         match model_type.filter(|given| CONV1D_MODELS.contains(given)) {
             None => Ok(()),
@@ -79,36 +82,11 @@ impl ModelConfig {
         }
     }
 
-    /// # Errors
-    /// [`Nf4Error::Config`] for a model that is quantized otherwise than to 4 bit.
-    pub fn check_dequantizable(&self) -> Result<(), Nf4Error> {
-        let Some(quantization) = self.quantization() else {
-            return Ok(());
-        };
-        // Older files name no method.
-        let method = quantization.get("quant_method").and_then(Value::as_str);
-        let in_8bit = quantization.get("load_in_8bit").and_then(Value::as_bool);
-        if method.is_none_or(|method| method == "bitsandbytes") && in_8bit != Some(true) {
-            return Ok(());
-        }
-        Err(Nf4Error::Config {
-            field: QUANTIZATION,
-            expected: "bitsandbytes in 4 bit",
-            given: self.method(),
-        })
-    }
-
-    fn quantization(&self) -> Option<&Value> {
-        self.entries
-            .get(QUANTIZATION)
-            .filter(|value| !value.is_null())
-    }
-
-    fn method(&self) -> String {
-        let method = self
-            .quantization()
-            .and_then(|config| config.get("quant_method")?.as_str());
-        method.unwrap_or("unnamed").into()
+    /// Every `quantization_config`, also of the parts of a composed model.
+    pub fn claims(&self) -> Vec<Claim> {
+        let mut claims = Vec::new();
+        collect_claims(&self.entries, "", &mut claims);
+        claims
     }
 
     /// Enters what transformers 5.17 writes for a model in 4 bit.
@@ -139,7 +117,7 @@ impl ModelConfig {
             "load_in_8bit": false,
             "quant_method": "bitsandbytes",
         });
-        self.entries.insert(QUANTIZATION.into(), quantization);
+        self.entries.insert(Claim::FIELD.into(), quantization);
     }
 
     /// Whether it says that the output head is the embedding, in itself or in a part of a composed
@@ -164,19 +142,32 @@ impl ModelConfig {
         model_type.is_some_and(|model_type| CONV1D_MODELS.contains(&model_type))
     }
 
-    /// Takes out the quantization.
+    /// Takes out the quantization, also of the parts of a composed model.
     pub fn set_dense(&mut self) {
-        self.entries.remove(QUANTIZATION);
+        for_each_part(&mut self.entries, &mut |part| {
+            part.remove(Claim::FIELD);
+        });
     }
 
     /// Enters the dtype of the weights, also in the parts of a composed model that name one.
     pub fn set_dtype(&mut self, dtype: FloatType) {
-        for part in self.entries.values_mut().filter_map(Value::as_object_mut) {
-            replace_dtype(part, dtype);
-        }
-        if !replace_dtype(&mut self.entries, dtype) {
+        let is_named = DTYPE_KEYS.iter().any(|key| self.entries.contains_key(*key));
+        for_each_part(&mut self.entries, &mut |part| replace_dtype(part, dtype));
+        if !is_named {
             self.entries
                 .insert(DTYPE_KEYS[0].into(), dtype.name().into());
+        }
+    }
+
+    /// Copies the file of `source` to a folder whose weights have the usual names.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointWriter::copy_file`].
+    pub fn copy(&self, writer: &mut CheckpointWriter, source: &Path) -> Result<(), Nf4Error> {
+        if self.named_weights {
+            writer.write_file(CONFIG_FILE, self.to_json().as_bytes())
+        } else {
+            writer.copy_file(CONFIG_FILE, &source.join(CONFIG_FILE))
         }
     }
 
@@ -187,14 +178,33 @@ impl ModelConfig {
     }
 }
 
-/// Whether there was an entry to replace.
-fn replace_dtype(entries: &mut Map<String, Value>, dtype: FloatType) -> bool {
-    let mut replaced = false;
+fn replace_dtype(entries: &mut Map<String, Value>, dtype: FloatType) {
     for key in DTYPE_KEYS {
         if let Some(entry) = entries.get_mut(key) {
             *entry = dtype.name().into();
-            replaced = true;
         }
     }
-    replaced
+}
+
+/// Calls a function with the entries of the model and of each part of it, such as `text_config`.
+fn for_each_part(entries: &mut Map<String, Value>, call: &mut impl FnMut(&mut Map<String, Value>)) {
+    call(entries);
+    for part in entries.values_mut().filter_map(Value::as_object_mut) {
+        for_each_part(part, call);
+    }
+}
+
+fn collect_claims(entries: &Map<String, Value>, part: &str, claims: &mut Vec<Claim>) {
+    for (key, value) in entries {
+        if key == Claim::FIELD {
+            claims.extend(Claim::new(part, value));
+        } else if let Some(entries) = value.as_object() {
+            let part = if part.is_empty() {
+                key.clone()
+            } else {
+                format!("{part}.{key}")
+            };
+            collect_claims(entries, &part, claims);
+        }
+    }
 }

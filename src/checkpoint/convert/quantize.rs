@@ -5,9 +5,10 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
+use super::dequantize::check_decodes;
 use super::model_config::ModelConfig;
 use super::select::Selection;
-use super::{Converted, Reporter, copy_other_files, start_writer};
+use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{
     cast, elements, float_type, le_bytes, stored_dtype, with_float_type,
 };
@@ -27,8 +28,16 @@ pub struct QuantizeOptions {
     /// The quantization.
     pub config: QuantConfig,
     /// Modules to keep in addition to those that are always kept (heads, embeddings, norms and
-    /// routers), each with the meaning of an entry of transformers' `llm_int8_skip_modules`: the
-    /// end of a module's path, or a regular expression that matches from its beginning.
+    /// routers), each with the meaning that transformers 5.24 gives to an entry of
+    /// `llm_int8_skip_modules`: the end of a module's path, or a regular expression that matches
+    /// from its beginning up to a dot or the end. So `model.layers.1` keeps layer 1 and not
+    /// layer 10.
+    ///
+    /// They are written to `config.json` as they are given, where older versions read them in
+    /// their own way: transformers 5.17 lets the expression end within a name, so that it expects
+    /// layers 10 to 19 in float too and fails to load them (`model.layers.1\\.` means the same to
+    /// both), and transformers 4 knows no expressions: it looks for the entry and a dot anywhere
+    /// in the path.
     pub skip_modules: Vec<String>,
     /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
     /// which they are fused. transformers 5.17 does not load those.
@@ -81,8 +90,10 @@ impl Default for QuantizeOptions {
 /// ```
 ///
 /// # Errors
-/// - [`Nf4Error::NonFinite`] for a weight with a NaN or an infinity, [`Nf4Error::Dtype`] for one
-///   of another type than f16, bf16 and f32, each with its key
+/// - [`Nf4Error::NonFinite`] for a weight with a NaN or an infinity, or with values so near to the
+///   largest of its dtype that they decode to infinity, [`Nf4Error::Dtype`] for one of another
+///   type than f16, bf16 and f32, each with its key
+/// - the first of [`Checkpoint::faults`], as for a source that another method quantized
 /// - [`Nf4Error::Config`] for a source that is quantized already, for models that store their
 ///   linear weights the other way round (GPT-2's `Conv1D`), and for writing into the source
 /// - [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression
@@ -101,9 +112,10 @@ pub fn quantize_checkpoint(
             given: format!("one in which `{key}` is quantized"),
         });
     }
+    check_source(source)?;
     let mut model_config = ModelConfig::read(source)?;
     if let Some(config) = &model_config {
-        config.check_quantizable()?;
+        config.check_layout()?;
     }
     let parameters = source.parameters();
     let selection = Selection::new(source, &parameters, options)?;
@@ -186,7 +198,10 @@ pub(crate) fn quantize<T: FloatElement>(
     key: &str,
 ) -> Result<Nf4Tensor, Nf4Error> {
     let words = host::quantize(weight, shape, config).map_err(|error| with_key(error, key))?;
-    Nf4Tensor::from_packed(&words, shape, config, T::FLOAT_TYPE)
+    let weight = Nf4Tensor::from_packed(&words, shape, config, T::FLOAT_TYPE)?;
+    // Quantized scales are off by a little, which is too much for a value near the largest.
+    check_decodes(&weight, key)?;
+    Ok(weight)
 }
 
 /// The host functions name the part at fault; in a checkpoint that is a key.

@@ -110,16 +110,16 @@ impl Selection {
     }
 }
 
-/// An entry of `llm_int8_skip_modules`, as transformers 5.17's `should_convert_module` reads it.
+/// An entry of `llm_int8_skip_modules`, as transformers 5.24's `should_convert_module` reads it.
 struct SkipPattern<'a> {
     text: &'a str,
-    /// Matches from the beginning of a path.
+    /// Matches from the beginning of a path to the end of one of its parts.
     regex: Regex,
 }
 
 impl<'a> SkipPattern<'a> {
     fn new(text: &'a str) -> Result<Self, Nf4Error> {
-        match Regex::new(&format!("^(?:{text})")) {
+        match Regex::new(&format!(r"^(?:{text})(?:(?<=\.)|(?=\.|$))")) {
             Ok(regex) => Ok(Self { text, regex }),
             Err(error) => Err(fault(text, &error)),
         }
@@ -198,8 +198,9 @@ fn skip_entry(
     Some(entries)
 }
 
-/// The shortest end of the path that no quantized module shares; at last the whole path, which
-/// as a regular expression must be kept from matching longer ones.
+/// The shortest end of the path that no quantized module shares, nor begins with, which was enough
+/// for transformers 5.17; at last the whole path, which as a regular expression must be kept from
+/// matching longer ones.
 fn distinct_entry(module: &str, quantized: &BTreeSet<String>) -> String {
     let modules = || {
         quantized

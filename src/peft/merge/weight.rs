@@ -55,7 +55,7 @@ impl BaseWeight {
             transposed: base.is_transposed(key)?,
         };
         let mut weight = Self {
-            values: with_float_type!(dtype, T => widen(&decode::<T>(weight))),
+            values: with_float_type!(dtype, T => widen(&decode::<T>(weight, key)?)),
             shape,
             dtype,
             form,
@@ -109,7 +109,7 @@ impl BaseWeight {
                     let rounded = cast::<f32, T>(&self.values, key)?;
                     let weight = quantize(&rounded, &self.shape, config, key)?;
                     writer.write_nf4(key, &weight, storage, transposed)?;
-                    widen(&decode::<T>(weight))
+                    widen(&decode::<T>(weight, key)?)
                 })
             }
             _ => {
