@@ -488,7 +488,11 @@ fn a_new_folder_does_not_name_the_old_file() {
     let source = Checkpoint::open(folder.path()).unwrap();
     let adapter = Adapter::new(LoraConfig::new(TargetModules::list(["up_proj"]))).unwrap();
     let out = folder.path().join("out");
-    merge_4bit(&source, &adapter, &out, &MergeOptions::default(), quiet).unwrap();
+    let options = MergeOptions {
+        allow_missing: true,
+        ..MergeOptions::default()
+    };
+    merge_4bit(&source, &adapter, &out, &options, quiet).unwrap();
     assert_eq!(config_of(&out), in_4bit());
     assert_eq!(
         Checkpoint::open(out).unwrap().quantized_weights(),

@@ -130,9 +130,9 @@ impl ModelConfig {
 
     /// Says that the output head has a weight of its own.
     pub fn set_untied(&mut self) {
-        for part in self.entries.values_mut().filter_map(Value::as_object_mut) {
+        for_each_part(&mut self.entries, &mut |part| {
             part.entry(TIED).and_modify(|tied| *tied = false.into());
-        }
+        });
         self.entries.insert(TIED.into(), false.into());
     }
 
