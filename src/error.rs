@@ -420,6 +420,18 @@ impl Nf4Error {
         }
     }
 
+    /// Names the weight `key` of a checkpoint, and its parts, where a function that knows no key has
+    /// named the component at fault.
+    pub(crate) fn with_key(mut self, key: &str) -> Self {
+        if let Self::Length { tensor, .. } | Self::NonFinite { tensor, .. } = &mut self {
+            *tensor = match tensor.as_str() {
+                "weight" => key.into(),
+                part => format!("{key}.{part}"),
+            };
+        }
+        self
+    }
+
     /// What to do with an error of the safetensors crate that concerns the file `path`.
     pub(crate) fn safetensors(path: impl AsRef<Path>) -> impl Fn(SafeTensorError) -> Self {
         move |error| match error {

@@ -11,17 +11,18 @@ use std::path::Path;
 
 use super::file::check_fetched;
 use super::folder::Checkpoint;
+use super::names::{CONFIG_FILE, is_model_file, names_in};
 use super::progress::Progress;
-use super::staging::is_model_file;
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
 pub(crate) use claim::Claim;
 pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
-pub(crate) use dequantize::{check_decodes, decode, transpose};
+pub(crate) use dequantize::{check_decodes, decode};
 pub(crate) use model_config::ModelConfig;
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
 pub(crate) use quantize::{quantize, write_dense};
+pub(crate) use select::{is_embedding, is_head};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,9 +36,6 @@ pub struct Converted {
     /// The new files.
     pub written: Written,
 }
-
-/// The file that describes the model.
-pub(crate) const CONFIG_FILE: &str = "config.json";
 
 /// Extensions of files that hold weights in one form or another, which the new ones replace.
 const WEIGHT_EXTENSIONS: [&str; 10] = [
@@ -117,17 +115,11 @@ pub(crate) fn copy_other_files(
 }
 
 fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Result<(), Nf4Error> {
-    let entries = fs::read_dir(folder).map_err(Nf4Error::io(folder))?;
-    for entry in entries {
-        let entry = entry.map_err(Nf4Error::io(folder))?;
-        let path = entry.path();
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else {
-            continue; // no file of a model
-        };
-        if is_replaced(name) {
+    for name in names_in(folder)? {
+        if is_replaced(&name) {
             continue;
         }
+        let path = folder.join(&name);
         // Links are followed: a folder of the Hub's cache consists of them.
         let metadata = fs::metadata(&path).map_err(Nf4Error::io(&path))?;
         if metadata.is_file() {

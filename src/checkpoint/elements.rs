@@ -32,6 +32,9 @@ pub(crate) use with_float_type;
 /// Fewer elements than this are cast by one thread.
 const TASK_ELEMS: usize = 1 << 16;
 
+/// The dtypes of weights that are not quantized.
+pub(super) const FLOATS: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
+
 /// The type of a stored float tensor; `None` for integers and for floats that are not weights'.
 pub(crate) fn float_type(dtype: Dtype) -> Option<FloatType> {
     match dtype {
@@ -40,6 +43,28 @@ pub(crate) fn float_type(dtype: Dtype) -> Option<FloatType> {
         Dtype::F32 => Some(FloatType::F32),
         _ => None,
     }
+}
+
+/// As [`float_type`], but any other dtype is an error.
+///
+/// # Errors
+/// [`Nf4Error::Dtype`], with `key`.
+pub(crate) fn expect_float(dtype: Dtype, key: &str) -> Result<FloatType, Nf4Error> {
+    float_type(dtype).ok_or_else(|| dtype_error(key, &FLOATS, dtype))
+}
+
+/// The error for a tensor of another dtype than those allowed.
+pub(super) fn dtype_error(key: &str, allowed: &[Dtype], given: Dtype) -> Nf4Error {
+    Nf4Error::Dtype {
+        tensor: key.into(),
+        expected: dtype_names(allowed),
+        given: given.to_string(),
+    }
+}
+
+pub(super) fn dtype_names(dtypes: &[Dtype]) -> String {
+    let names: Vec<String> = dtypes.iter().map(Dtype::to_string).collect();
+    names.join(", ")
 }
 
 /// The dtype under which a type is stored.
@@ -82,6 +107,31 @@ fn swap_bytes<T>(bytes: &mut [u8]) {
             .chunks_exact_mut(size_of::<T>())
             .for_each(<[u8]>::reverse);
     }
+}
+
+/// The values of elements, exactly.
+pub(crate) fn widen<T: FloatElement>(elements: &[T]) -> Vec<f32> {
+    elements.iter().map(|element| element.to_f32()).collect()
+}
+
+/// The transpose of a `[rows, columns]` matrix whose elements are read by their index.
+pub(crate) fn transpose<T: FloatElement>(
+    [rows, columns]: [usize; 2],
+    element: impl Fn(usize) -> T,
+) -> Vec<T> {
+    /// Elements on a side of the tiles in which both matrices stay in the cache.
+    const TILE: usize = 32;
+    let mut out = vec![T::zeroed(); rows * columns];
+    for row_start in (0..rows).step_by(TILE) {
+        for column_start in (0..columns).step_by(TILE) {
+            for column in column_start..columns.min(column_start + TILE) {
+                for row in row_start..rows.min(row_start + TILE) {
+                    out[column * rows + row] = element(row * columns + column);
+                }
+            }
+        }
+    }
+    out
 }
 
 /// Rounds every element to nearest.

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use safetensors::Dtype;
 
 use super::convert::{Claim, ModelConfig};
-use super::folder::{Checkpoint, PARTS};
+use super::folder::Checkpoint;
+use super::names::last_part;
 use super::quant_state::QuantState;
 use super::weight::{
-    QUANT_TYPES, TensorSource, find_quant_state, prefix_of_quant_state, quant_state_key,
+    PARTS, QUANT_TYPES, TensorSource, find_quant_state, prefix_of_quant_state, quant_state_key,
 };
 use crate::error::Nf4Error;
 
@@ -27,10 +28,9 @@ impl Checkpoint {
     ///   quantized; a checkpoint without `config.json` claims what it holds
     /// - [`Nf4Error::ModelConfig`], [`Nf4Error::Io`] for a `config.json` that cannot be read
     pub fn faults(&self) -> Vec<Nf4Error> {
-        let config = ModelConfig::read(self);
-        let claims = match &config {
-            Ok(Some(config)) => Some(config.claims()),
-            Ok(None) | Err(_) => None,
+        let (claims, unreadable) = match ModelConfig::read(self) {
+            Ok(config) => (config.map(|config| config.claims()), None),
+            Err(error) => (None, Some(error)),
         };
         let quantized = self.quantized_weights();
         let storage = claims.iter().flatten().find_map(Claim::storage);
@@ -39,13 +39,10 @@ impl Checkpoint {
         faults.extend(self.missing_parts(&quantized));
         let any_lost = !lost.is_empty();
         faults.extend(lost.into_iter().map(|prefix| self.missing_state(&prefix)));
-        match (config, claims) {
-            (Err(error), _) => faults.push(error),
-            (_, Some(claims)) => {
-                let first = quantized.first().copied();
-                faults.extend(contradictions(&claims, first, any_lost));
-            }
-            _ => {}
+        faults.extend(unreadable);
+        if let Some(claims) = claims {
+            let first = quantized.first().copied();
+            faults.extend(contradictions(&claims, first, any_lost));
         }
         faults
     }
@@ -59,14 +56,12 @@ impl Checkpoint {
                 given: state.into(),
             })
         });
-        let mut faults: Vec<Nf4Error> = unknown.collect();
-        let mut named = self.first_of_each(|key| self.method_of_name(key));
-        if named.is_empty() {
+        let mut foreign = self.first_of_each(|key| self.method_of_name(key));
+        if foreign.is_empty() {
             // Where a name tells, it tells more.
-            named = self.first_of_each(|key| self.method_of_dtype(key));
+            foreign = self.first_of_each(|key| self.method_of_dtype(key));
         }
-        faults.append(&mut named);
-        faults
+        unknown.chain(foreign).collect()
     }
 
     fn first_of_each(&self, method_of: impl Fn(&str) -> Option<&'static str>) -> Vec<Nf4Error> {
@@ -114,7 +109,6 @@ impl Checkpoint {
         let dtype = self.find(key)?.info.dtype;
         let is_weight = last_part(key).contains("weight") && !self.is_quantized(key);
         match dtype {
-            Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64 => None,
             Dtype::I8 if is_weight => Some("8 bit, as LLM.int8"),
             // U8 are codes of 4 bit unless a name beside them says otherwise.
             Dtype::I16 | Dtype::U16 | Dtype::I32 | Dtype::U32 | Dtype::I64 | Dtype::U64
@@ -195,20 +189,13 @@ impl Checkpoint {
             let missing = keys
                 .map(|part| format!("{prefix}{part}"))
                 .filter(|key| !self.contains(key));
-            faults.extend(missing.map(|key| self.missing_key(key)));
+            faults.extend(missing.map(|key| self.missing_key(&key)));
         }
         faults
     }
 
     fn missing_state(&self, prefix: &str) -> Nf4Error {
-        self.missing_key(quant_state_key(prefix, QUANT_TYPES[0]))
-    }
-
-    fn missing_key(&self, key: String) -> Nf4Error {
-        Nf4Error::MissingKey {
-            path: self.path().into(),
-            key,
-        }
+        self.missing_key(&quant_state_key(prefix, QUANT_TYPES[0]))
     }
 }
 
@@ -241,8 +228,4 @@ fn contradictions(claims: &[Claim], quantized: Option<&str>, any_lost: bool) -> 
 fn unknown_state(key: &str) -> Option<&str> {
     let (_, state) = key.rsplit_once(".quant_state")?;
     prefix_of_quant_state(key).is_none().then_some(state)
-}
-
-fn last_part(key: &str) -> &str {
-    key.rsplit('.').next().unwrap_or(key)
 }

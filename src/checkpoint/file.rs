@@ -126,10 +126,8 @@ impl SafetensorsFile {
     fn with_content(path: &Path, content: Content) -> Result<Self, Nf4Error> {
         let entries = match read_header(content.bytes()) {
             Ok(entries) => entries,
-            Err(_) if is_lfs_pointer(content.bytes()) => {
-                return Err(Nf4Error::GitLfsPointer { path: path.into() });
-            }
             Err(message) => {
+                check_not_pointer(path, content.bytes())?;
                 return Err(Nf4Error::Safetensors {
                     path: path.into(),
                     message,
@@ -316,9 +314,7 @@ pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>, Nf4Error> {
     // Whatever is added to it meanwhile.
     let mut file = file.take(len);
     file.read_to_end(&mut text).map_err(Nf4Error::io(path))?;
-    if is_lfs_pointer(&text) {
-        return Err(Nf4Error::GitLfsPointer { path: path.into() });
-    }
+    check_not_pointer(path, &text)?;
     Ok(text)
 }
 
@@ -332,16 +328,16 @@ pub(crate) fn check_fetched(path: &Path) -> Result<(), Nf4Error> {
     file.take(LFS_POINTER.len() as u64)
         .read_to_end(&mut start)
         .map_err(Nf4Error::io(path))?;
-    if is_lfs_pointer(&start) {
-        return Err(Nf4Error::GitLfsPointer { path: path.into() });
-    }
-    Ok(())
+    check_not_pointer(path, &start)
 }
 
-/// How such a file begins.
+/// How the file begins that Git LFS leaves in the place of one that it has not fetched.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-/// Whether a file is what Git LFS leaves in the place of one that it has not fetched.
-fn is_lfs_pointer(bytes: &[u8]) -> bool {
-    bytes.starts_with(LFS_POINTER)
+/// Refuses the content of such a file.
+fn check_not_pointer(path: &Path, content: &[u8]) -> Result<(), Nf4Error> {
+    match content.starts_with(LFS_POINTER) {
+        false => Ok(()),
+        true => Err(Nf4Error::GitLfsPointer { path: path.into() }),
+    }
 }

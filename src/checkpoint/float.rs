@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 
-use super::elements::{elements, float_type, stored_dtype, with_float_type};
+use super::elements::{elements, expect_float, stored_dtype, transpose, with_float_type};
 use super::weight::{StoredTensor, TensorSource};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType};
@@ -26,7 +26,7 @@ pub(super) fn load_tensor<const D: usize>(
     device: &Device,
 ) -> Result<Tensor<D>, Nf4Error> {
     let stored = source.stored(key)?;
-    let from = stored.float_type(key)?;
+    let from = expect_float(stored.info.dtype, key)?;
     if stored.info.shape.len() != D || D == 0 {
         return Err(Nf4Error::Rank {
             tensor: key.into(),
@@ -59,7 +59,10 @@ pub(super) fn float_bytes(
     with_float_type!(to, T => {
         let values: Vec<T> = with_float_type!(from, S => {
             let values = match transposed {
-                Some(dims) => transpose(stored.bytes, dims, read::<S, T>),
+                Some(dims) => transpose(dims, |index| {
+                    let size = size_of::<S>();
+                    read::<S, T>(&stored.bytes[index * size..][..size])
+                }),
                 None if from == to => elements::<T>(stored.bytes).into_owned(),
                 None => stored
                     .bytes
@@ -118,38 +121,4 @@ fn element<T: FloatElement>(bytes: &[u8]) -> T {
         target.reverse();
     }
     element
-}
-
-/// The elements of the transpose of a stored matrix.
-fn transpose<T: FloatElement>(
-    bytes: &[u8],
-    [rows, columns]: [usize; 2],
-    read: impl Fn(&[u8]) -> T,
-) -> Vec<T> {
-    /// Elements on a side of the tiles in which both matrices stay in the cache.
-    const TILE: usize = 32;
-    let mut out = vec![T::zeroed(); rows * columns];
-    let size = bytes.len() / out.len().max(1);
-    for row_start in (0..rows).step_by(TILE) {
-        for column_start in (0..columns).step_by(TILE) {
-            for column in column_start..columns.min(column_start + TILE) {
-                for row in row_start..rows.min(row_start + TILE) {
-                    let at = (row * columns + column) * size;
-                    out[column * rows + row] = read(&bytes[at..at + size]);
-                }
-            }
-        }
-    }
-    out
-}
-
-impl StoredTensor<'_> {
-    /// The float type that a tensor is stored as.
-    pub fn float_type(&self, key: &str) -> Result<FloatType, Nf4Error> {
-        float_type(self.info.dtype).ok_or_else(|| Nf4Error::Dtype {
-            tensor: key.into(),
-            expected: "F16, BF16, F32".into(),
-            given: self.info.dtype.to_string(),
-        })
-    }
 }

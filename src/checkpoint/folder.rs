@@ -1,7 +1,7 @@
 //! A checkpoint: one safetensors file, or a folder of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
@@ -9,21 +9,16 @@ use serde::Deserialize;
 use super::file::{SafetensorsFile, TensorInfo, read_text};
 use super::float::{load_float, load_tensor};
 use super::json::UniqueMap;
+use super::names::is_file_name;
 use super::python_json;
 use super::resolve::{Weights, find_weights};
 use super::weight::{
-    QUANT_TYPES, StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed, load_nf4,
-    load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
+    PARTS, QUANT_TYPES, StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed,
+    load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
 use crate::op::Nf4Weight;
-
-/// The file that lists the shards of a folder.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-
-/// The file of a folder without shards.
-pub const SINGLE_FILE: &str = "model.safetensors";
 
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
 ///
@@ -114,7 +109,7 @@ impl Checkpoint {
             weight_map: UniqueMap(weight_map),
         } = python_json::from_slice(&read_text(index)?)
             .map_err(|error| fault(error.to_string()))?;
-        if let Some((key, name)) = weight_map.iter().find(|(_, name)| !is_plain_name(name)) {
+        if let Some((key, name)) = weight_map.iter().find(|(_, name)| !is_file_name(name)) {
             return Err(fault(format!(
                 "`{key}` is said to lie in `{name}`, which is not the name of a file in the folder"
             )));
@@ -307,15 +302,6 @@ impl Checkpoint {
     }
 }
 
-/// What follows the name of a quantized parameter in the names of its other tensors; the last two
-/// only with double quantization.
-pub(super) const PARTS: [&str; 4] = [
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-];
-
 impl TensorSource for Checkpoint {
     fn path(&self) -> &Path {
         &self.path
@@ -331,12 +317,4 @@ impl TensorSource for Checkpoint {
             None => Ok(()),
         }
     }
-}
-
-/// A file name without folders: nothing that could lead out of the folder it is joined to.
-fn is_plain_name(name: &str) -> bool {
-    let mut components = Path::new(name).components();
-    !name.contains(['/', '\\', ':'])
-        && matches!(components.next(), Some(Component::Normal(_)))
-        && components.next().is_none()
 }

@@ -17,7 +17,7 @@ const PREFIX_BYTES: usize = 8;
 pub(super) const MAX_HEADER_BYTES: usize = 100_000_000;
 
 /// The entry of a header that is no tensor.
-const METADATA: &str = "__metadata__";
+pub(super) const METADATA: &str = "__metadata__";
 
 /// A tensor's line of the header; the range lies within the file.
 #[derive(Debug)]
@@ -91,12 +91,8 @@ impl Line {
             shape,
             data_offsets: (start, end),
         } = self;
-        let bits = shape
-            .iter()
-            .try_fold(dtype.bitsize(), |bits, &dim| bits.checked_mul(dim))
-            .filter(|bits| bits.is_multiple_of(8));
-        match (end.checked_sub(start), bits) {
-            (Some(len), Some(bits)) if len == bits / 8 => Ok(Entry {
+        match (end.checked_sub(start), stored_bytes(dtype, &shape)) {
+            (Some(given), Some(expected)) if given == expected => Ok(Entry {
                 dtype,
                 shape,
                 bytes: start..end,
@@ -106,6 +102,14 @@ impl Line {
             )),
         }
     }
+}
+
+/// The bytes that a tensor takes; `None` where they cannot be counted or the last is not full.
+pub(super) fn stored_bytes(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    let bits = shape
+        .iter()
+        .try_fold(dtype.bitsize(), |bits, &dim| bits.checked_mul(dim))?;
+    bits.is_multiple_of(8).then_some(bits / 8)
 }
 
 /// What a file is that does not begin with the length of a header, if its first bytes tell.

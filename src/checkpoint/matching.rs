@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::parameters::{FLOATS, INTS, Kind, Parameter};
+use super::elements::FLOATS;
+use super::parameters::{INTS, Kind, Parameter};
 use super::source::{Entry, EntryKind};
 use crate::error::{Nf4Error, TensorMisfit};
 use safetensors::Dtype;

@@ -59,6 +59,7 @@ mod header;
 mod json;
 mod layout;
 mod matching;
+mod names;
 mod parameters;
 mod progress;
 pub mod python_json;
@@ -76,7 +77,9 @@ pub use convert::{
 };
 pub(crate) use file::read_text;
 pub use file::{SafetensorsFile, TensorInfo};
-pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE};
+pub use folder::Checkpoint;
+pub(crate) use names::last_part;
+pub use names::{INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;

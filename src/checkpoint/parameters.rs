@@ -6,6 +6,7 @@ use burn_store::burn_pack::{Bytes, Tensor as PackTensor};
 use burn_store::{ModuleAdapter, ModuleContext, PyTorchToBurnAdapter};
 use safetensors::Dtype;
 
+use super::elements::{FLOATS, dtype_names};
 use crate::error::TensorForm;
 use crate::format::WeightForm;
 
@@ -43,19 +44,13 @@ pub(super) const INTS: [Dtype; 8] = [
     Dtype::U8,
 ];
 
-/// Dtypes that a float parameter takes.
-pub(super) const FLOATS: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
-
 impl Parameter {
     /// What a checkpoint must hold for it.
     pub fn expected(&self) -> TensorForm {
-        let dense = |dtypes: &[Dtype], shape: &[usize]| {
-            let names: Vec<String> = dtypes.iter().map(Dtype::to_string).collect();
-            TensorForm {
-                dtype: names.join(", "),
-                shape: self.stored_shape(shape),
-                quantized: false,
-            }
+        let dense = |dtypes: &[Dtype], shape: &[usize]| TensorForm {
+            dtype: dtype_names(dtypes),
+            shape: self.stored_shape(shape),
+            quantized: false,
         };
         match &self.kind {
             Kind::Packed(form) => form_of_weight(form),

@@ -7,7 +7,9 @@ use serde::Deserialize;
 use super::json::shape;
 use super::python_json::{self, Float, float_repr};
 use crate::error::Nf4Error;
-use crate::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use crate::format::{
+    Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, check_finite, checked_elems,
+};
 
 /// What the `quant_state` of a weight says, checked.
 ///
@@ -88,13 +90,7 @@ impl QuantState {
                     });
                 }
                 let offset = offset as f32;
-                if !offset.is_finite() {
-                    return Err(Nf4Error::NonFinite {
-                        tensor: key.into(),
-                        index: 0,
-                        given: offset,
-                    });
-                }
+                check_finite(key, [offset])?;
                 Some(NestedState {
                     block_size: BlockSize::new(block_size, key)?,
                     offset,
@@ -113,7 +109,7 @@ impl QuantState {
             shape: fields.shape,
             nested,
         };
-        state.check_shape(key)?;
+        checked_elems(key, &state.shape)?;
         Ok(state)
     }
 
@@ -165,18 +161,5 @@ impl QuantState {
             block_size: self.block_size,
             nested_block_size: self.nested.map(|nested| nested.block_size),
         }
-    }
-
-    /// There are elements, and their bytes can be addressed as f32.
-    fn check_shape(&self, key: &str) -> Result<(), Nf4Error> {
-        self.shape
-            .iter()
-            .try_fold(1usize, |elems, &dim| elems.checked_mul(dim))
-            .filter(|&elems| elems > 0 && elems <= isize::MAX as usize / 4)
-            .map(|_| ())
-            .ok_or_else(|| Nf4Error::ElementCount {
-                tensor: key.into(),
-                shape: self.shape.clone(),
-            })
     }
 }

@@ -1,15 +1,13 @@
 //! Which files of a folder hold its weights, as transformers 5.24 decides it.
 
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::convert::CONFIG_FILE;
 use super::file::read_text;
-use super::folder::{INDEX_FILE, SINGLE_FILE};
+use super::names::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, is_inside, is_shard, names_in};
 use super::python_json;
-use super::staging::is_shard;
 use crate::error::Nf4Error;
 
 /// Where the weights are.
@@ -29,7 +27,7 @@ pub(super) const WEIGHTS_ENTRY: &str = "transformers_weights";
 /// [`Nf4Error::NoWeights`], [`Nf4Error::ModelConfig`] for the name of a file that transformers
 /// refuses, [`Nf4Error::Io`].
 pub(super) fn find_weights(folder: &Path) -> Result<Weights, Nf4Error> {
-    let names = file_names(folder)?;
+    let names = names_in(folder)?;
     if names
         .iter()
         .any(|name| Other::of(name) == Some(Other::Distributed))
@@ -70,15 +68,10 @@ fn named_weights(folder: &Path) -> Result<Option<Weights>, Nf4Error> {
         Ok(Some(Value::Null) | None) | Err(_) => return Ok(None),
         Ok(Some(other)) => &other.to_string(),
     };
-    let is_inside = !name.is_empty()
-        && Path::new(name)
-            .components()
-            .all(|component| matches!(component, Component::Normal(_)));
-    match folder.join(name) {
-        file if is_inside && name.ends_with(".safetensors") => Ok(Some(Weights::Single(file))),
-        file if is_inside && name.ends_with(".safetensors.index.json") => {
-            Ok(Some(Weights::Index(file)))
-        }
+    let file = folder.join(name);
+    match is_inside(name) {
+        true if name.ends_with(".safetensors") => Ok(Some(Weights::Single(file))),
+        true if name.ends_with(".safetensors.index.json") => Ok(Some(Weights::Index(file))),
         _ => Err(Nf4Error::ModelConfig {
             path,
             message: format!(
@@ -87,17 +80,6 @@ fn named_weights(folder: &Path) -> Result<Option<Weights>, Nf4Error> {
             ),
         }),
     }
-}
-
-/// The names of what a folder holds, sorted.
-fn file_names(folder: &Path) -> Result<Vec<String>, Nf4Error> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(Nf4Error::io(folder))? {
-        let entry = entry.map_err(Nf4Error::io(folder))?;
-        names.push(entry.file_name().to_string_lossy().into_owned());
-    }
-    names.sort_unstable();
-    Ok(names)
 }
 
 fn no_weights(folder: &Path, names: &[String]) -> Nf4Error {

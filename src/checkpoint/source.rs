@@ -7,6 +7,7 @@ use burn_store::burn_pack::{Error as PackError, Tensor as PackTensor};
 use burn_store::{KeyRemapper, bridge};
 use safetensors::Dtype;
 
+use super::elements::float_type;
 use super::folder::Checkpoint;
 use super::parameters::form_of_weight;
 use super::weight::{StoredTensor, TensorSource, find_weight};
@@ -153,7 +154,7 @@ fn read_dense(
     dtype: Option<FloatType>,
     transposed: Option<[usize; 2]>,
 ) -> Result<Bytes, Nf4Error> {
-    if let Ok(from) = stored.float_type(key) {
+    if let Some(from) = float_type(stored.info.dtype) {
         let to = dtype.unwrap_or(from);
         return super::float::float_bytes(stored, key, from, to, transposed);
     }

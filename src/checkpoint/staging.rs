@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::folder::{INDEX_FILE, SINGLE_FILE};
+use super::names::{INDEX_FILE, is_inside, is_model_file, names_in};
 use crate::error::Nf4Error;
 
 /// Files on their way into a folder.
@@ -82,11 +82,7 @@ impl Staging {
     /// [`Nf4Error::NameTaken`] if there is such a file already, if the name is one of the model's
     /// own files or if it leads out of the folder; [`Nf4Error::Io`].
     pub fn reserve(&mut self, name: &str) -> Result<PathBuf, Nf4Error> {
-        let inside = !name.is_empty()
-            && Path::new(name)
-                .components()
-                .all(|component| matches!(component, Component::Normal(_)));
-        if !inside || is_model_file(name) || !self.files.insert(name.into()) {
+        if !is_inside(name) || is_model_file(name) || !self.files.insert(name.into()) {
             return Err(Nf4Error::NameTaken {
                 path: self.folder.clone(),
                 name: name.into(),
@@ -143,11 +139,10 @@ impl Staging {
     }
 
     fn remove_model_files(&self) -> Result<(), Nf4Error> {
-        let entries = fs::read_dir(&self.folder).map_err(Nf4Error::io(&self.folder))?;
-        for entry in entries {
-            let entry = entry.map_err(Nf4Error::io(&self.folder))?;
-            if entry.file_name().to_str().is_some_and(is_model_file) {
-                fs::remove_file(entry.path()).map_err(Nf4Error::io(&entry.path()))?;
+        for name in names_in(&self.folder)? {
+            if is_model_file(&name) {
+                let path = self.folder.join(name);
+                fs::remove_file(&path).map_err(Nf4Error::io(&path))?;
             }
         }
         Ok(())
@@ -162,21 +157,4 @@ impl Drop for Staging {
             let _ = fs::remove_dir(&self.folder);
         }
     }
-}
-
-/// Whether a file belongs to the weights: `model.safetensors`, its index, or a shard.
-pub(super) fn is_model_file(name: &str) -> bool {
-    name == SINGLE_FILE || name == INDEX_FILE || is_shard(name)
-}
-
-/// Whether a name is that of a shard, such as `model-00001-of-00002.safetensors`.
-pub(super) fn is_shard(name: &str) -> bool {
-    name.strip_prefix("model-")
-        .and_then(|rest| rest.strip_suffix(".safetensors"))
-        .and_then(|numbers| numbers.split_once("-of-"))
-        .is_some_and(|(number, count)| {
-            [number, count]
-                .iter()
-                .all(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
-        })
 }

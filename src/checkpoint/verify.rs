@@ -2,12 +2,13 @@
 
 use rayon::prelude::*;
 
-use super::convert::{check_decodes, transpose};
-use super::elements::{elements, float_type, with_float_type};
+use super::convert::check_decodes;
+use super::elements::{elements, float_type, transpose, widen, with_float_type};
 use super::folder::Checkpoint;
 use super::progress::Progress;
+use super::weight::TensorSource;
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedLayout};
+use crate::format::{FloatElement, FloatType, PackedLayout, matrix_dims};
 use crate::host;
 
 /// How two checkpoints differ.
@@ -193,9 +194,7 @@ fn stored_alike(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<bool, Nf4E
         return Ok(false);
     }
     for key in keys {
-        if a.tensor_info(key)? != b.tensor_info(key)?
-            || a.tensor_bytes(key)? != b.tensor_bytes(key)?
-        {
+        if !a.stored(key)?.is_same(&b.stored(key)?) {
             return Ok(false);
         }
     }
@@ -244,16 +243,11 @@ impl<'a> Values<'a> {
         if !source.is_transposed(name)? {
             return Ok(Ok(quantized));
         }
-        let &[rows, columns] = weight.shape() else {
-            return Err(Nf4Error::NotAMatrix {
-                tensor: name.into(),
-                shape: quantized.shape,
-            });
-        };
+        let [rows, columns] = matrix_dims(name, weight.shape())?;
         let values = quantized.read(0, layout.elems());
         Ok(Ok(Self {
             shape: vec![columns, rows],
-            stored: Stored::Transposed(transpose(&values, rows, columns)),
+            stored: Stored::Transposed(transpose([rows, columns], |index| values[index])),
         }))
     }
 
@@ -271,10 +265,6 @@ impl<'a> Values<'a> {
             Stored::Transposed(values) => values[start..start + len].to_vec(),
         }
     }
-}
-
-fn widen<T: FloatElement>(values: &[T]) -> Vec<f32> {
-    values.iter().map(|value| value.to_f32()).collect()
 }
 
 #[derive(Debug, Clone, Copy, Default)]

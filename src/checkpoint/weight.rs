@@ -5,11 +5,13 @@ use std::path::Path;
 use burn::tensor::Device;
 use safetensors::Dtype;
 
+use super::elements::dtype_error;
 use super::file::TensorInfo;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
 use crate::format::{
-    Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, stored_floats,
+    Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, check_finite,
+    check_len, stored_floats,
 };
 use crate::op::Nf4Weight;
 
@@ -27,12 +29,16 @@ pub(super) trait TensorSource {
 
     /// The tensor, to be read, or [`Nf4Error::MissingKey`].
     fn stored(&self, key: &str) -> Result<StoredTensor<'_>, Nf4Error> {
-        let stored = self.find(key).ok_or_else(|| Nf4Error::MissingKey {
-            path: self.path().into(),
-            key: key.into(),
-        })?;
+        let stored = self.find(key).ok_or_else(|| self.missing_key(key))?;
         self.check_unchanged(key)?;
         Ok(stored)
+    }
+
+    fn missing_key(&self, key: &str) -> Nf4Error {
+        Nf4Error::MissingKey {
+            path: self.path().into(),
+            key: key.into(),
+        }
     }
 }
 
@@ -53,30 +59,26 @@ impl StoredTensor<'_> {
         if allowed.contains(&self.info.dtype) {
             return Ok(());
         }
-        let names: Vec<String> = allowed.iter().map(Dtype::to_string).collect();
-        Err(Nf4Error::Dtype {
-            tensor: key.into(),
-            expected: names.join(", "),
-            given: self.info.dtype.to_string(),
-        })
+        Err(dtype_error(key, allowed, self.info.dtype))
     }
 
     /// Checks that a tensor holds finite f32 values.
     fn check_finite_f32(&self, key: &str) -> Result<(), Nf4Error> {
         self.check_dtype(key, &[Dtype::F32])?;
-        let mut values = stored_floats(self.bytes).enumerate();
-        match values.find(|(_, value)| !value.is_finite()) {
-            None => Ok(()),
-            Some((index, given)) => Err(Nf4Error::NonFinite {
-                tensor: key.into(),
-                index,
-                given,
-            }),
-        }
+        check_finite(key, stored_floats(self.bytes))
     }
 }
 
 pub(super) const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
+
+/// What follows the name of a quantized parameter in the names of its other tensors; the last two
+/// only with double quantization.
+pub(super) const PARTS: [&str; 4] = [
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+];
 
 pub(super) fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
     format!("{prefix}.quant_state.bitsandbytes__{}", quant_type.name())
@@ -259,10 +261,11 @@ pub(super) fn find_weight<'a>(
         absmax: absmax.bytes,
         nested,
     };
-    match weight.parts().check() {
-        Ok(()) => Ok(weight),
-        Err(error) => Err(with_full_key(error, prefix)),
-    }
+    weight
+        .parts()
+        .check()
+        .map_err(|error| error.with_key(prefix))?;
+    Ok(weight)
 }
 
 /// Copies the weight `prefix` to host memory.
@@ -319,35 +322,4 @@ fn nested_map(source: &impl TensorSource, key: &str) -> Result<Box<[f32; 256]>, 
         .zip(stored_floats(stored.bytes))
         .for_each(|(to, from)| *to = from);
     Ok(map)
-}
-
-fn check_len(key: &str, expected: usize, given: usize) -> Result<(), Nf4Error> {
-    if expected == given {
-        return Ok(());
-    }
-    Err(Nf4Error::Length {
-        tensor: key.into(),
-        expected,
-        given,
-    })
-}
-
-/// [`Nf4Tensor::from_parts`] names the part at fault; in a file that is a key.
-fn with_full_key(error: Nf4Error, prefix: &str) -> Nf4Error {
-    match error {
-        Nf4Error::Length {
-            tensor,
-            expected,
-            given,
-        } => Nf4Error::Length {
-            tensor: match tensor.as_str() {
-                "weight" => prefix.into(),
-                part => format!("{prefix}.{part}"),
-            },
-            expected,
-            given,
-        },
-        // Everything else was checked, and named in full, before.
-        other => other,
-    }
 }

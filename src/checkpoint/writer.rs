@@ -11,12 +11,14 @@ use memmap2::Mmap;
 use safetensors::{Dtype, View};
 use serde_json::{Map, json};
 
-use super::folder::{Checkpoint, SINGLE_FILE};
+use super::folder::Checkpoint;
+use super::header::{METADATA, stored_bytes};
 use super::layout::{self, NewTensor};
+use super::names::SINGLE_FILE;
 use super::python_json;
 use super::staging::Staging;
 use crate::error::Nf4Error;
-use crate::format::Nf4Tensor;
+use crate::format::{Nf4Tensor, check_len};
 
 /// The size of shards that transformers 5 takes unless told otherwise, in bytes.
 pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
@@ -157,33 +159,18 @@ impl CheckpointWriter {
         shape: &[usize],
         bytes: &[u8],
     ) -> Result<(), Nf4Error> {
-        let elems = shape
-            .iter()
-            .try_fold(1usize, |elems, &dim| elems.checked_mul(dim));
-        let expected = elems
-            .and_then(|elems| elems.checked_mul(dtype.bitsize()))
-            .filter(|bits| bits.is_multiple_of(8))
-            .map(|bits| bits / 8);
-        let (Some(elems), Some(expected)) = (elems, expected) else {
-            return Err(Nf4Error::ElementCount {
-                tensor: key.into(),
-                shape: shape.to_vec(),
-            });
-        };
-        if expected != bytes.len() {
-            return Err(Nf4Error::Length {
-                tensor: key.into(),
-                expected,
-                given: bytes.len(),
-            });
-        }
+        let expected = stored_bytes(dtype, shape).ok_or_else(|| Nf4Error::ElementCount {
+            tensor: key.into(),
+            shape: shape.to_vec(),
+        })?;
+        check_len(key, expected, bytes.len())?;
         let tensor = NewTensor {
             key: key.into(),
             dtype,
             shape: shape.to_vec(),
             bytes: bytes.into(),
         };
-        self.push(&[tensor], elems)
+        self.push(&[tensor], shape.iter().product())
     }
 
     /// Adds a parameter of another checkpoint without decoding anything; a quantized one with all
@@ -295,7 +282,7 @@ impl CheckpointWriter {
     /// than a shard gets its own and leaves the open one open.
     fn push(&mut self, tensors: &[NewTensor<'_>], elems: usize) -> Result<(), Nf4Error> {
         let taken = |tensor: &&NewTensor<'_>| {
-            tensor.key == "__metadata__" || self.written.contains_key(&tensor.key)
+            tensor.key == METADATA || self.written.contains_key(&tensor.key)
         };
         if let Some(tensor) = tensors.iter().find(taken) {
             return Err(Nf4Error::NameTaken {

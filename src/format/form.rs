@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
-
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
+
+/// How the name of a packed tensor begins in the paths of a module.
+const PACKED: &str = "packed";
 
 /// What a quantized weight is, apart from its values: two weights of the same form can stand in
 /// for each other in a module and its records.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct WeightForm {
     /// The shape in use; `[out_features, in_features]` for a linear layer.
     pub shape: Vec<usize>,
@@ -28,12 +29,7 @@ impl WeightForm {
             true => self.shape.iter().rev().copied().collect(),
         }
     }
-}
 
-/// What begins the name of a packed tensor in the paths of a module.
-const PACKED: &str = "packed";
-
-impl WeightForm {
     /// The name that a packed tensor of this form has in a module, such as
     /// `packed_nf4_64_256_float32_512x256`: two weights of different forms have different paths in a
     /// record, so that one is never loaded into the other.

@@ -1,6 +1,7 @@
 //! The bitsandbytes 4-bit format on the host: tables, block sizes, scales, the device image of a
 //! weight, and a plain reference implementation. No GPU and no Burn in here.
 
+mod check;
 mod codebook;
 mod form;
 mod packed;
@@ -10,6 +11,7 @@ mod reference;
 mod spec;
 mod tensor;
 
+pub(crate) use check::{check_finite, check_len, checked_elems, matrix_dims};
 pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };

@@ -17,10 +17,11 @@
 //! Each section starts at a multiple of four words, so that 16-byte loads are aligned; the padding
 //! is zero.
 
+use super::check::{check_len, checked_elems};
 use super::codebook::DYNAMIC_MAP;
 use super::form::WeightForm;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, checked_elems};
+use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
 use crate::error::Nf4Error;
 
 /// Words of the header, the last section of the image.
@@ -87,7 +88,7 @@ impl PackedLayout {
     /// # Errors
     /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
     pub fn for_shape(shape: &[usize], config: QuantConfig) -> Result<Self, Nf4Error> {
-        Ok(Self::new(checked_elems(shape)?, config))
+        Ok(Self::new(checked_elems("weight", shape)?, config))
     }
 
     /// Number of weights.
@@ -223,7 +224,7 @@ impl Nf4Tensor {
         PackedLayout::new(self.elems(), self.config())
     }
 
-    /// The device image: `packed_layout().words` words.
+    /// The device image: `packed_layout().words()` words.
     pub fn to_packed(&self) -> Vec<u32> {
         self.parts().to_packed(&self.packed_layout())
     }
@@ -241,7 +242,7 @@ impl Nf4Tensor {
         dtype: FloatType,
     ) -> Result<Self, Nf4Error> {
         let layout = PackedLayout::for_shape(shape, config)?;
-        super::tensor::check_len("packed weight", layout.words, words.len())?;
+        check_len("packed weight", layout.words, words.len())?;
         layout.check_header(&words[layout.header..], shape, dtype)?;
         Self::from_image(words, &layout, shape, dtype)
     }

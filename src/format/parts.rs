@@ -1,8 +1,8 @@
 //! The parts of a quantized weight, borrowed from wherever they lie.
 
+use super::check::{check_finite, check_len, checked_elems};
 use super::packed::PackedLayout;
 use super::spec::{BlockSize, FloatType, QuantConfig};
-use super::tensor::{check_finite, check_len, checked_elems};
 use crate::error::Nf4Error;
 
 /// The parts of a weight, in an [`Nf4Tensor`](super::Nf4Tensor) or in a mapped file.
@@ -67,7 +67,7 @@ impl WeightParts<'_> {
     /// # Errors
     /// Those of [`Nf4Tensor::from_parts`](super::Nf4Tensor::from_parts).
     pub fn check(&self) -> Result<(), Nf4Error> {
-        let elems = checked_elems(self.shape)?;
+        let elems = checked_elems("weight", self.shape)?;
         check_len("weight", elems.div_ceil(2), self.codes.len())?;
         let blocks = self.config.block_size.blocks(elems);
         match &self.scales {
@@ -81,8 +81,8 @@ impl WeightParts<'_> {
             } => {
                 check_len("absmax", blocks, codes.len())?;
                 check_len("nested_absmax", block_size.blocks(blocks), absmax.len())?;
-                check_finite("nested_offset", &[*offset])?;
-                check_finite("nested_quant_map", map.as_slice())
+                check_finite("nested_offset", [*offset])?;
+                check_finite("nested_quant_map", map.iter().copied())
             }
         }
     }

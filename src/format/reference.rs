@@ -9,10 +9,11 @@
 //!
 //! Rust never contracts `a * b + c`, so plain expressions do here.
 
+use super::check::{check_finite, check_len, checked_elems};
 use super::codebook::{DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS};
 use super::reciprocal::reciprocal;
 use super::spec::{BlockSize, FloatElement, QuantConfig, QuantType};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor, check_len, checked_elems};
+use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
 use crate::error::Nf4Error;
 
 impl NestedAbsmax {
@@ -82,15 +83,9 @@ impl Nf4Tensor {
         shape: &[usize],
         config: QuantConfig,
     ) -> Result<Self, Nf4Error> {
-        let elems = checked_elems(shape)?;
+        let elems = checked_elems("weight", shape)?;
         check_len("weight", elems, weight.len())?;
-        if let Some(index) = weight.iter().position(|w| !w.to_f32().is_finite()) {
-            return Err(Nf4Error::NonFinite {
-                tensor: "weight".into(),
-                index,
-                given: weight[index].to_f32(),
-            });
-        }
+        check_finite("weight", weight.iter().map(|w| w.to_f32()))?;
 
         let quant_type = config.quant_type;
         let mut codes = vec![0u8; elems.div_ceil(2)];

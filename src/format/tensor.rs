@@ -1,5 +1,6 @@
 //! The value type of a quantized tensor in host memory.
 
+use super::check::checked_elems;
 use super::parts::{Floats, ScaleParts, WeightParts};
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 use crate::error::Nf4Error;
@@ -143,7 +144,7 @@ impl Nf4Tensor {
     /// # Errors
     /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
     pub fn zeros(shape: &[usize], config: QuantConfig, dtype: FloatType) -> Result<Self, Nf4Error> {
-        let elems = checked_elems(shape)?;
+        let elems = checked_elems("weight", shape)?;
         let blocks = config.block_size.blocks(elems);
         let code = config.quant_type.zero_code();
         Ok(Self {
@@ -234,39 +235,5 @@ impl Nf4Tensor {
             Absmax::Nested(nested) => nested.codes.len() + 4 * (nested.absmax.len() + 256 + 1),
         };
         self.codes.len() + scales
-    }
-}
-
-/// Product of a shape, if there are elements and their bytes can be addressed as f32.
-pub(super) fn checked_elems(shape: &[usize]) -> Result<usize, Nf4Error> {
-    shape
-        .iter()
-        .try_fold(1usize, |elems, &dim| elems.checked_mul(dim))
-        .filter(|&elems| elems > 0 && elems <= isize::MAX as usize / 4)
-        .ok_or_else(|| Nf4Error::ElementCount {
-            tensor: "weight".into(),
-            shape: shape.to_vec(),
-        })
-}
-
-pub(super) fn check_len(tensor: &str, expected: usize, given: usize) -> Result<(), Nf4Error> {
-    if expected == given {
-        return Ok(());
-    }
-    Err(Nf4Error::Length {
-        tensor: tensor.into(),
-        expected,
-        given,
-    })
-}
-
-pub(super) fn check_finite(tensor: &str, values: &[f32]) -> Result<(), Nf4Error> {
-    match values.iter().position(|value| !value.is_finite()) {
-        None => Ok(()),
-        Some(index) => Err(Nf4Error::NonFinite {
-            tensor: tensor.into(),
-            index,
-            given: values[index],
-        }),
     }
 }

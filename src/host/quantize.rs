@@ -9,7 +9,7 @@ use super::{Simd, TASK_ALIGN_ELEMS};
 use crate::error::Nf4Error;
 use crate::format::{
     BlockSize, DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, FloatElement, NF4_THRESHOLDS,
-    PackedLayout, QuantConfig, QuantType, SumF32x2, normalizer,
+    PackedLayout, QuantConfig, QuantType, SumF32x2, check_finite, check_len, normalizer,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -63,13 +63,7 @@ pub fn quantize_with<T: FloatElement>(
     simd.assert_available();
     let layout = PackedLayout::for_shape(shape, config)?;
     let elems = layout.elems();
-    if elems != weight.len() {
-        return Err(Nf4Error::Length {
-            tensor: "weight".into(),
-            expected: elems,
-            given: weight.len(),
-        });
-    }
+    check_len("weight", elems, weight.len())?;
 
     let mut words = vec![0u32; layout.words()];
     let (codes, rest) = words.split_at_mut(layout.scales_start());
@@ -101,12 +95,8 @@ pub fn quantize_with<T: FloatElement>(
             finite
         }
     };
-    if !finite && let Some(index) = weight.iter().position(|w| !w.to_f32().is_finite()) {
-        return Err(Nf4Error::NonFinite {
-            tensor: "weight".into(),
-            index,
-            given: weight[index].to_f32(),
-        });
+    if !finite {
+        check_finite("weight", weight.iter().map(|w| w.to_f32()))?;
     }
     Ok(words)
 }

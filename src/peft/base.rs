@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::keys::last;
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::convert::ModelConfig;
+use crate::checkpoint::{Checkpoint, last_part};
 use crate::error::Nf4Error;
 
 /// The names of a base model's parameters.
@@ -74,7 +73,7 @@ impl Ends {
     /// as tied: transformers leaves out of `config.json` what is a model's default.
     fn of(modules: &BTreeSet<String>, are_tied: Option<bool>) -> Option<Self> {
         let one = |name: &str| {
-            let mut found = modules.iter().filter(|module| last(module) == name);
+            let mut found = modules.iter().filter(|module| last_part(module) == name);
             found.next().filter(|_| found.next().is_none())
         };
         let (stored, other) = match (one(EMBEDDING), one(HEAD)) {

@@ -1,10 +1,12 @@
 //! Whether an adapter has all that its settings ask for of a base model.
 
+use std::collections::BTreeSet;
+
 use super::adapter::Adapter;
 use super::base::BaseNames;
-use super::keys::{is_saved, last};
+use super::keys::is_saved;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::convert::ModelConfig;
+use crate::checkpoint::convert::{ModelConfig, is_embedding};
 use crate::error::Nf4Error;
 
 impl Adapter {
@@ -55,23 +57,23 @@ impl Adapter {
         modules: impl IntoIterator<Item = &'a str>,
         parameters: impl IntoIterator<Item = &'a str>,
     ) -> Result<(), Nf4Error> {
-        let mut missing = Vec::new();
+        let mut missing = BTreeSet::new();
         for module in modules {
             let is_asked_for = self.matcher().is_target(module)?
-                && !(self.matcher().takes_all_linear() && is_embedding_table(module));
+                && !(self.matcher().takes_all_linear() && is_embedding(module));
             if is_asked_for && !self.has_branch(module) {
-                missing.push(module.to_string());
+                missing.insert(module.to_string());
             }
         }
         let saved = parameters.into_iter().filter(|parameter| {
             is_saved(parameter, self.config()) && self.full_tensor(parameter).is_none()
         });
         missing.extend(saved.map(String::from));
-        missing.sort();
-        missing.dedup();
         match missing.is_empty() {
             true => Ok(()),
-            false => Err(Nf4Error::AdapterLacks { missing }),
+            false => Err(Nf4Error::AdapterLacks {
+                missing: missing.into_iter().collect(),
+            }),
         }
     }
 
@@ -83,23 +85,16 @@ impl Adapter {
             [Some(format!("{path}.weight")), bias]
         });
         let full = self.full_tensors().map(|(parameter, _)| parameter.into());
-        let mut missing: Vec<String> = weights
+        let missing: BTreeSet<String> = weights
             .flatten()
             .chain(full)
             .filter(|parameter| !base.has(parameter))
             .collect();
-        missing.sort();
-        missing.dedup();
         match missing.is_empty() {
             true => Ok(()),
-            false => Err(Nf4Error::BaseLacks { missing }),
+            false => Err(Nf4Error::BaseLacks {
+                missing: missing.into_iter().collect(),
+            }),
         }
     }
-}
-
-/// Whether a module is an embedding and no linear layer, by the names that models give them: a
-/// checkpoint does not tell the two apart.
-fn is_embedding_table(module: &str) -> bool {
-    let name = last(module);
-    name.contains("embed") || ["wte", "wpe", "shared"].contains(&name)
 }

@@ -7,6 +7,7 @@
 use super::config::LoraConfig;
 use super::matcher::ModuleMatcher;
 use super::setting::LoraBias;
+use crate::checkpoint::last_part;
 use crate::error::Nf4Error;
 
 /// What PEFT's wrappers put before the name that a module has in the base model.
@@ -27,7 +28,7 @@ const OUTER_WRAPPER: &str = "module";
 const ADAPTER_NAME: &str = "default";
 
 /// A part of what an adapter holds for one module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     A,
     B,
@@ -38,6 +39,14 @@ pub(super) enum Part {
 }
 
 impl Part {
+    /// The two factors of a branch.
+    pub fn factors(is_embedding: bool) -> [Self; 2] {
+        match is_embedding {
+            false => [Self::A, Self::B],
+            true => [Self::EmbeddingA, Self::EmbeddingB],
+        }
+    }
+
     fn suffix(self) -> &'static str {
         match self {
             Self::A => ".lora_A.weight",
@@ -210,23 +219,18 @@ pub(super) fn is_full(parameter: &str, config: &LoraConfig, has_branch: bool) ->
     let Some((module, name)) = parameter.rsplit_once('.') else {
         return false;
     };
-    let is_embedding = is_embedding(module);
+    let unasked = is_saved_unasked(module);
     match name {
         "bias" if config.bias == LoraBias::All => true,
-        "weight" if is_embedding || has_branch => true,
-        "bias" if is_embedding && has_branch => true,
+        "weight" if unasked || has_branch => true,
+        "bias" if unasked && has_branch => true,
         _ => is_saved(parameter, config),
     }
 }
 
 /// Whether PEFT saves the weight of a module unasked.
-pub(super) fn is_embedding(module: &str) -> bool {
-    EMBEDDINGS.contains(&last(module))
-}
-
-/// Output heads: linear layers also in models whose other layers are transformers' `Conv1D`.
-pub(super) fn is_head(module: &str) -> bool {
-    ["lm_head", "score", "classifier"].contains(&last(module))
+pub(super) fn is_saved_unasked(module: &str) -> bool {
+    EMBEDDINGS.contains(&last_part(module))
 }
 
 /// Whether a parameter belongs to a module that `modules_to_save` names: any whose path ends with
@@ -235,9 +239,4 @@ pub(super) fn is_saved(parameter: &str, config: &LoraConfig) -> bool {
     let ends = || parameter.match_indices('.').map(|(end, _)| end);
     let mut saved = config.modules_to_save.iter().flatten();
     saved.any(|saved| ends().any(|end| parameter[..end].ends_with(saved.as_str())))
-}
-
-/// The last part of a path.
-pub(super) fn last(path: &str) -> &str {
-    path.rsplit_once('.').map_or(path, |(_, last)| last)
 }

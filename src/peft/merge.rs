@@ -10,16 +10,14 @@ use std::path::Path;
 
 use super::adapter::Adapter;
 use super::base::BaseNames;
-use super::keys::is_embedding;
-use super::tensor::{check_finite, widen};
+use super::keys::is_saved_unasked;
 use crate::checkpoint::convert::{
-    CONFIG_FILE, ModelConfig, Reporter, check_source, copy_other_files, source_folder,
-    start_writer, write_dense,
+    ModelConfig, Reporter, check_source, copy_other_files, start_writer, write_dense,
 };
 use crate::checkpoint::elements::{elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, Written};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatElement, FloatType, check_finite};
 use branch::Branch;
 use loss::Sums;
 use plan::{Change, Output, Plan};
@@ -193,22 +191,17 @@ fn merge(
     }
 
     copy_other_files(&mut writer, base)?;
-    if unties && let Some(config) = &mut model_config {
-        config.set_untied();
-    }
-    match (target, &mut model_config, source_folder(base)) {
-        (Target::Float(dtype), Some(config), _) => {
+    if let Some(config) = &mut model_config {
+        if unties {
+            config.set_untied();
+        }
+        if let Target::Float(dtype) = target {
             config.set_dense();
             if let Some(dtype) = dtype {
                 config.set_dtype(dtype);
             }
-            writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
         }
-        (Target::AsBase, Some(config), _) if unties => {
-            writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
-        }
-        (Target::AsBase, Some(config), Some(source)) => config.copy(&mut writer, source)?,
-        _ => {}
+        config.write(&mut writer)?;
     }
     Ok(Merged {
         kept,
@@ -268,7 +261,7 @@ fn check_vocabulary(
 ) -> Result<(), Nf4Error> {
     let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
     match (expected, given) {
-        (Some(&expected), Some(&given)) if is_embedding(module) && expected != given => {
+        (Some(&expected), Some(&given)) if is_saved_unasked(module) && expected != given => {
             Err(Nf4Error::ResizedEmbeddings {
                 tensor: key.into(),
                 expected,
@@ -295,7 +288,9 @@ fn keep(
     }
     let (info, bytes) = (base.tensor_info(source)?, base.tensor_bytes(source)?);
     if let Some(dtype) = float_type(info.dtype) {
-        with_float_type!(dtype, T => check_finite(&widen(&elements::<T>(bytes)), key)?);
+        with_float_type!(dtype, T => {
+            check_finite(key, elements::<T>(bytes).iter().map(|value| value.to_f32()))?;
+        });
     }
     let dtype = match target {
         Target::Float(dtype) => dtype,

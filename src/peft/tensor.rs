@@ -2,12 +2,15 @@
 
 use std::borrow::Cow;
 
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::tensor::View;
 
-use crate::checkpoint::elements::{elements, float_type, le_bytes, stored_dtype, with_float_type};
+use crate::checkpoint::elements::{
+    elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
+};
 use crate::checkpoint::{Dtype, SafetensorsFile};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType};
+use crate::format::{FloatElement, FloatType, check_finite, check_len, matrix_dims};
 
 /// A dense float tensor in host memory, with the bits that a file holds or will hold.
 ///
@@ -35,13 +38,7 @@ impl DenseTensor {
     /// [`Nf4Error::Length`] unless there are as many values as the shape asks for.
     pub fn from_f32(values: &[f32], shape: &[usize], dtype: FloatType) -> Result<Self, Nf4Error> {
         let elems = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
-        if elems != Some(values.len()) {
-            return Err(Nf4Error::Length {
-                tensor: "values".into(),
-                expected: elems.unwrap_or(usize::MAX),
-                given: values.len(),
-            });
-        }
+        check_len("values", elems.unwrap_or(usize::MAX), values.len())?;
         let bytes = with_float_type!(dtype, T => {
             let rounded: Vec<T> = values.iter().map(|&value| T::from_f32(value)).collect();
             le_bytes(&rounded).into_owned()
@@ -53,16 +50,56 @@ impl DenseTensor {
         })
     }
 
+    /// A tensor of a device, in its dtype. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Dtype`] unless it is f16, bf16 or f32.
+    pub fn from_tensor<const D: usize>(tensor: Tensor<D>) -> Result<Self, Nf4Error> {
+        let dtype = FloatType::from_dtype(tensor.dtype(), "adapter tensor")?;
+        let shape = tensor.dims();
+        let values: Vec<f32> = tensor.cast(DType::F32).into_data().iter::<f32>().collect();
+        // Widening was exact, so that this rounds to the same bits.
+        Self::from_f32(&values, &shape, dtype)
+    }
+
+    /// The tensor on a device, in f32.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Rank`] if it does not have `D` dimensions.
+    pub fn to_tensor<const D: usize>(&self, device: &Device) -> Result<Tensor<D>, Nf4Error> {
+        if self.shape.len() != D {
+            return Err(Nf4Error::Rank {
+                tensor: "adapter tensor".into(),
+                expected: D,
+                shape: self.shape.clone(),
+            });
+        }
+        let data = TensorData::new(self.to_f32(), self.shape.clone());
+        Ok(Tensor::from_data(data, (device, DType::F32)))
+    }
+
+    /// The transpose of a matrix.
+    ///
+    /// # Errors
+    /// [`Nf4Error::NotAMatrix`].
+    pub(super) fn transposed(&self) -> Result<Self, Nf4Error> {
+        let [rows, columns] = matrix_dims("adapter tensor", &self.shape)?;
+        let bytes = with_float_type!(self.dtype, T => {
+            let elements = elements::<T>(&self.bytes);
+            le_bytes(&transpose([rows, columns], |index| elements[index])).into_owned()
+        });
+        Ok(Self {
+            dtype: self.dtype,
+            shape: vec![columns, rows],
+            bytes,
+        })
+    }
+
     /// Reads a tensor of a file, bit for bit.
     pub(super) fn read(file: &SafetensorsFile, key: &str) -> Result<Self, Nf4Error> {
         let info = file.tensor_info(key)?;
-        let dtype = float_type(info.dtype).ok_or_else(|| Nf4Error::Dtype {
-            tensor: key.into(),
-            expected: "F16, BF16, F32".into(),
-            given: info.dtype.to_string(),
-        })?;
         Ok(Self {
-            dtype,
+            dtype: expect_float(info.dtype, key)?,
             shape: info.shape.to_vec(),
             bytes: file.tensor_bytes(key)?.to_vec(),
         })
@@ -90,7 +127,7 @@ impl DenseTensor {
 
     /// Looks for a NaN or an infinity; `key` is named in the error.
     pub(super) fn check_finite(&self, key: &str) -> Result<(), Nf4Error> {
-        check_finite(&self.to_f32(), key)
+        check_finite(key, self.to_f32())
     }
 
     pub(super) fn check_shape(&self, expected: &[usize], key: &str) -> Result<(), Nf4Error> {
@@ -102,22 +139,6 @@ impl DenseTensor {
             expected: expected.to_vec(),
             given: self.shape.clone(),
         })
-    }
-}
-
-pub(super) fn widen<T: FloatElement>(elements: &[T]) -> Vec<f32> {
-    elements.iter().map(|element| element.to_f32()).collect()
-}
-
-/// Looks for a NaN or an infinity; `key` is named in the error.
-pub(super) fn check_finite(values: &[f32], key: &str) -> Result<(), Nf4Error> {
-    match values.iter().position(|value| !value.is_finite()) {
-        None => Ok(()),
-        Some(index) => Err(Nf4Error::NonFinite {
-            tensor: key.into(),
-            index,
-            given: values[index],
-        }),
     }
 }
 

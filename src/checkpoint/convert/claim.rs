@@ -48,7 +48,6 @@ impl Claim {
     /// # Errors
     /// [`Nf4Error::Config`].
     pub fn check(&self) -> Result<(), Nf4Error> {
-        let expected = "bitsandbytes in 4 bit, or none";
         let refuse = |expected, given| {
             Err(Nf4Error::Config {
                 field: Self::FIELD,
@@ -77,10 +76,10 @@ impl Claim {
                 .as_str()
                 .is_some_and(|method| METHODS.contains(&method)),
         };
-        match (is_method, in_8bit) {
-            (true, false) => Ok(()),
-            _ => refuse(expected, self.to_string()),
+        if is_method && !in_8bit {
+            return Ok(());
         }
+        refuse("bitsandbytes in 4 bit, or none", self.to_string())
     }
 
     /// The part that it belongs to, to be told of.

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use super::model_config::ModelConfig;
 use super::quantize::write_dense;
-use super::{CONFIG_FILE, Converted, Reporter, check_source, copy_other_files, start_writer};
-use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, with_float_type};
+use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
+use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress};
 use crate::error::Nf4Error;
-use crate::format::{Absmax, FloatElement, FloatType, Nf4Tensor};
+use crate::format::{Absmax, FloatElement, FloatType, Nf4Tensor, matrix_dims};
 use crate::host;
 
 /// What to write when a checkpoint is dequantized.
@@ -91,7 +91,7 @@ pub fn dequantize_checkpoint(
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);
         }
-        writer.write_file(CONFIG_FILE, config.to_json().as_bytes())?;
+        config.write(&mut writer)?;
     }
     Ok(Converted {
         converted,
@@ -111,13 +111,8 @@ fn write_decoded<T: FloatElement>(
     let mut shape = weight.shape().to_vec();
     let mut values = decode::<T>(weight, key)?;
     if transposed {
-        let &[rows, columns] = shape.as_slice() else {
-            return Err(Nf4Error::NotAMatrix {
-                tensor: key.into(),
-                shape,
-            });
-        };
-        values = transpose(&values, rows, columns);
+        let dims = matrix_dims(key, &shape)?;
+        values = transpose(dims, |index| values[index]);
         shape.reverse();
     }
     match dtype.filter(|&dtype| dtype != T::FLOAT_TYPE) {
@@ -177,11 +172,4 @@ fn can_overflow<T: FloatElement>(weight: &Nf4Tensor) -> bool {
             })
         }
     }
-}
-
-/// The transpose of a `[rows, columns]` matrix.
-pub(crate) fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
-    (0..columns)
-        .flat_map(|column| (0..rows).map(move |row| values[row * columns + column]))
-        .collect()
 }

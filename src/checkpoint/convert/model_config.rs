@@ -1,14 +1,15 @@
 //! The `config.json` of a folder.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
 use super::claim::Claim;
 use super::quantize::QuantizeOptions;
-use super::{CONFIG_FILE, source_folder};
+use super::source_folder;
 use crate::checkpoint::file::read_text;
+use crate::checkpoint::names::CONFIG_FILE;
 use crate::checkpoint::python_json;
 use crate::checkpoint::resolve::WEIGHTS_ENTRY;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
@@ -33,9 +34,10 @@ const TIED: &str = "tie_word_embeddings";
 /// the weights, which transformers does not save either.
 #[derive(Debug)]
 pub(crate) struct ModelConfig {
+    path: PathBuf,
     entries: Map<String, Value>,
-    /// Whether that one was there.
-    named_weights: bool,
+    /// Whether they are other than those of the file.
+    changed: bool,
 }
 
 impl ModelConfig {
@@ -47,20 +49,18 @@ impl ModelConfig {
         let Some(folder) = source_folder(source) else {
             return Ok(None);
         };
-        let path: PathBuf = folder.join(CONFIG_FILE);
-        // A link that leads nowhere is a file that cannot be read, and not none.
+        let path = folder.join(CONFIG_FILE);
+        // A link that leads nowhere is a file that cannot be read.
         if fs::symlink_metadata(&path).is_err() {
             return Ok(None);
         }
         let text = read_text(&path)?;
         match python_json::from_slice::<Map<String, Value>>(&text) {
-            Ok(mut entries) => {
-                let named_weights = entries.remove(WEIGHTS_ENTRY).is_some();
-                Ok(Some(Self {
-                    entries,
-                    named_weights,
-                }))
-            }
+            Ok(mut entries) => Ok(Some(Self {
+                path,
+                changed: entries.remove(WEIGHTS_ENTRY).is_some(),
+                entries,
+            })),
             Err(error) => Err(Nf4Error::ModelConfig {
                 path,
                 message: error.to_string(),
@@ -71,8 +71,7 @@ impl ModelConfig {
     /// # Errors
     /// [`Nf4Error::Config`] for a model that has transposed linear layers.
     pub fn check_layout(&self) -> Result<(), Nf4Error> {
-        let model_type = self.entries.get("model_type").and_then(Value::as_str);
-        match model_type.filter(|given| CONV1D_MODELS.contains(given)) {
+        match self.conv1d_model() {
             None => Ok(()),
             Some(given) => Err(Nf4Error::Config {
                 field: "model_type",
@@ -80,6 +79,12 @@ impl ModelConfig {
                 given: given.into(),
             }),
         }
+    }
+
+    /// The type of the model, if its linear layers but for the head are transformers' `Conv1D`.
+    pub fn conv1d_model(&self) -> Option<&str> {
+        let model_type = self.entries.get("model_type")?.as_str()?;
+        CONV1D_MODELS.contains(&model_type).then_some(model_type)
     }
 
     /// Every `quantization_config`, also of the parts of a composed model.
@@ -118,6 +123,7 @@ impl ModelConfig {
             "quant_method": "bitsandbytes",
         });
         self.entries.insert(Claim::FIELD.into(), quantization);
+        self.changed = true;
     }
 
     /// Whether it says that the output head is the embedding, in itself or in a part of a composed
@@ -134,12 +140,7 @@ impl ModelConfig {
             part.entry(TIED).and_modify(|tied| *tied = false.into());
         });
         self.entries.insert(TIED.into(), false.into());
-    }
-
-    /// Whether the linear layers but for the head are transformers' `Conv1D`.
-    pub fn has_conv1d(&self) -> bool {
-        let model_type = self.entries.get("model_type").and_then(Value::as_str);
-        model_type.is_some_and(|model_type| CONV1D_MODELS.contains(&model_type))
+        self.changed = true;
     }
 
     /// Takes out the quantization, also of the parts of a composed model.
@@ -147,6 +148,7 @@ impl ModelConfig {
         for_each_part(&mut self.entries, &mut |part| {
             part.remove(Claim::FIELD);
         });
+        self.changed = true;
     }
 
     /// Enters the dtype of the weights, also in the parts of a composed model that name one.
@@ -157,24 +159,21 @@ impl ModelConfig {
             self.entries
                 .insert(DTYPE_KEYS[0].into(), dtype.name().into());
         }
+        self.changed = true;
     }
 
-    /// Copies the file of `source` to a folder whose weights have the usual names.
+    /// Writes the file of a new folder: as transformers does, indented and with sorted keys, or to the
+    /// byte as it was read if nothing was changed.
     ///
     /// # Errors
     /// Those of [`CheckpointWriter::copy_file`].
-    pub fn copy(&self, writer: &mut CheckpointWriter, source: &Path) -> Result<(), Nf4Error> {
-        if self.named_weights {
-            writer.write_file(CONFIG_FILE, self.to_json().as_bytes())
-        } else {
-            writer.copy_file(CONFIG_FILE, &source.join(CONFIG_FILE))
+    pub fn write(&self, writer: &mut CheckpointWriter) -> Result<(), Nf4Error> {
+        if !self.changed {
+            return writer.copy_file(CONFIG_FILE, &self.path);
         }
-    }
-
-    /// The text, as transformers writes it: indented, keys sorted.
-    pub fn to_json(&self) -> String {
         // A map of values always has a text.
-        python_json::to_string_pretty(&self.entries).unwrap_or_default() + "\n"
+        let text = python_json::to_string_pretty(&self.entries).unwrap_or_default() + "\n";
+        writer.write_file(CONFIG_FILE, text.as_bytes())
     }
 }
 

@@ -1,6 +1,5 @@
 //! Float weights to 4 bit.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -162,7 +161,7 @@ pub fn quantize_checkpoint(
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);
         }
-        writer.write_file(super::CONFIG_FILE, config.to_json().as_bytes())?;
+        config.write(&mut writer)?;
     }
     Ok(Converted {
         converted,
@@ -185,8 +184,7 @@ pub(crate) fn write_dense(
         None => writer.write_tensor(key, info.dtype, info.shape, bytes),
         Some((stored, dtype)) => with_float_type!(stored, S => with_float_type!(dtype, T => {
             let rounded = cast::<S, T>(&elements::<S>(bytes), key)?;
-            let bytes: Cow<'_, [u8]> = le_bytes(&rounded);
-            writer.write_tensor(key, stored_dtype(dtype), info.shape, &bytes)
+            writer.write_tensor(key, stored_dtype(dtype), info.shape, &le_bytes(&rounded))
         })),
     }
 }
@@ -197,28 +195,9 @@ pub(crate) fn quantize<T: FloatElement>(
     config: QuantConfig,
     key: &str,
 ) -> Result<Nf4Tensor, Nf4Error> {
-    let words = host::quantize(weight, shape, config).map_err(|error| with_key(error, key))?;
+    let words = host::quantize(weight, shape, config).map_err(|error| error.with_key(key))?;
     let weight = Nf4Tensor::from_packed(&words, shape, config, T::FLOAT_TYPE)?;
     // Quantized scales are off by a little, which is too much for a value near the largest.
     check_decodes(&weight, key)?;
     Ok(weight)
-}
-
-/// The host functions name the part at fault; in a checkpoint that is a key.
-fn with_key(error: Nf4Error, key: &str) -> Nf4Error {
-    match error {
-        Nf4Error::NonFinite {
-            tensor,
-            index,
-            given,
-        } => Nf4Error::NonFinite {
-            tensor: match tensor.as_str() {
-                "weight" => key.into(),
-                part => format!("{key}.{part}"),
-            },
-            index,
-            given,
-        },
-        other => other,
-    }
 }

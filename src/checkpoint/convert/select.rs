@@ -6,7 +6,8 @@ use fancy_regex::Regex;
 
 use super::quantize::QuantizeOptions;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::elements::float_type;
+use crate::checkpoint::elements::expect_float;
+use crate::checkpoint::names::last_part;
 use crate::error::Nf4Error;
 
 /// Output layers by the last part of their path: transformers leaves the first two in float by
@@ -80,15 +81,9 @@ impl Selection {
             let module = module.unwrap_or(key);
             match reason_to_keep(module, expert && !options.experts, &patterns)? {
                 Some(reason) => kept.push((module.to_string(), reason)),
-                None if float_type(info.dtype).is_some() => {
-                    quantized.insert(key.to_string());
-                }
                 None => {
-                    return Err(Nf4Error::Dtype {
-                        tensor: key.into(),
-                        expected: "F16, BF16 or F32".into(),
-                        given: info.dtype.to_string(),
-                    });
+                    expect_float(info.dtype, key)?;
+                    quantized.insert(key.to_string());
                 }
             }
         }
@@ -149,22 +144,28 @@ fn reason_to_keep(
             return Ok(Some(Kept::Named));
         }
     }
-    let name = last_part(module);
     let by_default = kept_expert
-        || HEADS.contains(&name)
-        || ROUTERS.contains(&name)
-        || EMBEDDINGS.contains(&name)
-        || (name.contains("embed") && !name.ends_with("proj"));
+        || is_head(module)
+        || ROUTERS.contains(&last_part(module))
+        || is_embedding(module);
     Ok(by_default.then_some(Kept::Default))
+}
+
+/// Whether a module is an output layer, by its name.
+pub(crate) fn is_head(module: &str) -> bool {
+    HEADS.contains(&last_part(module))
+}
+
+/// Whether a module is an embedding and no linear layer, by its name: a checkpoint does not tell the
+/// two apart.
+pub(crate) fn is_embedding(module: &str) -> bool {
+    let name = last_part(module);
+    EMBEDDINGS.contains(&name) || (name.contains("embed") && !name.ends_with("proj"))
 }
 
 /// Whether a parameter belongs to the experts of a mixture, fused or apart.
 fn is_expert(key: &str) -> bool {
     key.split('.').any(|part| part == "experts")
-}
-
-fn last_part(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
 }
 
 /// The entries that make transformers keep `kept` and nothing that is quantized.
@@ -176,9 +177,9 @@ fn skip_entry(
     kept: &[(String, Kept)],
     named: &[String],
 ) -> Option<Vec<String>> {
-    let is_embedding = |module: &str| EMBEDDINGS.contains(&last_part(module));
+    let is_known_embedding = |module: &str| EMBEDDINGS.contains(&last_part(module));
     let known = |(module, _): &(String, Kept)| {
-        is_embedding(module) || HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module))
+        is_known_embedding(module) || HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module))
     };
     if named.is_empty() && kept.iter().all(known) {
         return None;
@@ -187,7 +188,7 @@ fn skip_entry(
     entries.extend(named.iter().filter(|&name| name != "lm_head").cloned());
     for (module, reason) in kept {
         let listed = *reason == Kept::Named || last_part(module) == "lm_head";
-        if listed || is_embedding(module) {
+        if listed || is_known_embedding(module) {
             continue;
         }
         let entry = distinct_entry(module, quantized);

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::convert::ModelConfig;
+use crate::checkpoint::convert::{ModelConfig, is_head};
 use crate::error::Nf4Error;
 use crate::peft::adapter::{Adapter, LoraModule};
 use crate::peft::base::{BaseNames, Ends};
-use crate::peft::keys::is_head;
 use crate::peft::tensor::DenseTensor;
 
 /// What a merge makes of each parameter of the base model.
@@ -87,11 +86,14 @@ impl<'a> Plan<'a> {
 
 fn changes<'a>(adapter: &'a Adapter, config: Option<&ModelConfig>) -> BTreeMap<String, Change<'a>> {
     // PEFT goes by the class of the layer and corrects the setting (`dispatch_default`).
-    let fan_in_fan_out = config.map_or(adapter.config().fan_in_fan_out, ModelConfig::has_conv1d);
+    let fan_in_fan_out = config.map_or(adapter.config().fan_in_fan_out, |config| {
+        config.conv1d_model().is_some()
+    });
     let mut changes: BTreeMap<String, Change<'a>> = BTreeMap::new();
     let modules = adapter.modules().map(|(path, module)| Adapted {
         path,
         module,
+        // Heads are linear layers in models of `Conv1D` too.
         transposed: fan_in_fan_out && !is_head(path),
     });
     let embeddings = adapter.embeddings().map(|(path, module)| Adapted {

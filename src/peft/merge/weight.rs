@@ -2,14 +2,13 @@
 
 use super::Target;
 use super::loss::Sums;
-use crate::checkpoint::convert::{decode, quantize, transpose};
+use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
-    cast, elements, float_type, le_bytes, stored_dtype, with_float_type,
+    cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
 };
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, QuantConfig};
-use crate::peft::tensor::{check_finite, widen};
+use crate::format::{FloatType, QuantConfig, check_finite, matrix_dims};
 
 /// A weight of the base model, widened, in the orientation that the model has it in.
 pub(super) struct BaseWeight {
@@ -34,11 +33,7 @@ impl BaseWeight {
     pub fn read(base: &Checkpoint, key: &str) -> Result<Self, Nf4Error> {
         let info = base.tensor_info(key)?;
         if !base.is_quantized(key) {
-            let dtype = float_type(info.dtype).ok_or_else(|| Nf4Error::Dtype {
-                tensor: key.into(),
-                expected: "F16, BF16, F32".into(),
-                given: info.dtype.to_string(),
-            })?;
+            let dtype = expect_float(info.dtype, key)?;
             let bytes = base.tensor_bytes(key)?;
             return Ok(Self {
                 values: with_float_type!(dtype, T => widen(&elements::<T>(bytes))),
@@ -70,16 +65,11 @@ impl BaseWeight {
     }
 
     pub fn dims(&self, key: &str) -> Result<[usize; 2], Nf4Error> {
-        let dims = self.shape.as_slice().try_into();
-        dims.map_err(|_| Nf4Error::NotAMatrix {
-            tensor: key.into(),
-            shape: self.shape.clone(),
-        })
+        matrix_dims(key, &self.shape)
     }
 
     pub fn transpose(&mut self, key: &str) -> Result<(), Nf4Error> {
-        let [rows, columns] = self.dims(key)?;
-        self.values = transpose(&self.values, rows, columns);
+        self.values = transpose(self.dims(key)?, |index| self.values[index]);
         self.shape.reverse();
         Ok(())
     }
@@ -92,7 +82,7 @@ impl BaseWeight {
         target: Target,
         sums: Option<&mut Sums>,
     ) -> Result<(), Nf4Error> {
-        check_finite(&self.values, key)?;
+        check_finite(key, self.values.iter().copied())?;
         let stored = match (target, self.form) {
             (
                 Target::AsBase,
