@@ -71,10 +71,7 @@ impl LoraModule {
     }
 
     fn parts(&self, is_embedding: bool) -> impl Iterator<Item = (Part, &DenseTensor)> {
-        let [a, b] = match is_embedding {
-            false => [Part::A, Part::B],
-            true => [Part::EmbeddingA, Part::EmbeddingB],
-        };
+        let [a, b] = Part::factors(is_embedding);
         let optional = [(Part::Magnitude, &self.magnitude), (Part::Bias, &self.bias)];
         let optional = optional.into_iter();
         [(a, &self.lora_a), (b, &self.lora_b)]

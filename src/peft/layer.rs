@@ -1,13 +1,12 @@
 //! Between an adapter and the layers of a Burn model.
 
 use burn::module::Param;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::Device;
 
 use super::adapter::{Adapter, LoraModule};
 use super::setting::LoraBias;
 use super::tensor::DenseTensor;
 use crate::error::Nf4Error;
-use crate::format::FloatType;
 use crate::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
 
 impl Adapter {
@@ -70,19 +69,20 @@ impl Adapter {
             });
         }
         let base = burn::module::Module::to_device(base, device);
-        let lora_a = transposed(&tensors.lora_a, device);
-        let lora_b = transposed(&tensors.lora_b, device);
+        // Transposed on the host, so that the parameters are contiguous.
+        let lora_a = tensors.lora_a.transposed()?.to_tensor(device)?;
+        let lora_b = tensors.lora_b.transposed()?.to_tensor(device)?;
         // The magnitudes are given, and need not be computed.
         let config = config.with_use_dora(false);
         let mut layer = config.init_with(base, lora_a, lora_b)?;
         if let Some(magnitude) = &tensors.magnitude {
-            layer = layer.with_magnitude(vector(magnitude, device))?;
+            layer = layer.with_magnitude(magnitude.to_tensor(device)?)?;
         }
         if self.config().bias != LoraBias::None
             && let Some(bias) = layer.base.bias.take()
         {
             let bias = match &tensors.bias {
-                Some(trained) => vector(trained, device),
+                Some(trained) => trained.to_tensor(device)?,
                 None => bias.val().detach(),
             };
             layer.base.bias = Some(Param::from_tensor(bias));
@@ -106,44 +106,20 @@ impl Adapter {
             });
         }
         let bias = match (&layer.base.bias, self.config().bias) {
-            (Some(bias), LoraBias::All | LoraBias::LoraOnly) => Some(to_host(bias.val())?),
+            (Some(bias), LoraBias::All | LoraBias::LoraOnly) => {
+                Some(DenseTensor::from_tensor(bias.val())?)
+            }
             _ => None,
         };
         let magnitude = layer.lora_magnitude.as_ref();
         let tensors = LoraModule {
-            lora_a: to_host(layer.lora_a.val().transpose())?,
-            lora_b: to_host(layer.lora_b.val().transpose())?,
-            magnitude: magnitude.map(|m| to_host(m.val())).transpose()?,
+            lora_a: DenseTensor::from_tensor(layer.lora_a.val().transpose())?,
+            lora_b: DenseTensor::from_tensor(layer.lora_b.val().transpose())?,
+            magnitude: magnitude
+                .map(|magnitude| DenseTensor::from_tensor(magnitude.val()))
+                .transpose()?,
             bias,
         };
         self.insert(module, tensors)
     }
-}
-
-/// A matrix on the device, transposed, in f32.
-fn transposed(matrix: &DenseTensor, device: &Device) -> Tensor<2> {
-    let [rows, columns] = [matrix.shape()[0], matrix.shape()[1]];
-    let values = matrix.to_f32();
-    // On the host, so that the parameter is contiguous.
-    let turned: Vec<f32> = (0..columns)
-        .flat_map(|column| values[column..].iter().step_by(columns).copied())
-        .collect();
-    let data = TensorData::new(turned, [columns, rows]);
-    Tensor::from_data(data, (device, DType::F32))
-}
-
-/// A vector on the device, in f32.
-fn vector(vector: &DenseTensor, device: &Device) -> Tensor<1> {
-    let data = TensorData::new(vector.to_f32(), [vector.shape()[0]]);
-    Tensor::from_data(data, (device, DType::F32))
-}
-
-/// A tensor in host memory, in its dtype.
-fn to_host<const D: usize>(tensor: Tensor<D>) -> Result<DenseTensor, Nf4Error> {
-    let dtype = FloatType::from_dtype(tensor.dtype(), "adapter tensor")?;
-    let shape = tensor.dims();
-    let data = tensor.cast(DType::F32).into_data();
-    let values: Vec<f32> = data.iter::<f32>().collect();
-    // Widening was exact, so that this rounds to the same bits.
-    DenseTensor::from_f32(&values, &shape, dtype)
 }

@@ -122,29 +122,23 @@ impl Reader<'_> {
                     "is of an adapter with the name `{name}`; PEFT leaves the name out when it \
                      saves an adapter, and only `default` is read beside that"
                 );
-                return Err(self.refused(key, reason));
+                return Err(refused(self.file, key, reason));
             }
             let of_base = matches!(&name, Name::Base(module, _) if matcher.is_target(module)?);
             let has_branch = |module: &str| branches.contains(module);
             match Place::of(name, config, matcher, has_branch)? {
                 Place::Part(module, part) => {
                     self.check_gathered(key, part)?;
-                    let tensor = DenseTensor::read(self.file, key)?;
-                    let slot = self.modules.entry(module).or_default().slot(part);
-                    put(self.file, slot, key, tensor)?;
+                    let Parts(parts) = self.modules.entry(module).or_default();
+                    read_into(parts, part, self.file, key)?;
                 }
                 Place::Full(parameter) => {
-                    if let Some((module, _)) = parameter.rsplit_once('.')
-                        && of_base
-                    {
+                    if of_base && let Some((module, _)) = parameter.rsplit_once('.') {
                         // A layer that is under a branch asks for the branch.
                         self.modules.entry(module.into()).or_default();
                     }
                     self.check_filled(key)?;
-                    let tensor = DenseTensor::read(self.file, key)?;
-                    let mut slot = self.full.remove(&parameter);
-                    put(self.file, &mut slot, key, tensor)?;
-                    self.full.extend(slot.map(|tensor| (parameter, tensor)));
+                    read_into(&mut self.full, parameter, self.file, key)?;
                 }
                 Place::Unused => {}
                 Place::Unexpected => unexpected.push(key.to_string()),
@@ -167,10 +161,6 @@ impl Reader<'_> {
         })
     }
 
-    fn refused(&self, key: &str, reason: String) -> Nf4Error {
-        refused(self.file, key, reason)
-    }
-
     /// The layer under a branch, in the form that bitsandbytes has packed it into.
     fn check_quantized(&self, key: &str, name: &Name) -> Result<(), Nf4Error> {
         let Name::Base(_, parameter) = name else {
@@ -182,7 +172,7 @@ impl Reader<'_> {
         }
         let reason = "is a part of a quantized weight of the base model, which an adapter cannot \
                       bring along; save the adapter with `save_embedding_layers=False`";
-        Err(self.refused(key, reason.into()))
+        Err(refused(self.file, key, reason.into()))
     }
 
     /// PEFT warns of such tensors when it saves them (`_validate_lora_adapter_state_dict`).
@@ -211,7 +201,7 @@ impl Reader<'_> {
              `stage3_gather_16bit_weights_on_model_save`, under \
              `deepspeed.zero.GatheredParameters`, or with FSDP's full state dict"
         );
-        self.refused(key, reason)
+        refused(self.file, key, reason)
     }
 }
 
@@ -223,95 +213,70 @@ fn refused(file: &SafetensorsFile, key: &str, reason: String) -> Nf4Error {
     }
 }
 
-/// Takes a tensor. PEFT itself writes some under two names, with the same values.
-fn put(
+/// Reads a tensor. PEFT itself writes some under two names, with the same values.
+fn read_into<N: Ord>(
+    tensors: &mut BTreeMap<N, Keyed>,
+    name: N,
     file: &SafetensorsFile,
-    slot: &mut Option<Keyed>,
     key: &str,
-    tensor: DenseTensor,
 ) -> Result<(), Nf4Error> {
-    match slot {
-        Some((other, known)) if *known != tensor => {
-            let reason = format!("and `{other}` are the same tensor with different values");
-            Err(refused(file, key, reason))
-        }
-        _ => {
-            *slot = Some((key.into(), tensor));
-            Ok(())
-        }
+    let tensor = DenseTensor::read(file, key)?;
+    if let Some((other, known)) = tensors.get(&name)
+        && *known != tensor
+    {
+        let reason = format!("and `{other}` are the same tensor with different values");
+        return Err(refused(file, key, reason));
     }
+    tensors.insert(name, (key.into(), tensor));
+    Ok(())
 }
 
 /// The tensors of a module while they are being collected.
 #[derive(Default)]
-struct Parts {
-    a: Option<Keyed>,
-    b: Option<Keyed>,
-    embedding_a: Option<Keyed>,
-    embedding_b: Option<Keyed>,
-    magnitude: Option<Keyed>,
-    bias: Option<Keyed>,
-}
+struct Parts(BTreeMap<Part, Keyed>);
 
 impl Parts {
-    fn slot(&mut self, part: Part) -> &mut Option<Keyed> {
-        match part {
-            Part::A => &mut self.a,
-            Part::B => &mut self.b,
-            Part::EmbeddingA => &mut self.embedding_a,
-            Part::EmbeddingB => &mut self.embedding_b,
-            Part::Magnitude => &mut self.magnitude,
-            Part::Bias => &mut self.bias,
-        }
-    }
-
     /// By the factors that are there; a stray one of the other kind makes no difference.
     fn is_embedding(&self) -> bool {
-        let count = |parts: [&Option<Keyed>; 2]| parts.into_iter().flatten().count();
-        count([&self.embedding_a, &self.embedding_b]) > count([&self.a, &self.b])
+        let count = |is_embedding| {
+            let factors = Part::factors(is_embedding);
+            factors
+                .iter()
+                .filter(|part| self.0.contains_key(part))
+                .count()
+        };
+        count(true) > count(false)
     }
 
     /// Factors of the other kind than the module's.
     fn stray(&self) -> impl Iterator<Item = &str> {
-        let stray = match self.is_embedding() {
-            true => [&self.a, &self.b],
-            false => [&self.embedding_a, &self.embedding_b],
-        };
-        stray.into_iter().flatten().map(|(key, _)| key.as_str())
+        let stray = Part::factors(!self.is_embedding()).into_iter();
+        stray.filter_map(|part| self.0.get(&part).map(|(key, _)| key.as_str()))
     }
 
     /// The keys that must be there and are not.
     fn missing(&self, path: &str, use_dora: bool) -> Vec<String> {
-        let (linear, embedding) = (!self.is_embedding(), self.is_embedding());
-        [
-            (Part::A, linear && self.a.is_none()),
-            (Part::B, linear && self.b.is_none()),
-            (Part::EmbeddingA, embedding && self.embedding_a.is_none()),
-            (Part::EmbeddingB, embedding && self.embedding_b.is_none()),
-            (Part::Magnitude, use_dora && self.magnitude.is_none()),
-        ]
-        .into_iter()
-        .filter(|(_, is_missing)| *is_missing)
-        .map(|(part, _)| part.key(path))
-        .collect()
+        let factors = Part::factors(self.is_embedding()).into_iter();
+        factors
+            .chain(use_dora.then_some(Part::Magnitude))
+            .filter(|part| !self.0.contains_key(part))
+            .map(|part| part.key(path))
+            .collect()
     }
 
     /// Nothing must be missing.
-    fn insert_into(self, adapter: &mut Adapter, path: &str) -> Result<(), Nf4Error> {
-        let tensor = |keyed: Option<Keyed>| keyed.map(|(_, tensor)| tensor);
+    fn insert_into(mut self, adapter: &mut Adapter, path: &str) -> Result<(), Nf4Error> {
         let is_embedding = self.is_embedding();
-        let (a, b) = match is_embedding {
-            false => (self.a, self.b),
-            true => (self.embedding_a, self.embedding_b),
-        };
-        let (Some(lora_a), Some(lora_b)) = (tensor(a), tensor(b)) else {
+        let mut take = |part| self.0.remove(&part).map(|(_, tensor)| tensor);
+        let [a, b] = Part::factors(is_embedding).map(&mut take);
+        let (Some(lora_a), Some(lora_b)) = (a, b) else {
             return Ok(());
         };
         let module = LoraModule {
             lora_a,
             lora_b,
-            magnitude: tensor(self.magnitude),
-            bias: tensor(self.bias),
+            magnitude: take(Part::Magnitude),
+            bias: take(Part::Bias),
         };
         match is_embedding {
             false => adapter.insert(path, module),
