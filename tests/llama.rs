@@ -33,6 +33,8 @@ mod error;
 mod fetch;
 #[path = "../examples/llama/fields.rs"]
 mod fields;
+#[path = "../examples/llama/files.rs"]
+mod files;
 #[path = "../examples/llama/finetune.rs"]
 mod finetune;
 #[path = "../examples/llama/generate.rs"]

@@ -6,17 +6,13 @@ use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_nf4::Nf4Error;
-use burn_nf4::format::FloatType;
 use burn_nf4::nn::QLoraLinear;
 use burn_nf4::peft::{Adapter, DenseTensor, LoraBias, LoraConfig, LoraModule, TargetModules};
 use half::{bf16, f16};
 
 use crate::error::ModelError;
-use crate::model::Llama;
+use crate::model::{EMBEDDING, HEAD, LAYER_NORMS, Llama};
 use crate::projection::{DenseLora, Projection};
-
-const EMBEDDING: &str = "model.embed_tokens";
-const HEAD: &str = "lm_head";
 
 /// Puts a fresh branch on every layer that the settings select.
 pub fn fresh(mut model: Llama, lora: LoraConfig, device: &Device) -> Result<Llama, ModelError> {
@@ -32,7 +28,7 @@ pub fn fresh(mut model: Llama, lora: LoraConfig, device: &Device) -> Result<Llam
         }
         adapted += 1;
         let layer = layer.with_lora(&adapter.layer_config(path)?, device)?;
-        let layer = with_trained_bias(layer, &adapter, None, device);
+        let layer = with_trained_bias(layer, &adapter, None, device)?;
         Ok(with_stable_ids(layer, path))
     })?;
     if adapted == 0 {
@@ -103,7 +99,7 @@ pub fn apply_partial(
                 device,
             )?,
         };
-        let layer = with_trained_bias(layer, adapter, Some(module), device);
+        let layer = with_trained_bias(layer, adapter, Some(module), device)?;
         Ok(with_stable_ids(layer, path))
     })?;
     lacks(left.into_iter().map(|path| format!("{path}.weight")))?;
@@ -131,10 +127,14 @@ pub fn extract_into(model: &Llama, mut adapter: Adapter) -> Result<Adapter, Mode
                 let bias = layer.base.bias.as_ref().filter(|_| is_trained);
                 let magnitude = layer.lora_magnitude.as_ref();
                 let tensors = LoraModule {
-                    lora_a: to_host(layer.lora_a.val().transpose())?,
-                    lora_b: to_host(layer.lora_b.val().transpose())?,
-                    magnitude: magnitude.map(|m| to_host(m.val())).transpose()?,
-                    bias: bias.map(|bias| to_host(bias.val())).transpose()?,
+                    lora_a: DenseTensor::from_tensor(layer.lora_a.val().transpose())?,
+                    lora_b: DenseTensor::from_tensor(layer.lora_b.val().transpose())?,
+                    magnitude: magnitude
+                        .map(|m| DenseTensor::from_tensor(m.val()))
+                        .transpose()?,
+                    bias: bias
+                        .map(|bias| DenseTensor::from_tensor(bias.val()))
+                        .transpose()?,
                 };
                 adapter.insert(&path, tensors)?;
             }
@@ -153,7 +153,7 @@ fn check_complete(model: &Llama, adapter: &Adapter) -> Result<(), ModelError> {
         "model.norm.weight".into(),
     ];
     for index in 0..model.layers.len() {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
+        for norm in LAYER_NORMS {
             parameters.push(format!("model.layers.{index}.{norm}.weight"));
         }
     }
@@ -338,13 +338,13 @@ fn adapt_embedding(
             }));
         }
         model = with_own_head(model);
-        let matrix = |tensor: &DenseTensor| transposed(tensor, device);
-        let branch = matrix(&module.lora_a).matmul(matrix(&module.lora_b));
+        let a = transposed(&module.lora_a, device)?;
+        let branch = a.matmul(transposed(&module.lora_b, device)?);
         let dtype = table.dtype();
         let mut merged = table.cast(DType::F32) + branch * adapter.scale(path)?;
         if let Some(magnitude) = &module.magnitude {
             let norms = merged.clone().square().sum_dim(0).sqrt();
-            let magnitude = vector(magnitude, device).unsqueeze::<2>();
+            let magnitude = magnitude.to_tensor::<1>(device)?.unsqueeze::<2>();
             merged = merged * (magnitude / norms.clamp_min(f32::MIN_POSITIVE));
         }
         let merged = merged.cast(dtype);
@@ -377,12 +377,14 @@ fn with_matrices(
             given: module.dims().to_vec(),
         }));
     }
-    let matrix = |tensor: &DenseTensor| Param::from_tensor(transposed(tensor, device));
-    let magnitude = module.magnitude.as_ref();
+    let magnitude = match &module.magnitude {
+        Some(magnitude) => Some(Param::from_tensor(magnitude.to_tensor(device)?)),
+        None => None,
+    };
     Ok(Projection::DenseLora(DenseLora {
-        lora_a: matrix(&module.lora_a),
-        lora_b: matrix(&module.lora_b),
-        lora_magnitude: magnitude.map(|magnitude| Param::from_tensor(vector(magnitude, device))),
+        lora_a: Param::from_tensor(transposed(&module.lora_a, device)?),
+        lora_b: Param::from_tensor(transposed(&module.lora_b, device)?),
+        lora_magnitude: magnitude,
         ..layer
     }))
 }
@@ -394,16 +396,16 @@ fn with_trained_bias(
     adapter: &Adapter,
     module: Option<&LoraModule>,
     device: &Device,
-) -> Projection {
+) -> Result<Projection, ModelError> {
     let is_trained = adapter.config().bias != LoraBias::None;
     let Some(bias) = layer.bias().filter(|_| is_trained) else {
-        return layer;
+        return Ok(layer);
     };
     let bias = match module.and_then(|module| module.bias.as_ref()) {
-        Some(trained) => vector(trained, device),
+        Some(trained) => trained.to_tensor(device)?,
         None => bias.val().detach(),
     };
-    layer.with_bias(Param::from_tensor(bias))
+    Ok(layer.with_bias(Param::from_tensor(bias)))
 }
 
 /// Whether the rows of an embedding or a head are as many as those of the adapter.
@@ -462,17 +464,9 @@ fn on_device<const D: usize>(
     Ok(Tensor::from_data(data, (device, dtype)))
 }
 
-/// A matrix of the adapter on the device, transposed, in f32.
-fn transposed(tensor: &DenseTensor, device: &Device) -> Tensor<2> {
-    let [rows, columns] = [tensor.shape()[0], tensor.shape()[1]];
-    let data = TensorData::new(tensor.to_f32(), [rows, columns]);
-    Tensor::<2>::from_data(data, (device, DType::F32)).transpose()
-}
-
-/// A vector of the adapter on the device, in f32.
-fn vector(tensor: &DenseTensor, device: &Device) -> Tensor<1> {
-    let data = TensorData::new(tensor.to_f32(), [tensor.shape()[0]]);
-    Tensor::from_data(data, (device, DType::F32))
+/// A matrix of the adapter on the device, transposed.
+fn transposed(matrix: &DenseTensor, device: &Device) -> Result<Tensor<2>, Nf4Error> {
+    Ok(matrix.to_tensor::<2>(device)?.transpose())
 }
 
 /// Names the trained tensors after their layer, so that the state of the optimizer, which knows
@@ -513,10 +507,4 @@ pub fn stable_hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
-}
-
-fn to_host<const D: usize>(tensor: Tensor<D>) -> Result<DenseTensor, ModelError> {
-    let shape = tensor.dims();
-    let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
-    Ok(DenseTensor::from_f32(&values, &shape, FloatType::F32)?)
 }

@@ -15,6 +15,7 @@ use crate::error::ModelError;
 use crate::fields::{Fields, spelled};
 use crate::jinja::Template;
 use crate::message::Message;
+use crate::plain_text;
 
 /// The template of a folder that has one template only.
 pub const TEMPLATE_FILE: &str = "chat_template.jinja";
@@ -72,8 +73,8 @@ impl Chat {
         }
         let path = folder.join(OLD_TEMPLATE_FILE);
         if sources.is_empty() && path.exists() {
-            let fields = Fields::parse(&crate::config::read(&path)?, &path)?;
-            sources.insert(DEFAULT.into(), fields.required("chat_template")?);
+            let source = Fields::read(&path)?.required("chat_template")?;
+            sources.insert(DEFAULT.into(), source);
         }
         Ok(Self::new(sources, tokens, Local::now))
     }
@@ -103,7 +104,7 @@ impl Chat {
                     self.names()
                 )));
             }
-            let template = Template::new(&read_text(Path::new(name))?, self.now);
+            let template = Template::new(&plain_text::read(Path::new(name))?, self.now);
             self.templates.insert(name.into(), template);
         }
         self.chosen = Some(name.into());
@@ -111,14 +112,10 @@ impl Chat {
     }
 
     fn names(&self) -> String {
-        match self.templates.is_empty() {
+        let names: Vec<&str> = self.templates.keys().map(String::as_str).collect();
+        match names.is_empty() {
             true => "none".into(),
-            false => self
-                .templates
-                .keys()
-                .cloned()
-                .collect::<Vec<_>>()
-                .join(", "),
+            false => names.join(", "),
         }
     }
 
@@ -150,7 +147,7 @@ impl Chat {
         ending: Ending,
     ) -> Result<String, ModelError> {
         let template = self.template(conversation.tools.is_some())?;
-        let failed = |message: String| ModelError::Template(message);
+        let failed = ModelError::Template;
         if conversation.messages.is_empty() {
             return Err(failed("the conversation has no message".into()));
         }
@@ -246,7 +243,7 @@ fn from_files(folder: &Path) -> Result<BTreeMap<String, String>, ModelError> {
     let mut sources = BTreeMap::new();
     let path = folder.join(TEMPLATE_FILE);
     if path.exists() {
-        sources.insert(DEFAULT.into(), read_text(&path)?);
+        sources.insert(DEFAULT.into(), plain_text::read(&path)?);
     }
     let path = folder.join(TEMPLATE_FOLDER);
     if path.is_dir() {
@@ -254,7 +251,7 @@ fn from_files(folder: &Path) -> Result<BTreeMap<String, String>, ModelError> {
             let path = entry.map_err(ModelError::io(&path))?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             if let Some(name) = name.and_then(|name| name.strip_suffix(".jinja")) {
-                sources.insert(name.into(), read_text(&path)?);
+                sources.insert(name.into(), plain_text::read(&path)?);
             }
         }
     }
@@ -297,9 +294,4 @@ fn from_config(config: &Fields) -> Result<BTreeMap<String, String>, ModelError> 
         }
     }
     Ok(sources)
-}
-
-/// A file of UTF-8, without a byte order mark.
-fn read_text(path: &Path) -> Result<String, ModelError> {
-    crate::plain_text::read(path)
 }

@@ -199,8 +199,8 @@ impl GenerateArgs {
             },
         };
         let longest = request.longest_prompt();
-        let mut warning = config.warn_of_length("the longest prompt", longest);
-        if let Some(warning) = &warning {
+        let of_prompt = config.warn_of_length("the longest prompt", longest);
+        if let Some(warning) = &of_prompt {
             eprintln!("{warning}");
         }
 
@@ -223,15 +223,13 @@ impl GenerateArgs {
         if rows > 1 {
             self.print_rows(&report, &text, prompts.len())?;
         }
-        if warning.is_none() {
-            let texts = request.prompts.iter().zip(&report.tokens);
-            let longest = texts
-                .map(|(prompt, tokens)| prompt.len() + tokens.len())
-                .max();
-            warning = config.warn_of_length("the longest text", longest.unwrap_or(0));
-            if let Some(warning) = warning {
-                eprintln!("{warning}");
-            }
+        let texts = request.prompts.iter().zip(&report.tokens);
+        let longest = texts
+            .map(|(prompt, tokens)| prompt.len() + tokens.len())
+            .max();
+        let of_text = config.warn_of_length("the longest text", longest.unwrap_or(0));
+        if let Some(warning) = of_text.filter(|_| of_prompt.is_none()) {
+            eprintln!("{warning}");
         }
         print_report(&report, rows);
         Ok(())

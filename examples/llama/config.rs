@@ -3,16 +3,14 @@
 //! Fields and their defaults: `LlamaConfig` and `MistralConfig` of transformers 5.24.0. What those
 //! classes do not read has no meaning here either.
 
-use std::fs;
 use std::path::Path;
 
-use burn_nf4::checkpoint::python_json;
 use burn_nf4::format::FloatType;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::ModelError;
 use crate::fields::{FieldType, Fields};
+use crate::files::read;
 use crate::rope::RopeConfig;
 
 /// The model that a `config.json` describes, with every default filled in and everything that is
@@ -69,12 +67,9 @@ impl LlamaConfig {
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
         let mut config = Self::from_json(&read(&path)?, &path)?;
-        let path = folder.join("generation_config.json");
-        if path.exists() {
-            let fields = Fields::parse(&read(&path)?, &path)?;
-            if let Some(TokenIds(ids)) = fields.nullable("eos_token_id")? {
-                config.eos_token_ids = ids;
-            }
+        let generation = Fields::read_or_empty(&folder.join("generation_config.json"))?;
+        if let Some(TokenIds(ids)) = generation.nullable("eos_token_id")? {
+            config.eos_token_ids = ids;
         }
         Ok(config)
     }
@@ -251,14 +246,4 @@ fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
         }
     }
     Ok(())
-}
-
-/// Reads a file.
-pub fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    fs::read(path).map_err(ModelError::io(path))
-}
-
-/// Reads JSON as Python does; the path is for errors.
-pub fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, ModelError> {
-    python_json::from_slice(text).map_err(ModelError::json(path))
 }

@@ -1,15 +1,15 @@
 //! From the name of a model to a folder.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn_nf4::checkpoint::{INDEX_FILE, SINGLE_FILE};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
 
 use crate::chat::{OLD_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER};
-use crate::config::{parse, read};
 use crate::error::ModelError;
+use crate::files::read_json;
 
 #[derive(Deserialize)]
 struct Index {
@@ -79,8 +79,7 @@ fn fetch(name: &str) -> Result<PathBuf, ModelError> {
         repo.get(file).map_err(failed)?;
     }
     if held.contains(INDEX_FILE) {
-        let path = repo.get(INDEX_FILE).map_err(failed)?;
-        let index: Index = parse(&read(&path)?, &path)?;
+        let index: Index = read_json(&repo.get(INDEX_FILE).map_err(failed)?)?;
         let shards: BTreeSet<&String> = index.weight_map.values().collect();
         for shard in shards {
             repo.get(shard).map_err(failed)?;

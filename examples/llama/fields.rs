@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use burn_nf4::checkpoint::python_json;
 use serde_json::{Map, Value};
 
-use crate::config::parse;
 use crate::error::ModelError;
+use crate::files::{parse_json, read};
 
 /// A JSON object of a file.
 #[derive(Debug, Clone)]
@@ -88,11 +88,24 @@ pub fn spelled(value: &Value) -> String {
 
 impl Fields {
     /// Reads the object that a file consists of.
+    pub fn read(path: &Path) -> Result<Self, ModelError> {
+        Self::parse(&read(path)?, path)
+    }
+
+    /// As [`read`](Self::read), but without a field where there is no such file.
+    pub fn read_or_empty(path: &Path) -> Result<Self, ModelError> {
+        match path.exists() {
+            true => Self::read(path),
+            false => Self::parse(b"{}", path),
+        }
+    }
+
+    /// The object that a text consists of; the path is for errors.
     pub fn parse(text: &[u8], path: &Path) -> Result<Self, ModelError> {
         Ok(Self {
             path: path.into(),
             prefix: String::new(),
-            entries: parse(text, path)?,
+            entries: parse_json(text, path)?,
         })
     }
 

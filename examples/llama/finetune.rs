@@ -8,10 +8,9 @@ use clap::Args;
 
 use crate::adapter;
 use crate::commands::{ModelArgs, Opened, at_least};
-use crate::config::parse;
 use crate::data::{Batch, Dataset};
 use crate::error::ModelError;
-use crate::model::Llama;
+use crate::model::{HEAD, Llama};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 use crate::schedule::{Decay, Schedule};
 use crate::train::{Settings, Trainer, latest_checkpoint};
@@ -249,7 +248,7 @@ impl FinetuneArgs {
             .into_iter()
             .map(|(path, _)| path)
             // There is a head where it is tied, too.
-            .chain(["lm_head".into()])
+            .chain([HEAD.into()])
             .collect();
         for name in names {
             let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
@@ -290,7 +289,7 @@ impl FinetuneArgs {
             base_model_name_or_path: None,
             ..lora.clone()
         };
-        let lora = parse(lora.to_json().as_bytes(), &self.output)?;
+        let lora = serde_json::to_value(&lora).map_err(ModelError::json(&self.output))?;
         Ok(Settings {
             schedule: Schedule {
                 peak: self.lr,

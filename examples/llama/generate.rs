@@ -26,6 +26,28 @@ impl Request {
     pub fn longest_prompt(&self) -> usize {
         self.prompts.iter().map(Vec::len).max().unwrap_or(0)
     }
+
+    /// Refuses what a model of this vocabulary cannot go on from.
+    fn check(&self, vocabulary: usize) -> Result<(), ModelError> {
+        self.sampling.check()?;
+        let rows = self.prompts.len();
+        if rows == 0 || self.max_tokens == 0 {
+            return Err(ModelError::Argument(format!(
+                "{rows} prompts and up to {} tokens, expected at least one of each",
+                self.max_tokens
+            )));
+        }
+        if let Some(row) = self.prompts.iter().position(Vec::is_empty) {
+            return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
+        }
+        let mut ids = self.prompts.iter().flatten();
+        match ids.find(|&&id| id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(id) => Err(ModelError::Argument(format!(
+                "token {id} is not in the vocabulary of {vocabulary}"
+            ))),
+        }
+    }
 }
 
 /// How it went.
@@ -55,24 +77,7 @@ pub fn generate(
 ) -> Result<Report, ModelError> {
     let rows = request.prompts.len();
     let longest = request.longest_prompt();
-    request.sampling.check()?;
-    if rows == 0 || request.max_tokens == 0 {
-        return Err(ModelError::Argument(format!(
-            "{rows} prompts and up to {} tokens, expected at least one of each",
-            request.max_tokens
-        )));
-    }
-    if let Some(row) = request.prompts.iter().position(Vec::is_empty) {
-        return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
-    }
-    for &id in request.prompts.iter().flatten() {
-        if id as usize >= config.vocab_size {
-            return Err(ModelError::Argument(format!(
-                "token {id} is not in the vocabulary of {}",
-                config.vocab_size
-            )));
-        }
-    }
+    request.check(config.vocab_size)?;
 
     let start = Instant::now();
     let padding: Vec<usize> = request.prompts.iter().map(|p| longest - p.len()).collect();
@@ -104,8 +109,6 @@ pub fn generate(
         let (next, host) = sampler.next(logits);
         if prompt_time.is_some() {
             decoded_tokens += open.iter().filter(|&&open| open).count();
-        }
-        if prompt_time.is_some() {
             step_times.push(step_start.elapsed());
         }
         prompt_time.get_or_insert_with(|| start.elapsed());

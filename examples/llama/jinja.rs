@@ -9,6 +9,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
+use crate::plain_text::with_unix_lines;
 use crate::python::tojson;
 
 /// The name of a template within its environment.
@@ -28,7 +29,7 @@ impl Template {
     /// What is wrong with it, in words.
     pub fn new(source: &str, now: fn() -> DateTime<Local>) -> Result<Self, String> {
         // Jinja reads every line break as `\n`.
-        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let source = with_unix_lines(source);
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)

@@ -3,15 +3,14 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use burn_nf4::Nf4Error;
-use burn_nf4::checkpoint::{Checkpoint, Progress, QuantState};
+use burn_nf4::checkpoint::{Checkpoint, Progress};
 use burn_nf4::format::FloatType;
 use burn_nf4::nn::Nf4Linear;
 
 use crate::attention::Attention;
 use crate::config::LlamaConfig;
 use crate::error::{ModelError, TensorFaults};
-use crate::model::{DecoderLayer, Llama, Mlp, RmsNorm};
+use crate::model::{DecoderLayer, LAYER_NORMS, Llama, Mlp, RmsNorm};
 use crate::projection::Projection;
 
 const TABLE: &str = "model.embed_tokens.weight";
@@ -92,7 +91,7 @@ fn parameters(config: &LlamaConfig, tie: Tie) -> Vec<(String, Vec<usize>)> {
     }
     for index in 0..config.num_hidden_layers {
         let layer = format!("model.layers.{index}");
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
+        for norm in LAYER_NORMS {
             found.push((format!("{layer}.{norm}.weight"), vec![hidden]));
         }
         for (name, [d_output, d_input], bias) in linears(config) {
@@ -140,7 +139,7 @@ fn check(checkpoint: &Checkpoint, parameters: &[(String, Vec<usize>)]) -> Result
                 faults.mismatched.push(fault);
                 continue;
             }
-            true => quantized_shape(checkpoint, key)?,
+            true => checkpoint.weight_form(key)?.shape,
             false => {
                 let info = checkpoint.tensor_info(key)?;
                 let name = info.dtype.to_string();
@@ -168,21 +167,6 @@ fn check(checkpoint: &Checkpoint, parameters: &[(String, Vec<usize>)]) -> Result
         .map(String::from)
         .collect();
     faults.into_result()
-}
-
-/// The shape that a packed weight has when it is decoded.
-fn quantized_shape(checkpoint: &Checkpoint, key: &str) -> Result<Vec<usize>, Nf4Error> {
-    let state_key = ["nf4", "fp4"]
-        .map(|name| format!("{key}.quant_state.bitsandbytes__{name}"))
-        .into_iter()
-        .find(|state_key| checkpoint.contains(state_key))
-        .unwrap_or_default();
-    let state = QuantState::parse(checkpoint.tensor_bytes(&state_key)?, &state_key)?;
-    let mut shape = state.shape;
-    if checkpoint.is_transposed(key)? {
-        shape.reverse();
-    }
-    Ok(shape)
 }
 
 /// Whether a head is the table of the embeddings, in the type that both were cast to.

@@ -21,6 +21,7 @@ mod device;
 mod error;
 mod fetch;
 mod fields;
+mod files;
 mod finetune;
 mod generate;
 mod jinja;

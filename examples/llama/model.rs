@@ -11,6 +11,15 @@ use crate::error::ModelError;
 use crate::projection::Projection;
 use crate::rotation::RopeTables;
 
+/// The path of the embedding in a checkpoint.
+pub const EMBEDDING: &str = "model.embed_tokens";
+
+/// The path of the head.
+pub const HEAD: &str = "lm_head";
+
+/// The normalisations of a layer, by their names in it.
+pub const LAYER_NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]
 pub struct Llama {
@@ -195,7 +204,7 @@ impl Llama {
             }
         }
         if let Some(head) = &self.lm_head {
-            found.push(("lm_head".into(), head));
+            found.push((HEAD.into(), head));
         }
         found
     }
@@ -228,7 +237,7 @@ impl Llama {
         }
         self.layers = layers;
         self.lm_head = match self.lm_head {
-            Some(head) => Some(map("lm_head", head)?),
+            Some(head) => Some(map(HEAD, head)?),
             None => None,
         };
         Ok(self)

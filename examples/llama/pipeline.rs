@@ -10,9 +10,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use crate::config::{parse, read};
 use crate::error::ModelError;
 use crate::fields::Fields;
+use crate::files::{parse_json, read};
 
 /// How transformers builds the tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,11 +38,7 @@ impl Class {
                 folder.display()
             )));
         }
-        let config = folder.join("config.json");
-        let model = match config.exists() {
-            true => Fields::parse(&read(&config)?, &config)?,
-            false => tokenizer.of("model", Default::default()),
-        };
+        let model = Fields::read_or_empty(&folder.join("config.json"))?;
         let class = match tokenizer.nullable::<String>("tokenizer_class")? {
             Some(class) => class,
             None => model.nullable("tokenizer_class")?.unwrap_or_default(),
@@ -93,7 +89,7 @@ impl Class {
         let prefix = config.nullable::<bool>("add_prefix_space")?;
         match self {
             Self::Llama => {
-                let mut steps: Map<String, Value> = parse(&text, &path)?;
+                let mut steps: Map<String, Value> = parse_json(&text, &path)?;
                 let legacy = config.nullable("legacy")?.unwrap_or(false);
                 if rebuild_llama(&mut steps, prefix.unwrap_or(true), legacy) {
                     text = Value::Object(steps).to_string().into_bytes();
@@ -102,7 +98,7 @@ impl Class {
             // The class would drop other steps of the file too, such as SmolLM2's cut between
             // digits. The model was trained with them, so they stay.
             Self::Gpt2 | Self::Qwen2 => {
-                let mut steps: Map<String, Value> = parse(&text, &path)?;
+                let mut steps: Map<String, Value> = parse_json(&text, &path)?;
                 let prefix = prefix.unwrap_or(false);
                 let step = steps.get_mut("pre_tokenizer");
                 if step.is_some_and(|step| set_prefix_space(step, prefix)) {

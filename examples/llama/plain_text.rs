@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::config;
 use crate::error::ModelError;
+use crate::files;
 
 /// A place in a text, counted from 1, the column in characters.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,7 +57,7 @@ const OTHER_MARKS: [(&[u8], &str); 4] = [
 
 /// Reads a file of UTF-8, without its byte order mark.
 pub fn read(path: &Path) -> Result<String, ModelError> {
-    decode(config::read(path)?, path)
+    decode(files::read(path)?, path)
 }
 
 /// The text of a file; the path is for errors.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 
+use fancy_regex::{Captures, Regex};
 use minijinja::Value;
 use minijinja::value::ValueKind;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
@@ -71,28 +72,14 @@ fn without_non_finite(text: &str) -> Cow<'_, str> {
     if !WORDS.iter().any(|word| text.contains(word)) {
         return text.into();
     }
-    let mut replaced = String::with_capacity(text.len());
-    let (mut in_text, mut escaped) = (false, false);
-    let mut rest = text;
-    while let Some(character) = rest.chars().next() {
-        let word = WORDS
-            .iter()
-            .find(|word| !in_text && rest.starts_with(**word));
-        if let Some(word) = word {
-            replaced.push_str("null");
-            rest = &rest[word.len()..];
-            continue;
-        }
-        match character {
-            _ if escaped => escaped = false,
-            '\\' if in_text => escaped = true,
-            '"' => in_text = !in_text,
-            _ => {}
-        }
-        replaced.push(character);
-        rest = &rest[character.len_utf8()..];
-    }
-    replaced.into()
+    // A string, to its end or to that of the file, or one of the words outside of any.
+    let pattern = r#"(?s)"(?:\\.|[^"\\])*"?|NaN|-?Infinity"#;
+    let tokens = Regex::new(pattern).expect("a regular expression");
+    let as_json = |token: &Captures<'_>| match &token[0] {
+        string if string.starts_with('"') => string.to_string(),
+        _ => "null".into(),
+    };
+    tokens.replace_all(text, as_json)
 }
 
 /// The next byte that is not white space. Files put together with `cat` have byte order marks in

@@ -7,7 +7,6 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::config::read;
 use crate::error::ModelError;
 use crate::fields::{Fields, spelled};
 
@@ -38,10 +37,8 @@ impl SpecialTokens {
         match decoder {
             Some(decoder) => tokens.added = tokens_by_id(&decoder)?,
             None => {
-                let path = folder.join("special_tokens_map.json");
-                if path.exists() {
-                    tokens.read_named(&Fields::parse(&read(&path)?, &path)?, &mut extra)?;
-                }
+                let map = Fields::read_or_empty(&folder.join("special_tokens_map.json"))?;
+                tokens.read_named(&map, &mut extra)?;
             }
         }
         let named = tokens.named.iter().map(|(_, token)| token.clone());

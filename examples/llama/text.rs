@@ -5,7 +5,6 @@ use std::path::Path;
 use tokenizers::Tokenizer;
 
 use crate::chat::{Chat, Conversation, Ending};
-use crate::config::read;
 use crate::error::ModelError;
 use crate::fields::Fields;
 use crate::pipeline::Class;
@@ -22,12 +21,7 @@ pub struct Text {
 impl Text {
     /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("tokenizer_config.json");
-        let config = match path.exists() {
-            true => read(&path)?,
-            false => b"{}".to_vec(),
-        };
-        let config = Fields::parse(&config, &path)?;
+        let config = Fields::read_or_empty(&folder.join("tokenizer_config.json"))?;
         let class = Class::of(folder, &config)?;
         let tokens = SpecialTokens::from_folder(folder, &config, class.default_tokens())?;
         let mut tokenizer = class.open(folder, &config)?;

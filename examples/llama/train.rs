@@ -13,9 +13,10 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{apply, extract, extract_into};
 use crate::backward::{PassOptions, backward};
-use crate::config::{LlamaConfig, parse, read};
+use crate::config::LlamaConfig;
 use crate::data::Batch;
 use crate::error::ModelError;
+use crate::files::read_json;
 use crate::model::Llama;
 use crate::optimizer::{Loaded, adamw};
 use crate::rotation::RopeTables;
@@ -221,8 +222,7 @@ impl Trainer {
 
     /// Goes on where a checkpoint was saved.
     pub fn resume(mut self, folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join(STATE_FILE);
-        let state: State = parse(&read(&path)?, &path)?;
+        let state: State = read_json(&folder.join(STATE_FILE))?;
         self.settings
             .check_resumes(&state.settings, state.step)
             .map_err(|message| resume_error(folder, message))?;
