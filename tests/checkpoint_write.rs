@@ -1,6 +1,7 @@
 //! Writing folders: the bytes of bitsandbytes and transformers, shards, and nothing left behind.
 
 mod golden;
+mod stored;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use burn_nf4::checkpoint::{
 };
 use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 use rstest::rstest;
+use stored::file_names;
 use tempfile::TempDir;
 
 fn temp() -> TempDir {
@@ -51,15 +53,6 @@ fn assert_same_tensors(a: &Checkpoint, b: &Checkpoint) {
         let (a, b) = (a.tensor_bytes(key).unwrap(), b.tensor_bytes(key).unwrap());
         assert!(a == b, "{key} has other bytes");
     }
-}
-
-fn file_names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[rstest]

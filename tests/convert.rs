@@ -1,6 +1,7 @@
 //! Whole folders from float to 4 bit and back.
 
 mod golden;
+mod stored;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,12 +9,13 @@ use std::path::{Path, PathBuf};
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Difference, Dtype,
-    Progress, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
+    QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
 };
 use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
 use half::{bf16, f16};
 use rstest::rstest;
 use serde_json::{Value, json};
+use stored::{config_of, file_names, quiet, write_model};
 use tempfile::TempDir;
 
 fn temp() -> TempDir {
@@ -26,36 +28,6 @@ fn hf(name: &str) -> PathBuf {
 
 fn open(path: impl AsRef<Path>) -> Checkpoint {
     Checkpoint::open(path).unwrap()
-}
-
-fn config(folder: &Path) -> Value {
-    serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
-}
-
-fn quiet(_: Progress<'_>) {}
-
-fn file_names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
-
-/// A folder of f32 tensors with values of a sine, and a `config.json`.
-fn model(folder: &Path, config: &Value, tensors: &[(&str, &[usize])]) {
-    let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
-    for (key, shape) in tensors {
-        let elems: usize = shape.iter().product();
-        let values: Vec<f32> = (0..elems).map(|i| (i as f32 * 0.37).sin()).collect();
-        let bytes = bytemuck::cast_slice(&values);
-        writer.write_tensor(key, Dtype::F32, shape, bytes).unwrap();
-    }
-    writer
-        .write_file("config.json", config.to_string().as_bytes())
-        .unwrap();
-    writer.finish().unwrap();
 }
 
 /// f32 keeps a decoded weight exactly, its scales included, so that with flat scales nothing is
@@ -100,7 +72,7 @@ fn config_is_written_as_transformers_does(#[values("f32", "bf16")] name: &str) {
     let (dense, quantized) = (folder.path().join("dense"), folder.path().join("nf4"));
     let options = DequantizeOptions::default();
     dequantize_checkpoint(&open(hf(name)), &dense, &options, quiet).unwrap();
-    assert_eq!(config(&dense).get("quantization_config"), None);
+    assert_eq!(config_of(&dense).get("quantization_config"), None);
     let options = QuantizeOptions::default();
     quantize_checkpoint(&open(&dense), &quantized, &options, quiet).unwrap();
     for file in ["config.json", "generation_config.json"] {
@@ -148,7 +120,7 @@ fn settings_come_into_the_config() {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
     let composed = json!({"torch_dtype": "float32", "text_config": {"dtype": "float32"}});
-    model(&source, &composed, &[("up.weight", &[64, 64])]);
+    write_model(&source, &composed, &[("up.weight", &[64, 64])]);
     let options = QuantizeOptions {
         config: QuantConfig::flat(),
         storage: Dtype::BF16,
@@ -161,7 +133,7 @@ fn settings_come_into_the_config() {
     let weight = written.load_nf4("up.weight").unwrap();
     assert_eq!(weight.dtype(), FloatType::F16);
 
-    let config = config(&out);
+    let config = config_of(&out);
     let quantization = &config["quantization_config"];
     assert_eq!(quantization["bnb_4bit_quant_storage"], "bfloat16");
     assert_eq!(quantization["bnb_4bit_compute_dtype"], "float16");
@@ -176,7 +148,7 @@ fn float_weights_are_rounded_before_they_are_quantized() {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
     let tensors: [(&str, &[usize]); 2] = [("norm.weight", &[64]), ("up.weight", &[64, 64])];
-    model(&source, &json!({}), &tensors);
+    write_model(&source, &json!({}), &tensors);
     let options = QuantizeOptions {
         dtype: Some(FloatType::BF16),
         ..QuantizeOptions::default()
@@ -206,7 +178,7 @@ fn weights_are_decoded_to_their_own_type_first(
         ..DequantizeOptions::default()
     };
     dequantize_checkpoint(&source, &out, &options, quiet).unwrap();
-    assert_eq!(config(&out)["dtype"], dtype.name());
+    assert_eq!(config_of(&out)["dtype"], dtype.name());
     let written = open(&out);
     assert_eq!(written.parameters(), source.parameters());
     for &key in &source.parameters() {
@@ -262,7 +234,7 @@ fn a_transposed_weight_is_decoded_the_way_the_model_has_it() {
 fn other_files_come_along_and_other_weights_do_not() {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
-    model(&source, &json!({}), &[("up.weight", &[64, 64])]);
+    write_model(&source, &json!({}), &[("up.weight", &[64, 64])]);
     for name in [
         "tokenizer.json",
         "tokenizer.model",
@@ -310,7 +282,7 @@ fn a_large_model_is_quantized_into_shards() {
         ("b.weight", &[64, 64]),
         ("c.weight", &[64, 64]),
     ];
-    model(&source, &json!({}), &tensors);
+    write_model(&source, &json!({}), &tensors);
     let options = QuantizeOptions {
         max_shard_bytes: 4000, // 2 KiB of codes and 1.1 KiB of tables each
         ..QuantizeOptions::default()
@@ -438,7 +410,7 @@ fn a_quantized_source_is_refused() {
 #[case(json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config")]
 fn models_that_would_come_out_wrong_are_refused(#[case] config: Value, #[case] name: &str) {
     let folder = temp();
-    model(folder.path(), &config, &[("c_attn.weight", &[64, 64])]);
+    write_model(folder.path(), &config, &[("c_attn.weight", &[64, 64])]);
     let error = refused(folder.path(), &QuantizeOptions::default());
     assert!(
         matches!(&error, Nf4Error::Config { field, .. } if *field == name),
@@ -453,7 +425,7 @@ fn other_quantizations_are_not_decoded(#[case] quantization: Value) {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
     let config = json!({ "quantization_config": quantization });
-    model(&source, &config, &[("up.weight", &[64, 64])]);
+    write_model(&source, &config, &[("up.weight", &[64, 64])]);
     let options = DequantizeOptions::default();
     let error = dequantize_checkpoint(&open(&source), &out, &options, quiet);
     assert!(
@@ -474,7 +446,7 @@ fn other_quantizations_are_not_decoded(#[case] quantization: Value) {
 #[case("[]")]
 fn a_malformed_config_is_named(#[case] text: &str) {
     let folder = temp();
-    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    write_model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
     let path = folder.path().join("config.json");
     fs::write(&path, text).unwrap();
     let error = refused(folder.path(), &QuantizeOptions::default());
@@ -487,7 +459,7 @@ fn a_malformed_config_is_named(#[case] text: &str) {
 #[test]
 fn the_source_is_never_written_into() {
     let folder = temp();
-    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    write_model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
     let before = file_names(folder.path());
     let options = QuantizeOptions {
         overwrite: true,
@@ -580,7 +552,7 @@ fn a_report_lists_what_only_one_has_and_what_exceeds() {
 fn quantizing_costs_what_nf4_costs() {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
-    model(&source, &json!({}), &[("up.weight", &[640, 64])]);
+    write_model(&source, &json!({}), &[("up.weight", &[640, 64])]);
     let options = QuantizeOptions::default();
     quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
     let report = verify(&open(&source), &open(&out), quiet).unwrap();

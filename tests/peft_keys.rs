@@ -3,6 +3,7 @@
 //! those two do.
 
 mod peft_cases;
+mod stored;
 
 use std::fs;
 
@@ -11,9 +12,10 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Dtype, SafetensorsFile};
 use burn_nf4::nn::Nf4LinearConfig;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE};
-use peft_cases::{Case, Entry, PREFIX, entries};
+use peft_cases::{Case, PREFIX};
 use proptest::prelude::*;
 use rstest::rstest;
+use stored::Stored;
 use tempfile::TempDir;
 
 fn open(case: &Case) -> Result<Adapter, Nf4Error> {
@@ -157,27 +159,21 @@ fn every_spelling_is_read_to_the_same_adapter_and_saved_as_peft_saves_it(
         let written = SafetensorsFile::open(out.path().join(ADAPTER_FILE)).expect("valid");
         // PEFT writes some of this twice, and a copy of what was there before.
         let twice = |key: &str| key.contains(".modules_to_save.") || key.contains(".original_");
-        let by_peft: Vec<Entry> = {
-            let mut tensors = Case::open(name).tensors;
-            tensors.retain(|(key, ..)| !twice(key));
-            tensors
-        };
-        let written = entries(&written);
-        assert_eq!(written.len(), by_peft.len(), "{name}: spelling {index}");
+        let mut by_peft = Case::open(name).tensors;
+        by_peft.retain(|key, _| !twice(key));
         assert!(
-            by_peft.iter().all(|entry| written.contains(entry)),
-            "{name}"
+            stored::read(&written) == by_peft,
+            "{name}: spelling {index}"
         );
     }
 }
 
-fn matrix() -> (Dtype, Vec<usize>, Vec<u8>) {
-    (Dtype::F32, vec![2, 4], 1f32.to_le_bytes().repeat(8))
+fn ones(shape: &[usize]) -> Stored {
+    stored::floats(&vec![1.0; shape.iter().product()], shape)
 }
 
-fn with(mut case: Case, key: &str, (dtype, shape, bytes): (Dtype, Vec<usize>, Vec<u8>)) -> Case {
-    case.tensors
-        .push((format!("{PREFIX}{key}"), dtype, shape, bytes));
+fn with(mut case: Case, key: &str, tensor: Stored) -> Case {
+    case.tensors.insert(format!("{PREFIX}{key}"), tensor);
     case
 }
 
@@ -197,7 +193,7 @@ const Q: &str = "model.layers.0.self_attn.q_proj";
 #[case::base_of_what_is_not_adapted("plain", "lm_head.base_layer.weight")]
 #[case::factors_of_both_kinds("embed", "model.embed_tokens.lora_A.weight")]
 fn what_the_settings_do_not_ask_for_is_unexpected(#[case] name: &str, #[case] key: &str) {
-    let case = with(Case::open(name), key, matrix());
+    let case = with(Case::open(name), key, ones(&[2, 4]));
     match open(&case) {
         Err(Nf4Error::AdapterKeys {
             missing,
@@ -272,14 +268,12 @@ fn a_tensor_that_was_not_gathered_is_told_as_such(
     #[case] shape: Vec<usize>,
 ) {
     let mut case = Case::open(name);
-    let found = case
-        .tensors
-        .iter_mut()
-        .find(|(name, ..)| name.ends_with(key));
-    let (name, _, old, bytes) = found.expect("it is there");
+    let mut tensors = case.tensors.iter_mut();
+    let found = tensors.find(|(name, _)| name.ends_with(key));
+    let (name, tensor) = found.expect("it is there");
     let name = name.clone();
-    bytes.truncate(4 * shape.iter().product::<usize>());
-    *old = shape;
+    tensor.bytes.truncate(4 * shape.iter().product::<usize>());
+    tensor.shape = shape;
     match open(&case) {
         Err(error @ Nf4Error::AdapterTensor { .. }) => {
             let text = error.to_string();
@@ -299,7 +293,7 @@ fn a_tensor_that_was_not_gathered_is_told_as_such(
     "save_embedding_layers=False"
 )]
 fn what_is_not_read_is_told_why(#[case] name: &str, #[case] key: &str, #[case] reason: &str) {
-    let case = with(Case::open(name), key, matrix());
+    let case = with(Case::open(name), key, ones(&[2, 4]));
     match open(&case) {
         Err(error @ Nf4Error::AdapterTensor { .. }) => {
             let text = error.to_string();
@@ -312,12 +306,13 @@ fn what_is_not_read_is_told_why(#[case] name: &str, #[case] key: &str, #[case] r
 #[test]
 fn a_packed_head_in_an_adapter_is_told_as_such() {
     let mut case = Case::open("head");
-    let head = case
-        .tensors
-        .iter_mut()
-        .find(|(key, ..)| key.contains("base_layer"));
-    let (_, dtype, shape, bytes) = head.expect("it is there");
-    (*dtype, *shape, *bytes) = (Dtype::U8, vec![64, 1], vec![0; 64]);
+    let mut tensors = case.tensors.iter_mut();
+    let head = tensors.find(|(key, _)| key.contains("base_layer"));
+    *head.expect("it is there").1 = Stored {
+        dtype: Dtype::U8,
+        shape: vec![64, 1],
+        bytes: vec![0; 64],
+    };
     let error = open(&case).expect_err("it is refused");
     assert!(error.to_string().contains("a quantized weight"), "{error}");
 }
@@ -337,13 +332,11 @@ fn a_tensor_under_two_names_must_have_the_same_values(
     #[values(false, true)] differs: bool,
 ) {
     let case = Case::open(name);
-    let key = format!("{PREFIX}{key}");
-    let found = case.tensors.iter().find(|entry| entry.0 == key);
-    let (_, dtype, shape, mut bytes) = found.expect("it is there").clone();
+    let mut tensor = case.tensors[&format!("{PREFIX}{key}")].clone();
     if differs {
-        bytes[0] ^= 1;
+        tensor.bytes[0] ^= 1;
     }
-    let case = with(case, again, (dtype, shape, bytes));
+    let case = with(case, again, tensor);
     match open(&case) {
         Ok(_) => assert!(!differs),
         Err(error @ Nf4Error::AdapterTensor { .. }) => {
@@ -393,12 +386,7 @@ fn the_layer_under_a_branch_is_a_parameter_of_the_base() {
 fn the_bias_of_a_head_is_there_trained_or_not(#[case] bias: &str, #[case] is_trained: bool) {
     let mut case = Case::open("head");
     case.config["bias"] = bias.into();
-    let bytes = 1f32.to_le_bytes().repeat(16);
-    let case = with(
-        case,
-        "lm_head.base_layer.bias",
-        (Dtype::F32, vec![16], bytes),
-    );
+    let case = with(case, "lm_head.base_layer.bias", ones(&[16]));
     let adapter = open(&case).expect("PEFT writes it so");
     let module = adapter.module("lm_head").expect("it is adapted");
     assert_eq!(module.bias.is_some(), is_trained);
@@ -471,11 +459,8 @@ proptest! {
             true => "all-linear".into(),
             false => serde_json::json!(["q_proj", "lm_head", "embed_tokens"]),
         };
-        let mut keys: Vec<String> = keys.into_iter().map(|key| key.join(".")).collect();
-        keys.sort();
-        keys.dedup();
-        for key in keys {
-            case.tensors.push((key, Dtype::F32, vec![2, 2], 1f32.to_le_bytes().repeat(4)));
+        for key in keys.into_iter().map(|key| key.join(".")) {
+            case.tensors.insert(key, ones(&[2, 2]));
         }
         if let Ok(adapter) = Adapter::open_partial(case.folder().path()) {
             let out = TempDir::new().expect("a folder");

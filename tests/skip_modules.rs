@@ -1,15 +1,14 @@
 //! Which layers are quantized, and how transformers is told of the others.
 
-use std::fs;
+mod stored;
+
 use std::path::Path;
 
 use burn_nf4::Nf4Error;
-use burn_nf4::checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Progress, QuantizeOptions,
-    quantize_checkpoint,
-};
+use burn_nf4::checkpoint::{Checkpoint, QuantizeOptions, quantize_checkpoint};
 use rstest::rstest;
 use serde_json::{Value, json};
+use stored::{config_of, quiet, write_model};
 use tempfile::TempDir;
 
 fn temp() -> TempDir {
@@ -18,27 +17,6 @@ fn temp() -> TempDir {
 
 fn open(path: impl AsRef<Path>) -> Checkpoint {
     Checkpoint::open(path).unwrap()
-}
-
-fn config(folder: &Path) -> Value {
-    serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
-}
-
-fn quiet(_: Progress<'_>) {}
-
-/// A folder of f32 tensors with values of a sine, and a `config.json`.
-fn model(folder: &Path, config: &Value, tensors: &[(&str, &[usize])]) {
-    let mut writer = CheckpointWriter::create(folder, DEFAULT_MAX_SHARD_BYTES).unwrap();
-    for (key, shape) in tensors {
-        let elems: usize = shape.iter().product();
-        let values: Vec<f32> = (0..elems).map(|i| (i as f32 * 0.37).sin()).collect();
-        let bytes = bytemuck::cast_slice(&values);
-        writer.write_tensor(key, Dtype::F32, shape, bytes).unwrap();
-    }
-    writer
-        .write_file("config.json", config.to_string().as_bytes())
-        .unwrap();
-    writer.finish().unwrap();
 }
 
 const LAYERS: [(&str, &[usize]); 12] = [
@@ -60,7 +38,7 @@ const LAYERS: [(&str, &[usize]); 12] = [
 fn selected(options: &QuantizeOptions, tensors: &[(&str, &[usize])]) -> (Vec<String>, Value) {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
-    model(&source, &json!({"model_type": "llama"}), tensors);
+    write_model(&source, &json!({"model_type": "llama"}), tensors);
     let converted = quantize_checkpoint(&open(&source), &out, options, quiet).unwrap();
     let written = open(&out);
     assert_eq!(written.parameters(), open(&source).parameters());
@@ -71,7 +49,7 @@ fn selected(options: &QuantizeOptions, tensors: &[(&str, &[usize])]) -> (Vec<Str
         .collect();
     assert_eq!(converted.converted, names.len());
     assert_eq!(converted.kept, tensors.len() - names.len());
-    let quantization = &config(&out)["quantization_config"];
+    let quantization = &config_of(&out)["quantization_config"];
     (names, quantization["llm_int8_skip_modules"].clone())
 }
 
@@ -229,7 +207,7 @@ fn named_modules_are_kept(#[case] pattern: &str, #[case] quantized: &[&str]) {
 #[test]
 fn a_pattern_that_is_no_regular_expression_is_named() {
     let folder = temp();
-    model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
+    write_model(folder.path(), &json!({}), &[("up.weight", &[64, 64])]);
     let options = QuantizeOptions {
         skip_modules: vec!["layers.(0".into()],
         ..QuantizeOptions::default()

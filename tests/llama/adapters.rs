@@ -16,7 +16,7 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::fixtures::{logits, max_difference, open_folder};
 use crate::model::Llama;
-use crate::peft_cases::{Case, IDS, PREFIX, model};
+use crate::peft_cases::{self, Case, IDS, PREFIX, model};
 use crate::projection::Projection;
 
 fn logits_of(model: &Llama, config: &LlamaConfig) -> Vec<f32> {
@@ -30,39 +30,9 @@ fn opened(folder: &TempDir) -> (Llama, LlamaConfig) {
 /// Sums of at most 16 products of values of about 1, in f32, through one layer and a head.
 const TOLERANCE: f32 = 1e-5;
 
-const CASES: [&str; 27] = [
-    "plain",
-    "dora",
-    "patterns",
-    "saved_norm",
-    "bias_lora_only",
-    "bias_all",
-    "bias_all_saved",
-    "head",
-    "head_dora",
-    "embed",
-    "embed_dora",
-    "ends",
-    "saved_head",
-    "saved_embed",
-    "saved_ends",
-    "along",
-    "saved_head_along",
-    "tied_head",
-    "tied_head_dora",
-    "tied_embed",
-    "tied_embed_dora",
-    "tied_ends",
-    "tied_saved_head",
-    "tied_saved_embed",
-    "tied_saved_ends",
-    "tied_along",
-    "tied_saved_head_along",
-];
-
 #[test]
 fn whatever_peft_saves_is_applied_to_its_logits() {
-    for name in CASES {
+    for name in &peft_cases::names() {
         let case = Case::open(name);
         let adapter = Adapter::open(case.folder().path()).expect(name);
         let (base, config) = opened(&model(case.is_tied));
@@ -79,7 +49,7 @@ fn whatever_peft_saves_is_applied_to_its_logits() {
 /// A head that was the embedding gets a weight of its own where the adapter changes one of the two.
 #[test]
 fn whatever_peft_saves_is_merged_to_its_logits() {
-    for name in CASES {
+    for name in &peft_cases::names() {
         let case = Case::open(name);
         let adapter = Adapter::open(case.folder().path()).expect(name);
         let base = model(case.is_tied);
@@ -107,7 +77,7 @@ fn whatever_peft_saves_is_merged_to_its_logits() {
 /// Whatever of it is trained here or not: branches, magnitudes, biases, embeddings, whole modules.
 #[test]
 fn nothing_of_an_adapter_is_lost_on_its_way_through_the_model() {
-    for name in CASES {
+    for name in &peft_cases::names() {
         let case = Case::open(name);
         let adapter = Adapter::open(case.folder().path()).expect(name);
         let (base, _) = opened(&model(case.is_tied));
@@ -333,10 +303,8 @@ fn resized_embeddings_are_told_from_other_misfits(
 
 #[test]
 fn what_the_model_does_not_have_is_listed() {
-    let mut case = Case::open("bias_all");
-    for (key, ..) in &mut case.tensors {
-        *key = key.replace("layers.0.self_attn.k_proj", "layers.7.self_attn.k_proj");
-    }
+    let case = Case::open("bias_all")
+        .renamed(|key| key.replace("layers.0.self_attn.k_proj", "layers.7.self_attn.k_proj"));
     let adapter = Adapter::open(case.folder().path()).expect("it is valid");
     let applied = apply(opened(&model(false)).0, &adapter, &Device::default());
     match applied {
@@ -351,9 +319,8 @@ fn what_the_model_does_not_have_is_listed() {
 #[test]
 fn a_weight_that_overflows_the_type_of_the_model_is_named() {
     let mut case = Case::open("saved_head");
-    let head = format!("{PREFIX}lm_head.weight");
-    let entry = case.tensors.iter_mut().find(|(key, ..)| *key == head);
-    entry.expect("it is there").3[..4].copy_from_slice(&1e6f32.to_le_bytes());
+    let head = case.tensors.get_mut(&format!("{PREFIX}lm_head.weight"));
+    head.expect("it is there").bytes[..4].copy_from_slice(&1e6f32.to_le_bytes());
     let adapter = Adapter::open(case.folder().path()).expect("it is valid");
     let device = Device::default();
     let folder = model(false);

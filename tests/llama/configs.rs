@@ -12,6 +12,7 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::fixtures::{fixture, open};
 use crate::load;
+use crate::rope::RopeConfig;
 
 /// A small config with some fields set, or with `null` taken out.
 pub fn config(fields: Value) -> Result<LlamaConfig, ModelError> {
@@ -34,8 +35,30 @@ struct RopeCase {
     head_dim: usize,
     config: Value,
     sequence: usize,
+    #[serde(flatten)]
+    rope: Rope,
+}
+
+/// What a rotary embedding computes.
+#[derive(Deserialize)]
+pub struct Rope {
     inverse_frequencies: Vec<f32>,
     attention_factor: f64,
+}
+
+impl Rope {
+    /// Compares a config of ours for a sequence of this length.
+    pub fn assert_is(&self, ours: &RopeConfig, sequence: usize, name: &str) {
+        let frequencies = ours.inverse_frequencies(sequence);
+        assert_eq!(frequencies.len(), self.inverse_frequencies.len(), "{name}");
+        for (ours, theirs) in frequencies.iter().zip(&self.inverse_frequencies) {
+            // Powers of different libraries differ by an ulp or two, 1.2e-7 each.
+            let relative = (ours - theirs).abs() / theirs;
+            assert!(relative < 1e-6, "{name}: {ours:e} and {theirs:e}");
+        }
+        let difference = (ours.attention_factor() - self.attention_factor).abs();
+        assert!(difference < 1e-12, "{name}: {difference:e}");
+    }
 }
 
 /// `rope.json` comes from `make_rope.py`, transformers' formulas in numpy.
@@ -48,19 +71,7 @@ fn rotary_frequencies_are_those_of_transformers() {
         let mut fields = case.config;
         fields["head_dim"] = case.head_dim.into();
         let rope = config(fields).unwrap().rope;
-        let ours = rope.inverse_frequencies(case.sequence);
-        assert_eq!(ours.len(), case.inverse_frequencies.len(), "{}", case.name);
-        for (ours, theirs) in ours.iter().zip(&case.inverse_frequencies) {
-            // Powers of different libraries differ by an ulp or two, 1.2e-7 each.
-            let relative = (ours - theirs).abs() / theirs;
-            assert!(relative < 1e-6, "{}: {ours:e} and {theirs:e}", case.name);
-        }
-        let factor = rope.attention_factor();
-        assert!(
-            (factor - case.attention_factor).abs() < 1e-12,
-            "{}",
-            case.name
-        );
+        case.rope.assert_is(&rope, case.sequence, &case.name);
     }
 }
 

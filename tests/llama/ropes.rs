@@ -4,7 +4,7 @@ use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::configs::config;
+use crate::configs::{Rope, config};
 use crate::error::ModelError;
 use crate::fixtures::fixture;
 
@@ -12,8 +12,8 @@ use crate::fixtures::fixture;
 struct Case {
     name: String,
     config: Value,
-    inverse_frequencies: Vec<f32>,
-    attention_factor: f64,
+    #[serde(flatten)]
+    rope: Rope,
 }
 
 /// `ropes.json` comes from transformers, see `make_ropes.py`.
@@ -29,15 +29,7 @@ fn every_spelling_is_resolved_as_in_transformers() {
             Ok(config) => config.rope,
             Err(error) => panic!("{}: {error}", case.name),
         };
-        let ours = rope.inverse_frequencies(1);
-        assert_eq!(ours.len(), case.inverse_frequencies.len(), "{}", case.name);
-        for (ours, theirs) in ours.iter().zip(&case.inverse_frequencies) {
-            // Powers of different libraries differ by an ulp or two, 1.2e-7 each.
-            let relative = (ours - theirs).abs() / theirs;
-            assert!(relative < 1e-6, "{}: {ours:e} and {theirs:e}", case.name);
-        }
-        let difference = (rope.attention_factor() - case.attention_factor).abs();
-        assert!(difference < 1e-12, "{}: {difference:e}", case.name);
+        case.rope.assert_is(&rope, 1, &case.name);
     }
 }
 

@@ -17,7 +17,7 @@ use crate::fixtures::{fixture, logits, max_difference};
 use crate::load;
 use crate::model::Llama;
 use crate::projection::Projection;
-use crate::stored::{self, Stored, Tensors};
+use crate::stored::{self, Tensors};
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -47,20 +47,14 @@ fn ties() -> Ties {
 /// The tensors of a folder, with some matrices.
 fn tensors(matrices: &BTreeMap<String, String>) -> Tensors {
     let file = SafetensorsFile::open(fixture("configs/ties.safetensors")).unwrap();
-    let get = |key: &str| {
-        let info = file.tensor_info(key).unwrap();
-        Stored {
-            dtype: info.dtype,
-            shape: info.shape.to_vec(),
-            bytes: file.tensor_bytes(key).unwrap().to_vec(),
-        }
-    };
-    let others = file.keys().filter(|key| key.contains('.') && *key != TABLE);
-    let others = others.map(|key| (key.into(), get(key)));
+    let held = stored::read(&file);
     let matrices = matrices
         .iter()
-        .map(|(key, source)| (key.clone(), get(source)));
-    others.chain(matrices).collect()
+        .map(|(key, source)| (key.clone(), held[source].clone()));
+    let mut tensors = held.clone();
+    tensors.retain(|key, _| key.contains('.') && key != TABLE);
+    tensors.extend(matrices);
+    tensors
 }
 
 fn load(

@@ -6,14 +6,12 @@ use std::path::{Path, PathBuf};
 
 use burn_nf4::checkpoint::SafetensorsFile;
 use burn_nf4::peft::{ADAPTER_FILE, CONFIG_FILE};
-use safetensors::tensor::{Dtype, TensorView};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tempfile::TempDir;
 
-pub const PREFIX: &str = "base_model.model.";
+use crate::stored::{self, Tensors};
 
-/// A tensor of a file: its key, dtype, shape and bytes.
-pub type Entry = (String, Dtype, Vec<usize>, Vec<u8>);
+pub const PREFIX: &str = "base_model.model.";
 
 /// The tokens at which the logits were taken.
 pub const IDS: [i64; 5] = [1, 2, 3, 4, 5];
@@ -29,23 +27,32 @@ pub struct Case {
     /// `adapter_config.json`.
     pub config: Value,
     /// `adapter_model.safetensors`.
-    pub tensors: Vec<Entry>,
+    pub tensors: Tensors,
     /// Of the adapted model at [`IDS`].
     pub logits: Vec<f32>,
 }
 
+/// `cases.json`: whether the base model is tied and the settings, by the names of the cases.
+fn cases() -> Map<String, Value> {
+    let text = fs::read(fixtures().join("cases.json")).expect("it is there");
+    serde_json::from_slice(&text).expect("the script wrote it")
+}
+
+/// The names of all cases.
+pub fn names() -> Vec<String> {
+    let names: Vec<String> = cases().into_iter().map(|(name, _)| name).collect();
+    assert!(names.len() > 20, "{names:?}");
+    names
+}
+
 impl Case {
     pub fn open(name: &str) -> Self {
-        let text = fs::read(fixtures().join("cases.json")).expect("it is there");
-        let cases: Value = serde_json::from_slice(&text).expect("the script wrote it");
+        let cases = cases();
         let file = SafetensorsFile::open(fixtures().join("cases.safetensors")).expect("valid");
-        let tensors = entries(&file)
-            .into_iter()
-            .filter_map(|(key, dtype, shape, bytes)| {
-                let key = key.strip_prefix(name)?.strip_prefix('/')?;
-                let entry = (format!("{PREFIX}{key}"), dtype, shape, bytes);
-                (key != "logits").then_some(entry)
-            });
+        let tensors = stored::read(&file).into_iter().filter_map(|(key, tensor)| {
+            let key = key.strip_prefix(name)?.strip_prefix('/')?;
+            (key != "logits").then(|| (format!("{PREFIX}{key}"), tensor))
+        });
         let logits = file.load_float::<f32>(&format!("{name}/logits"));
         Self {
             is_tied: cases[name]["tied"].as_bool().expect("a flag"),
@@ -57,15 +64,16 @@ impl Case {
 
     /// The same with other keys.
     pub fn renamed(mut self, rename: impl Fn(&str) -> String) -> Self {
-        for (key, ..) in &mut self.tensors {
-            *key = rename(key);
-        }
+        let renamed = self.tensors.into_iter();
+        self.tensors = renamed
+            .map(|(key, tensor)| (rename(&key), tensor))
+            .collect();
         self
     }
 
     /// The same without the tensors whose keys hold a text.
     pub fn without(mut self, part: &str) -> Self {
-        self.tensors.retain(|(key, ..)| !key.contains(part));
+        self.tensors.retain(|key, _| !key.contains(part));
         self
     }
 
@@ -73,7 +81,8 @@ impl Case {
     pub fn folder(&self) -> TempDir {
         let folder = TempDir::new().expect("a folder");
         fs::write(folder.path().join(CONFIG_FILE), self.config.to_string()).expect("a file");
-        write(&folder.path().join(ADAPTER_FILE), &self.tensors);
+        let tensors = stored::to_bytes(&self.tensors);
+        fs::write(folder.path().join(ADAPTER_FILE), tensors).expect("a file");
         folder
     }
 }
@@ -82,34 +91,14 @@ impl Case {
 pub fn model(is_tied: bool) -> TempDir {
     let source = fixtures().join("model");
     let file = SafetensorsFile::open(source.join("model.safetensors")).expect("valid");
-    let tensors: Vec<Entry> = entries(&file)
-        .into_iter()
-        .filter(|(key, ..)| !(is_tied && key == "lm_head.weight"))
-        .collect();
-    let config = fs::read(source.join("config.json")).expect("it is there");
-    let mut config: Value = serde_json::from_slice(&config).expect("the script wrote it");
+    let mut tensors = stored::read(&file);
+    if is_tied {
+        tensors.remove("lm_head.weight");
+    }
+    let mut config = stored::config_of(&source);
     config["tie_word_embeddings"] = is_tied.into();
     let folder = TempDir::new().expect("a folder");
     fs::write(folder.path().join("config.json"), config.to_string()).expect("a file");
-    write(&folder.path().join("model.safetensors"), &tensors);
+    stored::write(folder.path(), &tensors);
     folder
-}
-
-/// The tensors of a file.
-pub fn entries(file: &SafetensorsFile) -> Vec<Entry> {
-    let entry = |key: &str| {
-        let info = file.tensor_info(key).expect("it is there");
-        let bytes = file.tensor_bytes(key).expect("it is there").to_vec();
-        (key.to_string(), info.dtype, info.shape.to_vec(), bytes)
-    };
-    file.keys().map(entry).collect()
-}
-
-/// Writes a file of tensors.
-pub fn write(path: &Path, tensors: &[Entry]) {
-    let views = tensors.iter().map(|(key, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes).expect("consistent");
-        (key.as_str(), view)
-    });
-    safetensors::serialize_to_file(views, None, path).expect("it can be written");
 }

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use burn_nf4::checkpoint::Dtype;
+use burn_nf4::checkpoint::{Dtype, Progress, SafetensorsFile};
 use burn_nf4::format::{Absmax, Nf4Tensor};
 use safetensors::tensor::TensorView;
+use serde_json::Value;
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,6 +95,56 @@ pub fn to_bytes(tensors: &Tensors) -> Vec<u8> {
     });
     safetensors::serialize(views, None).expect("consistent")
 }
+
+/// The tensors of a file.
+pub fn read(file: &SafetensorsFile) -> Tensors {
+    let tensor = |key: &str| {
+        let info = file.tensor_info(key).expect("it is there");
+        let stored = Stored {
+            dtype: info.dtype,
+            shape: info.shape.to_vec(),
+            bytes: file.tensor_bytes(key).expect("it is there").to_vec(),
+        };
+        (key.to_string(), stored)
+    };
+    file.keys().map(tensor).collect()
+}
+
+/// Values of a sine.
+pub fn sine(elems: usize) -> Vec<f32> {
+    (0..elems).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+/// Writes a folder of f32 tensors with values of a sine, and a `config.json`.
+pub fn write_model(folder: &Path, config: &Value, shapes: &[(&str, &[usize])]) {
+    let tensor = |&(key, shape): &(&str, &[usize])| {
+        let values = sine(shape.iter().product());
+        (key.to_string(), floats(&values, shape))
+    };
+    fs::create_dir_all(folder).expect("a folder");
+    write(folder, &shapes.iter().map(tensor).collect());
+    let path = folder.join("config.json");
+    fs::write(path, config.to_string()).expect("a folder to write to");
+}
+
+/// The `config.json` of a folder.
+pub fn config_of(folder: &Path) -> Value {
+    let text = fs::read(folder.join("config.json")).expect("it is there");
+    serde_json::from_slice(&text).expect("it is JSON")
+}
+
+/// The names of what a folder holds, sorted.
+pub fn file_names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("a file").file_name();
+    let names = entries.map(|entry| name(entry).into_string().expect("UTF-8"));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// Looks at no progress.
+pub fn quiet(_: Progress<'_>) {}
 
 /// Writes a folder with one file.
 pub fn write(folder: &Path, tensors: &Tensors) {
