@@ -262,7 +262,7 @@ pub enum Nf4Error {
         /// The folder.
         path: PathBuf,
     },
-    /// A writer that could not write something, and has a hole since.
+    /// A writer that is used after a failed write: its folder would lack something.
     #[error("{}: cannot go on after a failed write: {source}", path.display())]
     WriterFailed {
         /// The folder being written.
@@ -412,7 +412,7 @@ pub enum Nf4Error {
 }
 
 impl Nf4Error {
-    /// What to do with an error of the operating system that concerns `path`.
+    /// Turns an error of the operating system about `path` into one of these.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(io::Error) -> Self {
         move |error| Self::Io {
             path: path.as_ref().into(),
@@ -432,7 +432,7 @@ impl Nf4Error {
         self
     }
 
-    /// What to do with an error of the safetensors crate that concerns the file `path`.
+    /// Turns an error of the safetensors crate about the file `path` into one of these.
     pub(crate) fn safetensors(path: impl AsRef<Path>) -> impl Fn(SafeTensorError) -> Self {
         move |error| match error {
             SafeTensorError::IoError(error) => Self::io(&path)(error),

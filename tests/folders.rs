@@ -105,7 +105,7 @@ fn a_config_that_names_no_file_of_the_folder_is_refused(
     }
 }
 
-/// What keeps to itself is none of opening's business.
+/// The settings of the model are read by what needs them, and not on opening.
 #[rstest]
 fn other_configs_do_not_matter_for_opening(
     #[values("{}", r#"{"transformers_weights": null}"#, "[1", "[]", "")] config: &str,

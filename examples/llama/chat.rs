@@ -157,7 +157,7 @@ impl Chat {
             (conversation.tools.is_some(), "tools"),
             (conversation.documents.is_some(), "documents"),
         ] {
-            // It would leave them out without a word.
+            // The template would leave them out silently.
             if given && !template.mentions(word) {
                 let message = format!("the conversation has `{word}`, which it does not show");
                 return Err(failed(message));

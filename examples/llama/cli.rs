@@ -22,7 +22,7 @@ enum Command {
 }
 
 impl Cli {
-    /// Does what is asked for.
+    /// Runs the command.
     pub fn run(&self) -> Result<(), ModelError> {
         match &self.command {
             Command::Generate(args) => args.run(),

@@ -55,7 +55,7 @@ pub struct GenerateArgs {
     /// The chat template: the name of one that the model has, or a file.
     #[arg(long, requires = "chat")]
     pub chat_template: Option<String>,
-    /// How the answer begins, to be continued.
+    /// The beginning of the answer, for the model to continue.
     #[arg(long, requires = "chat")]
     pub prefill: Option<String>,
     /// Most tokens to generate.
@@ -76,7 +76,7 @@ pub struct GenerateArgs {
     /// A PEFT LoRA folder to put on the model.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
-    /// Apply an adapter that lacks layers that its settings name, without them.
+    /// Apply an adapter even if it lacks layers that its settings name.
     #[arg(long, requires = "adapter")]
     pub allow_missing: bool,
     /// Rows: the prompts are repeated until there are this many. As many as prompts without it.

@@ -144,8 +144,7 @@ impl LlamaConfig {
         })
     }
 
-    /// What to tell people of a text that goes on beyond the positions that the model was made for,
-    /// if it does.
+    /// A warning, if a text has more tokens than the model has positions.
     pub fn warn_of_length(&self, what: &str, tokens: usize) -> Option<String> {
         let positions = self.rope.max_positions;
         (tokens > positions).then(|| {

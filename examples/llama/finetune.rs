@@ -238,7 +238,8 @@ impl FinetuneArgs {
         Ok(())
     }
 
-    /// Refuses a target that no layer has. The library asks for one layer of any target.
+    /// Refuses a target that no layer has. Training itself only needs a layer that some target
+    /// selects.
     fn check_targets(&self, model: &Llama) -> Result<(), ModelError> {
         let TargetModules::List(names) = self.lora().target_modules else {
             return Ok(());
@@ -247,7 +248,7 @@ impl FinetuneArgs {
             .projections()
             .into_iter()
             .map(|(path, _)| path)
-            // There is a head where it is tied, too.
+            // A tied head can be a target too.
             .chain([HEAD.into()])
             .collect();
         for name in names {

@@ -27,7 +27,7 @@ impl Request {
         self.prompts.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// Refuses what a model of this vocabulary cannot go on from.
+    /// Refuses what a model of this vocabulary cannot continue.
     fn check(&self, vocabulary: usize) -> Result<(), ModelError> {
         self.sampling.check()?;
         let rows = self.prompts.len();
@@ -145,13 +145,13 @@ pub fn generate(
     })
 }
 
-/// Refuses logits that no token can be chosen by. They would give some text all the same.
+/// Refuses logits that are not finite: some token would be chosen by them all the same.
 fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
     let finite = logits.clone().is_finite().all();
     match finite.into_scalar::<bool>() {
         true => Ok(()),
         false => Err(ModelError::Argument(format!(
-            "the model gives logits that are infinite or no numbers: its weights are damaged, or \
+            "the model gives logits that are infinite or NaN: its weights are damaged, or \
              {:?} is too small for them",
             logits.dtype()
         ))),

@@ -1,4 +1,4 @@
-//! The optimizer of a run, whose state lies on a device that is known.
+//! The optimizer of a run, whose state lies on the device of the run.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};

@@ -109,7 +109,7 @@ impl Class {
         }
         let mut tokenizer = Tokenizer::from_bytes(&text)
             .map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
-        // What the file was trained or saved with; texts are neither cut nor filled up unless asked.
+        // What the file was trained or saved with; texts are neither truncated nor padded here.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)

@@ -84,7 +84,7 @@ pub fn decode(bytes: Vec<u8>, path: &Path) -> Result<String, ModelError> {
     }
 }
 
-/// Line breaks of Windows and of old Macs as those of Unix: what Python reads from a text file.
+/// Turns the line breaks of Windows and of old Macs into those of Unix, as Python does with text.
 pub fn with_unix_lines(text: &str) -> String {
     text.replace("\r\n", "\n").replace('\r', "\n")
 }

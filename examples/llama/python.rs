@@ -1,4 +1,4 @@
-//! Values in the spelling of Python, for templates that were written for it.
+//! Values as Python writes them, for templates that were made for it.
 
 use burn_nf4::checkpoint::python_json::{self, Float};
 use minijinja::value::{Kwargs, ValueKind};

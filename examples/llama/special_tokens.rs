@@ -143,7 +143,7 @@ fn tokens_by_id(decoder: &Fields) -> Result<Vec<AddedToken>, ModelError> {
         };
         let number: u32 = id
             .parse()
-            .map_err(|_| decoder.unsupported(id, "there", "token ids as names"))?;
+            .map_err(|_| decoder.unsupported(id, "not a number", "token ids as names"))?;
         let flag = |name| Ok::<bool, ModelError>(fields.get(name)?.unwrap_or(false));
         let special = flag("special")?;
         let token = AddedToken::from(fields.required::<String>("content")?, special)

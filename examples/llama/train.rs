@@ -90,7 +90,7 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
     }
     found.push(match name {
         // A fingerprint, which says nothing to people.
-        "data" => "the training data is other".into(),
+        "data" => "the training data differs".into(),
         name => format!("{name} was {saved}, now {given}"),
     });
 }

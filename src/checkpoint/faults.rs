@@ -15,7 +15,7 @@ use crate::error::Nf4Error;
 
 impl Checkpoint {
     /// What keeps this from being a checkpoint of float weights, some of them quantized to 4 bit
-    /// by bitsandbytes: nothing, as a rule. Names, headers and `config.json` are read, no weights.
+    /// by bitsandbytes; empty if nothing does. Names, headers and `config.json` are read, no weights.
     ///
     /// - [`Nf4Error::OtherQuantization`] with the first tensor of each other method, and for
     ///   codes that no name explains
@@ -58,7 +58,7 @@ impl Checkpoint {
         });
         let mut foreign = self.first_of_each(|key| self.method_of_name(key));
         if foreign.is_empty() {
-            // Where a name tells, it tells more.
+            // A name says more than a dtype, so dtypes count only where no name tells.
             foreign = self.first_of_each(|key| self.method_of_dtype(key));
         }
         unknown.chain(foreign).collect()
@@ -129,7 +129,7 @@ impl Checkpoint {
         }
     }
 
-    /// Parameters of which there are codes or scales, and no `quant_state`. `storage` is the float
+    /// Parameters that have codes or scales, but no `quant_state`. `storage` is the float
     /// type that codes are stored as, as `config.json` has it; `alone` says that no other method
     /// explains the codes.
     fn lost_states(
@@ -206,7 +206,7 @@ fn contradictions(claims: &[Claim], quantized: Option<&str>, any_lost: bool) -> 
         .filter_map(|claim| claim.check().err())
         .collect();
     match quantized {
-        // A weight that has lost its state was told of.
+        // A weight that has lost its state is a fault already.
         None if !claims.is_empty() && faults.is_empty() && !any_lost => {
             faults.push(Nf4Error::Config {
                 field: Claim::FIELD,

@@ -82,19 +82,19 @@ impl SafetensorsFile {
     /// Maps a file into memory and checks its header.
     ///
     /// # The file must not change while it is open
-    /// The memory of a mapped file is the file itself. If somebody cuts it, reading a page that no
-    /// longer exists ends the process (`SIGBUS`); if somebody writes to it, bytes change while
-    /// they are being read, which in Rust is undefined behaviour. No program can keep others from
-    /// doing that, so that `memmap2` leaves it to its caller. This function is safe to call all
-    /// the same, as are burn-store's `SafetensorsStore` and Python's `safe_open`: files of weights
-    /// are written once and then only read or replaced as a whole (a new file under the old name
-    /// is another file, and harms no map), and the way without a map takes as much memory again as
-    /// the file has. That they are is yours to see to.
+    /// The memory of a mapped file is the file itself. If another process shortens the file, reading
+    /// a page that is gone ends this one (`SIGBUS`). If another process writes to it, bytes change
+    /// while they are read, which is undefined behaviour in Rust. No program can prevent either,
+    /// which is why mapping is unsafe in `memmap2`. This function is safe to call all the same, as
+    /// burn-store's `SafetensorsStore` and Python's `safe_open` are: files of weights are written
+    /// once, and then only read or replaced as a whole (a new file under the old name is another
+    /// file and harms no map), and reading a file into memory takes as much memory as it is long.
+    /// You have to see to it that nobody writes to the file.
     ///
-    /// Before a tensor is read, the length of the file and the time when it was last written to
-    /// are compared with those of the opening, and a difference is [`Nf4Error::FileChanged`]. What
-    /// happens during the read goes unnoticed. Where others do write to a file, as on a shared
-    /// disk during a download, use [`read`](Self::read).
+    /// Before a tensor is read, the length of the file and the time of its last change are compared
+    /// with those at opening, and a difference is [`Nf4Error::FileChanged`]. A change during the
+    /// read goes unnoticed. Where others do write to a file, as on a shared disk during a download,
+    /// use [`read`](Self::read).
     ///
     /// # Errors
     /// [`Nf4Error::Io`] if it cannot be opened or mapped, [`Nf4Error::GitLfsPointer`],
@@ -251,7 +251,7 @@ impl SafetensorsFile {
         Ok(self.stored(key)?.info)
     }
 
-    /// The bytes of a tensor, little-endian, in the mapped file.
+    /// The bytes of a tensor as they are stored, little-endian.
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], [`Nf4Error::FileChanged`].
@@ -311,14 +311,14 @@ pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>, Nf4Error> {
         return Err(Nf4Error::io(path)(io::Error::other(error)));
     }
     let mut text = Vec::with_capacity(len as usize);
-    // Whatever is added to it meanwhile.
+    // Not more than that, even if the file grows meanwhile.
     let mut file = file.take(len);
     file.read_to_end(&mut text).map_err(Nf4Error::io(path))?;
     check_not_pointer(path, &text)?;
     Ok(text)
 }
 
-/// Refuses a file that only stands for another one.
+/// Refuses a file that Git LFS has not fetched.
 ///
 /// # Errors
 /// [`Nf4Error::GitLfsPointer`], [`Nf4Error::Io`].

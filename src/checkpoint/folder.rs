@@ -23,9 +23,9 @@ use crate::op::Nf4Weight;
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
 ///
 /// A folder holds `model.safetensors`, or several shards and `model.safetensors.index.json`,
-/// which names them; the tensors of one quantized weight may lie in different shards. The files
-/// are memory-mapped and must not be changed while the checkpoint is open, see
-/// [`SafetensorsFile::open`].
+/// which names them; the tensors of one quantized weight may lie in different shards.
+/// [`open`](Self::open) maps the files, which must not change while the checkpoint is open;
+/// [`read`](Self::read) reads them into memory.
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::Checkpoint;
@@ -58,9 +58,11 @@ impl Checkpoint {
     /// while the checkpoint is open: see [`SafetensorsFile::open`].
     ///
     /// Of a folder the files are read that transformers 5.24 reads, with the same meaning: the one
-    /// that `transformers_weights` in `config.json` names, else [`SINGLE_FILE`], else all the
-    /// shards that [`INDEX_FILE`] names. What a shard holds counts, also where the index says
-    /// otherwise.
+    /// that `transformers_weights` in `config.json` names, else [`SINGLE_FILE`], else all the shards
+    /// that [`INDEX_FILE`] names. What the shards hold counts, even where the index says otherwise.
+    ///
+    /// [`SINGLE_FILE`]: super::SINGLE_FILE
+    /// [`INDEX_FILE`]: super::INDEX_FILE
     ///
     /// # Errors
     /// Those of [`SafetensorsFile::open`] for each file, and for a folder
@@ -152,7 +154,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The files, mapped.
+    /// The files.
     pub fn files(&self) -> &[SafetensorsFile] {
         &self.files
     }
@@ -271,7 +273,7 @@ impl Checkpoint {
         Ok(self.stored(key)?.info)
     }
 
-    /// The bytes of a tensor, little-endian, in the mapped file.
+    /// The bytes of a tensor as they are stored, little-endian.
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], [`Nf4Error::FileChanged`].

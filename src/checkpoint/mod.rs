@@ -33,8 +33,7 @@
 //!
 //! Of a folder those files are read that transformers 5.24 reads, see [`Checkpoint::open`], and
 //! their JSON is what Python's is, see [`python_json`]. [`Checkpoint::faults`] tells where a
-//! folder does not hold what its `config.json` claims; what makes a folder of another one refuses
-//! such a source.
+//! folder does not hold what its `config.json` claims; conversions and merges refuse such a source.
 //!
 //! # Example
 //!

@@ -60,7 +60,7 @@ pub fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Err
     let pieces = Pieces::new(text);
     match pieces.next_number() {
         None => serde_json::from_str(text),
-        // To serde such a number is a map, which nobody sees in the file.
+        // serde sees a map where the file has such a number.
         Some(_) => serde_json::from_reader(pieces).map_err(|error| {
             let message = error.to_string();
             serde_json::Error::custom(message.replace(
@@ -252,8 +252,8 @@ fn end_of_token(bytes: &[u8], start: usize) -> usize {
     start + len.max(1)
 }
 
-/// What stands for a number that serde_json would read otherwise than Python does. `None` for one
-/// that it reads well, and for what is no number, of which it says what is wrong.
+/// What stands for a number that serde_json would not read as Python does. `None` for one that it
+/// does, and for what is no number: serde_json's own error says what is wrong with it.
 fn as_json(token: &str) -> Option<String> {
     let number = match token {
         _ if is_non_finite(token) => token,
@@ -264,7 +264,7 @@ fn as_json(token: &str) -> Option<String> {
             match serde_json::from_str::<Number>(token) {
                 Ok(number) if integer && number.is_f64() => token,
                 Ok(_) => return None,
-                // Well-formed, so what it lacks is range.
+                // Well-formed, so it is out of range.
                 Err(_) if serde_json::from_str::<IgnoredAny>(token).is_ok() => match integer {
                     true => token,
                     false if token.starts_with('-') => "-Infinity",

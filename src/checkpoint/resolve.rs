@@ -32,7 +32,7 @@ pub(super) fn find_weights(folder: &Path) -> Result<Weights, Nf4Error> {
         .iter()
         .any(|name| Other::of(name) == Some(Other::Distributed))
     {
-        // Such a folder comes first, before anything else in it.
+        // transformers looks for such files before all others.
         return Err(no_weights(folder, &names));
     }
     if let Some(weights) = named_weights(folder)? {
@@ -61,7 +61,7 @@ fn named_weights(folder: &Path) -> Result<Option<Weights>, Nf4Error> {
     if !path.is_file() {
         return Ok(None);
     }
-    // A malformed file is the fault of what reads the settings of the model from it.
+    // A malformed file is an error where the settings of the model are read, not here.
     let config = python_json::from_slice::<Map<String, Value>>(&read_text(&path)?);
     let name = match config.as_ref().map(|config| config.get(WEIGHTS_ENTRY)) {
         Ok(Some(Value::String(name))) => name,
@@ -92,7 +92,7 @@ fn no_weights(folder: &Path, names: &[String]) -> Nf4Error {
     }
 }
 
-/// Weights in a form in which they are not read, what helps most first.
+/// Forms of weights that are not read, the one whose advice helps most first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Other {
     Distributed,

@@ -88,8 +88,8 @@ pub(super) struct ReadAs {
     pub transposed: bool,
 }
 
-/// A tensor that is read when it is asked for; `done` is called each time, with the error if there
-/// is one, of which burn-store takes the text only. `None` where Burn has no such dtype.
+/// A tensor that is read when it is asked for. `done` is called after each read, with its error if it
+/// failed: burn-store keeps only the text of an error. `None` where Burn has no such dtype.
 pub(super) fn deferred(
     checkpoint: &Arc<Checkpoint>,
     entry: &Entry,

@@ -23,11 +23,10 @@ pub(super) trait TensorSource {
     /// The tensor, if it is there.
     fn find(&self, key: &str) -> Option<StoredTensor<'_>>;
 
-    /// Whether the file of a tensor that is there still is what was opened, or
-    /// [`Nf4Error::FileChanged`].
+    /// [`Nf4Error::FileChanged`] if the file of a tensor is no longer the one that was opened.
     fn check_unchanged(&self, key: &str) -> Result<(), Nf4Error>;
 
-    /// The tensor, to be read, or [`Nf4Error::MissingKey`].
+    /// The tensor, from an unchanged file, or [`Nf4Error::MissingKey`].
     fn stored(&self, key: &str) -> Result<StoredTensor<'_>, Nf4Error> {
         let stored = self.find(key).ok_or_else(|| self.missing_key(key))?;
         self.check_unchanged(key)?;
@@ -42,7 +41,7 @@ pub(super) trait TensorSource {
     }
 }
 
-/// A tensor in a mapped file. The number of bytes is what dtype and shape ask for.
+/// A tensor of a file. The number of bytes is what dtype and shape ask for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StoredTensor<'a> {
     pub info: TensorInfo<'a>,
@@ -109,7 +108,7 @@ pub(super) fn find_quant_state<'a>(
     let quant_type = QUANT_TYPES
         .into_iter()
         .find(|&quant_type| source.find(&quant_state_key(prefix, quant_type)).is_some())
-        // The one whose absence is to be told.
+        // If there is none, the error names this one.
         .unwrap_or(QuantType::Nf4);
     let key = quant_state_key(prefix, quant_type);
     let stored = source.stored(&key)?;
@@ -136,7 +135,7 @@ pub(super) fn is_transposed(codes: &StoredTensor<'_>, prefix: &str) -> Result<bo
     }
 }
 
-/// A quantized weight in mapped files, checked, with nothing of any size copied.
+/// A quantized weight in its files, checked, with nothing of any size copied.
 #[derive(Debug)]
 pub(super) struct StoredWeight<'a> {
     pub state: QuantState,

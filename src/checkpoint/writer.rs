@@ -298,7 +298,7 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Does what may write. If it could not, nothing may come after.
+    /// Runs something that writes. Once it has failed, nothing more is written.
     fn attempt<T>(
         &mut self,
         write: impl FnOnce(&mut Self) -> Result<T, Nf4Error>,

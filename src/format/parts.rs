@@ -5,7 +5,7 @@ use super::packed::PackedLayout;
 use super::spec::{BlockSize, FloatType, QuantConfig};
 use crate::error::Nf4Error;
 
-/// The parts of a weight, in an [`Nf4Tensor`](super::Nf4Tensor) or in a mapped file.
+/// The parts of a weight, in an [`Nf4Tensor`](super::Nf4Tensor) or in a file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WeightParts<'a> {
     /// Two codes a byte.
@@ -34,7 +34,7 @@ pub(crate) enum ScaleParts<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Floats<'a> {
     Values(&'a [f32]),
-    /// Little-endian, at any alignment, as in a mapped file.
+    /// Little-endian, at any alignment, as in a file.
     Stored(&'a [u8]),
 }
 

@@ -13,10 +13,10 @@ impl Adapter {
     /// Checks that the adapter has all that its settings ask for of a base model, and that the base
     /// model has all that the adapter changes.
     ///
-    /// Without this a module that the adapter has no tensors for is as it was before the training.
+    /// Without this a module that the adapter has no tensors for stays as it was before the training.
     /// PEFT warns of it (`Found missing adapter keys while loading the checkpoint`), and fails where
-    /// the weight of a module of `modules_to_save` is not there. Merging and the example check this
-    /// on their own; a loop of yours should begin with it.
+    /// the weight of a module of `modules_to_save` is not there. Merging and the example call this
+    /// themselves; a training loop of your own should call it first.
     ///
     /// ```no_run
     /// use burn_nf4::checkpoint::Checkpoint;

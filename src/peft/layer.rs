@@ -36,8 +36,8 @@ impl Adapter {
     /// # Errors
     /// [`Nf4Error::NotAdapted`] if the adapter has no tensors for the module, [`Nf4Error::Shape`]
     /// if they do not fit `base`, [`Nf4Error::BaseLacks`] if there is a trained bias but none in
-    /// `base`, [`Nf4Error::Config`] if the adapter brings the weight of the layer along, which would
-    /// have to take the place of the packed one.
+    /// `base`, [`Nf4Error::Config`] if the adapter has a float weight for the layer, which would have
+    /// to replace the packed one.
     pub fn layer(
         &self,
         module: &str,

@@ -170,8 +170,8 @@ impl Reader<'_> {
         if !parameter.starts_with("weight.") && !matches!(dtype, Dtype::U8 | Dtype::I8) {
             return Ok(());
         }
-        let reason = "is a part of a quantized weight of the base model, which an adapter cannot \
-                      bring along; save the adapter with `save_embedding_layers=False`";
+        let reason = "is a part of a quantized weight of the base model, which is not read from an \
+                      adapter; save the adapter with `save_embedding_layers=False`";
         Err(refused(self.file, key, reason.into()))
     }
 
@@ -264,7 +264,7 @@ impl Parts {
             .collect()
     }
 
-    /// Nothing must be missing.
+    /// Puts the module into an adapter. No factor may be missing.
     fn insert_into(mut self, adapter: &mut Adapter, path: &str) -> Result<(), Nf4Error> {
         let is_embedding = self.is_embedding();
         let mut take = |part| self.0.remove(&part).map(|(_, tensor)| tensor);

@@ -321,7 +321,7 @@ fn settings_that_differ_are_named() {
     other.lora = serde_json::json!({"r": 4});
     let message = refused(from_init(other, false).0.resume(&folder));
     for part in [
-        "the training data is other",
+        "the training data differs",
         "schedule.peak was 0.002, now 0.001",
         "lora was null",
     ] {

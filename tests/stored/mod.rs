@@ -143,7 +143,7 @@ pub fn file_names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Looks at no progress.
+/// A progress callback that does nothing.
 pub fn quiet(_: Progress<'_>) {}
 
 /// Writes a folder with one file.

@@ -126,13 +126,13 @@ impl Inspection {
     }
 }
 
-/// What a checkpoint lacks, or has too much.
+/// What is wrong with a checkpoint, see [`Checkpoint::faults`].
 pub fn faults(checkpoint: &Checkpoint) -> Vec<String> {
     let faults = checkpoint.faults();
     faults.iter().map(Nf4Error::to_string).collect()
 }
 
-/// A line each; not all of them, where every weight has one.
+/// A line for each of the first ten: every weight can have one.
 pub fn fault_lines(faults: &[String]) -> String {
     const SHOWN: usize = 10;
     let mut text: String = faults
@@ -141,7 +141,7 @@ pub fn fault_lines(faults: &[String]) -> String {
         .map(|fault| format!("fault: {fault}\n"))
         .collect();
     if faults.len() > SHOWN {
-        text += &format!("and {} faults more\n", faults.len() - SHOWN);
+        text += &format!("and {} more faults\n", faults.len() - SHOWN);
     }
     text
 }

@@ -160,7 +160,7 @@ fn run(command: Command) -> Result<ExitCode, Nf4Error> {
         } => {
             let (a, b) = (Checkpoint::open(a)?, Checkpoint::open(b)?);
             for (checkpoint, which) in [(&a, "A"), (&b, "B")] {
-                // What is compared are tensors, whatever they stand for.
+                // Only told: tensors can be compared whatever they stand for.
                 for line in inspect::fault_lines(&inspect::faults(checkpoint)).lines() {
                     eprintln!("{which}: {line}");
                 }

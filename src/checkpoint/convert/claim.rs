@@ -15,7 +15,7 @@ pub(crate) struct Claim {
     value: Value,
 }
 
-/// What transformers calls bitsandbytes where it tells the two widths apart.
+/// The names of bitsandbytes: the usual one, and transformers' name for 4 bit alone.
 const METHODS: [&str; 2] = ["bitsandbytes", "bitsandbytes_4bit"];
 
 /// Flags by the names of transformers' arguments and by those of its attributes, as it saves both.
@@ -82,7 +82,7 @@ impl Claim {
         refuse("bitsandbytes in 4 bit, or none", self.to_string())
     }
 
-    /// The part that it belongs to, to be told of.
+    /// ` in PART` for errors; nothing for the model itself.
     fn place(&self) -> String {
         match self.part.as_str() {
             "" => String::new(),

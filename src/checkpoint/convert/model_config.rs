@@ -36,7 +36,7 @@ const TIED: &str = "tie_word_embeddings";
 pub(crate) struct ModelConfig {
     path: PathBuf,
     entries: Map<String, Value>,
-    /// Whether they are other than those of the file.
+    /// Whether they differ from those of the file.
     changed: bool,
 }
 

@@ -199,9 +199,9 @@ fn skip_entry(
     Some(entries)
 }
 
-/// The shortest end of the path that no quantized module shares, nor begins with, which was enough
-/// for transformers 5.17; at last the whole path, which as a regular expression must be kept from
-/// matching longer ones.
+/// The shortest end of the path that no quantized module ends with; nor begins with, as that was
+/// enough for transformers 5.17. If there is none it is the whole path, as a regular expression that
+/// matches no longer one.
 fn distinct_entry(module: &str, quantized: &BTreeSet<String>) -> String {
     let modules = || {
         quantized

@@ -12,7 +12,7 @@ use crate::peft::tensor::DenseTensor;
 pub(super) struct Plan<'a> {
     /// The parameters to write, sorted.
     pub outputs: Vec<Output<'a>>,
-    /// Whether the head gets a weight of its own, or has one that it did not need.
+    /// Whether `config.json` has to say that the head has a weight of its own.
     pub unties: bool,
 }
 
@@ -24,7 +24,7 @@ pub(super) struct Output<'a> {
     pub change: Change<'a>,
 }
 
-/// What the adapter does to a parameter: first the one, then the other.
+/// What the adapter does to a parameter: it is replaced first, and then the branch is added.
 #[derive(Default, Clone, Copy)]
 pub(super) struct Change<'a> {
     pub replace: Option<&'a DenseTensor>,
@@ -115,7 +115,8 @@ fn changes<'a>(adapter: &'a Adapter, config: Option<&ModelConfig>) -> BTreeMap<S
     changes
 }
 
-/// Sorts out what becomes of two weights that are one in the base model; whether they become two.
+/// Decides what becomes of two weights that are one in the base model, and returns whether they become
+/// two.
 ///
 /// In PEFT a branch and a copy of `modules_to_save` belong to one of the two modules, and a weight
 /// that is neither goes into the one tensor that both share. (`merge_and_unload` then adds the branch
