@@ -191,6 +191,7 @@ const Q: &str = "model.layers.0.self_attn.q_proj";
 #[case::saved_that_is_not_saved("plain", "model.norm.modules_to_save.default.weight")]
 #[case::weight_under_a_branch("head", "lm_head.weight")]
 #[case::base_of_what_is_not_adapted("plain", "lm_head.base_layer.weight")]
+#[case::wrapper_in_a_factor("saved_norm", "model.norm.lora_embedding_A.modules_to_save.weight")]
 #[case::factors_of_both_kinds("embed", "model.embed_tokens.lora_A.weight")]
 fn what_the_settings_do_not_ask_for_is_unexpected(#[case] name: &str, #[case] key: &str) {
     let case = with(Case::open(name), key, ones(&[2, 4]));

@@ -79,6 +79,8 @@ pub(super) enum Name {
     Parameter(String),
     /// A part of an adapter with a name of its own.
     Named(String),
+    /// A module of PEFT's in another one, where it puts none.
+    Unknown,
 }
 
 impl Name {
@@ -93,12 +95,14 @@ impl Name {
         if segments.starts_with(&["base_model", "model"]) {
             segments.drain(..2);
         }
-        let marker = segments
-            .iter()
-            .rposition(|segment| segment.starts_with("lora_") || WITHIN.contains(segment));
+        let is_marker = |segment: &&str| segment.starts_with("lora_") || WITHIN.contains(segment);
+        let marker = segments.iter().rposition(is_marker);
         let Some(marker) = marker.filter(|&marker| marker > 0) else {
             return Self::Parameter(segments.join("."));
         };
+        if segments[..marker].iter().any(is_marker) {
+            return Self::Unknown;
+        }
         let module = segments[..marker].join(".");
         let rest = &segments[marker + 1..];
         match (segments[marker], rest) {
@@ -195,7 +199,7 @@ impl Place {
                 (!under_branch && is_full(&parameter, config, false))
                     .then_some(Self::Full(parameter))
             }
-            Name::Base(..) | Name::Named(_) => None,
+            Name::Base(..) | Name::Named(_) | Name::Unknown => None,
         };
         Ok(place.unwrap_or(Self::Unexpected))
     }
