@@ -214,6 +214,20 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         }
     };
     tally.opened += 1;
+    use_tensors(&checkpoint, &device);
+    for key in checkpoint.parameters() {
+        let _ = checkpoint.is_quantized(key);
+        let _ = checkpoint.is_transposed(key);
+    }
+    for prefix in checkpoint.quantized_weights() {
+        use_weight(&checkpoint, prefix, tally);
+    }
+    convert(&checkpoint, tally);
+    use_store(folder, tally);
+}
+
+/// Reads every tensor as it is stored.
+fn use_tensors(checkpoint: &Checkpoint, device: &Device) {
     let mut size_bytes = 0;
     for key in checkpoint.keys() {
         assert!(checkpoint.contains(key));
@@ -231,32 +245,26 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         match info.shape.len() {
             1 => drop(
                 checkpoint
-                    .load_tensor::<1>(key, None, &device)
+                    .load_tensor::<1>(key, None, device)
                     .map(|t| same(&t.dims())),
             ),
             2 => drop(
                 checkpoint
-                    .load_tensor::<2>(key, to, &device)
+                    .load_tensor::<2>(key, to, device)
                     .map(|t| same(&t.dims())),
             ),
             _ => drop(
                 checkpoint
-                    .load_tensor::<3>(key, to, &device)
+                    .load_tensor::<3>(key, to, device)
                     .map(|t| same(&t.dims())),
             ),
         }
     }
     assert_eq!(checkpoint.size_bytes(), size_bytes);
-    for key in checkpoint.parameters() {
-        let _ = checkpoint.is_quantized(key);
-        let _ = checkpoint.is_transposed(key);
-    }
-    for prefix in checkpoint.quantized_weights() {
-        use_weight(&checkpoint, prefix, tally);
-    }
+}
 
-    convert(&checkpoint, tally);
-
+/// Loads a folder into a module.
+fn use_store(folder: &Path, tally: &mut Tally) {
     let mut store = CheckpointStore::open(folder).unwrap().allow_partial(true);
     if let Ok(tensors) = store.get_all_tensors() {
         for tensor in tensors.values() {
@@ -268,7 +276,7 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         .unwrap()
         .with_key_remapping(r"mlp\.", "")
         .unwrap();
-    match model(&device).load_from(&mut store) {
+    match model(&Device::flex()).load_from(&mut store) {
         Ok(result) => {
             assert!(result.errors.is_empty());
             tally.modules_loaded += u64::from(!result.applied.is_empty());
