@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::python_json;
 use burn_nf4::format::FloatType;
 use serde::de::DeserializeOwned;
@@ -242,7 +243,9 @@ fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
         return Ok(());
     };
     let method = quantization.nullable::<String>("quant_method")?;
-    if let Some(method) = method.filter(|method| method != "bitsandbytes") {
+    // The second is what transformers calls it where it tells the two widths apart.
+    let is_bitsandbytes = |method: &str| ["bitsandbytes", "bitsandbytes_4bit"].contains(&method);
+    if let Some(method) = method.filter(|method| !is_bitsandbytes(method)) {
         return Err(quantization.unsupported("quant_method", method, "bitsandbytes"));
     }
     for name in ["load_in_8bit", "_load_in_8bit"] {
@@ -253,9 +256,17 @@ fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
     Ok(())
 }
 
+/// How a file begins that Git LFS has left in the place of one that it has not fetched.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 /// Reads a file.
 pub fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    fs::read(path).map_err(ModelError::io(path))
+    let content = fs::read(path).map_err(ModelError::io(path))?;
+    // As a template or a text it would pass for one.
+    match content.starts_with(LFS_POINTER) {
+        true => Err(Nf4Error::GitLfsPointer { path: path.into() }.into()),
+        false => Ok(content),
+    }
 }
 
 /// Reads JSON as Python does; the path is for errors.
