@@ -349,6 +349,8 @@ fn a_quant_state_of_another_type_is_named(#[case] part: &str, #[case] given: &st
 #[case(json!({"quant_method": "bitsandbytes", "_load_in_8bit": true}), "bitsandbytes in 8 bit")]
 #[case(json!({"quant_method": "bitsandbytes_8bit"}), "bitsandbytes_8bit")]
 #[case(json!({"load_in_8bit": true, "load_in_4bit": true}), "in 8 bit")]
+#[case(json!({"quant_method": "bitsandbytes", "load_in_4bit": false}), "load_in_4bit false")]
+#[case(json!({"quant_method": "bitsandbytes", "_load_in_4bit": false}), "load_in_4bit false")]
 #[case(json!({"load_in_4bit": "true"}), "load_in_4bit \"true\"")]
 #[case(json!({"quant_method": "bitsandbytes", "_load_in_8bit": "false"}), "_load_in_8bit \"false\"")]
 #[case(json!({"quant_method": "bitsandbytes", "load_in_4bit": 1}), "load_in_4bit 1")]
