@@ -392,6 +392,23 @@ fn a_claim_of_what_is_not_there_is_refused(#[case] config: Value) {
     assert_claim(&error.unwrap_err(), "no weight is quantized");
 }
 
+/// Nor is it made: where no layer is left to be quantized, nothing is claimed.
+#[test]
+fn what_quantizes_nothing_claims_nothing() {
+    let config = json!({"model_type": "llama"});
+    let folder = written(&floats(), Some(&config));
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let options = QuantizeOptions {
+        skip_modules: vec!["model".into()],
+        ..QuantizeOptions::default()
+    };
+    let converted = quantize_checkpoint(&source, &out, &options, quiet).unwrap();
+    assert_eq!(converted.converted, 0);
+    assert_eq!(config_of(&out), config);
+    assert_eq!(Checkpoint::open(out).unwrap().faults(), []);
+}
+
 /// transformers would take the codes for the weights.
 #[rstest]
 #[case(json!({}))]
