@@ -342,6 +342,8 @@ fn a_quant_state_of_another_type_is_named(#[case] part: &str, #[case] given: &st
 #[case(json!({"quant_method": "bitsandbytes", "_load_in_8bit": true}), "bitsandbytes in 8 bit")]
 #[case(json!({"quant_method": "bitsandbytes_8bit"}), "bitsandbytes_8bit")]
 #[case(json!({"load_in_8bit": true, "load_in_4bit": true}), "in 8 bit")]
+#[case(json!({"quant_method": "bitsandbytes", "load_in_4bit": false}), "load_in_4bit false")]
+#[case(json!({"quant_method": "bitsandbytes", "_load_in_4bit": false}), "load_in_4bit false")]
 #[case(json!({"load_in_4bit": "true"}), "load_in_4bit \"true\"")]
 #[case(json!({"quant_method": "bitsandbytes", "_load_in_8bit": "false"}), "_load_in_8bit \"false\"")]
 #[case(json!({"quant_method": "bitsandbytes", "load_in_4bit": 1}), "load_in_4bit 1")]
@@ -381,6 +383,23 @@ fn a_claim_of_what_is_not_there_is_refused(#[case] config: Value) {
     let out = folder.path().join("out");
     let error = quantize_checkpoint(&source, &out, &QuantizeOptions::default(), quiet);
     assert_claim(&error.unwrap_err(), "no weight is quantized");
+}
+
+/// Nor is it made: where no layer is left to be quantized, nothing is claimed.
+#[test]
+fn what_quantizes_nothing_claims_nothing() {
+    let config = json!({"model_type": "llama"});
+    let folder = written(&floats(), Some(&config));
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let options = QuantizeOptions {
+        skip_modules: vec!["model".into()],
+        ..QuantizeOptions::default()
+    };
+    let converted = quantize_checkpoint(&source, &out, &options, quiet).unwrap();
+    assert_eq!(converted.converted, 0);
+    assert_eq!(config_of(&out), config);
+    assert_eq!(Checkpoint::open(out).unwrap().faults(), []);
 }
 
 /// transformers would take the codes for the weights.

@@ -384,6 +384,12 @@ fn refusals(device: &Device, variant: Variant) {
 
     // Shapes whose product overflows do not pass for others.
     let weight = client.empty(640 * 4);
+    let empty = PackedLayout::new(0, layout.config());
+    let error = launch::quantize(&client, weight.clone(), FloatType::F32, &[0, 8], &empty);
+    assert!(
+        matches!(&error, Err(Nf4Error::ElementCount { shape, .. }) if shape == &[0, 8]),
+        "{error:?}"
+    );
     for shape in [
         &[1usize << 32, 1 << 32][..],
         &[640, 1 << 60],

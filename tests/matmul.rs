@@ -411,6 +411,22 @@ fn refusals(device: &Device) {
         matches!(&error, Some(Nf4Error::ElementCount { tensor, .. }) if tensor == "x"),
         "{error:?}"
     );
+    // Nothing is divided by a size of zero.
+    let empty = PackedLayout::new(0, small.config);
+    for (n, k) in [(0, 0), (0, 64), (4, 0)] {
+        let product = Product {
+            n,
+            k,
+            ..plan.product()
+        };
+        let error = MatmulPlan::new(&client, &empty, product, false, None).err();
+        assert!(
+            matches!(&error, Some(Nf4Error::ElementCount { tensor, .. }) if tensor == "weight"),
+            "{error:?}"
+        );
+        let tile = TensorCoreTile::for_product(&client, &empty, product);
+        assert!(!tile.sizes().contains(&0), "{tile:?}");
+    }
     let lora = Lora {
         a: client.empty(64 * 2 * 4),
         b: client.empty(2 * 4 * 4 - 4),

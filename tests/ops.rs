@@ -8,10 +8,12 @@ mod tensors;
 
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Tensor};
-use burn_nf4::format::{BlockSize, FloatElement, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{
+    BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+};
 use burn_nf4::op::{
-    DequantizeSpec, LowRank, MatmulStrategy, Nf4Backend, is_reproducible, linear_with, lora_linear,
-    set_reproducible,
+    DequantizeSpec, LinearSpec, LowRank, MatmulSpec, MatmulStrategy, Nf4Backend, is_reproducible,
+    linear_with, lora_linear, set_reproducible,
 };
 use burn_nf4::{Nf4Error, Nf4Weight, linear};
 use half::{bf16, f16};
@@ -336,6 +338,29 @@ fn linear_maps_an_empty_batch_to_an_empty_batch(device: &Device) {
     assert_eq!(values(&bias.grad(&grads).expect("a bias")), [0.0; 10]);
     assert_eq!(values(&a.grad(&grads).expect("A")), [0.5; 64 * 3]);
     assert_eq!(values(&b.grad(&grads).expect("B")), [0.0; 30]);
+
+    // As in a batch with rows, only some of them need a graph.
+    let x = Tensor::<2>::zeros([0, 64], (device, DType::F32));
+    let y = linear(x, &weight, Some(bias.clone())).expect("valid");
+    let grads = y.sum().backward();
+    assert_eq!(values(&bias.grad(&grads).expect("a bias")), [0.0; 10]);
+}
+
+/// Sizes whose product overflows are not taken for those of a weight of as many elements as are left.
+#[test]
+fn a_product_of_more_elements_than_can_be_counted_is_none() {
+    let (rows, columns) = (1 << 33, (1 << 31) + 1);
+    let linear = LinearSpec {
+        weight: DequantizeSpec {
+            layout: PackedLayout::new(rows * (columns - (1 << 31)), QuantConfig::default()),
+            rows,
+            columns,
+            start: 0,
+            dtype: FloatType::F32,
+        },
+        strategy: MatmulStrategy::Auto,
+    };
+    assert_eq!(MatmulSpec::of(linear, 1), None);
 }
 
 /// What goes into a product is of one type: nothing is cast in silence, and nothing panics.

@@ -452,3 +452,12 @@ fn text_that_is_no_config_is_an_error(#[case] text: &str) {
         other => panic!("{other:?}"),
     }
 }
+
+#[rstest]
+#[case(r#"{"target_modules": ["q"], "bias": false}"#, "boolean `false`")]
+#[case(r#"{"target_modules": ["q"], "bias": null}"#, "null")]
+#[case(r#"{"target_modules": ["q"], "bias": "some"}"#, "`lora_only`")]
+fn a_value_of_another_kind_is_told(#[case] settings: &str, #[case] expected: &str) {
+    let error = parse(settings).unwrap_err().to_string();
+    assert!(error.contains(expected), "{error}");
+}

@@ -236,7 +236,9 @@ fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
         return Ok(());
     };
     let method = quantization.nullable::<String>("quant_method")?;
-    if let Some(method) = method.filter(|method| method != "bitsandbytes") {
+    // The second is what transformers calls it where it tells the two widths apart.
+    let is_bitsandbytes = |method: &str| ["bitsandbytes", "bitsandbytes_4bit"].contains(&method);
+    if let Some(method) = method.filter(|method| !is_bitsandbytes(method)) {
         return Err(quantization.unsupported("quant_method", method, "bitsandbytes"));
     }
     for name in ["load_in_8bit", "_load_in_8bit"] {

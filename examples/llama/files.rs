@@ -3,14 +3,23 @@
 use std::fs;
 use std::path::Path;
 
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::python_json;
 use serde::de::DeserializeOwned;
 
 use crate::error::ModelError;
 
+/// How a file begins that Git LFS has left in the place of one that it has not fetched.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 /// Reads a file.
 pub fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    fs::read(path).map_err(ModelError::io(path))
+    let content = fs::read(path).map_err(ModelError::io(path))?;
+    // As a template or a text it would pass for one.
+    match content.starts_with(LFS_POINTER) {
+        true => Err(Nf4Error::GitLfsPointer { path: path.into() }.into()),
+        false => Ok(content),
+    }
 }
 
 /// Reads a file of JSON, as Python does.

@@ -57,7 +57,7 @@ impl Tie {
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. All that is missing, unexpected or of another form is listed in one error, before
-/// anything is read. Where the config ties the head to the table and the checkpoint holds two
+/// anything is read; a checkpoint that its config.json says something else of is refused. Where the config ties the head to the table and the checkpoint holds two
 /// different ones, the model has both, as in transformers: see [`Llama::lm_head`].
 pub fn load(
     checkpoint: &Checkpoint,
@@ -69,6 +69,9 @@ pub fn load(
     let tie = Tie::of(checkpoint, config);
     let parameters = parameters(config, tie);
     check(checkpoint, &parameters)?;
+    if let Some(fault) = checkpoint.faults().into_iter().next() {
+        return Err(fault.into());
+    }
     let mut reader = Reader {
         checkpoint,
         dtype,

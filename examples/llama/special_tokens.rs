@@ -20,8 +20,8 @@ pub struct SpecialTokens {
 }
 
 impl SpecialTokens {
-    /// Reads them from `tokenizer_config.json`, and from `special_tokens_map.json` where the
-    /// former does not list the tokens that were added. `defaults` are those of the class.
+    /// Reads them from `tokenizer_config.json`, and from `special_tokens_map.json` and
+    /// `added_tokens.json` where the former does not list the tokens that were added. `defaults` are those of the class.
     pub fn from_folder(
         folder: &Path,
         config: &Fields,
@@ -39,16 +39,23 @@ impl SpecialTokens {
             None => {
                 let map = Fields::read_or_empty(&folder.join("special_tokens_map.json"))?;
                 tokens.read_named(&map, &mut extra)?;
+                let ids = Fields::read_or_empty(&folder.join("added_tokens.json"))?;
+                tokens.added = tokens_of_ids(&ids, &tokens.special(&extra))?;
             }
         }
-        let named = tokens.named.iter().map(|(_, token)| token.clone());
-        let special: Vec<String> = named.chain(extra).collect();
+        let special = tokens.special(&extra);
         for content in special {
             if !tokens.added.iter().any(|token| token.content == content) {
                 tokens.added.push(AddedToken::from(content, true));
             }
         }
         Ok(tokens)
+    }
+
+    /// The named tokens and the further ones.
+    fn special(&self, extra: &[String]) -> Vec<String> {
+        let named = self.named.iter().map(|(_, token)| token);
+        named.chain(extra).cloned().collect()
     }
 
     /// The fields whose name ends in `_token` and that hold one, and the further tokens.
@@ -152,6 +159,18 @@ fn tokens_by_id(decoder: &Fields) -> Result<Vec<AddedToken>, ModelError> {
             .rstrip(flag("rstrip")?)
             .normalized(fields.get("normalized")?.unwrap_or(!special));
         tokens.push((number, token));
+    }
+    tokens.sort_by_key(|(id, _)| *id);
+    Ok(tokens.into_iter().map(|(_, token)| token).collect())
+}
+
+/// The tokens of `added_tokens.json`, which has the id of each, in the order of their ids.
+fn tokens_of_ids(ids: &Fields, special: &[String]) -> Result<Vec<AddedToken>, ModelError> {
+    let mut tokens = Vec::new();
+    for content in ids.names() {
+        let special = special.iter().any(|token| token == content);
+        let token = AddedToken::from(content, special).normalized(!special);
+        tokens.push((ids.required::<u32>(content)?, token));
     }
     tokens.sort_by_key(|(id, _)| *id);
     Ok(tokens.into_iter().map(|(_, token)| token).collect())

@@ -67,7 +67,8 @@ impl Nf4Tensor {
     ///
     /// The result is bitsandbytes' (CUDA) to the bit, with these exceptions. An all-zero block gets
     /// the code of zero and so decodes to exact zeros, where bitsandbytes' kernel divides by zero;
-    /// as there, a block whose absmax is subnormal counts as all-zero. The offset of the nested
+    /// as there, a block whose absmax is subnormal counts as all-zero, and one whose absmax is above
+    /// 2^126 (8.5e37) decodes to zeros, as its reciprocal is flushed to zero. The offset of the nested
     /// scales can differ in its last bits, see [`NestedAbsmax::quantize`]. And f32 weights that
     /// fall on a threshold to within an ulp can get the neighbouring code, see
     /// [`reciprocal`](super::reciprocal()).

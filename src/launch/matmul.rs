@@ -117,7 +117,8 @@ impl MatmulPlan {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if `n * k` is not the number of weights or `m` is zero,
-    /// [`Nf4Error::ElementCount`] if `x` or `y` is larger than memory can address,
+    /// [`Nf4Error::ElementCount`] if `x`, `y` or the weight is larger than memory can address, or the
+    /// weight has no elements,
     /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Variant`] if it
     /// cannot run the kernel on these sizes.
     pub fn new(
@@ -457,19 +458,18 @@ impl MatmulPlan {
 fn check(client: &Client, layout: &PackedLayout, product: &Product) -> Result<(), Nf4Error> {
     let Product { m, n, k, dtype } = *product;
     check_dtype(client, dtype)?;
-    for (tensor, rows, columns) in [("x", m, k), ("y", m, n)] {
+    for (tensor, rows, columns) in [("x", m, k), ("y", m, n), ("weight", n, k)] {
         let elems = rows.checked_mul(columns);
-        if elems.is_none_or(|elems| elems > isize::MAX as usize / dtype.size_bytes()) {
+        let is_empty = tensor == "weight" && elems == Some(0);
+        let most = isize::MAX as usize / dtype.size_bytes();
+        if is_empty || elems.is_none_or(|elems| elems > most) {
             return Err(Nf4Error::ElementCount {
                 tensor: tensor.into(),
                 shape: vec![rows, columns],
             });
         }
     }
-    for (tensor, expected, given) in [
-        ("weight", layout.elems(), n.saturating_mul(k)),
-        ("x", m.max(1), m),
-    ] {
+    for (tensor, expected, given) in [("weight", layout.elems(), n * k), ("x", m.max(1), m)] {
         if expected != given {
             return Err(Nf4Error::Length {
                 tensor: tensor.into(),

@@ -31,8 +31,8 @@ const WORDS_A_UNIT: usize = 4;
 ///
 /// # Errors
 /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if `shape` has
-/// another product or, in bytes, the buffer is too small, [`Nf4Error::Alignment`] if it does not begin
-/// at a multiple of 16 bytes.
+/// another product or, in bytes, the buffer is too small, [`Nf4Error::ElementCount`] for a weight
+/// without elements, [`Nf4Error::Alignment`] if the buffer does not begin at a multiple of 16 bytes.
 pub fn quantize(
     client: &Client,
     weight: Handle,
@@ -47,6 +47,12 @@ pub fn quantize(
             tensor: "weight".into(),
             expected: layout.elems(),
             given: elems.unwrap_or(usize::MAX),
+        });
+    }
+    if layout.elems() == 0 {
+        return Err(Nf4Error::ElementCount {
+            tensor: "weight".into(),
+            shape: shape.to_vec(),
         });
     }
     Buffer {

@@ -81,6 +81,7 @@ impl Cut {
             // Where the weight has too few rows to give every multiprocessor a cube, cubes share
             // the work along k.
             let row_cubes = product.n.div_ceil(16 * tile.row_tiles * tile.row_planes);
+            let row_cubes = row_cubes.max(1);
             TensorCoreTile {
                 k_cubes: (multiprocessors / row_cubes).clamp(1, MAX_K_CUBES),
                 ..tile
@@ -147,7 +148,7 @@ impl TensorCoreTile {
     /// have four chunks or more to go through.
     pub fn whole(client: &Client, product: &Product) -> Self {
         let row_planes = product.n.div_ceil(16 * multiprocessors(client)).clamp(1, 8);
-        let all = product.k.div_ceil(CHUNK);
+        let all = product.k.div_ceil(CHUNK).max(1);
         let k_planes = (32 / row_planes).min(all.div_ceil(4));
         let chunks = all.div_ceil(k_planes).next_multiple_of(2);
         Self {
@@ -178,8 +179,11 @@ fn check(
     variant: MatmulVariant,
     tile: TensorCoreTile,
 ) -> Result<u32, Nf4Error> {
-    let Product { m, k, dtype, .. } = product;
+    let Product { m, n, k, dtype } = product;
     let fail = |reason| Err(impossible(variant, reason));
+    if [m, n, k].contains(&0) {
+        return fail(format!("a product of {m}x{k} with {n}x{k} has no elements"));
+    }
     if !has_fragments(client, elem_type(dtype)) {
         let dtype = dtype.name();
         return fail(format!(

@@ -24,6 +24,17 @@ pub struct DequantizeSpec {
     pub dtype: FloatType,
 }
 
+impl DequantizeSpec {
+    /// Elements to decode.
+    ///
+    /// # Panics
+    /// If they are more than can be counted: the shape of the result would not be that of its values.
+    pub(super) fn elems(&self) -> usize {
+        let elems = self.rows.checked_mul(self.columns);
+        elems.expect("as many elements as a weight can have")
+    }
+}
+
 /// How a linear map with a packed weight is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MatmulStrategy {
@@ -91,7 +102,8 @@ impl MatmulSpec {
     /// The product, if it may be computed without the decoded weight.
     pub fn of(linear: LinearSpec, m: usize) -> Option<Self> {
         let LinearSpec { weight, strategy } = linear;
-        let whole = weight.start == 0 && weight.rows * weight.columns == weight.layout.elems();
+        let elems = weight.rows.checked_mul(weight.columns);
+        let whole = weight.start == 0 && elems == Some(weight.layout.elems());
         let packed = match strategy {
             MatmulStrategy::Auto | MatmulStrategy::Rule => m <= Self::MAX_ROWS,
             MatmulStrategy::Decode => false,

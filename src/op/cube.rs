@@ -39,7 +39,8 @@ impl Nf4Backend for CubeBackend {
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         debug_check(&packed, &spec.layout);
         let packed = into_contiguous(packed);
-        let elems = spec.start..spec.start + spec.rows * spec.columns;
+        let end = spec.start.checked_add(spec.elems());
+        let elems = spec.start..end.expect("as many elements as a weight can have");
         let plan = DequantizePlan::new(&packed.client, &spec.layout, elems, spec.dtype, None)
             .expect("arguments were validated");
         let out = packed.client.empty(plan.out_bytes());

@@ -159,7 +159,7 @@ pub(super) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4
 
 fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> Bytes {
     let words: &[u32] = bytemuck::cast_slice(packed.bytes());
-    let mut out = vec![T::zeroed(); spec.rows * spec.columns];
+    let mut out = vec![T::zeroed(); spec.elems()];
     host::dequantize(words, &spec.layout, spec.start, &mut out);
     Bytes::from_elems(out)
 }

@@ -220,13 +220,11 @@ fn linear_at<const D: usize>(
     if rows == 0 {
         // Not a reshape of x: it would read the zero as "keep this dimension".
         let y = Tensor::zeros(Shape::from(shape), (&x.device(), x.dtype()));
-        if !x.device().is_autodiff() {
-            return Ok(y);
-        }
-        let branch = branch.map(|LowRank { a, b, .. }| [a.sum(), b.sum()]);
-        let bias = bias.map(|bias| bias.sum());
-        let operands = branch.into_iter().flatten().chain(bias);
-        return Ok(connect_empty(y, operands.chain([x.sum()])));
+        // Any of them can have a graph, as in a batch with rows.
+        let branch = branch.map(|LowRank { a, b, .. }| [tracked_sum(a), tracked_sum(b)]);
+        let others = [bias.and_then(tracked_sum), tracked_sum(x)];
+        let operands = branch.into_iter().flatten().chain(others).flatten();
+        return Ok(connect_empty(y, operands));
     }
     let transposed = weight.is_transposed();
     let [rows_stored, columns_stored] = match transposed {
@@ -306,6 +304,11 @@ pub(crate) fn connect_empty<const D: usize>(
     let dtype = y.dtype();
     let operands = operands.into_iter();
     operands.fold(y, |y, sum| y + sum.cast(dtype).unsqueeze() * 0.0)
+}
+
+/// The sum of a tensor that can have a graph.
+fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
+    tensor.device().is_autodiff().then(|| tensor.sum())
 }
 
 /// Checks that a tensor is of one of the dtypes that fit another.

@@ -200,7 +200,8 @@ impl Nf4Weight {
     /// Quantizes a weight on its device.
     ///
     /// On GPUs the values are not checked: with a NaN or an infinity in it, a block decodes to
-    /// unspecified values, and where scales are quantized too, so does the whole weight.
+    /// unspecified values, and where scales are quantized too, so does the whole weight. On every
+    /// device, as in bitsandbytes, a block with a magnitude above 2^126 (8.5e37) decodes to zeros.
     ///
     /// # Shapes
     /// - `weight`: any; `[out_features, in_features]` for a linear layer

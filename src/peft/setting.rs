@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The modules that an adapter adapts.
@@ -91,7 +91,7 @@ impl OneOrMany<String> {
 }
 
 /// Which biases of the base model an adapter trains and holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoraBias {
     /// None.
@@ -101,6 +101,21 @@ pub enum LoraBias {
     All,
     /// Those of the adapted modules.
     LoraOnly,
+}
+
+impl<'de> Deserialize<'de> for LoraBias {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // By its name, so that an error says what was met in the place of one.
+        match String::deserialize(deserializer)?.as_str() {
+            "none" => Ok(Self::None),
+            "all" => Ok(Self::All),
+            "lora_only" => Ok(Self::LoraOnly),
+            other => Err(D::Error::unknown_variant(
+                other,
+                &["none", "all", "lora_only"],
+            )),
+        }
+    }
 }
 
 /// How a branch was initialized before it was trained: PEFT's `true`, `false` or a name.

@@ -204,6 +204,24 @@ fn a_template_of_another_form_is_refused(#[case] config: &str) {
     assert!(error.to_string().contains("chat_template"), "{error}");
 }
 
+/// It would render, as a text without a variable.
+#[rstest]
+fn a_git_lfs_pointer_is_no_template(
+    #[values(
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "chat_template.json"
+    )]
+    name: &str,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+    let Err(error) = folder_chat(folder.path(), &[(name, pointer)]) else {
+        panic!("read");
+    };
+    assert!(error.to_string().contains("git lfs pull"), "{error}");
+}
+
 #[test]
 fn a_template_can_be_chosen_by_name_or_file() {
     let folder = tempfile::tempdir().unwrap();

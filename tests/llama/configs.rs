@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::checkpoint::{Checkpoint, DequantizeOptions, SINGLE_FILE, dequantize_checkpoint};
 use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -133,6 +133,7 @@ fn what_is_not_implemented_is_refused_by_name(#[case] fields: Value, #[case] nam
     "layer_types": ["sliding_attention", "sliding_attention"],
 }))]
 #[case::packed(json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}))]
+#[case::packed_by_its_other_name(json!({"quantization_config": {"quant_method": "bitsandbytes_4bit"}}))]
 #[case::packed_older(json!({"quantization_config": {"load_in_4bit": true, "load_in_8bit": false}}))]
 #[case::no_quantization(json!({"quantization_config": null, "per_layer_config": null}))]
 #[case::floats_of_python(json!({"time_step_limit": [0.0, {"$python::number": "Infinity"}]}))]
@@ -225,6 +226,43 @@ fn all_faults_of_a_checkpoint_are_listed_at_once() {
     assert!(text.contains("mlp.up_proj.weight has shape [352, 128], expected [384, 128]"));
     // All of the second layer: two norms and seven linear layers, each once.
     assert_eq!(faults.unexpected.len(), 9);
+}
+
+/// What the config claims must be there, and what is there must be claimed.
+#[rstest]
+#[case::packed_and_not_claimed(true, Value::Null)]
+#[case::packed_and_another_claim(true, json!({"text_config": {"quant_method": "gptq"}}))]
+#[case::claimed_and_not_packed(false, json!({"quant_method": "bitsandbytes", "load_in_4bit": true}))]
+fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
+    #[case] packed: bool,
+    #[case] claim: Value,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Checkpoint::open(fixture("hf/f32/model")).unwrap();
+    let written = folder.path().join("model");
+    if packed {
+        std::fs::create_dir(&written).unwrap();
+        std::fs::copy(source.path().join(SINGLE_FILE), written.join(SINGLE_FILE)).unwrap();
+    } else {
+        let options = DequantizeOptions::default();
+        dequantize_checkpoint(&source, &written, &options, |_| ()).unwrap();
+    }
+    let text = std::fs::read(source.path().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    match claim.get("text_config") {
+        Some(claim) => config["text_config"] = json!({ "quantization_config": claim }),
+        None => config["quantization_config"] = claim,
+    }
+    std::fs::write(written.join("config.json"), config.to_string()).unwrap();
+    let config = LlamaConfig::from_folder(&written).unwrap();
+    let checkpoint = Checkpoint::open(&written).unwrap();
+    let device = Device::default();
+    let result = load::load(&checkpoint, &config, config.dtype, &device, |_| ());
+    let Err(error) = result else {
+        panic!("loaded");
+    };
+    let error = error.to_string();
+    assert!(error.contains("`quantization_config`"), "{error}");
 }
 
 #[test]

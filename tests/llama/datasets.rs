@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use burn_nf4::Nf4Error;
 use rstest::rstest;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -106,6 +107,17 @@ fn a_bad_line_is_named() {
     assert!(error.to_string().contains("line 2"), "{error}");
     assert!(matches!(read("a.csv", "a"), Err(ModelError::Argument(_))));
     assert!(matches!(read("a.txt", "a"), Err(ModelError::Argument(_))));
+}
+
+/// Git LFS leaves a text in the place of a file that it has not fetched: nothing to train on.
+#[rstest]
+fn a_git_lfs_pointer_is_no_data(#[values("a.txt", "a.jsonl", "a.json")] name: &str) {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+    let error = read(name, pointer).unwrap_err();
+    assert!(
+        matches!(&error, ModelError::Nf4(Nf4Error::GitLfsPointer { path }) if path.ends_with(name)),
+        "{error}"
+    );
 }
 
 #[test]

@@ -42,8 +42,9 @@ impl Claim {
         })
     }
 
-    /// Checks that it claims bitsandbytes in 4 bit. transformers takes a config of bitsandbytes
-    /// that sets no flag for that, and refuses flags that are not booleans.
+    /// Checks that it claims bitsandbytes in 4 bit. One of bitsandbytes that sets no flag at all is
+    /// taken for that; transformers 5.24 reads no weight in such a folder, nor where the flag is
+    /// false. It refuses flags that are not booleans.
     ///
     /// # Errors
     /// [`Nf4Error::Config`].
@@ -55,11 +56,11 @@ impl Claim {
                 given,
             })
         };
-        let (mut in_4bit, mut in_8bit) = (false, false);
+        let (mut in_4bit, mut in_8bit) = (None, None);
         for (names, flag) in [(IN_4BIT, &mut in_4bit), (IN_8BIT, &mut in_8bit)] {
             for name in names {
                 match self.value.get(name) {
-                    Some(Value::Bool(value)) => *flag |= value,
+                    Some(&Value::Bool(value)) => *flag = Some(flag.unwrap_or(false) | value),
                     None | Some(Value::Null) => {}
                     Some(other) => {
                         let value = python_json::to_string(other).unwrap_or_default();
@@ -69,17 +70,22 @@ impl Claim {
                 }
             }
         }
+        let in_8bit = in_8bit == Some(true);
         let is_method = match self.value.get("quant_method") {
             // Older files name no method, and set a flag.
-            None | Some(Value::Null) => in_4bit || in_8bit,
+            None | Some(Value::Null) => in_4bit == Some(true) || in_8bit,
             Some(method) => method
                 .as_str()
                 .is_some_and(|method| METHODS.contains(&method)),
         };
-        if is_method && !in_8bit {
-            return Ok(());
+        let expected = "bitsandbytes in 4 bit, or none";
+        match (is_method, in_8bit) {
+            (true, false) if in_4bit == Some(false) => {
+                refuse(expected, format!("{self} with {} false", IN_4BIT[0]))
+            }
+            (true, false) => Ok(()),
+            _ => refuse(expected, self.to_string()),
         }
-        refuse("bitsandbytes in 4 bit, or none", self.to_string())
     }
 
     /// ` in PART` for errors; nothing for the model itself.

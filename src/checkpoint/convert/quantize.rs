@@ -75,7 +75,7 @@ impl Default for QuantizeOptions {
 ///
 /// Quantized are matrices named `….weight`, but for embeddings, heads (`lm_head` and the like),
 /// routers and what [`QuantizeOptions`] name. `config.json` gets a `quantization_config` that says
-/// so, and the other files of the folder are copied. One tensor is in memory at a time.
+/// so, unless no weight is left, and the other files of the folder are copied. One tensor is in memory at a time.
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::{Checkpoint, QuantizeOptions, quantize_checkpoint};
@@ -153,11 +153,10 @@ pub fn quantize_checkpoint(
 
     copy_other_files(&mut writer, source)?;
     if let Some(config) = &mut model_config {
-        config.set_quantized(
-            options,
-            compute_dtype.unwrap_or(FloatType::F32),
-            selection.skip_entry(),
-        );
+        // What is claimed must be there. With a weight comes its dtype.
+        if let Some(compute_dtype) = compute_dtype.filter(|_| converted > 0) {
+            config.set_quantized(options, compute_dtype, selection.skip_entry());
+        }
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);
         }
