@@ -329,7 +329,14 @@ fn refusals(device: &Device, variant: Variant) {
     let tensor = Nf4Tensor::quantize(&weights(640, 1), &[10, 64], quant).expect("valid");
     let layout = tensor.packed_layout();
     let plan = |elems| DequantizePlan::new(&client, &layout, elems, FloatType::F32, Some(variant));
-    for elems in [0..0, 0..641, 640..641, 5..4, usize::MAX - 1..usize::MAX] {
+    let backwards = std::ops::Range { start: 5, end: 4 };
+    for elems in [
+        0..0,
+        0..641,
+        640..641,
+        backwards,
+        usize::MAX - 1..usize::MAX,
+    ] {
         let expected = Nf4Error::ElementRange {
             start: elems.start,
             end: elems.end,

@@ -115,6 +115,7 @@ impl<G: Float> LoraBranch<G> {
     ///
     /// A lane has four neighbouring places along the rank, where the instruction wants two pairs
     /// eight apart: any order does that both sides agree on.
+    #[allow(clippy::too_many_arguments)]
     pub fn add_tile<F: Float>(
         &self,
         sums: &mut Sequence<Array<Vector<f32, Const<2>>>>,

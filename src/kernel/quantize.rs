@@ -399,6 +399,7 @@ pub fn mean_absmax_kernel(
 
 /// The mean of scales whose sum overflows, by one unit: [`SumF32x2::large_mean`].
 #[cube]
+#[allow(clippy::needless_range_loop)] // CubeCL takes no iterator here.
 fn large_mean(absmax: &[f32], blocks: usize, inverse_blocks: f32, zero: u32) -> f32 {
     let mut high = 0.0f32;
     let mut low = 0.0f32;
