@@ -158,6 +158,24 @@ pub enum Nf4Error {
         /// The dtype asked for.
         dtype: String,
     },
+    /// A library that is loaded at run time is not there, or cannot be used.
+    #[error("{library} cannot be used, tried: {}", tried.join("; "))]
+    Library {
+        /// The library.
+        library: &'static str,
+        /// What was tried, each with why it was rejected.
+        tried: Vec<String>,
+    },
+    /// A tensor or buffer on another device.
+    #[error("`{tensor}` lies on {given}, expected {expected}")]
+    Device {
+        /// The tensor concerned.
+        tensor: String,
+        /// The device that is to use it.
+        expected: String,
+        /// Where it lies.
+        given: String,
+    },
     /// A packed buffer whose header does not describe the weight it is used as.
     #[error("packed weight: {what} is {given}, expected {expected}")]
     Header {

@@ -1,11 +1,17 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
+#[cfg(feature = "cublaslt")]
+mod dense;
 mod dequantize;
 mod lora;
 mod matmul;
 mod quantize;
 mod tensor_core;
 
+#[cfg(feature = "cublaslt")]
+pub use dense::{
+    CUBLASLT_VARIABLE, DenseOperands, DensePlan, DenseProduct, MatrixLayout, set_cublaslt_path,
+};
 pub use dequantize::{DequantizePlan, Variant};
 pub use lora::Lora;
 pub use matmul::{MatmulPlan, MatmulVariant, Operands, Product};
