@@ -12,8 +12,8 @@ use burn_nf4::format::{
     BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
 };
 use burn_nf4::op::{
-    DequantizeSpec, LinearSpec, LowRank, MatmulSpec, MatmulStrategy, Nf4Backend, is_reproducible,
-    linear_with, lora_linear, set_reproducible,
+    DequantizeSpec, LinearSpec, LowRank, MatmulOptions, MatmulSpec, MatmulStrategy, Nf4Backend,
+    is_reproducible, linear_with, lora_linear, matmul, set_reproducible,
 };
 use burn_nf4::{Nf4Error, Nf4Weight, linear};
 use half::{bf16, f16};
@@ -359,6 +359,7 @@ fn a_product_of_more_elements_than_can_be_counted_is_none() {
             dtype: FloatType::F32,
         },
         strategy: MatmulStrategy::Auto,
+        cublaslt: false,
     };
     assert_eq!(MatmulSpec::of(linear, 1), None);
 }
@@ -482,12 +483,16 @@ fn the_input_gradient_has_a_gradient(device: &Device) {
     let grad: Tensor<2> = tensor(&uniform(m * n, 2), [m, n], FloatType::F32, device);
     let grad = grad.require_grad();
     let factor: Tensor<2> = tensor(&uniform(m * k, 3), [m, k], FloatType::F32, device);
-    let spec = DequantizeSpec {
-        layout: *weight.layout(),
-        rows: n,
-        columns: k,
-        start: 0,
-        dtype: FloatType::F32,
+    let spec = LinearSpec {
+        weight: DequantizeSpec {
+            layout: *weight.layout(),
+            rows: n,
+            columns: k,
+            start: 0,
+            dtype: FloatType::F32,
+        },
+        strategy: MatmulStrategy::Auto,
+        cublaslt: false,
     };
     let dx = <Dispatch as Nf4Backend>::nf4_linear_backward(
         grad.clone().into_dispatch(),
@@ -825,6 +830,305 @@ fn a_branch_that_does_not_fit_is_an_error(device: &Device) {
     }
 }
 
+/// With a bias that is trained or not, of few rows and many: `y`, and the gradients of `sum(y g)`.
+fn a_tracked_branch_has_its_gradients(device: &Device) {
+    for dtype in FloatType::ALL {
+        if lacks(device, dtype.into()) {
+            continue;
+        }
+        let tracked = &device.clone().autodiff();
+        let ([n, k, rank], scale) = ([64, 128, 8], 0.5);
+        let host = reference(&weights(n * k, 6), &[n, k], dtype, QuantConfig::default());
+        let weight = Nf4Weight::from_host(&host, tracked);
+        let w = values(&weight.dequantize::<2>(dtype).expect("a matrix"));
+        for (m, with_bias) in [(3, false), (3, true), (300, true)] {
+            let what = format!("{m} rows, {dtype:?}, bias {with_bias}");
+            let matrix = |dims: [usize; 2], dtype, seed| -> Tensor<2> {
+                tensor(&uniform(dims[0] * dims[1], seed), dims, dtype, tracked)
+            };
+            let x = matrix([m, k], dtype, 2).require_grad();
+            let a = matrix([k, rank], FloatType::F32, 3).require_grad();
+            let b = matrix([rank, n], FloatType::F32, 4).require_grad();
+            let g = matrix([m, n], dtype, 7);
+            let bias = with_bias.then(|| {
+                let bias: Tensor<1> = matrix([1, n], dtype, 5).reshape([n]);
+                bias.detach().require_grad()
+            });
+            let branch = LowRank {
+                a: a.clone(),
+                b: b.clone(),
+                scale,
+            };
+            let strategy = MatmulStrategy::Auto;
+            let y = lora_linear(x.clone(), &weight, bias.clone(), branch, strategy).expect("fits");
+            let grads = (y.clone() * g.clone()).sum().backward();
+
+            let [xs, av, bv, gv] = [&x, &a, &b, &g].map(values);
+            let of_bias = bias.as_ref().map_or(vec![0.0; n], values);
+            let (a_rows, b_rows) = (transposed(&av, k, rank), transposed(&bv, rank, n));
+            let down = product(&xs, &a_rows, m, k, rank);
+            let plain = product(&xs, &w, m, k, n);
+            let added = product(&down, &b_rows, m, rank, n);
+            let expected: Vec<f64> = (0..m * n)
+                .map(|i| plain[i] + scale * added[i] + of_bias[i % n])
+                .collect();
+            // What a branch in the dtype of `x` may be off by.
+            let tolerance = 8.0 * rounding(dtype).max(2f64.powi(-11));
+            assert_near(&values(&y), &expected, tolerance, &what);
+
+            let h = product(&gv, &bv, m, n, rank);
+            let w_columns = transposed(&w, n, k);
+            let (dx_plain, dx_branch) = (
+                product(&gv, &w_columns, m, n, k),
+                product(&h, &av, m, rank, k),
+            );
+            let dx: Vec<f64> = (0..m * k)
+                .map(|i| dx_plain[i] + scale * dx_branch[i])
+                .collect();
+            let (x_columns, h_columns) = (transposed(&xs, m, k), transposed(&h, m, rank));
+            let (d_columns, g_columns) = (transposed(&down, m, rank), transposed(&gv, m, n));
+            let scaled = |values: Vec<f64>| values.iter().map(|v| scale * v).collect::<Vec<f64>>();
+            let da = scaled(product(&x_columns, &h_columns, k, m, rank));
+            let db = scaled(product(&d_columns, &g_columns, rank, m, n));
+            for (name, got, expected, of) in [
+                ("dx", x.grad(&grads), dx, dtype),
+                ("da", a.grad(&grads), da, FloatType::F32),
+                ("db", b.grad(&grads), db, FloatType::F32),
+            ] {
+                let got = got.expect("a gradient");
+                assert_eq!(got.dtype(), DType::from(of), "{what}, {name}");
+                assert_near(
+                    &values(&got),
+                    &expected,
+                    tolerance,
+                    &format!("{what}, {name}"),
+                );
+            }
+            if let Some(bias) = bias {
+                let sums: Vec<f64> = (0..n)
+                    .map(|j| (0..m).map(|i| gv[i * n + j]).sum())
+                    .collect();
+                let got = values(&bias.grad(&grads).expect("a gradient"));
+                assert_near(&got, &sums, tolerance, &format!("{what}, d bias"));
+            }
+        }
+    }
+}
+
+/// Every way that operands can lie.
+fn orientations() -> impl Iterator<Item = MatmulOptions> {
+    [false, true].into_iter().flat_map(|transpose_lhs| {
+        [false, true].map(|transpose_rhs| MatmulOptions {
+            transpose_lhs,
+            transpose_rhs,
+            ..MatmulOptions::default()
+        })
+    })
+}
+
+/// `[batch, rows, columns]` as it is stored.
+fn stored(batch: usize, [rows, columns]: [usize; 2], transposed: bool) -> [usize; 3] {
+    match transposed {
+        false => [batch, rows, columns],
+        true => [batch, columns, rows],
+    }
+}
+
+/// Batches, a matrix on the right for each or one for all, transposes, with a bias and without.
+fn dense_products(device: &Device) {
+    let [batch, m, n, k] = [3, 5, 24, 40];
+    for dtype in FloatType::ALL {
+        if lacks(device, dtype.into()) {
+            continue;
+        }
+        let bias: Tensor<1> = tensor(&uniform(n, 5), [n], dtype, device);
+        for options in orientations() {
+            for (of_rhs, bias) in [
+                (batch, None),
+                (1, Some(bias.clone())),
+                (batch, Some(bias.clone())),
+            ] {
+                let x = stored(batch, [m, k], options.transpose_lhs);
+                let y = stored(of_rhs, [k, n], options.transpose_rhs);
+                let x: Tensor<3> = tensor(&uniform(batch * m * k, 1), x, dtype, device);
+                let y: Tensor<3> = tensor(&uniform(of_rhs * k * n, 2), y, dtype, device);
+                let of_bias = bias.as_ref().map_or(Vec::new(), values);
+                let got = matmul(x.clone(), y.clone(), bias, options).expect("they fit");
+                assert_eq!(got.dims(), [batch, m, n]);
+                assert_eq!(got.dtype(), DType::from(dtype));
+                let got = values(&got);
+                for index in 0..batch {
+                    let of = |tensor: &Tensor<3>| {
+                        let last = tensor.dims()[0] - 1;
+                        values(&tensor.clone().narrow(0, index.min(last), 1))
+                    };
+                    let (mut x, mut y) = (of(&x), of(&y));
+                    if options.transpose_lhs {
+                        x = transposed(&x, k, m);
+                    }
+                    if !options.transpose_rhs {
+                        y = transposed(&y, k, n);
+                    }
+                    let expected = dense_linear(&x, &y, &of_bias, [m, k, n], dtype);
+                    let part = &got[index * m * n..][..m * n];
+                    assert_close(part, &expected, &format!("{options:?} {dtype:?}"));
+                }
+            }
+        }
+        // Two dimensions, of a view.
+        let x: Tensor<2> = tensor(&uniform(2 * m * k, 1), [m, 2 * k], dtype, device);
+        let x = x.narrow(1, k, k);
+        let y: Tensor<2> = tensor(&uniform(k * n, 2), [n, k], dtype, device);
+        let expected = dense_linear(&values(&x), &values(&y), &[], [m, k, n], dtype);
+        let options = MatmulOptions::default();
+        let got = matmul(x, y.transpose(), None, options).expect("they fit");
+        assert_close(&values(&got), &expected, "a view");
+    }
+}
+
+/// The gradients of all operands are those of Burn's own product.
+fn dense_products_have_their_gradients(device: &Device) {
+    let [batch, m, n, k] = [3, 5, 24, 40];
+    let device = &device.clone().autodiff();
+    let dtype = FloatType::F32;
+    let bias = || tensor::<1>(&uniform(n, 5), [n], dtype, device).require_grad();
+    let factor: Tensor<3> = tensor(&uniform(batch * m * n, 6), [batch, m, n], dtype, device);
+    for options in orientations() {
+        for of_rhs in [1, batch] {
+            let operands = || {
+                let x = stored(batch, [m, k], options.transpose_lhs);
+                let y = stored(of_rhs, [k, n], options.transpose_rhs);
+                let x: Tensor<3> = tensor(&uniform(batch * m * k, 1), x, dtype, device);
+                let y: Tensor<3> = tensor(&uniform(of_rhs * k * n, 2), y, dtype, device);
+                (x.require_grad(), y.require_grad(), bias())
+            };
+            let (x, y, b) = operands();
+            let got = matmul(x.clone(), y.clone(), Some(b.clone()), options).expect("they fit");
+            let grads = (got * factor.clone()).sum().backward();
+
+            let (x_burn, y_burn, b_burn) = operands();
+            let oriented = |matrix: &Tensor<3>, transpose| match transpose {
+                false => matrix.clone(),
+                true => matrix.clone().swap_dims(1, 2),
+            };
+            let lhs = oriented(&x_burn, options.transpose_lhs);
+            let expected =
+                lhs.matmul(oriented(&y_burn, options.transpose_rhs)) + b_burn.clone().unsqueeze();
+            let expected = (expected * factor.clone()).sum().backward();
+
+            let what = format!("{options:?}, {of_rhs} on the right");
+            for (name, got, expected) in [
+                ("lhs", (&x, &grads), (&x_burn, &expected)),
+                ("rhs", (&y, &grads), (&y_burn, &expected)),
+            ] {
+                let got = got.0.grad(got.1).expect("a gradient");
+                let expected = expected.0.grad(expected.1).expect("a gradient");
+                assert_eq!(got.dims(), expected.dims(), "{what}, {name}");
+                let (got, expected) = (values(&got), values(&expected));
+                assert_near(&got, &expected, 1.0 / 256.0, &format!("{what}, {name}"));
+            }
+            let got = values(&b.grad(&grads).expect("a gradient"));
+            let expected = values(&b_burn.grad(&expected).expect("a gradient"));
+            assert_near(&got, &expected, 1.0 / 256.0, &format!("{what}, bias"));
+        }
+    }
+}
+
+fn dense_operands_that_do_not_fit_are_errors(device: &Device) {
+    let options = MatmulOptions::default();
+    let f32s = (device, DType::F32);
+    let lhs = || Tensor::<3>::ones([2, 3, 8], f32s);
+    for (rhs, expected) in [
+        ([2, 7, 4], [2, 8, 4]),
+        ([3, 8, 4], [2, 8, 4]),
+        ([1, 7, 4], [1, 8, 4]),
+    ] {
+        let error = matmul(lhs(), Tensor::ones(rhs, f32s), None, options);
+        let expected = Nf4Error::Shape {
+            tensor: "rhs".into(),
+            expected: expected.to_vec(),
+            given: rhs.to_vec(),
+        };
+        assert_eq!(error.expect_err("they do not fit"), expected);
+    }
+    let bias = Some(Tensor::ones([8], f32s));
+    let error = matmul(lhs(), Tensor::ones([2, 8, 4], f32s), bias, options);
+    let expected = Nf4Error::Shape {
+        tensor: "bias".into(),
+        expected: vec![4],
+        given: vec![8],
+    };
+    assert_eq!(error.expect_err("it does not fit"), expected);
+    let one = Tensor::<1>::ones([8], f32s);
+    let error = matmul(one.clone(), one, None, options).expect_err("they are no matrices");
+    assert!(
+        matches!(error, Nf4Error::Rank { expected: 2, .. }),
+        "{error}"
+    );
+    if device.supports_dtype(DType::F16) {
+        let rhs = Tensor::<3>::ones([2, 8, 4], (device, DType::F16));
+        let error = matmul(lhs(), rhs, None, options).expect_err("types differ");
+        assert!(matches!(error, Nf4Error::Dtype { .. }), "{error}");
+    }
+}
+
+/// Products without elements, and sums of nothing, which are the bias.
+fn dense_products_of_nothing(device: &Device) {
+    let options = MatmulOptions::default();
+    let ones = |shape: [usize; 3]| Tensor::<3>::ones(shape, (device, DType::F32));
+    let bias = || Tensor::<1>::from_data([1.0f32, 2.0, 3.0, 4.0], (device, DType::F32));
+    for (lhs, rhs) in [([2, 0, 8], [1, 8, 4]), ([0, 3, 8], [0, 8, 4])] {
+        for bias in [None, Some(bias())] {
+            let y = matmul(ones(lhs), ones(rhs), bias, options).expect("it is empty");
+            assert_eq!(y.dims(), [lhs[0], lhs[1], 4]);
+        }
+    }
+    for rhs in [[1, 0, 4], [2, 0, 4]] {
+        let y = matmul(ones([2, 3, 0]), ones(rhs), None, options).expect("sums of nothing");
+        assert_eq!(y.into_data().try_to_vec::<f32>().expect("f32"), [0.0; 24]);
+        let y = matmul(ones([2, 3, 0]), ones(rhs), Some(bias()), options).expect("the bias");
+        let expected = [1.0, 2.0, 3.0, 4.0].repeat(6);
+        assert_eq!(y.into_data().try_to_vec::<f32>().expect("f32"), expected);
+    }
+    let device = device.clone().autodiff();
+    let lhs = Tensor::<3>::ones([2, 3, 0], (&device, DType::F32)).require_grad();
+    let bias = Tensor::<1>::ones([4], (&device, DType::F32)).require_grad();
+    let rhs = Tensor::<3>::ones([1, 0, 4], (&device, DType::F32)).require_grad();
+    let y = matmul(lhs.clone(), rhs.clone(), Some(bias.clone()), options).expect("the bias");
+    let grads = y.sum().backward();
+    assert_eq!(lhs.grad(&grads).expect("a gradient").dims(), [2, 3, 0]);
+    assert_eq!(rhs.grad(&grads).expect("a gradient").dims(), [1, 0, 4]);
+    let of_bias = bias.grad(&grads).expect("a gradient").into_data();
+    assert_eq!(of_bias.try_to_vec::<f32>().expect("f32"), [6.0; 4]);
+}
+
+/// Operands on two devices are an error before anything runs.
+fn operands_on_two_devices_are_an_error(device: &Device) {
+    #[cfg(feature = "flex")]
+    let other = Device::flex();
+    #[cfg(not(feature = "flex"))]
+    let other = device.clone();
+    if *device == other {
+        skip("there is but one device");
+        return;
+    }
+    let of = |device: &Device, shape: [usize; 2]| Tensor::<2>::ones(shape, (device, DType::F32));
+    let expect = |error: Nf4Error, tensor: &str| match &error {
+        Nf4Error::Device { tensor: named, .. } => assert_eq!(named, tensor, "{error}"),
+        _ => panic!("{error}"),
+    };
+    let options = MatmulOptions::default();
+    let error = matmul(of(device, [2, 64]), of(&other, [64, 4]), None, options);
+    expect(error.expect_err("two devices"), "rhs");
+    let weight = Nf4Weight::quantize(of(&other, [32, 64]), QuantConfig::default());
+    let weight = weight.expect("finite");
+    let error = linear(of(device, [2, 64]), &weight, None).expect_err("two devices");
+    expect(error, "packed weight");
+    let bias = Tensor::<1>::ones([32], (device, DType::F32));
+    let error = linear(of(&other, [2, 64]), &weight, Some(bias)).expect_err("two devices");
+    expect(error, "bias");
+}
+
 fn is_cuda(device: &Device) -> bool {
     format!("{:?}", device.as_dispatch())
         .to_lowercase()
@@ -1032,6 +1336,12 @@ macro_rules! device_tests {
                 a_strategy_that_is_impossible_is_an_error
                 a_branch_joins_the_product
                 a_branch_that_does_not_fit_is_an_error
+                a_tracked_branch_has_its_gradients
+                dense_products
+                dense_products_have_their_gradients
+                dense_operands_that_do_not_fit_are_errors
+                dense_products_of_nothing
+                operands_on_two_devices_are_an_error
             );
 
             #[rstest]

@@ -229,7 +229,10 @@ impl QLoraLinear {
     /// matrix products.
     fn branch<const D: usize>(&self, x: Tensor<D>, rows: usize) -> Tensor<2> {
         let [_, d_input] = self.base.dims();
-        self.low_rank().forward(x.reshape([rows, d_input]))
+        match self.low_rank().forward(x.reshape([rows, d_input])) {
+            Ok(branch) => branch,
+            Err(error) => panic!("QLoraLinear::forward: {error}"),
+        }
     }
 
     fn forward_dora<const D: usize>(

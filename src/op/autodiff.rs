@@ -1,13 +1,16 @@
-//! Gradients: to `x` alone, with only the packed weight kept for the backward pass.
+//! Gradients. For the backward pass of a packed weight only that is kept: no dense copy of it.
 
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend};
+use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
+use burn::tensor::Shape;
 
 use super::backend::{
-    DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, add_bias,
+    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+    QuantizeSpec, add_lora, cast,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -34,7 +37,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         {
             OpsKind::Tracked(prep) => {
                 let y = B::nf4_linear(x, packed.clone(), spec);
-                prep.finish((packed, spec.weight), y)
+                prep.finish((packed, spec), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear(x, packed, spec)),
         }
@@ -54,14 +57,137 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        let y = Self::nf4_linear(x, packed, spec.linear());
-        add_bias::<Self>(y, bias, spec)
+        let ((x, x_node), (bias, bias_node)) = (x.into_parts(), bias.into_parts());
+        match LinearBiasBackward
+            .prepare::<C>([x_node, bias_node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let y = B::nf4_matmul_bias(x, packed.clone(), bias, spec);
+                prep.finish((packed, spec.linear()), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::nf4_matmul_bias(x, packed, bias, spec)),
+        }
+    }
+
+    fn nf4_matmul_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        if !spec.matmul.cublaslt {
+            let y = Self::nf4_matmul(x.clone(), packed, spec.matmul);
+            return add_lora::<Self>(y, x, a, b, spec);
+        }
+        match LoraBackward
+            .prepare::<C>([x.node(), a.node(), b.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let x_id = prep.checkpoint(&x);
+                let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
+                let y = B::nf4_matmul(x.clone(), packed.clone(), spec.matmul);
+                let (y, kept) = Kept::add_branch::<B>(y, x, [a, b], spec);
+                prep.finish((x_id, packed, kept), y)
+            }
+            OpsKind::UnTracked(prep) => {
+                let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
+                prep.finish(B::nf4_matmul_lora(x, packed, a, b, spec))
+            }
+        }
+    }
+
+    fn nf4_matmul_bias_lora(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        bias: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        if !spec.matmul.cublaslt {
+            let y = Self::nf4_matmul_bias(x.clone(), packed, bias, spec.matmul);
+            return add_lora::<Self>(y, x, a, b, spec);
+        }
+        match LoraBackward
+            .prepare::<C>([x.node(), a.node(), b.node(), bias.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let x_id = prep.checkpoint(&x);
+                let (x, bias) = (x.into_primitive(), bias.into_primitive());
+                let (a, b) = (a.into_primitive(), b.into_primitive());
+                let y = B::nf4_matmul_bias(x.clone(), packed.clone(), bias, spec.matmul);
+                let (y, kept) = Kept::add_branch::<B>(y, x, [a, b], spec);
+                prep.finish((x_id, packed, kept), y)
+            }
+            OpsKind::UnTracked(prep) => {
+                let (x, bias) = (x.into_primitive(), bias.into_primitive());
+                let (a, b) = (a.into_primitive(), b.into_primitive());
+                prep.finish(B::nf4_matmul_bias_lora(x, packed, bias, a, b, spec))
+            }
+        }
+    }
+
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
+        match DenseBackward
+            .prepare::<C>([lhs.node(), rhs.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let lhs_id = tracked[1].then(|| prep.checkpoint(&lhs));
+                let rhs_id = tracked[0].then(|| prep.checkpoint(&rhs));
+                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
+                prep.finish((lhs_id, rhs_id, spec), B::dense_matmul(lhs, rhs, spec))
+            }
+            OpsKind::UnTracked(prep) => {
+                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
+                prep.finish(B::dense_matmul(lhs, rhs, spec))
+            }
+        }
+    }
+
+    fn dense_matmul_bias(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
+        match DenseBackward
+            .prepare::<C>([lhs.node(), rhs.node(), bias.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let lhs_id = tracked[1].then(|| prep.checkpoint(&lhs));
+                let rhs_id = tracked[0].then(|| prep.checkpoint(&rhs));
+                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
+                let y = B::dense_matmul_bias(lhs, rhs, bias.into_primitive(), spec);
+                prep.finish((lhs_id, rhs_id, spec), y)
+            }
+            OpsKind::UnTracked(prep) => {
+                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
+                prep.finish(B::dense_matmul_bias(lhs, rhs, bias.into_primitive(), spec))
+            }
+        }
     }
 
     fn nf4_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
-        spec: DequantizeSpec,
+        spec: LinearSpec,
     ) -> FloatTensor<Self> {
         let (grad, node) = grad.into_parts();
         match InputGradBackward
@@ -83,7 +209,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
 struct LinearBackward;
 
 impl<B: Nf4Backend> Backward<B, 1> for LinearBackward {
-    type State = (IntTensor<B>, DequantizeSpec);
+    type State = (IntTensor<B>, LinearSpec);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (packed, spec) = ops.state;
@@ -93,25 +219,238 @@ impl<B: Nf4Backend> Backward<B, 1> for LinearBackward {
     }
 }
 
+/// Backward of `y = x Wᵀ + b`: `dx = dy W`, and `db` the sum of the rows of `dy`.
+#[derive(Debug)]
+struct LinearBiasBackward;
+
+impl<B: Nf4Backend> Backward<B, 2> for LinearBiasBackward {
+    type State = (IntTensor<B>, LinearSpec);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (packed, spec) = ops.state;
+        binary::<B, _, _>(
+            ops.parents,
+            ops.node,
+            grads,
+            |grad| B::nf4_linear_backward(grad, packed, spec),
+            sum_of_rows::<B>,
+        );
+    }
+}
+
+/// The sum of all rows, `[n]` of `[..., n]`.
+fn sum_of_rows<B: Nf4Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = grad.shape();
+    let n = shape[shape.rank() - 1];
+    let rows = shape.num_elements() / n;
+    let sums = B::float_sum_dim(B::float_reshape(grad, Shape::from([rows, n])), 0);
+    B::float_reshape(sums, Shape::from([n]))
+}
+
 /// Backward of `dx = dy W`, for gradients of gradients: `ddy = ddx Wᵀ`.
 #[derive(Debug)]
 struct InputGradBackward;
 
 impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
-    type State = (IntTensor<B>, DequantizeSpec);
+    type State = (IntTensor<B>, LinearSpec);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (packed, spec) = ops.state;
         unary::<B, _>(ops.parents, ops.node, grads, |grad| {
             let strategy = MatmulStrategy::Auto;
-            B::nf4_linear(
-                grad,
-                packed,
-                LinearSpec {
-                    weight: spec,
-                    strategy,
-                },
-            )
+            B::nf4_linear(grad, packed, LinearSpec { strategy, ..spec })
         });
+    }
+}
+
+/// Backward of a product with a low-rank branch. With `g = dy` and `h = s g Bᵀ`:
+/// `dx = g W + h Aᵀ`, `dA = xᵀ h`, `dB = (s x A)ᵀ g`, and `db` the sum of the rows of `g`.
+#[derive(Debug)]
+struct LoraBackward;
+
+/// What the backward pass of a low-rank branch needs beside `x` and the weight.
+#[derive(Debug, Clone)]
+struct Kept<F> {
+    /// `A`, in the dtype of `x`.
+    a: F,
+    /// `B`, in the dtype of `x`.
+    b: F,
+    /// `s x A`.
+    down: F,
+    spec: LoraSpec,
+}
+
+impl<F> Kept<F> {
+    /// `y + s (x A) B`, in the dtype of `x`, and what is kept.
+    fn add_branch<B>(y: F, x: F, [a, b]: [F; 2], spec: LoraSpec) -> (F, Self)
+    where
+        B: Nf4Backend<FloatTensorPrimitive = F>,
+        F: TensorMetadata,
+    {
+        let dtype = spec.matmul.weight.dtype;
+        let [a, b] = [a, b].map(|matrix| cast::<B>(matrix, dtype));
+        let down = B::dense_matmul(x, a.clone(), spec.down(dtype));
+        let y = B::dense_matmul_add(y, down.clone(), b.clone(), spec.up(dtype));
+        (y, Self { a, b, down, spec })
+    }
+}
+
+type LoraState<B> = (NodeId, IntTensor<B>, Kept<FloatTensor<B>>);
+
+impl LoraBackward {
+    fn register<B: Nf4Backend>(
+        (x, packed, kept): LoraState<B>,
+        grad: FloatTensor<B>,
+        [of_x, of_a, of_b]: [Option<NodeId>; 3],
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let Kept { a, b, down, spec } = kept;
+        let MatmulSpec { m, weight, .. } = spec.matmul;
+        let (n, k, rank, dtype) = (weight.rows, weight.columns, spec.rank, weight.dtype);
+        let transposed_lhs = |sizes| DenseSpec {
+            transpose_lhs: true,
+            ..DenseSpec::of_matrices(sizes, false, dtype)
+        };
+        if let Some(node) = of_b {
+            let db = B::dense_matmul(down, grad.clone(), transposed_lhs([rank, n, m]));
+            grads.register::<B>(node, cast::<B>(db, spec.dtype));
+        }
+        if of_x.is_none() && of_a.is_none() {
+            return;
+        }
+        let of_h = DenseSpec {
+            scale: spec.scale as f32,
+            ..DenseSpec::of_matrices([m, rank, n], true, dtype)
+        };
+        let h = B::dense_matmul(grad.clone(), b, of_h);
+        if let Some(node) = of_a {
+            let x = checkpointer.retrieve_node_output(x);
+            let da = B::dense_matmul(x, h.clone(), transposed_lhs([k, rank, m]));
+            grads.register::<B>(node, cast::<B>(da, spec.dtype));
+        }
+        if let Some(node) = of_x {
+            let dx = B::nf4_linear_backward(grad, packed, spec.matmul.linear());
+            let of_branch = DenseSpec::of_matrices([m, k, rank], true, dtype);
+            grads.register::<B>(node, B::dense_matmul_add(dx, h, a, of_branch));
+        }
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 3> for LoraBackward {
+    type State = LoraState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 3>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        Self::register::<B>(ops.state, grad, parents, grads, checkpointer);
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 4> for LoraBackward {
+    type State = LoraState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 4>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [of_x, of_a, of_b, of_bias] = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        if let Some(node) = of_bias {
+            grads.register::<B>(node, sum_of_rows::<B>(grad.clone()));
+        }
+        Self::register::<B>(ops.state, grad, [of_x, of_a, of_b], grads, checkpointer);
+    }
+}
+
+/// Backward of `D = s A B + b`: `dA = s dD Bᵀ`, `dB = s Aᵀ dD`, and `db` the sum of the rows of `dD`.
+#[derive(Debug)]
+struct DenseBackward;
+
+/// What was kept of `A` and `B`, each if the other wants a gradient.
+type DenseState = (Option<NodeId>, Option<NodeId>, DenseSpec);
+
+impl DenseBackward {
+    fn register<B: Nf4Backend>(
+        (lhs, rhs, spec): DenseState,
+        grad: FloatTensor<B>,
+        [of_lhs, of_rhs]: [Option<NodeId>; 2],
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let DenseSpec {
+            m,
+            n,
+            k,
+            transpose_lhs,
+            transpose_rhs,
+            ..
+        } = spec;
+        let of = |[m, n, k]: [usize; 3], transpose_lhs, transpose_rhs| DenseSpec {
+            m,
+            n,
+            k,
+            transpose_lhs,
+            transpose_rhs,
+            ..spec
+        };
+        if let (Some(node), Some(rhs)) = (of_lhs, rhs) {
+            let (rhs, grad) = (checkpointer.retrieve_node_output(rhs), grad.clone());
+            // dA = dD Bᵀ, or where A is stored transposed dAᵀ = B dDᵀ.
+            let d_lhs = match transpose_lhs {
+                false => B::dense_matmul(grad, rhs, of([m, k, n], false, !transpose_rhs)),
+                true => B::dense_matmul(rhs, grad, of([k, m, n], transpose_rhs, true)),
+            };
+            grads.register::<B>(node, d_lhs);
+        }
+        if let (Some(node), Some(lhs)) = (of_rhs, lhs) {
+            let lhs = checkpointer.retrieve_node_output(lhs);
+            // dB = Aᵀ dD, or where B is stored transposed dBᵀ = dDᵀ A.
+            let d_rhs = match transpose_rhs {
+                false => B::dense_matmul(lhs, grad, of([k, n, m], !transpose_lhs, false)),
+                true => B::dense_matmul(grad, lhs, of([n, k, m], true, transpose_lhs)),
+            };
+            grads.register::<B>(node, d_rhs);
+        }
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 2> for DenseBackward {
+    type State = DenseState;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        Self::register::<B>(ops.state, grad, parents, grads, checkpointer);
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 3> for DenseBackward {
+    type State = DenseState;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 3>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [of_lhs, of_rhs, of_bias] = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        if let Some(node) = of_bias {
+            grads.register::<B>(node, sum_of_rows::<B>(grad.clone()));
+        }
+        Self::register::<B>(ops.state, grad, [of_lhs, of_rhs], grads, checkpointer);
     }
 }

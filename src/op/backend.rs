@@ -45,7 +45,8 @@ pub enum MatmulStrategy {
     Auto,
     /// By the sizes alone, without a measurement.
     Rule,
-    /// Decode the weight, then Burn's own product.
+    /// Decode the weight, then a dense product: cuBLASLt's where that is used (see
+    /// [`DenseProvider`](super::DenseProvider)), else Burn's.
     Decode,
     /// Multiply with the packed weight: a plane of a graphics card, or a thread of the CPU, a row of
     /// it.
@@ -82,6 +83,56 @@ pub struct LinearSpec {
     pub weight: DequantizeSpec,
     /// How it is computed.
     pub strategy: MatmulStrategy,
+    /// Whether products with the decoded weight are cuBLASLt's.
+    pub cublaslt: bool,
+}
+
+/// A product of dense matrices by cuBLASLt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DenseSpec {
+    /// Matrices of the batch, where the tensors have three dimensions; `None` where they have two.
+    pub batch: Option<usize>,
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Terms of each sum.
+    pub k: usize,
+    /// Whether the left matrix is `[k, m]`.
+    pub transpose_lhs: bool,
+    /// Whether the right matrix is `[n, k]`.
+    pub transpose_rhs: bool,
+    /// The factor of the product.
+    pub scale: f32,
+    /// Type of all matrices.
+    pub dtype: FloatType,
+    /// Whether f32 may be multiplied as TF32.
+    pub tf32: bool,
+}
+
+impl DenseSpec {
+    /// `x y` of two matrices, or with `transpose_rhs` `x yᵀ`.
+    pub fn of_matrices([m, n, k]: [usize; 3], transpose_rhs: bool, dtype: FloatType) -> Self {
+        Self {
+            batch: None,
+            m,
+            n,
+            k,
+            transpose_lhs: false,
+            transpose_rhs,
+            scale: 1.0,
+            dtype,
+            tf32: false,
+        }
+    }
+
+    /// Shape of the result.
+    pub fn out_shape(&self) -> Shape {
+        match self.batch {
+            None => Shape::from([self.m, self.n]),
+            Some(batch) => Shape::from([batch, self.m, self.n]),
+        }
+    }
 }
 
 /// A product with a packed weight in one operation.
@@ -91,6 +142,8 @@ pub struct MatmulSpec {
     pub weight: DequantizeSpec,
     /// How it is computed.
     pub strategy: MatmulStrategy,
+    /// Whether products with the decoded weight are cuBLASLt's.
+    pub cublaslt: bool,
     /// Rows of `x`.
     pub m: usize,
 }
@@ -99,19 +152,25 @@ impl MatmulSpec {
     /// Products with more rows go over the decoded weight unless another way is asked for.
     pub const MAX_ROWS: usize = 256;
 
-    /// The product, if it may be computed without the decoded weight.
+    /// The product, if it is one operation: if it may be computed without the decoded weight, or by
+    /// cuBLASLt, which adds a bias and a branch on the way.
     pub fn of(linear: LinearSpec, m: usize) -> Option<Self> {
-        let LinearSpec { weight, strategy } = linear;
-        let elems = weight.rows.checked_mul(weight.columns);
-        let whole = weight.start == 0 && elems == Some(weight.layout.elems());
-        let packed = match strategy {
-            MatmulStrategy::Auto | MatmulStrategy::Rule => m <= Self::MAX_ROWS,
-            MatmulStrategy::Decode => false,
-            MatmulStrategy::Gemv | MatmulStrategy::TensorCore | MatmulStrategy::Levels => true,
-        };
-        (whole && packed).then_some(Self {
+        let LinearSpec {
             weight,
             strategy,
+            cublaslt,
+        } = linear;
+        let elems = weight.rows.checked_mul(weight.columns);
+        let whole = weight.start == 0 && elems == Some(weight.layout.elems());
+        let one = match strategy {
+            MatmulStrategy::Auto | MatmulStrategy::Rule => cublaslt || m <= Self::MAX_ROWS,
+            MatmulStrategy::Decode => cublaslt,
+            MatmulStrategy::Gemv | MatmulStrategy::TensorCore | MatmulStrategy::Levels => true,
+        };
+        (whole && one).then_some(Self {
+            weight,
+            strategy,
+            cublaslt,
             m,
         })
     }
@@ -121,6 +180,7 @@ impl MatmulSpec {
         LinearSpec {
             weight: self.weight,
             strategy: self.strategy,
+            cublaslt: self.cublaslt,
         }
     }
 
@@ -147,6 +207,30 @@ pub struct LoraSpec {
     pub scale: f64,
     /// Type of `A` and `B`.
     pub dtype: FloatType,
+}
+
+impl LoraSpec {
+    /// Whether the branch loses nothing that training needs when it is computed in the dtype of `x`: f16
+    /// may overflow where f32 does not.
+    pub(super) fn fits_x(&self) -> bool {
+        let of_x = self.matmul.weight.dtype;
+        self.dtype == of_x || (self.dtype, of_x) == (FloatType::F32, FloatType::BF16)
+    }
+
+    /// The product `s x A` in a type.
+    pub(super) fn down(&self, dtype: FloatType) -> DenseSpec {
+        let MatmulSpec { m, weight, .. } = self.matmul;
+        DenseSpec {
+            scale: self.scale as f32,
+            ..DenseSpec::of_matrices([m, self.rank, weight.columns], false, dtype)
+        }
+    }
+
+    /// The product of that and `B`.
+    pub(super) fn up(&self, dtype: FloatType) -> DenseSpec {
+        let MatmulSpec { m, weight, .. } = self.matmul;
+        DenseSpec::of_matrices([m, weight.rows, self.rank], false, dtype)
+    }
 }
 
 /// How to quantize a weight.
@@ -201,7 +285,7 @@ pub trait Nf4Backend: Backend {
         if let Some(spec) = MatmulSpec::of(spec, x.shape()[0]) {
             return Self::nf4_matmul(x, packed, spec);
         }
-        decoded_matmul::<Self>(x, packed, spec.weight)
+        decoded_matmul::<Self>(x, packed, None, spec)
     }
 
     /// `y = x Wᵀ` in one operation, so that a backend can multiply with the packed weight as it is.
@@ -270,54 +354,166 @@ pub trait Nf4Backend: Backend {
     /// decoded again.
     ///
     /// # Shapes
-    /// - `grad`: `[m, n]`, of `spec.dtype`
+    /// - `grad`: `[m, n]`, of `spec.weight.dtype`
     /// - `packed`: as for `nf4_linear`
     /// - returns `[m, k]`
     #[fusion(default)]
     fn nf4_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
-        spec: DequantizeSpec,
+        spec: LinearSpec,
     ) -> FloatTensor<Self> {
-        let weight = Self::nf4_dequantize(packed, spec);
-        Self::float_matmul(grad, weight)
+        let LinearSpec {
+            weight, cublaslt, ..
+        } = spec;
+        let sizes = [grad.shape()[0], weight.columns, weight.rows];
+        let decoded = Self::nf4_dequantize(packed, weight);
+        match cublaslt {
+            true => {
+                let spec = DenseSpec::of_matrices(sizes, false, weight.dtype);
+                Self::dense_matmul(grad, decoded, spec)
+            }
+            false => Self::float_matmul(grad, decoded),
+        }
+    }
+
+    /// `s A B` of dense matrices, by cuBLASLt where the backend has it.
+    ///
+    /// # Shapes
+    /// - `lhs`: `[m, k]`, or `[batch, m, k]`, the last two exchanged with `spec.transpose_lhs`
+    /// - `rhs`: `[k, n]`, or `[batch, k, n]`, exchanged with `spec.transpose_rhs`
+    /// - returns [`DenseSpec::out_shape`]
+    #[fusion(dtype = DType::from(spec.dtype), shape = spec.out_shape())]
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        composed_matmul::<Self>(lhs, rhs, spec)
+    }
+
+    /// `s A B + b`, otherwise as [`dense_matmul`](Self::dense_matmul).
+    ///
+    /// # Shapes
+    /// - `bias`: `[n]`
+    #[fusion(dtype = DType::from(spec.dtype), shape = spec.out_shape())]
+    fn dense_matmul_bias(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        add_bias::<Self>(Self::dense_matmul(lhs, rhs, spec), bias)
+    }
+
+    /// `C + s A B`, in the place of `C` if nobody else needs it, otherwise as
+    /// [`dense_matmul`](Self::dense_matmul).
+    ///
+    /// # Shapes
+    /// - `addend`: that of the result
+    #[fusion(dtype = DType::from(spec.dtype), shape = spec.out_shape())]
+    fn dense_matmul_add(
+        addend: FloatTensor<Self>,
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        Self::float_add(addend, Self::dense_matmul(lhs, rhs, spec))
     }
 }
 
-/// `y = x Wᵀ` over the decoded weight.
+/// `s A B` by the backend's own product.
+pub(super) fn composed_matmul<B: Backend>(
+    lhs: FloatTensor<B>,
+    rhs: FloatTensor<B>,
+    spec: DenseSpec,
+) -> FloatTensor<B> {
+    let oriented = |matrix: FloatTensor<B>, transpose| match (transpose, spec.batch) {
+        (false, _) => matrix,
+        (true, None) => B::float_swap_dims(matrix, 0, 1),
+        (true, Some(_)) => B::float_swap_dims(matrix, 1, 2),
+    };
+    let lhs = oriented(lhs, spec.transpose_lhs);
+    let y = B::float_matmul(lhs, oriented(rhs, spec.transpose_rhs));
+    match spec.scale {
+        1.0 => y,
+        scale => B::float_mul_scalar(y, scale.into()),
+    }
+}
+
+/// `y = x Wᵀ + b` over the decoded weight.
 pub(super) fn decoded_matmul<B: Nf4Backend>(
     x: FloatTensor<B>,
     packed: IntTensor<B>,
-    spec: DequantizeSpec,
+    bias: Option<FloatTensor<B>>,
+    spec: LinearSpec,
 ) -> FloatTensor<B> {
-    let weight = B::nf4_dequantize(packed, spec);
-    B::float_matmul(x, B::float_swap_dims(weight, 0, 1))
+    let LinearSpec {
+        weight, cublaslt, ..
+    } = spec;
+    let sizes = [x.shape()[0], weight.rows, weight.columns];
+    let decoded = B::nf4_dequantize(packed, weight);
+    let product = DenseSpec::of_matrices(sizes, true, weight.dtype);
+    match (cublaslt, bias) {
+        (true, Some(bias)) => B::dense_matmul_bias(x, decoded, bias, product),
+        (true, None) => B::dense_matmul(x, decoded, product),
+        (false, bias) => {
+            let y = B::float_matmul(x, B::float_swap_dims(decoded, 0, 1));
+            match bias {
+                Some(bias) => add_bias::<B>(y, bias),
+                None => y,
+            }
+        }
+    }
 }
 
 /// Adds a bias to the rows of `y`.
-pub(super) fn add_bias<B: Backend>(
-    y: FloatTensor<B>,
-    bias: FloatTensor<B>,
-    spec: MatmulSpec,
-) -> FloatTensor<B> {
-    let n = spec.weight.rows;
-    let bias = B::float_reshape(bias, Shape::from([1, n]));
-    B::float_add(y, B::float_expand(bias, Shape::from([spec.m, n])))
+pub(super) fn add_bias<B: Backend>(y: FloatTensor<B>, bias: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = y.shape();
+    let mut of_bias = shape.clone();
+    let last = of_bias.rank() - 1;
+    of_bias.as_mut_slice()[..last].fill(1);
+    let bias = B::float_expand(B::float_reshape(bias, of_bias), shape);
+    B::float_add(y, bias)
 }
 
-/// Adds `s (x A) B`, computed in the dtype of `A` and `B`.
-pub(super) fn add_lora<B: Backend>(
+/// Adds `s (x A) B`: by cuBLASLt, to the result in its place where it can be in the dtype of `x`; else
+/// computed in the dtype of `A`.
+pub(super) fn add_lora<B: Nf4Backend>(
     y: FloatTensor<B>,
     x: FloatTensor<B>,
     a: FloatTensor<B>,
     b: FloatTensor<B>,
     spec: LoraSpec,
 ) -> FloatTensor<B> {
-    let x = B::float_cast(x, DType::from(spec.dtype).into());
-    let branch = B::float_matmul(B::float_matmul(x, a), b);
-    let branch = B::float_mul_scalar(branch, spec.scale.into());
-    let dtype = DType::from(spec.matmul.weight.dtype);
-    B::float_add(y, B::float_cast(branch, dtype.into()))
+    let MatmulSpec {
+        weight, cublaslt, ..
+    } = spec.matmul;
+    let dtype = match cublaslt && spec.fits_x() {
+        true => weight.dtype,
+        false => spec.dtype,
+    };
+    let [x, a, b] = [x, a, b].map(|tensor| cast::<B>(tensor, dtype));
+    if !cublaslt {
+        let branch = B::float_matmul(B::float_matmul(x, a), b);
+        let branch = B::float_mul_scalar(branch, spec.scale.into());
+        return B::float_add(y, cast::<B>(branch, weight.dtype));
+    }
+    let down = B::dense_matmul(x, a, spec.down(dtype));
+    if dtype == weight.dtype {
+        return B::dense_matmul_add(y, down, b, spec.up(dtype));
+    }
+    let branch = B::dense_matmul(down, b, spec.up(dtype));
+    B::float_add(y, cast::<B>(branch, weight.dtype))
+}
+
+/// A tensor in a type, itself if it is of that type.
+pub(super) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: FloatType) -> FloatTensor<B> {
+    let dtype = DType::from(dtype);
+    match tensor.dtype() == dtype {
+        true => tensor,
+        false => B::float_cast(tensor, dtype.into()),
+    }
 }
 
 /// Checks in debug builds what the functions in front have promised.

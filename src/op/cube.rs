@@ -8,9 +8,13 @@ use burn_cubecl::tensor::CubeTensor;
 
 use cubecl::prelude::Client;
 
+#[cfg(feature = "cublaslt")]
+use super::backend::DenseSpec;
 use super::backend::{
     DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
 };
+#[cfg(feature = "cublaslt")]
+use super::cublaslt;
 use super::reproducible::is_reproducible;
 use super::tune::{self, Inputs, LoraInputs, Way};
 use crate::error::Nf4Error;
@@ -93,6 +97,35 @@ impl Nf4Backend for CubeBackend {
     ) -> FloatTensor<Self> {
         let lora = LoraInputs::new(a, b, spec);
         matmul(x, packed, Some(bias), Some(lora), spec.matmul)
+    }
+
+    #[cfg(feature = "cublaslt")]
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        cublaslt::product(lhs, rhs, None, None, spec)
+    }
+
+    #[cfg(feature = "cublaslt")]
+    fn dense_matmul_bias(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        cublaslt::product(lhs, rhs, None, Some(bias), spec)
+    }
+
+    #[cfg(feature = "cublaslt")]
+    fn dense_matmul_add(
+        addend: FloatTensor<Self>,
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        cublaslt::product(lhs, rhs, Some(addend), None, spec)
     }
 }
 

@@ -7,7 +7,7 @@ use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
 use super::backend::{
-    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, add_bias, debug_check,
+    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
     decoded_matmul,
 };
 use crate::error::Nf4Error;
@@ -48,7 +48,7 @@ impl Nf4Backend for Flex {
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            return decoded_matmul::<Self>(x, packed, spec.weight);
+            return decoded_matmul::<Self>(x, packed, None, spec.linear());
         }
         matmul(x, packed, None, spec)
     }
@@ -60,8 +60,7 @@ impl Nf4Backend for Flex {
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            let y = decoded_matmul::<Self>(x, packed, spec.weight);
-            return add_bias::<Self>(y, bias, spec);
+            return decoded_matmul::<Self>(x, packed, Some(bias), spec.linear());
         }
         matmul(x, packed, Some(bias), spec)
     }

@@ -1,11 +1,12 @@
 //! Linear maps with a packed weight.
 
 use burn::backend::{Dispatch, DispatchDevice};
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::backend::{
     DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
 };
+use super::dense::{MatmulOptions, matmul, uses_cublaslt};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -25,7 +26,10 @@ use crate::format::FloatType;
 ///
 /// # Errors
 /// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias`
-/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32 and `bias` of the same.
+/// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32 and `bias` of the same,
+/// [`Nf4Error::Device`] unless all are on one device; and [`Nf4Error::Library`] or
+/// [`Nf4Error::Variant`] if cuBLASLt was asked for and cannot be used
+/// ([`DenseProvider`](super::DenseProvider)).
 pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -90,29 +94,37 @@ impl LowRank {
         check_dtype("lora_b", &self.b, "as lora_a", &[self.a.dtype()])
     }
 
-    /// `s (x A) B`, in the dtype of `A`, by Burn's own products.
+    /// `s (x A) B`, in the dtype of `A`, as separate products.
     ///
     /// # Shapes
     /// - `x`: `[rows, in_features]`
     /// - returns `[rows, out_features]`
-    pub(crate) fn forward(self, x: Tensor<2>) -> Tensor<2> {
+    ///
+    /// # Errors
+    /// Those of [`matmul`].
+    pub(crate) fn forward(self, x: Tensor<2>) -> Result<Tensor<2>, Nf4Error> {
         let x = x.cast(self.a.dtype());
-        x.matmul(self.a).matmul(self.b) * self.scale
+        let options = MatmulOptions::default();
+        let down = matmul(x, self.a, None, options)?;
+        Ok(matmul(down, self.b, None, options)? * self.scale)
     }
 
-    /// What a product needs to know of it to add it itself: nothing if autodiff has to see its parts,
-    /// or if the types are not those of `x` or f32.
-    fn spec(&self, matmul: MatmulSpec) -> Option<LoraSpec> {
-        let tracked = self.a.device().is_autodiff() || self.b.device().is_autodiff();
+    /// The branch as part of the product; `None` if it has to be computed apart: its dtype is neither
+    /// that of `x` nor f32, or it is tracked and either cuBLASLt is not used or the dtype of `x` is too
+    /// narrow for it.
+    fn spec(&self, matmul: MatmulSpec, tracked: bool) -> Option<LoraSpec> {
         let dtype = FloatType::from_dtype(self.a.dtype(), "lora_a").ok()?;
-        let dtypes = [matmul.weight.dtype, FloatType::F32];
-        let fits = DType::from(dtype) == self.a.dtype() && dtypes.contains(&dtype);
-        (!tracked && fits).then_some(LoraSpec {
+        let spec = LoraSpec {
             matmul,
             rank: self.a.dims()[1],
             scale: self.scale,
             dtype,
-        })
+        };
+        let joins = match tracked {
+            true => matmul.cublaslt && spec.fits_x(),
+            false => dtype == matmul.weight.dtype || dtype == FloatType::F32,
+        };
+        (DType::from(dtype) == self.a.dtype() && joins).then_some(spec)
     }
 }
 
@@ -121,9 +133,12 @@ impl LowRank {
 /// Without autodiff few rows of `x` take the branch on their way: a graphics card needs one small
 /// launch for `x A`, and the product with the packed weight adds the rest to its sums, in f32. On tensor
 /// cores `s x A` and `B` are then rounded: to bf16 if that is the dtype of `x`; with an `x` of f16 to 16
-/// bits of precision, with the range of f32, so that what was trained in f32 does not overflow. Wherever
-/// the branch is computed beside the product, it is in the dtype of `A`. The gradient flows to `A` and
-/// `B` too.
+/// bits of precision, with the range of f32, so that what was trained in f32 does not overflow.
+///
+/// By cuBLASLt, with autodiff too, it is computed in the dtype of `x` if that is bf16 or the dtype of
+/// `A`, with sums in f32, as PyTorch's autocast does it: `x A` in one product, and a second one that adds
+/// to the first's result. Wherever else the branch is computed beside the product, it is in the dtype of
+/// `A`. The gradient flows to `A` and `B` too, in their dtype.
 ///
 /// # Shapes
 /// - `branch.a`: `[in_features, rank]`; `branch.b`: `[rank, out_features]`
@@ -157,8 +172,7 @@ pub fn lora_linear<const D: usize>(
 ///
 /// # Errors
 /// [`Nf4Error::Rank`] for a weight of another rank, [`Nf4Error::Shape`] if `x` or `bias` does not fit
-/// it, [`Nf4Error::RowRange`] if there is no such expert, [`Nf4Error::Dtype`] unless `x` is f16, bf16
-/// or f32 and `bias` of the same.
+/// it, [`Nf4Error::RowRange`] if there is no such expert, otherwise those of [`linear`].
 pub fn expert_linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -214,6 +228,15 @@ fn linear_at<const D: usize>(
         check_dtype("bias", bias, "as x", &[x.dtype(), DType::from(dtype)])?;
     }
     let packed = weight.checked_packed()?;
+    let device = x.device();
+    check_device("packed weight", &packed.device(), &device)?;
+    if let Some(bias) = &bias {
+        check_device("bias", &bias.device(), &device)?;
+    }
+    if let Some(LowRank { a, b, .. }) = &branch {
+        check_device("lora_a", &a.device(), &device)?;
+        check_device("lora_b", &b.device(), &device)?;
+    }
 
     let rows = shape.iter().product::<usize>() / in_features;
     shape[D - 1] = out_features;
@@ -240,6 +263,7 @@ fn linear_at<const D: usize>(
             dtype,
         },
         strategy,
+        cublaslt: uses_cublaslt(&x.device())?,
     };
     if strategy.is_kernel() {
         check_strategy(&x, spec, rows, transposed, bias.is_some())?;
@@ -247,17 +271,25 @@ fn linear_at<const D: usize>(
     // CubeCL's relaxed f32 is f32 in memory; a product of the two would come out as f32.
     let given = x.dtype();
     let x = x.reshape([rows, in_features]).cast(DType::from(dtype));
-    // Autodiff wants each part as an operation of its own.
     let fused = MatmulSpec::of(spec, rows).filter(|_| {
         let bias_fits = bias
             .as_ref()
             .is_none_or(|bias| bias.dtype() == DType::from(dtype));
-        !transposed && !x.device().is_autodiff() && bias_fits
+        !transposed && bias_fits
     });
-    let lora = fused.and_then(|fused| branch.as_ref()?.spec(fused));
-    let (joined, beside) = match lora {
-        Some(lora) => (branch.map(|branch| (branch, lora)), None),
-        None => (None, branch.map(|branch| branch.forward(x.clone()))),
+    let is_tracked = |branch: &LowRank| {
+        [&x, &branch.a, &branch.b]
+            .iter()
+            .any(|tensor| tensor.device().is_autodiff())
+    };
+    let lora = fused.and_then(|fused| {
+        let branch = branch.as_ref()?;
+        branch.spec(fused, is_tracked(branch))
+    });
+    let (joined, beside) = match (lora, branch) {
+        (Some(lora), Some(branch)) => (Some((branch, lora)), None),
+        (_, Some(branch)) => (None, Some(branch.forward(x.clone())?)),
+        (_, None) => (None, None),
     };
     // Every tensor is handed on at its last use: another reference to it would be dropped after the
     // product, and with that in between Fusion gives up on what stands around it.
@@ -279,7 +311,7 @@ fn linear_at<const D: usize>(
                 false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
                 // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its
                 // gradient.
-                true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec.weight),
+                true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec),
             };
             match bias {
                 Some(bias) => (Tensor::<2>::from_dispatch(y) + bias.unsqueeze()).into_dispatch(),
@@ -307,12 +339,12 @@ pub(crate) fn connect_empty<const D: usize>(
 }
 
 /// The sum of a tensor that can have a graph.
-fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
+pub(super) fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
     tensor.device().is_autodiff().then(|| tensor.sum())
 }
 
 /// Checks that a tensor is of one of the dtypes that fit another.
-fn check_dtype<const D: usize>(
+pub(super) fn check_dtype<const D: usize>(
     name: &str,
     tensor: &Tensor<D>,
     how: &str,
@@ -325,6 +357,19 @@ fn check_dtype<const D: usize>(
         tensor: name.into(),
         expected: format!("{:?} {how}", dtypes[0]),
         given: format!("{:?}", tensor.dtype()),
+    })
+}
+
+/// Checks that a tensor lies on a device, with a graph or without.
+pub(super) fn check_device(name: &str, given: &Device, expected: &Device) -> Result<(), Nf4Error> {
+    let [expected, given] = [expected, given].map(|device| device.clone().without_autodiff());
+    if expected == given {
+        return Ok(());
+    }
+    Err(Nf4Error::Device {
+        tensor: name.into(),
+        expected: format!("{expected:?}"),
+        given: format!("{given:?}"),
     })
 }
 

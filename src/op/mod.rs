@@ -5,6 +5,9 @@ mod autodiff;
 mod backend;
 #[cfg(feature = "cube")]
 mod cube;
+#[cfg(feature = "cublaslt")]
+mod cublaslt;
+mod dense;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
@@ -15,8 +18,10 @@ mod tune;
 mod weight;
 
 pub use backend::{
-    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
+    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+    QuantizeSpec,
 };
+pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
 pub(crate) use linear::connect_empty;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};

@@ -14,7 +14,7 @@ use cubecl::prelude::Client;
 use cubecl::tune::{AutotuneKey, LocalTuner, Tunable, TunableSet, TuneGroup, local_tuner};
 use serde::{Deserialize, Serialize};
 
-use super::backend::{LoraSpec, MatmulSpec, add_bias, add_lora, decoded_matmul};
+use super::backend::{LoraSpec, MatmulSpec, add_lora, decoded_matmul};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::launch::{
@@ -27,6 +27,10 @@ const GEMV_ROWS: usize = 4;
 
 /// Rows of `x` from which it is not even measured.
 const MAX_GEMV_ROWS: usize = 32;
+
+/// Rows of `x` up to which the kernel on tensor cores is taken unmeasured where cuBLASLt is there: on an
+/// H100 the two break even between 128 and 192 rows for a large weight.
+const CUBLASLT_ROWS: usize = 128;
 
 /// Bytes written to push a weight out of the caches before it is read for a measurement.
 const EVICTION_BYTES: usize = 128 << 20;
@@ -58,7 +62,7 @@ impl LoraInputs {
         }
     }
 
-    /// Adds the branch with Burn's own products.
+    /// Adds the branch with products of its own.
     fn add(self, y: CubeTensor, x: CubeTensor) -> CubeTensor {
         add_lora::<CubeBackend>(y, x, self.a, self.b, self.spec)
     }
@@ -86,7 +90,7 @@ pub(super) enum Way {
     Kernel(MatmulVariant),
     /// The tensor core kernel, cut up in this way.
     Cut(Cut),
-    /// Decode the weight, then Burn's own product.
+    /// Decode the weight, then a dense product.
     Decode,
 }
 
@@ -110,12 +114,14 @@ impl Way {
     }
 
     /// The ways of a device with or without tensor cores for so many rows, by the sizes alone: the
-    /// first that the device can go.
-    fn by_rule(tensor_cores: bool, m: usize) -> [Option<Self>; 4] {
+    /// first that the device can go. `cublaslt`: products with the decoded
+    /// weight are cuBLASLt's.
+    fn by_rule(tensor_cores: bool, cublaslt: bool, m: usize) -> [Option<Self>; 4] {
         let kernel = |wanted: bool, variant| wanted.then_some(Self::Kernel(variant));
+        let decode = cublaslt && m > CUBLASLT_ROWS;
         [
             kernel(tensor_cores && m == 1, MatmulVariant::Levels),
-            kernel(tensor_cores, MatmulVariant::TensorCore),
+            kernel(tensor_cores && !decode, MatmulVariant::TensorCore),
             kernel(m <= GEMV_ROWS, MatmulVariant::Gemv),
             Some(Self::Decode),
         ]
@@ -198,13 +204,7 @@ impl Way {
                 let (client, device) = (x.client.clone(), x.device.clone());
                 CubeTensor::new_contiguous(client, device, shape, out, product.dtype.into())
             }
-            None => {
-                let y = decoded_matmul::<CubeBackend>(x.clone(), packed, spec.weight);
-                match bias {
-                    Some(bias) => add_bias::<CubeBackend>(y, bias, spec),
-                    None => y,
-                }
-            }
+            None => decoded_matmul::<CubeBackend>(x.clone(), packed, bias, spec.linear()),
         };
         Ok(match beside {
             Some(lora) => lora.add(y, x),
@@ -226,6 +226,8 @@ struct MatmulKey {
     bias: bool,
     /// Rank of the branch, rounded up to a power of two; zero without one.
     rank: usize,
+    /// Whether the product with the decoded weight is cuBLASLt's.
+    cublaslt: bool,
 }
 
 impl Display for MatmulKey {
@@ -252,6 +254,7 @@ impl MatmulKey {
                 Some(lora) => lora.spec.rank.next_power_of_two(),
                 None => 0,
             },
+            cublaslt: inputs.spec.cublaslt,
         }
     }
 }
@@ -269,7 +272,7 @@ fn rounded_rows(m: usize) -> usize {
 pub(super) fn by_rule(inputs: Inputs) -> CubeTensor {
     let product = inputs.spec.product();
     let tensor_cores = has_tensor_cores(&inputs.x.client, product.dtype, product.k);
-    Way::by_rule(tensor_cores, product.m)
+    Way::by_rule(tensor_cores, inputs.spec.cublaslt, product.m)
         .into_iter()
         .flatten()
         .find_map(|way| way.run(inputs.clone()).ok())
@@ -280,6 +283,9 @@ pub(super) fn by_rule(inputs: Inputs) -> CubeTensor {
 /// finds out.
 pub(super) fn fastest(inputs: Inputs) -> CubeTensor {
     static TUNER: LocalTuner<MatmulKey, CubeTuneId> = local_tuner!("matmul");
+    if inputs.spec.m > MatmulSpec::MAX_ROWS {
+        return by_rule(inputs);
+    }
     let client = inputs.x.client.clone();
     let key = MatmulKey::new(&inputs);
     let tensor_cores = has_tensor_cores(&client, key.dtype, key.k);

@@ -1,0 +1,323 @@
+//! Products of dense matrices, and which library computes them.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use burn::backend::Dispatch;
+#[cfg(feature = "cublaslt")]
+use burn::backend::DispatchDevice;
+use burn::tensor::{DType, Device, Shape, Tensor};
+
+use super::backend::{DenseSpec, Nf4Backend};
+use super::linear::{check_device, check_dtype, connect_empty, tracked_sum};
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+#[cfg(feature = "cublaslt")]
+use crate::launch::DensePlan;
+
+/// Who computes products of dense matrices: those of [`matmul`], and those with a decoded weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum DenseProvider {
+    /// cuBLASLt on CUDA devices where it can be loaded, with the feature `cublaslt`, on Linux; else
+    /// Burn. Once a device has to do without it, that is logged as a warning, with all that was tried.
+    #[default]
+    Auto,
+    /// cuBLASLt; an error where it cannot be loaded or the device is not CUDA's. A product that it has no
+    /// algorithm for is still Burn's, with a warning, and so is one in CubeCL's relaxed f32.
+    CublasLt,
+    /// Burn's own product.
+    Burn,
+}
+
+static PROVIDER: AtomicU8 = AtomicU8::new(DenseProvider::Auto as u8);
+
+/// Sets who computes products of dense matrices from now on, in all threads.
+pub fn set_dense_provider(provider: DenseProvider) {
+    PROVIDER.store(provider as u8, Ordering::Relaxed);
+}
+
+/// Who computes products of dense matrices.
+pub fn dense_provider() -> DenseProvider {
+    let provider = PROVIDER.load(Ordering::Relaxed);
+    let all = [
+        DenseProvider::Auto,
+        DenseProvider::CublasLt,
+        DenseProvider::Burn,
+    ];
+    all.into_iter()
+        .find(|&known| known as u8 == provider)
+        .unwrap_or_default()
+}
+
+/// Whether products on a device go to cuBLASLt.
+///
+/// # Errors
+/// Where cuBLASLt was asked for: [`Nf4Error::Library`] if it cannot be loaded, [`Nf4Error::Variant`] if
+/// the device is not CUDA's or the feature is off.
+pub(super) fn uses_cublaslt(device: &Device) -> Result<bool, Nf4Error> {
+    match dense_provider() {
+        DenseProvider::Burn => Ok(false),
+        DenseProvider::Auto => Ok(has_cublaslt(device)),
+        DenseProvider::CublasLt => check_cublaslt(device).map(|()| true),
+    }
+}
+
+/// The same without the reason.
+fn has_cublaslt(device: &Device) -> bool {
+    #[cfg(feature = "cublaslt")]
+    if let DispatchDevice::Cube(device) = device.clone().without_autodiff().as_dispatch() {
+        return DensePlan::has_device(&device.client());
+    }
+    let _ = device;
+    false
+}
+
+#[cfg(feature = "cublaslt")]
+fn check_cublaslt(device: &Device) -> Result<(), Nf4Error> {
+    match device.clone().without_autodiff().as_dispatch() {
+        DispatchDevice::Cube(device) => DensePlan::check_device(&device.client()),
+        _ => Err(Nf4Error::Variant {
+            variant: "cublaslt",
+            reason: format!("the device is {device:?}, expected CUDA"),
+        }),
+    }
+}
+
+#[cfg(not(feature = "cublaslt"))]
+fn check_cublaslt(_device: &Device) -> Result<(), Nf4Error> {
+    Err(Nf4Error::Variant {
+        variant: "cublaslt",
+        reason: "the crate was built without the feature `cublaslt`".into(),
+    })
+}
+
+/// How [`matmul`] takes its matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct MatmulOptions {
+    /// Whether `lhs` holds the transposes of the left matrices. No transposed copy is made.
+    pub transpose_lhs: bool,
+    /// Whether `rhs` holds the transposes of the right matrices. No transposed copy is made.
+    pub transpose_rhs: bool,
+    /// Whether cuBLASLt may multiply f32 as TF32, with 11 bits of each factor: several times as fast.
+    pub tf32: bool,
+}
+
+impl MatmulOptions {
+    /// `A Bᵀ`, such as a linear layer with a weight `[out_features, in_features]`.
+    pub const TRANSPOSE_RHS: Self = Self {
+        transpose_lhs: false,
+        transpose_rhs: true,
+        tf32: false,
+    };
+}
+
+/// `A B + b`, for each matrix of a batch: a linear layer, a head, or its gradient, at the speed of
+/// cuBLASLt where that is there (see [`DenseProvider`]), else by Burn's own product. Sums of f16 and bf16
+/// are in f32.
+///
+/// The gradient flows to all operands. A single right matrix serves the whole batch without being
+/// copied.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_nf4::op::{MatmulOptions, matmul};
+///
+/// let device = Device::default();
+/// let x = Tensor::<3>::random([2, 5, 64], Distribution::Default, &device);
+/// let table = Tensor::<3>::random([1, 100, 64], Distribution::Default, &device);
+/// let y = matmul(x, table, None, MatmulOptions::TRANSPOSE_RHS)?;
+/// assert_eq!(y.dims(), [2, 5, 100]);
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+///
+/// # Shapes
+/// - `lhs`: `[..., m, k]`, or `[..., k, m]` to be transposed
+/// - `rhs`: `[..., k, n]`, or `[..., n, k]` to be transposed; the leading dimensions are those of `lhs`,
+///   or one
+/// - `bias`: `[n]`
+/// - returns `[..., m, n]`
+///
+/// # Errors
+/// [`Nf4Error::Rank`] for fewer than two dimensions, [`Nf4Error::Shape`] for shapes that do not fit,
+/// [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32, [`Nf4Error::Device`] unless all are
+/// on one device, and where cuBLASLt was asked for and cannot be used [`Nf4Error::Library`] or
+/// [`Nf4Error::Variant`].
+pub fn matmul<const D: usize>(
+    lhs: Tensor<D>,
+    rhs: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    options: MatmulOptions,
+) -> Result<Tensor<D>, Nf4Error> {
+    let dtype = FloatType::from_dtype(lhs.dtype(), "lhs")?;
+    check_dtype("rhs", &rhs, "as lhs", &[lhs.dtype()])?;
+    check_device("rhs", &rhs.device(), &lhs.device())?;
+    let sizes = Sizes::new(lhs.dims(), rhs.dims(), options)?;
+    if let Some(bias) = &bias {
+        check_dtype("bias", bias, "as lhs", &[lhs.dtype()])?;
+        check_device("bias", &bias.device(), &lhs.device())?;
+        if bias.dims() != [sizes.n] {
+            return Err(Nf4Error::Shape {
+                tensor: "bias".into(),
+                expected: vec![sizes.n],
+                given: bias.dims().to_vec(),
+            });
+        }
+    }
+    let available = uses_cublaslt(&lhs.device())?;
+    let mut shape = lhs.dims();
+    (shape[D - 2], shape[D - 1]) = (sizes.m, sizes.n);
+    // Nothing, or sums of nothing. Not a reshape: it would read a zero as "keep this dimension".
+    if shape.contains(&0) || sizes.k == 0 {
+        let y = Tensor::zeros(Shape::from(shape), (&lhs.device(), lhs.dtype()));
+        let sums = [tracked_sum(lhs), tracked_sum(rhs)];
+        let y = connect_empty(y, sums.into_iter().flatten());
+        return Ok(match bias {
+            Some(bias) if shape.contains(&0) => connect_empty(y, tracked_sum(bias)),
+            Some(bias) => y + bias.unsqueeze(),
+            None => y,
+        });
+    }
+    // CubeCL's relaxed f32 is f32 in memory, but cuBLASLt is not relaxed.
+    let on_cublaslt = available && lhs.dtype() == DType::from(dtype);
+    let Sizes { batch, m, n, k, .. } = sizes;
+    let [lhs_rows, lhs_columns] = [lhs.dims()[D - 2], lhs.dims()[D - 1]];
+    let [rhs_rows, rhs_columns] = [rhs.dims()[D - 2], rhs.dims()[D - 1]];
+    let spec = DenseSpec {
+        batch: Some(batch),
+        m,
+        n,
+        k,
+        transpose_lhs: options.transpose_lhs,
+        transpose_rhs: options.transpose_rhs,
+        scale: 1.0,
+        dtype,
+        tf32: options.tf32,
+    };
+    // One matrix on the right makes all rows on the left those of one matrix.
+    if sizes.shared_rhs && !options.transpose_lhs {
+        let lhs = lhs.reshape([batch * m, k]);
+        let rhs = rhs.reshape([rhs_rows, rhs_columns]);
+        let spec = DenseSpec {
+            batch: None,
+            m: batch * m,
+            ..spec
+        };
+        return Ok(product(lhs, rhs, bias, spec, on_cublaslt).reshape(shape));
+    }
+    let lhs = lhs.reshape([batch, lhs_rows, lhs_columns]);
+    let of_rhs = if sizes.shared_rhs { 1 } else { batch };
+    let rhs = rhs
+        .reshape([of_rhs, rhs_rows, rhs_columns])
+        // A view, and its gradient is the sum over the batch.
+        .expand([batch, rhs_rows, rhs_columns]);
+    Ok(product(lhs, rhs, bias, spec, on_cublaslt).reshape(shape))
+}
+
+fn product<const D: usize>(
+    lhs: Tensor<D>,
+    rhs: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    spec: DenseSpec,
+    cublaslt: bool,
+) -> Tensor<D> {
+    match cublaslt {
+        true => by_cublaslt(lhs, rhs, bias, spec),
+        false => by_burn(lhs, rhs, bias, spec),
+    }
+}
+
+fn by_cublaslt<const D: usize>(
+    lhs: Tensor<D>,
+    rhs: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    spec: DenseSpec,
+) -> Tensor<D> {
+    let (lhs, rhs) = (lhs.into_dispatch(), rhs.into_dispatch());
+    Tensor::from_dispatch(match bias {
+        Some(bias) => {
+            <Dispatch as Nf4Backend>::dense_matmul_bias(lhs, rhs, bias.into_dispatch(), spec)
+        }
+        None => <Dispatch as Nf4Backend>::dense_matmul(lhs, rhs, spec),
+    })
+}
+
+/// Rows up to which a product with a stored transpose, such as a head with the table of embeddings, is
+/// `(B Aᵀ)ᵀ`: on the CPU `B`, often the largest matrix of a model, would be transposed for each token.
+const FEW_ROWS: usize = 64;
+
+fn by_burn<const D: usize>(
+    lhs: Tensor<D>,
+    rhs: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    spec: DenseSpec,
+) -> Tensor<D> {
+    let oriented = |matrix: Tensor<D>, transpose| match transpose {
+        false => matrix,
+        true => matrix.swap_dims(D - 2, D - 1),
+    };
+    let y = match spec.transpose_rhs && spec.m <= FEW_ROWS {
+        true => {
+            let y = rhs.matmul(oriented(lhs, !spec.transpose_lhs));
+            oriented(y, true)
+        }
+        false => {
+            let lhs = oriented(lhs, spec.transpose_lhs);
+            lhs.matmul(oriented(rhs, spec.transpose_rhs))
+        }
+    };
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+}
+
+/// The sizes of a product whose shapes fit.
+struct Sizes {
+    batch: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Whether one right matrix serves the whole batch.
+    shared_rhs: bool,
+}
+
+impl Sizes {
+    fn new<const D: usize>(
+        lhs: [usize; D],
+        rhs: [usize; D],
+        options: MatmulOptions,
+    ) -> Result<Self, Nf4Error> {
+        if D < 2 {
+            return Err(Nf4Error::Rank {
+                tensor: "lhs".into(),
+                expected: 2,
+                shape: lhs.to_vec(),
+            });
+        }
+        let matrix = |shape: [usize; D], transpose| match transpose {
+            false => [shape[D - 2], shape[D - 1]],
+            true => [shape[D - 1], shape[D - 2]],
+        };
+        let [m, k] = matrix(lhs, options.transpose_lhs);
+        let [rhs_k, n] = matrix(rhs, options.transpose_rhs);
+        let shared_rhs = rhs[..D - 2].iter().all(|&dim| dim == 1);
+        if rhs_k != k || (!shared_rhs && lhs[..D - 2] != rhs[..D - 2]) {
+            let mut expected = rhs.to_vec();
+            if !shared_rhs {
+                expected[..D - 2].copy_from_slice(&lhs[..D - 2]);
+            }
+            expected[if options.transpose_rhs { D - 1 } else { D - 2 }] = k;
+            return Err(Nf4Error::Shape {
+                tensor: "rhs".into(),
+                expected,
+                given: rhs.to_vec(),
+            });
+        }
+        Ok(Self {
+            batch: lhs[..D - 2].iter().product(),
+            m,
+            n,
+            k,
+            shared_rhs,
+        })
+    }
+}
