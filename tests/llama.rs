@@ -11,6 +11,8 @@ mod adapter;
 mod attention;
 #[path = "../examples/llama/backward.rs"]
 mod backward;
+#[path = "../examples/llama/bench.rs"]
+mod bench;
 #[path = "../examples/llama/cache.rs"]
 mod cache;
 #[path = "../examples/llama/chat.rs"]
@@ -23,8 +25,6 @@ mod commands;
 mod config;
 #[path = "../examples/llama/data.rs"]
 mod data;
-#[path = "../examples/llama/decode.rs"]
-mod decode;
 #[path = "../examples/llama/device.rs"]
 mod device;
 #[path = "../examples/llama/error.rs"]

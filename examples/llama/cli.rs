@@ -2,8 +2,8 @@
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::BenchArgs;
 use crate::commands::GenerateArgs;
-use crate::decode::DecodeArgs;
 use crate::error::ModelError;
 use crate::finetune::FinetuneArgs;
 
@@ -17,7 +17,7 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Generate(Box<GenerateArgs>),
-    Decode(DecodeArgs),
+    Bench(BenchArgs),
     Finetune(Box<FinetuneArgs>),
 }
 
@@ -26,7 +26,7 @@ impl Cli {
     pub fn run(&self) -> Result<(), ModelError> {
         match &self.command {
             Command::Generate(args) => args.run(),
-            Command::Decode(args) => args.run(),
+            Command::Bench(args) => args.run(),
             Command::Finetune(args) => args.run(),
         }
     }

@@ -4,19 +4,19 @@
 //! cargo run --release --example llama -- generate --model FOLDER --prompt "Once upon a time"
 //! cargo run --release --example llama -- generate --model org/name --chat --prompt "Hello"
 //! cargo run --release --example llama -- finetune --model FOLDER --data text.txt --output OUT
-//! cargo run --release --example llama -- decode --batch 1 --batch 16
+//! cargo run --release --example llama -- bench --batch 1 --batch 16
 //! ```
 
 mod adapter;
 mod attention;
 mod backward;
+mod bench;
 mod cache;
 mod chat;
 mod cli;
 mod commands;
 mod config;
 mod data;
-mod decode;
 mod device;
 mod error;
 mod fetch;

@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_nf4::op::{MatmulOptions, matmul};
 
 use crate::attention::{Attention, Pass};
 use crate::cache::{KvCache, LayerCache, element_bytes};
@@ -88,22 +89,6 @@ impl DecoderLayer {
     }
 }
 
-/// `x Wᵀ` with the table of the embeddings.
-///
-/// A few rows are computed as `(W xᵀ)ᵀ`: on the CPU the transposed table, often the largest tensor
-/// of the model, would be copied for each token.
-fn tied_head(x: Tensor<3>, table: Tensor<2>) -> Tensor<3> {
-    const FEW_ROWS: usize = 64;
-    let [batch, length, hidden] = x.dims();
-    let [vocabulary, _] = table.dims();
-    if batch * length > FEW_ROWS {
-        return x.matmul(table.transpose().unsqueeze());
-    }
-    let x = x.reshape([batch * length, hidden]);
-    let y = table.matmul(x.transpose()).transpose();
-    y.reshape([batch, length, vocabulary])
-}
-
 impl Llama {
     /// Tables for this model on its device.
     pub fn rope_tables(&self, config: &LlamaConfig) -> RopeTables {
@@ -170,7 +155,10 @@ impl Llama {
         let x = self.norm.forward(x);
         match &self.lm_head {
             Some(head) => head.forward(x),
-            None => tied_head(x, self.embed_tokens.val()),
+            None => {
+                let table = self.embed_tokens.val().unsqueeze();
+                matmul(x, table, None, MatmulOptions::TRANSPOSE_RHS).expect("the table fits")
+            }
         }
     }
 

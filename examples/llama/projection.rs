@@ -2,10 +2,10 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use burn_nf4::op::{MatmulOptions, matmul};
 
 use crate::cache::element_bytes;
 
@@ -36,17 +36,27 @@ pub struct DenseLora {
     pub scale: f64,
 }
 
+/// `x W + b`.
+///
+/// # Shapes
+/// - `x`: `[..., d_input]`
+/// - `weight`: `[d_input, d_output]`
+fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    // A trained bias is in f32 whatever the dtype of the model.
+    let bias = bias.map(|bias| bias.cast(x.dtype()));
+    matmul(x, weight.unsqueeze(), bias, MatmulOptions::default()).expect("the layer fits")
+}
+
 impl DenseLora {
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let dtype = x.dtype();
         let weight = self.base.weight.val();
-        // A trained bias is in f32 whatever the dtype of the model.
-        let bias = self.base.bias.as_ref().map(|bias| bias.val().cast(dtype));
+        let bias = self.base.bias.as_ref().map(Param::val);
         let y = linear(x.clone(), weight.clone(), bias);
         let (a, b) = (self.lora_a.val(), self.lora_b.val());
         let dropped = self.dropout.forward(x);
         let input = dropped.clone().cast(a.dtype());
-        let branch = input.matmul(a.unsqueeze()).matmul(b.unsqueeze()) * self.scale;
+        let branch = linear(linear(input, a, None), b, None) * self.scale;
         let Some(magnitude) = &self.lora_magnitude else {
             return y + branch.cast(dtype);
         };
@@ -89,7 +99,10 @@ impl Projection {
         match self {
             Self::Nf4(layer) => layer.forward(x),
             Self::QLora(layer) => layer.forward(x),
-            Self::Dense(layer) => layer.forward(x),
+            Self::Dense(layer) => {
+                let bias = layer.bias.as_ref().map(Param::val);
+                linear(x, layer.weight.val(), bias)
+            }
             Self::DenseLora(layer) => layer.forward(x),
         }
     }

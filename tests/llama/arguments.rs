@@ -104,9 +104,9 @@ fn what_cannot_be_served_is_refused_at_once(#[case] arguments: &str, #[case] exp
 }
 
 #[rstest]
-#[case::batch("decode --batch 0", "--batch is 0")]
-#[case::tokens("decode --tokens 0", "--tokens is 0")]
-#[case::rank("decode --rank 0", "--rank is 0")]
+#[case::batch("bench --batch 0", "--batch is 0")]
+#[case::tokens("bench --tokens 0", "--tokens is 0")]
+#[case::rank("bench --rank 0", "--rank is 0")]
 fn timing_nothing_is_refused(#[case] arguments: &str, #[case] expected: &str) {
     let arguments: Vec<&str> = arguments.split(' ').collect();
     assert!(run(&arguments).unwrap_err().contains(expected));
