@@ -22,6 +22,8 @@ mod host_cost;
 #[cfg(feature = "cube")]
 mod lora;
 #[cfg(feature = "cube")]
+mod many_rows;
+#[cfg(feature = "cube")]
 mod matmul;
 #[cfg(feature = "cube")]
 mod peer;
@@ -93,6 +95,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     device_time::dequantize(&gpu, args, report);
     device_time::quantize(&gpu, args, report);
     let mut products = matmul::benches(&gpu, args, report);
+    products.extend(many_rows::benches(&gpu, args, report));
     lora::benches(&gpu, args, report);
     let mut puzzle = puzzle::on_gpu(&gpu, args, report);
     host_cost::run(&gpu, args, report);
@@ -100,6 +103,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
         peer::run(&gpu, args, python, puzzle.as_mut(), &mut products, report)?;
     }
     matmul::summarise(&products);
+    many_rows::summarise(&gpu, &products);
     if !args.list {
         chart::draw(&gpu.place, &report.rows, &args.svg)?;
         product_chart::draw(&gpu.place, &products, &args.matmul_svg)?;

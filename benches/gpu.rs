@@ -5,6 +5,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Device, Distribution, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
+use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
 use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::*;

@@ -85,6 +85,7 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
         ("linear_rule", "linear, way by rule", &rule, &wait_for_op),
         ("linear_lora", "linear, rank 16 joined", &lora, &wait_for_op),
     ];
+    dense_product(gpu, args, report);
     let mut medians = [None; 8];
     let mut headed = false;
     for (i, (id, what, call, wait)) in cases.into_iter().enumerate() {
@@ -124,6 +125,69 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
         );
     }
 }
+
+/// How long a product by cuBLASLt blocks the caller while the device has tens of milliseconds of other
+/// work; a synchronisation in its path would show as all of that.
+#[cfg(feature = "cublaslt")]
+fn dense_product(gpu: &Gpu, args: &Args, report: &mut Report) {
+    use burn_nf4::launch::{DenseOperands, DensePlan, DenseProduct};
+
+    let name = "host_cost/dense_product";
+    if gpu.place.backend != "cuda" || !args.starts(name) {
+        return;
+    }
+    let client = &gpu.client;
+    let product = DenseProduct::new(64, 64, 64, FloatType::F32);
+    let plan = DensePlan::new(client, product).expect("cuBLASLt is there");
+    let matrix = || client.empty(64 * 64 * 4);
+    let (lhs, rhs, out) = (matrix(), matrix(), matrix());
+    let launch = || {
+        let operands = DenseOperands {
+            lhs: lhs.clone(),
+            rhs: rhs.clone(),
+            scale: 1.0,
+            addend: None,
+            bias: None,
+        };
+        plan.launch(operands, out.clone()).expect("buffers fit");
+    };
+    launch();
+    let (mut calls, mut busy) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        sync(client);
+        let started = Instant::now();
+        (0..8).for_each(|_| gpu.copier.keep_busy());
+        for _ in 0..10 {
+            let called = Instant::now();
+            launch();
+            calls.push(called.elapsed().as_secs_f64() * 1e6);
+        }
+        sync(client);
+        busy.push(started.elapsed().as_secs_f64() * 1e6);
+    }
+    let (call, busy) = (
+        Timing::of(calls, Method::Clock),
+        Timing::of(busy, Method::Clock),
+    );
+    println!(
+        "\nA product by cuBLASLt behind {:.1} ms of work returns after {:.2} us (median of 50, spread {:.2})",
+        busy.median_us / 1e3,
+        call.median_us,
+        call.spread_us
+    );
+    report.record(&json!({
+        "kind": "host_cost",
+        "name": name,
+        "device": gpu.place.device,
+        "backend": gpu.place.backend,
+        "median_us": call.median_us,
+        "spread_us": call.spread_us,
+        "busy_us": busy.median_us,
+    }));
+}
+
+#[cfg(not(feature = "cublaslt"))]
+fn dense_product(_gpu: &Gpu, _args: &Args, _report: &mut Report) {}
 
 /// Time a call: of the calls alone, and of the calls and one wait for the device.
 fn time(calls: usize, call: &dyn Fn(), wait: &dyn Fn()) -> (Timing, Timing) {

@@ -11,13 +11,13 @@ use burn_nf4::format::{FloatType, Nf4Tensor, PackedLayout, QuantConfig};
 use burn_nf4::launch::{MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype};
 use burn_nf4::op::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
 use cubecl::server::Handle;
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::json;
 
 use crate::args::{Args, Sizes};
 use crate::gpu::{DeviceWeight, Gpu};
-use crate::problems::Weight;
+use crate::problems::{Weight, dtype_name};
 use crate::report::{Report, Timing};
 use crate::timing::{self, Window};
 
@@ -36,6 +36,7 @@ pub const BURN_DENSE: &str = "burn_dense";
 #[derive(Clone)]
 pub struct Timed {
     pub variant: String,
+    pub dtype: FloatType,
     pub shape: [usize; 2],
     pub m: usize,
     pub timing: Timing,
@@ -110,12 +111,18 @@ pub fn op_spec(layout: &PackedLayout, [n, k]: [usize; 2], m: usize) -> MatmulSpe
         dtype: DTYPE,
     };
     let strategy = MatmulStrategy::Auto;
-    MatmulSpec::of(LinearSpec { weight, strategy }, m).expect("few rows of a whole weight")
+    let linear = LinearSpec {
+        weight,
+        strategy,
+        cublaslt: cfg!(feature = "cublaslt"),
+    };
+    MatmulSpec::of(linear, m).expect("few rows of a whole weight")
 }
 
 /// The name of a bench.
-pub fn name(variant: &str, [n, k]: [usize; 2], m: usize) -> String {
-    format!("matmul/{variant}/bf16/{n}x{k}/m{m}")
+pub fn name(variant: &str, dtype: FloatType, [n, k]: [usize; 2], m: usize) -> String {
+    let dtype = dtype_name(dtype);
+    format!("matmul/{variant}/{dtype}/{n}x{k}/m{m}")
 }
 
 /// The shapes that are timed, `[n, k]`.
@@ -139,6 +146,21 @@ pub fn x_values(m: usize, k: usize) -> Vec<bf16> {
         .collect()
 }
 
+/// The bytes of values in a dtype.
+pub fn floats(dtype: FloatType, values: &[bf16]) -> Vec<u8> {
+    match dtype {
+        FloatType::BF16 => bytemuck::cast_slice(values).to_vec(),
+        FloatType::F16 => {
+            let values: Vec<f16> = values.iter().map(|v| f16::from_f32(v.to_f32())).collect();
+            bytemuck::cast_slice(&values).to_vec()
+        }
+        FloatType::F32 => {
+            let values: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+            bytemuck::cast_slice(&values).to_vec()
+        }
+    }
+}
+
 /// Every kernel on every shape and number of rows, then Burn's dense product.
 pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
     let mut all = Vec::new();
@@ -152,7 +174,9 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
         let wanted: Vec<(Implementation, usize)> = ROWS
             .into_iter()
             .flat_map(|m| Implementation::all(args).into_iter().map(move |i| (i, m)))
-            .filter(|(implementation, m)| args.starts(&name(&implementation.name(), shape, *m)))
+            .filter(|(implementation, m)| {
+                args.starts(&name(&implementation.name(), DTYPE, shape, *m))
+            })
             .collect();
         if wanted.is_empty() {
             continue;
@@ -176,7 +200,7 @@ pub fn head(title: &str) {
 
 /// Prints, writes and returns a result.
 pub fn take(gpu: &Gpu, timed: Timed, report: &mut Report) -> Timed {
-    let name = name(&timed.variant, timed.shape, timed.m);
+    let name = name(&timed.variant, timed.dtype, timed.shape, timed.m);
     let Timing {
         median_us,
         spread_us,
@@ -194,6 +218,7 @@ pub fn take(gpu: &Gpu, timed: Timed, report: &mut Report) -> Timed {
         "device": gpu.place.device,
         "backend": gpu.place.backend,
         "variant": timed.variant,
+        "dtype": dtype_name(timed.dtype),
         "shape": timed.shape,
         "m": timed.m,
         "median_us": median_us,
@@ -257,7 +282,7 @@ fn packed(
     let mut all = Vec::new();
     for &(implementation, m) in wanted {
         let variant = implementation.name();
-        let name = name(&variant, shape, m);
+        let name = name(&variant, DTYPE, shape, m);
         let dtype = DTYPE;
         let plan = match implementation.plan(gpu, layout, Product { m, n, k, dtype }) {
             Ok(plan) => plan,
@@ -312,6 +337,7 @@ fn packed(
         let timing = timing::device_time(client, &window);
         let timed = Timed {
             variant,
+            dtype,
             shape,
             m,
             timing,
@@ -326,7 +352,7 @@ fn packed(
 /// for each product.
 fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
     for (shape, m) in products(gpu) {
-        let name = name(BURN_DENSE, shape, m);
+        let name = name(BURN_DENSE, DTYPE, shape, m);
         if !args.starts(&name) {
             continue;
         }
@@ -350,6 +376,7 @@ fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
         };
         let timed = Timed {
             variant: BURN_DENSE.into(),
+            dtype: DTYPE,
             shape,
             m,
             timing: timing::device_time(&gpu.client, &window),
@@ -362,11 +389,13 @@ fn dense(gpu: &Gpu, args: &Args, report: &mut Report, all: &mut Vec<Timed>) {
 /// Prints ours beside the others, and draws time against rows.
 pub fn summarise(all: &[Timed]) {
     let of = |variant: &str, shape, m| {
-        all.iter()
-            .find(|timed| timed.variant == variant && timed.shape == shape && timed.m == m)
+        all.iter().find(|timed| {
+            (timed.dtype, timed.shape, timed.m) == (DTYPE, shape, m) && timed.variant == variant
+        })
     };
     let mut headed = false;
-    for ours in all.iter().filter(|timed| timed.variant == AUTO) {
+    let few = |timed: &&Timed| timed.variant == AUTO && ROWS.contains(&timed.m);
+    for ours in all.iter().filter(few) {
         let others = ["bitsandbytes", "cublas", BURN_DENSE].map(|v| of(v, ours.shape, ours.m));
         if others.iter().all(Option::is_none) {
             continue;

@@ -376,24 +376,40 @@ class Session:
         say("time", name=job["name"], same=same, **device_time(calls, 8))
 
     def matmul(self, job, peer):
-        """y = x W^T in bf16: bitsandbytes' matmul_4bit, or cuBLAS over the dense weight."""
-        files, m = job["weight"], job["m"]
+        """y = x W^T, or with "dx" x W, the gradient of the input: bitsandbytes' matmul_4bit and what
+        its backward pass calls, or cuBLAS over the dense weight."""
+        files, m, dx = job["weight"], job["m"], job["dx"]
         n, k = files["shape"]
+        dtype = dtype_of(files["dtype"])
         copies = max(self.rotation_bytes // job["bytes"], 2)
-        x = read(job["x"], torch.bfloat16).view(m, k)
-        dense = read(files["decoded"], torch.bfloat16).view(n, k)
+        x = read(job["x"], dtype).view(m, n if dx else k)
+        dense = read(files["decoded"], dtype).view(n, k)
         if isinstance(peer, Cublas):
             copies = max(self.rotation_bytes // (n * k * 2), 2)
             weights = [dense] + [dense.clone() for _ in range(copies - 1)]
-            calls = [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+            if dx:
+                calls = [lambda w=w: x @ w for w in weights]
+            else:
+                calls = [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
         else:
+            copies = min(copies, 16)
             weights, _ = self.rotated(files, copies)
-            calls = [lambda w=w: bnb.matmul_4bit(x, w.column.t(), w.state) for w in weights]
-        exact = x.double() @ dense.double().t()
-        error = (calls[0]().double() - exact).norm() / exact.norm()
+            if dx:
+                calls = [
+                    lambda w=w: x @ bnb_functional.dequantize_4bit(w.column, w.state).to(dtype)
+                    for w in weights
+                ]
+            else:
+                calls = [lambda w=w: bnb.matmul_4bit(x, w.column.t(), w.state) for w in weights]
+        # Some rows, as f64 takes much memory.
+        some = slice(0, min(m, 256))
+        exact = x[some].double() @ (dense.double() if dx else dense.double().t())
+        error = (calls[0]()[some].double() - exact).norm() / exact.norm()
+        del exact
         say(
             "product",
-            variant=job["variant"],
+            variant=job["as"],
+            dtype=files["dtype"],
             shape=[n, k],
             m=m,
             relative_error=error.item(),

@@ -16,6 +16,7 @@ use crate::device_time::{
     ROTATION_BYTES, dequantize_name, quantize_configs, quantize_name, quantized,
 };
 use crate::gpu::Gpu;
+use crate::many_rows::{self, Product, variant_name};
 use crate::matmul::{self, Timed};
 use crate::problems::{self, Problem, Weight, dtype_name};
 use crate::puzzle::Puzzle;
@@ -61,6 +62,7 @@ enum Line {
     /// A matrix product.
     Product {
         variant: String,
+        dtype: String,
         shape: [usize; 2],
         m: usize,
         median_us: f64,
@@ -205,6 +207,7 @@ fn take(
         }
         Line::Product {
             variant,
+            dtype,
             shape,
             m,
             median_us,
@@ -213,8 +216,13 @@ fn take(
             method,
             relative_error,
         } => {
+            let of_name = |known: &FloatType| dtype_name(*known) == dtype;
             let timed = Timed {
                 variant,
+                dtype: FloatType::ALL
+                    .into_iter()
+                    .find(of_name)
+                    .expect("as we asked for"),
                 shape,
                 m,
                 timing: Timing {
@@ -338,33 +346,52 @@ impl Jobs {
     }
 
     fn matmul(&mut self, gpu: &Gpu, args: &Args) -> std::io::Result<()> {
-        let mut last: Option<([usize; 2], Value)> = None;
-        for (shape, m) in matmul::products(gpu) {
-            for variant in MULTIPLIERS {
-                let name = matmul::name(variant, shape, m);
-                if !args.starts(&name) {
-                    continue;
-                }
-                let files = match &last {
-                    Some((same, files)) if *same == shape => files.clone(),
-                    _ => {
-                        let weight = Weight::new(shape, QuantConfig::default(), 1);
-                        let id = format!("m{}x{}", shape[0], shape[1]);
-                        self.weight(&id, &weight, FloatType::BF16)?
-                    }
-                };
-                last = Some((shape, files.clone()));
-                let x = matmul::x_values(m, shape[1]);
-                self.list.push(json!({
-                    "kind": "matmul",
-                    "name": name,
-                    "variant": variant,
-                    "weight": files,
-                    "m": m,
-                    "x": self.write(&format!("x{m}x{}", shape[1]), bytemuck::cast_slice(&x))?,
-                    "bytes": shape[0] * shape[1] / 2,
-                }));
+        let few = matmul::products(gpu).flat_map(|(shape, m)| {
+            let product = Product {
+                shape,
+                m,
+                dtype: matmul::DTYPE,
+                dx: false,
+            };
+            MULTIPLIERS.map(|peer| (peer, product))
+        });
+        let mut last: Option<(Product, Value)> = None;
+        for (peer, product) in few.chain(many_rows::peer_products(gpu)) {
+            let Product {
+                shape,
+                m,
+                dtype,
+                dx,
+            } = product;
+            let variant = variant_name(peer, dx);
+            let name = matmul::name(&variant, dtype, shape, m);
+            if !args.starts(&name) {
+                continue;
             }
+            let [n, k] = shape;
+            let files = match &last {
+                Some((same, files)) if same.shape == shape && same.dtype == dtype => files.clone(),
+                _ => {
+                    let weight = Weight::new(shape, QuantConfig::default(), 1);
+                    let id = format!("m{n}x{k}{}", dtype_name(dtype));
+                    self.weight(&id, &weight, dtype)?
+                }
+            };
+            last = Some((product, files.clone()));
+            let width = if dx { n } else { k };
+            let id = format!("x{m}x{width}{}", dtype_name(dtype));
+            let x = matmul::floats(dtype, &matmul::x_values(m, width));
+            self.list.push(json!({
+                "kind": "matmul",
+                "name": name,
+                "variant": peer,
+                "as": variant,
+                "dx": dx,
+                "weight": files,
+                "m": m,
+                "x": self.write(&id, &x)?,
+                "bytes": n * k / 2,
+            }));
         }
         Ok(())
     }

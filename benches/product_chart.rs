@@ -7,7 +7,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
 use crate::chart::{Area, Drawn, text};
-use crate::matmul::{AUTO, BURN_DENSE, Timed};
+use crate::matmul::{AUTO, BURN_DENSE, DTYPE, Timed};
 use crate::report::Place;
 
 const WIDTH: i32 = 960;
@@ -18,6 +18,8 @@ const BOTTOM: i32 = 44;
 /// Room for the numbers on the left of a panel, and on its right.
 const LEFT: i32 = 40;
 const RIGHT: i32 = 12;
+/// From the middle of a number of rows to that of the next that is written.
+const LABEL: i32 = 28;
 
 /// Variant, label and colour of each line.
 const LINES: [(&str, &str, RGBColor); 4] = [
@@ -62,7 +64,7 @@ fn position(value: f64, (least, most): (f64, f64)) -> f64 {
 pub fn draw(place: &Place, all: &[Timed], path: &Path) -> Result<(), Box<dyn Error>> {
     let drawn: Vec<&Timed> = all
         .iter()
-        .filter(|timed| LINES.iter().any(|line| line.0 == timed.variant))
+        .filter(|timed| timed.dtype == DTYPE && LINES.iter().any(|line| line.0 == timed.variant))
         .collect();
     let mut shapes: Vec<[usize; 2]> = drawn.iter().map(|timed| timed.shape).collect();
     shapes.sort_unstable_by(|a, b| b.cmp(a));
@@ -139,20 +141,25 @@ fn draw_panel(area: &Area, panel: &Panel, [n, k]: [usize; 2], here: &[&Timed]) -
             text(area, &number, (panel.left - 6, y), 12, HPos::Right, GREY)?;
         }
     }
-    let mut marked: Vec<usize> = here.iter().map(|timed| timed.m).collect();
-    marked.sort_unstable();
-    marked.dedup();
-    for m in marked {
-        let at = (panel.x(m), HEIGHT - BOTTOM + 14);
-        text(area, &m.to_string(), at, 12, HPos::Center, GREY)?;
+    let mut rows: Vec<usize> = here.iter().map(|timed| timed.m).collect();
+    rows.sort_unstable();
+    let mut free = 0;
+    for m in rows {
+        let at = panel.x(m);
+        if m.is_power_of_two() && at >= free {
+            let place = (at, HEIGHT - BOTTOM + 14);
+            text(area, &m.to_string(), place, 12, HPos::Center, GREY)?;
+            free = at + LABEL;
+        }
     }
     for (variant, _, colour) in LINES.iter().rev() {
-        let mut points: Vec<(i32, i32)> = here
+        let mut line: Vec<&Timed> = here.to_vec();
+        line.retain(|timed| timed.variant == *variant);
+        line.sort_unstable_by_key(|timed| timed.m);
+        let points: Vec<(i32, i32)> = line
             .iter()
-            .filter(|timed| timed.variant == *variant)
             .map(|timed| (panel.x(timed.m), panel.y(timed.timing.median_us)))
             .collect();
-        points.sort_unstable();
         for &point in &points {
             area.draw(&Circle::new(point, 3, colour.filled()))?;
         }
