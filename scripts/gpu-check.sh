@@ -29,6 +29,10 @@ for step in $steps; do
         for tests in kernels matmul ops modules; do
             [ -x "$bin/$tests" ] && run "$tests" "$bin/$tests" cuda
         done
+        # Built with `cublaslt`.
+        for tests in dense dense_graph dense_provider; do
+            [ -x "$bin/$tests" ] && run "$tests" "$bin/$tests"
+        done
         ;;
     sanitizer)
         for tool in memcheck racecheck; do
@@ -43,14 +47,20 @@ for step in $steps; do
                 cuda_tensor_core_branches::rank_3 cuda_tensor_core_tiles::row_tiles_2 \
                 cuda_levels::row_tiles_1::planes_3
         done
+        for tool in memcheck racecheck synccheck; do
+            [ -x "$bin/dense" ] || break
+            run "compute-sanitizer $tool, dense products" \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "$bin/dense" --test-threads 1 cuda_random cuda_operands cuda_bad
+        done
         ;;
     example)
         run "qlora_linear" "$bin/qlora_linear" --device cuda
         run "qlora_linear 14336x4096" "$bin/qlora_linear" --device cuda --size 14336x4096
         ;;
     decode)
-        run "llama decode" "$bin/llama" decode --device cuda --size llama8b
-        run "llama decode, branches" "$bin/llama" decode --device cuda --size llama8b --rank 16
+        run "llama bench" "$bin/llama" bench --device cuda --size llama8b
+        run "llama bench, branches" "$bin/llama" bench --device cuda --size llama8b --rank 16
         ;;
     bench)
         TAIL=200 run "bench" "$bin/dequantize"
