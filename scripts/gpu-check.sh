@@ -59,8 +59,8 @@ for step in $steps; do
         run "qlora_linear 14336x4096" "$bin/qlora_linear" --device cuda --size 14336x4096
         ;;
     decode)
-        run "llama bench" "$bin/llama" bench --device cuda --size llama8b
-        run "llama bench, branches" "$bin/llama" bench --device cuda --size llama8b --rank 16
+        run "burn-nf4 bench" "$bin/burn-nf4" bench --device cuda --size llama8b
+        run "burn-nf4 bench, branches" "$bin/burn-nf4" bench --device cuda --size llama8b --rank 16
         ;;
     bench)
         TAIL=200 run "bench" "$bin/dequantize"

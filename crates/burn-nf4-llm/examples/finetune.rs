@@ -1,0 +1,53 @@
+//! Trains a LoRA adapter on a text file beside the frozen 4-bit weights of a folder, and saves it as
+//! PEFT does.
+//!
+//! ```text
+//! cargo run --release -p burn-nf4-llm --example finetune -- FOLDER story.txt ADAPTER
+//! ```
+
+use std::error::Error;
+use std::path::Path;
+
+use burn::tensor::Device;
+use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::format::FloatType;
+use burn_nf4::peft::{LoraConfig, TargetModules};
+use burn_nf4_llm::model::{LlamaConfig, adapter, load};
+use burn_nf4_llm::text::Text;
+use burn_nf4_llm::train::data::Dataset;
+use burn_nf4_llm::train::schedule::{Decay, Schedule};
+use burn_nf4_llm::train::{Settings, Trainer};
+
+const STEPS: usize = 10;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, data, output] = arguments.as_slice() else {
+        return Err("usage: finetune FOLDER TEXT OUTPUT".into());
+    };
+    let folder = Path::new(folder);
+    let config = LlamaConfig::from_folder(folder)?;
+    let text = Text::from_folder(folder)?;
+    let device = Device::flex().autodiff();
+    let checkpoint = Checkpoint::open(folder)?;
+    let model = load(&checkpoint, &config, FloatType::F32, &device, |_| ())?;
+    let data = Dataset::read(data.as_ref(), &text, text.eos, 128)?;
+    data.check_vocabulary(config.vocab_size)?;
+
+    let lora = LoraConfig::new(TargetModules::AllLinear);
+    let schedule = Schedule {
+        peak: 2e-4,
+        decay: Decay::Cosine,
+        warmup: 2,
+        total: STEPS,
+    };
+    let settings = Settings::new(schedule, &lora)?;
+    let model = adapter::fresh(model, lora.clone(), &device)?;
+    let mut trainer = Trainer::new(model, &config, lora, settings, true);
+    for step in 0..STEPS {
+        let loss = trainer.step(&data.step(step, 1, 1, 42));
+        println!("step {step}: loss {loss:.3}");
+    }
+    trainer.save_adapter(output.as_ref())?;
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! Loads a folder and continues a text.
+//!
+//! ```text
+//! cargo run --release -p burn-nf4-llm --example generate -- FOLDER "The capital of France is"
+//! ```
+
+use std::error::Error;
+use std::path::Path;
+
+use burn::tensor::Device;
+use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::format::FloatType;
+use burn_nf4_llm::generate::{Request, Sampling, generate};
+use burn_nf4_llm::model::{LlamaConfig, load};
+use burn_nf4_llm::text::Text;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, prompt] = arguments.as_slice() else {
+        return Err("usage: generate FOLDER PROMPT".into());
+    };
+    let folder = Path::new(folder);
+    let config = LlamaConfig::from_folder(folder)?;
+    let text = Text::from_folder(folder)?;
+    let device = Device::flex();
+    let checkpoint = Checkpoint::open(folder)?;
+    let model = load(&checkpoint, &config, FloatType::F32, &device, |_| ())?;
+
+    let request = Request {
+        prompts: vec![text.encode(prompt)?],
+        max_tokens: 64,
+        sampling: Sampling::greedy(),
+        eos: config.eos_token_ids.clone(),
+    };
+    let report = generate(&model, &config, &request, |_row, _token| Ok(()))?;
+    println!("{prompt}{}", text.decode(&report.tokens[0])?);
+    eprintln!("{:.1} tokens/s", report.decode_rate());
+    Ok(())
+}

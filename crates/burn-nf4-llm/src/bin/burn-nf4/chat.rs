@@ -1,0 +1,93 @@
+//! The command `chat`.
+
+use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::generate::{Request, generate};
+use burn_nf4_llm::text::chat::Ending;
+use burn_nf4_llm::text::{Conversation, Message};
+use clap::Args;
+
+use crate::model_args::{AdapterArgs, ModelArgs, SamplingArgs};
+
+#[derive(Args, Debug)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    adapter: AdapterArgs,
+    /// The system message.
+    #[arg(long)]
+    system: Option<String>,
+    /// The chat template: the name of one that the model has, or a file.
+    #[arg(long)]
+    chat_template: Option<String>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+impl ChatArgs {
+    /// Answers each line of stdin, until it ends.
+    pub fn run(&self) -> Result<(), ModelError> {
+        let sampling = self.sampling.check()?;
+        let mut opened = self.model.open(false)?;
+        if let Some(name) = &self.chat_template {
+            opened.text.chat.choose(name)?;
+        }
+        let model = self.adapter.apply(opened.model)?;
+        let (config, text) = (opened.config, opened.text);
+        let system = self
+            .system
+            .iter()
+            .map(|system| Message::new("system", system));
+        let mut conversation = Conversation {
+            messages: system.collect(),
+            ..Conversation::default()
+        };
+        let prompts = stdin().is_terminal();
+        let mut warned = false;
+        loop {
+            if prompts {
+                show("> ")?;
+            }
+            let mut line = String::new();
+            let read = stdin().lock().read_line(&mut line);
+            if read.map_err(ModelError::io("stdin"))? == 0 {
+                return Ok(());
+            }
+            let line = line.trim_end_matches(['\n', '\r']);
+            if line.is_empty() {
+                continue;
+            }
+            conversation.messages.push(Message::new("user", line));
+            let prompt = text.encode_chat(&conversation, Ending::Prompt)?;
+            let longest = prompt.len() + self.sampling.max_tokens;
+            let warning = config.warn_of_length("the conversation with an answer", longest);
+            if let Some(warning) = warning.filter(|_| !warned) {
+                eprintln!("{warning}");
+                warned = true;
+            }
+            let request = Request {
+                prompts: vec![prompt],
+                max_tokens: self.sampling.max_tokens,
+                sampling,
+                eos: config.eos_token_ids.clone(),
+            };
+            let mut stream = text.tokenizer.decode_stream(true);
+            let report = generate(&model, &config, &request, |_, id| {
+                let piece = stream.step(id);
+                let piece = piece.map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+                piece.map_or(Ok(()), |piece| show(&piece))
+            })?;
+            show("\n")?;
+            let answer = text.decode(&report.tokens[0])?;
+            let answer = Message::new("assistant", &answer);
+            conversation.messages.push(answer);
+        }
+    }
+}
+
+fn show(text: &str) -> Result<(), ModelError> {
+    print!("{text}");
+    stdout().flush().map_err(ModelError::io("stdout"))
+}

@@ -1,0 +1,221 @@
+//! The commands `inspect`, `quantize`, `dequantize` and `verify`.
+
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{
+    Checkpoint, Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint,
+    quantize_checkpoint, verify,
+};
+use burn_nf4::format::{BlockSize, QuantConfig};
+use clap::Args;
+
+use crate::args::{FloatArg, QuantArg, StorageArg, parse_bytes};
+use crate::inspect::{Inspection, fault_lines, faults};
+use crate::progress::Bar;
+use crate::verify::{Limits, Verdict};
+
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Folder or .safetensors file
+    path: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl InspectArgs {
+    pub fn run(&self) -> Result<(), Nf4Error> {
+        let inspection = Inspection::of(&Checkpoint::open(&self.path)?)?;
+        print(&match self.json {
+            true => to_json(&inspection),
+            false => inspection.table(),
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// The one that errors are relative to
+    a: PathBuf,
+    /// The other one
+    b: PathBuf,
+    /// Largest difference of two values to allow [default: 0]
+    #[arg(long)]
+    tolerance: Option<f64>,
+    /// Largest root mean square of the differences to allow, relative to that of A's values
+    /// [default: 0, or any if there is a --tolerance]
+    #[arg(long)]
+    rms_tolerance: Option<f64>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl VerifyArgs {
+    /// 1 if the checkpoints differ.
+    pub fn run(&self) -> Result<ExitCode, Nf4Error> {
+        let (a, b) = (Checkpoint::open(&self.a)?, Checkpoint::open(&self.b)?);
+        for (checkpoint, which) in [(&a, "A"), (&b, "B")] {
+            // Only told: tensors can be compared whatever they stand for.
+            for line in fault_lines(&faults(checkpoint)).lines() {
+                eprintln!("{which}: {line}");
+            }
+        }
+        let bar = Bar::new("verify");
+        let report = verify(&a, &b, |progress| bar.show(progress))?;
+        drop(bar);
+        let limits = Limits::new(self.tolerance, self.rms_tolerance);
+        let within = limits.hold(&report);
+        print(&match self.json {
+            true => to_json(&Verdict { within, report }),
+            false => limits.text(&report),
+        })?;
+        Ok(match within {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::from(1),
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct DequantizeArgs {
+    #[command(flatten)]
+    paths: Paths,
+    /// Type of all float weights of the result [default: the type each had]
+    #[arg(long)]
+    dtype: Option<FloatArg>,
+}
+
+impl DequantizeArgs {
+    pub fn run(&self) -> Result<(), Nf4Error> {
+        let options = DequantizeOptions {
+            dtype: self.dtype.map(Into::into),
+            max_shard_bytes: self.paths.max_shard_size,
+            overwrite: self.paths.overwrite,
+        };
+        let source = Checkpoint::open(&self.paths.source)?;
+        let bar = Bar::new("dequantize");
+        let folder = &self.paths.folder;
+        let converted = dequantize_checkpoint(&source, folder, &options, |now| bar.show(now))?;
+        drop(bar);
+        print(&summary("dequantized", &converted, folder))
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct QuantizeArgs {
+    #[command(flatten)]
+    paths: Paths,
+    #[command(flatten)]
+    settings: Quantization,
+}
+
+impl QuantizeArgs {
+    pub fn run(self) -> Result<(), Nf4Error> {
+        print(&quantize(&self.paths, self.settings)?)
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct Paths {
+    /// Folder or .safetensors file to read
+    pub source: PathBuf,
+    /// Folder to write
+    pub folder: PathBuf,
+    /// Most bytes of tensors in a file, such as 5GB
+    #[arg(long, value_parser = parse_bytes, default_value = "50GB")]
+    pub max_shard_size: usize,
+    /// Write into a folder that is not empty
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Quantization {
+    /// 4-bit type
+    #[arg(long, default_value = "nf4")]
+    quant_type: QuantArg,
+    /// Weights a scale
+    #[arg(long, default_value_t = 64)]
+    block_size: u64,
+    /// Keep the scales in f32
+    #[arg(long)]
+    no_double_quant: bool,
+    /// Module to keep, as in llm_int8_skip_modules of transformers 5.24: the beginning of a path
+    /// up to a dot (model.layers.1 is not model.layers.10), also as a regular expression, or its
+    /// end; may be repeated
+    #[arg(long, value_name = "MODULE")]
+    skip: Vec<String>,
+    /// Quantize the experts of a mixture too (transformers 5.17 does not load those)
+    #[arg(long)]
+    experts: bool,
+    /// Type under which the codes are stored
+    #[arg(long, default_value = "uint8")]
+    storage: StorageArg,
+    /// Type to round float weights to first [default: as stored]
+    #[arg(long)]
+    dtype: Option<FloatArg>,
+    /// Type that transformers computes in [default: that of the weights]
+    #[arg(long)]
+    compute_dtype: Option<FloatArg>,
+}
+
+fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
+    let options = QuantizeOptions {
+        config: QuantConfig {
+            quant_type: settings.quant_type.into(),
+            block_size: BlockSize::new(settings.block_size, "--block-size")?,
+            nested_block_size: (!settings.no_double_quant).then_some(BlockSize::B256),
+        },
+        skip_modules: settings.skip,
+        experts: settings.experts,
+        storage: settings.storage.into(),
+        dtype: settings.dtype.map(Into::into),
+        compute_dtype: settings.compute_dtype.map(Into::into),
+        max_shard_bytes: paths.max_shard_size,
+        overwrite: paths.overwrite,
+    };
+    let source = Checkpoint::open(&paths.source)?;
+    let bar = Bar::new("quantize");
+    let converted = quantize_checkpoint(&source, &paths.folder, &options, |now| bar.show(now))?;
+    Ok(summary("quantized", &converted, &paths.folder))
+}
+
+fn summary(what: &str, converted: &Converted, folder: &Path) -> String {
+    let Converted {
+        converted,
+        kept,
+        source_bytes,
+        written,
+    } = converted;
+    format!(
+        "{what} {converted} parameters, kept {kept}: {source_bytes} bytes to {} in {} file(s) in \
+         {}\n",
+        written.size_bytes,
+        written.files.len(),
+        folder.display()
+    )
+}
+
+pub fn to_json(value: &impl serde::Serialize) -> String {
+    // Plain data with string keys always has a JSON text.
+    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
+}
+
+/// Writes to stdout, whose reader may go away early.
+pub fn print(text: &str) -> Result<(), Nf4Error> {
+    let mut stdout = std::io::stdout();
+    let written = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    match written {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Nf4Error::Io {
+            path: "stdout".into(),
+            source: error.into(),
+        }),
+        _ => Ok(()),
+    }
+}

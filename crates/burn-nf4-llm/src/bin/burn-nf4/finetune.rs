@@ -1,0 +1,304 @@
+//! The command `finetune`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use burn_nf4::peft::{LoraConfig, TargetModules};
+use clap::Args;
+
+use crate::model_args::{ModelArgs, Opened, at_least};
+use crate::progress::{mebibytes, peak_memory_bytes, seconds};
+use crate::watch::{StepReport, Watch};
+use burn_nf4_llm::error::ModelError;
+use burn_nf4_llm::model::adapter;
+use burn_nf4_llm::model::{HEAD, Llama};
+use burn_nf4_llm::train::data::{Batch, Dataset};
+use burn_nf4_llm::train::schedule::{Decay, Schedule};
+use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+
+/// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
+#[derive(Args, Debug)]
+pub struct FinetuneArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A .txt file, or a .jsonl or .json file of objects with `text` or `messages`.
+    #[arg(long)]
+    pub data: PathBuf,
+    /// Where to save the adapter and the checkpoints.
+    #[arg(long)]
+    pub output: PathBuf,
+    /// Rank of the adapter.
+    #[arg(long, default_value_t = 8)]
+    pub r: usize,
+    /// Numerator of the adapter's factor.
+    #[arg(long, default_value_t = 16.0)]
+    pub alpha: f64,
+    /// Probability of dropping an input of the adapter.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Use the factor alpha / sqrt(r) instead of alpha / r.
+    #[arg(long)]
+    pub rslora: bool,
+    /// Train a magnitude for each output beside the adapter (DoRA).
+    #[arg(long)]
+    pub dora: bool,
+    /// The layers to adapt, by the end of their path, or `all-linear`.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    )]
+    pub target_modules: Vec<String>,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 2e-4)]
+    pub lr: f64,
+    /// How the learning rate falls.
+    #[arg(long, value_enum, default_value_t = Decay::Constant)]
+    pub schedule: Decay,
+    /// Steps in which the learning rate rises from zero.
+    #[arg(long, default_value_t = 0)]
+    pub warmup: usize,
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f32,
+    /// Examples in one pass.
+    #[arg(long, default_value_t = 1)]
+    pub batch_size: usize,
+    /// Passes in one step.
+    #[arg(long, default_value_t = 1)]
+    pub grad_accum: usize,
+    /// Most tokens of an example.
+    #[arg(long, default_value_t = 512)]
+    pub seq_len: usize,
+    /// Passes over the data, unless --steps is given.
+    #[arg(long, default_value_t = 1)]
+    pub epochs: usize,
+    /// Steps of the optimizer.
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Keep only the input of each layer and compute the rest twice: less memory, a third more
+    /// time.
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Save a checkpoint every so many steps.
+    #[arg(long)]
+    pub save_every: Option<usize>,
+    /// Go on from the last checkpoint in the output folder.
+    #[arg(long)]
+    pub resume: bool,
+    /// Print lines even in a terminal.
+    #[arg(long)]
+    pub no_tui: bool,
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+}
+
+impl FinetuneArgs {
+    /// Refuses what cannot be served, before a model is loaded.
+    fn check(&self) -> Result<(), ModelError> {
+        at_least(1, "--batch-size", self.batch_size)?;
+        at_least(1, "--grad-accum", self.grad_accum)?;
+        at_least(2, "--seq-len", self.seq_len)?;
+        at_least(1, "--epochs", self.epochs)?;
+        at_least(1, "--steps", self.steps.unwrap_or(1))?;
+        at_least(1, "--save-every", self.save_every.unwrap_or(1))?;
+        let decay = f64::from(self.weight_decay);
+        for (name, given, fine, expected) in [
+            ("--lr", self.lr, self.lr > 0.0, "a positive number"),
+            ("--alpha", self.alpha, self.alpha > 0.0, "a positive number"),
+            (
+                "--weight-decay",
+                decay,
+                decay >= 0.0,
+                "a number of at least 0",
+            ),
+        ] {
+            if !fine || !given.is_finite() {
+                return Err(ModelError::Argument(format!(
+                    "{name} is {given}, expected {expected}"
+                )));
+            }
+        }
+        Ok(self.lora().check()?)
+    }
+
+    pub fn run(&self) -> Result<(), ModelError> {
+        self.check()?;
+        let Opened {
+            model,
+            config,
+            text,
+        } = self.model.open(true)?;
+        if config.attention_dropout != 0.0 {
+            return Err(ModelError::Unsupported {
+                path: "config.json".into(),
+                field: "attention_dropout".into(),
+                given: config.attention_dropout.to_string(),
+                supported: "0 in training".into(),
+            });
+        }
+        self.check_targets(&model)?;
+        let eos = text.eos.or(config.eos_token_ids.first().copied());
+        let data = Dataset::read(&self.data, &text, eos, self.seq_len)?;
+        data.check_vocabulary(config.vocab_size)?;
+        if let Some(warning) = config.warn_of_length("the longest example", data.longest()) {
+            eprintln!("{warning}");
+        }
+        let per_epoch = data.steps_per_epoch(self.batch_size * self.grad_accum);
+        let total = self.steps.unwrap_or(self.epochs * per_epoch);
+        if self.warmup > total {
+            eprintln!(
+                "warning: --warmup is {}, of {total} steps: the learning rate does not reach --lr",
+                self.warmup
+            );
+        }
+
+        let lora = self.lora();
+        let settings = self.settings(&lora, &data, total)?;
+        let device = model.device();
+        device.seed(self.seed);
+        let model = adapter::fresh(model, lora.clone(), &device)?;
+        let checkpointing = self.gradient_checkpointing;
+        let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing);
+        if self.resume {
+            trainer = match latest_checkpoint(&self.output)? {
+                Some(folder) => {
+                    eprintln!("going on from {}", folder.display());
+                    trainer.resume(&folder)?
+                }
+                None => {
+                    return Err(ModelError::Resume {
+                        path: self.output.clone(),
+                        message: "holds no checkpoint".into(),
+                    });
+                }
+            };
+        }
+        let mut notes = String::new();
+        for (count, what) in [
+            (data.cut, "cut at --seq-len"),
+            (data.left_out, "too short and left out"),
+        ] {
+            if count > 0 {
+                notes += &format!(", {count} {what}");
+            }
+        }
+        eprintln!(
+            "{} examples{notes}; {total} steps, {per_epoch} an epoch",
+            data.len()
+        );
+        self.train(&mut trainer, &data, total)?;
+
+        trainer.save_adapter(&self.output)?;
+        println!("saved the adapter in {}", self.output.display());
+        if let Some(peak) = peak_memory_bytes() {
+            println!("peak memory of the process: {}", mebibytes(peak));
+        }
+        Ok(())
+    }
+
+    fn train(&self, trainer: &mut Trainer, data: &Dataset, total: usize) -> Result<(), ModelError> {
+        let mut watch = Watch::open(&self.output, !self.no_tui, trainer.step, total)?;
+        let start = Instant::now();
+        let first = trainer.step;
+        while trainer.step < total && !watch.should_stop() {
+            let batches = data.step(trainer.step, self.batch_size, self.grad_accum, self.seed);
+            let learning_rate = trainer.rate();
+            let begun = Instant::now();
+            let loss = trainer.step(&batches);
+            let tokens: usize = batches.iter().map(Batch::tokens).sum();
+            watch.step(&StepReport {
+                step: trainer.step,
+                loss,
+                learning_rate,
+                tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
+            })?;
+            if !loss.is_finite() {
+                return Err(ModelError::Argument(format!(
+                    "the loss of step {} is {loss}: lower the learning rate",
+                    trainer.step
+                )));
+            }
+            if self
+                .save_every
+                .is_some_and(|every| trainer.step.is_multiple_of(every))
+            {
+                watch.saved(&trainer.save_checkpoint(&self.output)?);
+            }
+        }
+        if watch.should_stop() {
+            watch.saved(&trainer.save_checkpoint(&self.output)?);
+        }
+        // Closes the TUI before anything else is printed.
+        drop(watch);
+        println!(
+            "{} steps in {}",
+            trainer.step - first,
+            seconds(start.elapsed())
+        );
+        Ok(())
+    }
+
+    /// Refuses a target that no layer has. Training itself only needs a layer that some target
+    /// selects.
+    fn check_targets(&self, model: &Llama) -> Result<(), ModelError> {
+        let TargetModules::List(names) = self.lora().target_modules else {
+            return Ok(());
+        };
+        let paths: Vec<String> = model
+            .projections()
+            .into_iter()
+            .map(|(path, _)| path)
+            // A tied head can be a target too.
+            .chain([HEAD.into()])
+            .collect();
+        for name in names {
+            let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
+            if !paths.iter().any(has_it) {
+                return Err(ModelError::Argument(format!(
+                    "--target-modules: no layer of the model is named `{name}`"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn lora(&self) -> LoraConfig {
+        let targets = match self.target_modules.as_slice() {
+            [all] if all == "all-linear" => TargetModules::AllLinear,
+            names => TargetModules::list(names.iter().cloned()),
+        };
+        LoraConfig {
+            r: self.r,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            use_rslora: self.rslora,
+            use_dora: self.dora,
+            task_type: Some("CAUSAL_LM".into()),
+            base_model_name_or_path: Some(self.model.model.clone()),
+            ..LoraConfig::new(targets)
+        }
+    }
+
+    fn settings(
+        &self,
+        lora: &LoraConfig,
+        data: &Dataset,
+        total: usize,
+    ) -> Result<Settings, ModelError> {
+        let schedule = Schedule {
+            peak: self.lr,
+            decay: self.schedule,
+            warmup: self.warmup,
+            total,
+        };
+        Ok(Settings {
+            weight_decay: self.weight_decay,
+            batch_size: self.batch_size,
+            grad_accum: self.grad_accum,
+            seq_len: self.seq_len,
+            seed: self.seed,
+            data: data.fingerprint(),
+            ..Settings::new(schedule, lora)?
+        })
+    }
+}

@@ -1,0 +1,176 @@
+//! The command `generate`.
+
+use std::io::{Write, stderr, stdout};
+
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::generate::{Report, Request, Sampling, generate};
+use burn_nf4_llm::text::chat::Ending;
+use burn_nf4_llm::text::{Conversation, Message, Text};
+use clap::Args;
+
+use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
+use crate::progress::{mebibytes, peak_memory_bytes, seconds};
+
+/// Continue a text.
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text to continue; several make a batch.
+    #[arg(long, required = true)]
+    pub prompt: Vec<String>,
+    /// Put the prompt into the model's chat template, as the user's message.
+    #[arg(long)]
+    pub chat: bool,
+    /// The system message of the chat.
+    #[arg(long, requires = "chat")]
+    pub system: Option<String>,
+    /// The chat template: the name of one that the model has, or a file.
+    #[arg(long, requires = "chat")]
+    pub chat_template: Option<String>,
+    /// The beginning of the answer, for the model to continue.
+    #[arg(long, requires = "chat")]
+    pub prefill: Option<String>,
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Go on to the last token even where the model ends its text: for timing.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+impl GenerateArgs {
+    /// Refuses what cannot be served, before a model is loaded.
+    fn check(&self) -> Result<Sampling, ModelError> {
+        let sampling = self.sampling.check()?;
+        let prompts = self.prompt.len();
+        match self.batch {
+            Some(batch) if batch < prompts => Err(ModelError::Argument(format!(
+                "--batch is {batch}, expected at least as many rows as prompts, which are {prompts}"
+            ))),
+            _ => Ok(sampling),
+        }
+    }
+
+    /// Prints the texts.
+    pub fn run(&self) -> Result<(), ModelError> {
+        let sampling = self.check()?;
+        let Opened {
+            model,
+            config,
+            mut text,
+        } = self.model.open(false)?;
+        if let Some(name) = &self.chat_template {
+            text.chat.choose(name)?;
+        }
+        let model = self.adapter.apply(model)?;
+        let prompts: Vec<Vec<u32>> = self
+            .prompt
+            .iter()
+            .map(|prompt| self.encode(&text, prompt))
+            .collect::<Result<_, _>>()?;
+        let rows = self.batch.unwrap_or(prompts.len());
+        let request = Request {
+            prompts: prompts.iter().cycle().take(rows).cloned().collect(),
+            max_tokens: self.sampling.max_tokens,
+            sampling,
+            eos: match self.ignore_eos {
+                true => Vec::new(),
+                false => config.eos_token_ids.clone(),
+            },
+        };
+        let longest = request.longest_prompt();
+        let of_prompt = config.warn_of_length("the longest prompt", longest);
+        if let Some(warning) = &of_prompt {
+            eprintln!("{warning}");
+        }
+
+        // One row is shown as it comes; more would mix.
+        let mut stream = text.tokenizer.decode_stream(true);
+        let report = generate(&model, &config, &request, |_, id| {
+            if rows > 1 {
+                return Ok(());
+            }
+            let piece = stream
+                .step(id)
+                .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+            if let Some(piece) = piece {
+                print!("{piece}");
+                stdout().flush().map_err(ModelError::io("stdout"))?;
+            }
+            Ok(())
+        })?;
+        println!();
+        if rows > 1 {
+            self.print_rows(&report, &text, prompts.len())?;
+        }
+        let texts = request.prompts.iter().zip(&report.tokens);
+        let longest = texts
+            .map(|(prompt, tokens)| prompt.len() + tokens.len())
+            .max();
+        let of_text = config.warn_of_length("the longest text", longest.unwrap_or(0));
+        if let Some(warning) = of_text.filter(|_| of_prompt.is_none()) {
+            eprintln!("{warning}");
+        }
+        print_report(&report, rows);
+        Ok(())
+    }
+
+    fn print_rows(&self, report: &Report, text: &Text, prompts: usize) -> Result<(), ModelError> {
+        // Rows of the same prompt say the same when nothing is drawn.
+        let shown = match self.sampling.temperature > 0.0 {
+            true => report.tokens.len(),
+            false => prompts,
+        };
+        for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
+            println!("[{row}] {}", text.decode(tokens)?);
+        }
+        Ok(())
+    }
+
+    fn encode(&self, text: &Text, prompt: &str) -> Result<Vec<u32>, ModelError> {
+        if !self.chat {
+            return text.encode(prompt);
+        }
+        let system = self
+            .system
+            .iter()
+            .map(|system| Message::new("system", system));
+        let mut messages: Vec<Message> = system.collect();
+        messages.push(Message::new("user", prompt));
+        let mut ending = Ending::Prompt;
+        if let Some(start) = &self.prefill {
+            messages.push(Message::new("assistant", start));
+            ending = Ending::Open;
+        }
+        let conversation = Conversation {
+            messages,
+            ..Conversation::default()
+        };
+        text.encode_chat(&conversation, ending)
+    }
+}
+
+fn print_report(report: &Report, rows: usize) {
+    let mut err = stderr().lock();
+    // Nothing to be done if stderr is gone.
+    let _ = writeln!(
+        err,
+        "prompt: {} tokens in {}, {:.1} tokens/s\n\
+         decode: {} tokens in {}, {:.1} tokens/s ({rows} rows), median {:.2} ms a step\n\
+         KV cache: {}; peak memory of the process: {}",
+        report.prompt_tokens,
+        seconds(report.prompt_time),
+        report.prompt_rate(),
+        report.decoded_tokens,
+        seconds(report.decode_time),
+        report.decode_rate(),
+        report.step_time.as_secs_f64() * 1e3,
+        mebibytes(report.cache_bytes as u64),
+        peak_memory_bytes().map_or_else(|| "unknown".into(), mebibytes),
+    );
+}

@@ -1,0 +1,74 @@
+//! Language models and checkpoints in 4 bit from the command line.
+//!
+//! Exits with 0 on success, 1 if `verify` finds a difference, 2 on an error.
+
+mod args;
+mod bench;
+mod chat;
+mod convert;
+mod device;
+mod finetune;
+mod generate;
+mod inspect;
+mod merge;
+mod model_args;
+mod progress;
+mod verify;
+mod watch;
+
+use std::process::ExitCode;
+
+use burn_nf4_llm::ModelError;
+use clap::{Parser, Subcommand};
+
+/// Work with language models in bitsandbytes' 4 bit: Hugging Face folders and safetensors files.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// List the parameters of a checkpoint and how each is stored
+    Inspect(convert::InspectArgs),
+    /// Quantize the linear layers of a checkpoint of float weights
+    Quantize(Box<convert::QuantizeArgs>),
+    /// Decode the quantized weights of a checkpoint
+    Dequantize(convert::DequantizeArgs),
+    /// Compare two checkpoints parameter by parameter; exit with 1 if they differ
+    Verify(convert::VerifyArgs),
+    /// Merge a PEFT adapter into a model
+    Merge(merge::MergeArgs),
+    /// Continue a text
+    Generate(Box<generate::GenerateArgs>),
+    /// Talk with a model: reads messages from stdin, line by line
+    Chat(Box<chat::ChatArgs>),
+    /// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA)
+    Finetune(Box<finetune::FinetuneArgs>),
+    /// Time decoding, prompts and training steps with random weights: needs no checkpoint
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse().command).unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(2)
+    })
+}
+
+fn run(command: Command) -> Result<ExitCode, ModelError> {
+    match command {
+        Command::Inspect(args) => args.run()?,
+        Command::Quantize(args) => args.run()?,
+        Command::Dequantize(args) => args.run()?,
+        Command::Verify(args) => return Ok(args.run()?),
+        Command::Merge(args) => args.run()?,
+        Command::Generate(args) => args.run()?,
+        Command::Chat(args) => args.run()?,
+        Command::Finetune(args) => args.run()?,
+        Command::Bench(args) => args.run()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,177 @@
+//! Arguments of several commands: the model, its adapter, and how tokens are chosen.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::format::FloatType;
+use burn_nf4::peft::Adapter;
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::fetch;
+use burn_nf4_llm::generate::Sampling;
+use burn_nf4_llm::model::adapter;
+use burn_nf4_llm::model::{Llama, LlamaConfig, load};
+use burn_nf4_llm::text::Text;
+use clap::Args;
+
+use crate::device::{DTypeName, DeviceName};
+use crate::progress::{Bar, mebibytes, seconds};
+
+/// Which model, where, and in which type.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// A folder, or a repository `org/name` to fetch from the Hugging Face hub.
+    #[arg(long)]
+    pub model: String,
+    /// Where to run.
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
+    /// The type to compute in: f32 on the CPU, elsewhere the model's own.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DTypeName>,
+}
+
+/// A model with all that belongs to it.
+pub struct Opened {
+    pub model: Llama,
+    pub config: LlamaConfig,
+    pub text: Text,
+}
+
+impl ModelArgs {
+    /// Fetches the model if need be and loads it, to an autodiff device if it is to be trained.
+    pub fn open(&self, train: bool) -> Result<Opened, ModelError> {
+        let device = self.device.open()?;
+        let folder = fetch::folder(&self.model)?;
+        let config = LlamaConfig::from_folder(&folder)?;
+        let text = Text::from_folder(&folder)?;
+        let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
+        let device = if train { device.autodiff() } else { device };
+
+        let start = Instant::now();
+        let model = load_model(&folder, &config, dtype, &device)?;
+        device
+            .sync()
+            .map_err(|error| ModelError::Argument(format!("{device:?}: {error}")))?;
+        if config.tie_word_embeddings && model.lm_head.is_some() {
+            eprintln!(
+                "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
+                 model holds two different ones: both are used"
+            );
+        }
+        let (packed, dense) = model.size_bytes();
+        eprintln!(
+            "loaded in {} on {:?} ({}): {} of packed weights, {} of float weights",
+            seconds(start.elapsed()),
+            self.device,
+            dtype.name(),
+            mebibytes(packed as u64),
+            mebibytes(dense as u64),
+        );
+        Ok(Opened {
+            model,
+            config,
+            text,
+        })
+    }
+}
+
+fn load_model(
+    folder: &Path,
+    config: &LlamaConfig,
+    dtype: FloatType,
+    device: &Device,
+) -> Result<Llama, ModelError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let bar = Bar::new("load");
+    load(&checkpoint, config, dtype, device, |progress| {
+        bar.show(progress)
+    })
+}
+
+/// An adapter to put on the model.
+#[derive(Args, Debug)]
+pub struct AdapterArgs {
+    /// A PEFT LoRA folder to put on the model.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// Apply an adapter even if it lacks layers that its settings name.
+    #[arg(long, requires = "adapter")]
+    pub allow_missing: bool,
+}
+
+impl AdapterArgs {
+    /// The model with the adapter, if there is one.
+    pub fn apply(&self, model: Llama) -> Result<Llama, ModelError> {
+        let Some(folder) = &self.adapter else {
+            return Ok(model);
+        };
+        let device = model.device();
+        let adapter = Adapter::open_partial(folder)?;
+        if self.allow_missing {
+            return adapter::apply_partial(model, &adapter, &device);
+        }
+        adapter::apply(model, &adapter, &device).map_err(|error| match error {
+            ModelError::Nf4(error) => lacking(folder, error),
+            other => other,
+        })
+    }
+}
+
+/// An error of an adapter, with what to do about it if it lacks something.
+pub fn lacking(folder: &Path, error: Nf4Error) -> ModelError {
+    match error {
+        Nf4Error::AdapterLacks { .. } => ModelError::Argument(format!(
+            "{}: {error}; --allow-missing applies it without",
+            folder.display()
+        )),
+        other => other.into(),
+    }
+}
+
+/// How tokens are chosen, and how many.
+#[derive(Args, Debug)]
+pub struct SamplingArgs {
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 128)]
+    pub max_tokens: usize,
+    /// 0 takes the likeliest token each time.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Draw among this many of the likeliest tokens only; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Draw among the likeliest tokens that reach this probability together.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+}
+
+impl SamplingArgs {
+    /// The settings, unless they cannot be served.
+    pub fn check(&self) -> Result<Sampling, ModelError> {
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+        };
+        sampling.check()?;
+        at_least(1, "--max-tokens", self.max_tokens)?;
+        Ok(sampling)
+    }
+}
+
+/// Refuses a number that is too small.
+pub fn at_least(least: usize, name: &str, given: usize) -> Result<(), ModelError> {
+    match given < least {
+        true => Err(ModelError::Argument(format!(
+            "{name} is {given}, expected at least {least}"
+        ))),
+        false => Ok(()),
+    }
+}

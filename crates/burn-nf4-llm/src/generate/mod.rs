@@ -1,0 +1,185 @@
+//! Continuing texts token by token.
+
+pub mod sample;
+
+pub use sample::Sampling;
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::error::ModelError;
+use crate::generate::sample::Sampler;
+use crate::model::Llama;
+use crate::model::cache::KvCache;
+use crate::model::config::LlamaConfig;
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The tokens of each row.
+    pub prompts: Vec<Vec<u32>>,
+    /// Most tokens to generate for a row.
+    pub max_tokens: usize,
+    /// How a token is chosen.
+    pub sampling: Sampling,
+    /// Tokens that end a row.
+    pub eos: Vec<u32>,
+}
+
+impl Request {
+    /// Tokens of the longest prompt.
+    pub fn longest_prompt(&self) -> usize {
+        self.prompts.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Refuses what a model of this vocabulary cannot continue.
+    fn check(&self, vocabulary: usize) -> Result<(), ModelError> {
+        self.sampling.check()?;
+        let rows = self.prompts.len();
+        if rows == 0 || self.max_tokens == 0 {
+            return Err(ModelError::Argument(format!(
+                "{rows} prompts and up to {} tokens, expected at least one of each",
+                self.max_tokens
+            )));
+        }
+        if let Some(row) = self.prompts.iter().position(Vec::is_empty) {
+            return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
+        }
+        let mut ids = self.prompts.iter().flatten();
+        match ids.find(|&&id| id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(id) => Err(ModelError::Argument(format!(
+                "token {id} is not in the vocabulary of {vocabulary}"
+            ))),
+        }
+    }
+}
+
+/// How it went.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The tokens generated for each row, without the one that ended it.
+    pub tokens: Vec<Vec<u32>>,
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Time up to the first token.
+    pub prompt_time: Duration,
+    /// Tokens after the first of each row, of all rows.
+    pub decoded_tokens: usize,
+    /// Time of all further tokens.
+    pub decode_time: Duration,
+    /// The median time of a step after the first: on a GPU the first steps compile and tune.
+    pub step_time: Duration,
+    /// Bytes of the keys and values held at the end.
+    pub cache_bytes: usize,
+}
+
+/// Continues every prompt until its row ends or `max_tokens` are there.
+///
+/// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
+/// gets each token as it comes, with its row.
+pub fn generate(
+    model: &Llama,
+    config: &LlamaConfig,
+    request: &Request,
+    mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
+) -> Result<Report, ModelError> {
+    let rows = request.prompts.len();
+    let longest = request.longest_prompt();
+    request.check(config.vocab_size)?;
+
+    let start = Instant::now();
+    let padding: Vec<usize> = request.prompts.iter().map(|p| longest - p.len()).collect();
+    let ids: Vec<i64> = request
+        .prompts
+        .iter()
+        .zip(&padding)
+        .flat_map(|(prompt, &pad)| {
+            std::iter::repeat_n(0, pad).chain(prompt.iter().map(|&id| i64::from(id)))
+        })
+        .collect();
+    let ids = TensorData::new(ids, [rows, longest]);
+    let mut ids = Tensor::<2, Int>::from_data(ids, &model.device());
+    let mut rope = model.rope_tables(config);
+    let mut cache = KvCache::new(config.num_hidden_layers, padding);
+    let mut sampler = Sampler::new(request.sampling, rows);
+
+    let mut tokens = vec![Vec::new(); rows];
+    let mut open = vec![true; rows];
+    let mut prompt_time = None;
+    let mut decoded_tokens = 0;
+    let mut step_times = Vec::new();
+    let mut step_start = start;
+    for _ in 0..request.max_tokens {
+        let logits = model.next_logits(ids, &mut rope, &mut cache);
+        if prompt_time.is_none() {
+            check_finite(&logits)?;
+        }
+        let (next, host) = sampler.next(logits);
+        if prompt_time.is_some() {
+            decoded_tokens += open.iter().filter(|&&open| open).count();
+            step_times.push(step_start.elapsed());
+        }
+        prompt_time.get_or_insert_with(|| start.elapsed());
+        step_start = Instant::now();
+        for (row, &id) in host.iter().enumerate() {
+            if !open[row] {
+                continue;
+            }
+            if request.eos.contains(&id) {
+                open[row] = false;
+                continue;
+            }
+            tokens[row].push(id);
+            on_token(row, id)?;
+        }
+        if !open.contains(&true) {
+            break;
+        }
+        ids = next;
+    }
+    let prompt_time = prompt_time.unwrap_or_default();
+    step_times.sort_unstable();
+    Ok(Report {
+        tokens,
+        prompt_tokens: request.prompts.iter().map(Vec::len).sum(),
+        prompt_time,
+        decoded_tokens,
+        decode_time: start.elapsed().saturating_sub(prompt_time),
+        step_time: step_times
+            .get(step_times.len() / 2)
+            .copied()
+            .unwrap_or_default(),
+        cache_bytes: cache.size_bytes(),
+    })
+}
+
+/// Refuses logits that are not finite: some token would be chosen by them all the same.
+fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
+    let finite = logits.clone().is_finite().all();
+    match finite.into_scalar::<bool>() {
+        true => Ok(()),
+        false => Err(ModelError::Argument(format!(
+            "the model gives logits that are infinite or NaN: its weights are damaged, or \
+             {:?} is too small for them",
+            logits.dtype()
+        ))),
+    }
+}
+
+impl Report {
+    /// Tokens of the prompts a second.
+    pub fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens, self.prompt_time)
+    }
+
+    /// Tokens generated a second, of all rows together.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.decoded_tokens, self.decode_time)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64().max(1e-9)
+}

@@ -1,0 +1,107 @@
+//! The keys and values of the tokens seen so far.
+
+use burn::tensor::{DType, Tensor};
+
+/// Keys and values of every layer, for a batch whose rows were padded on the left to one length.
+#[derive(Debug)]
+pub struct KvCache {
+    /// One for each layer.
+    pub layers: Vec<LayerCache>,
+    /// Padding tokens at the start of each row.
+    padding: Vec<usize>,
+    length: usize,
+}
+
+/// Keys and values of one layer, allocated in steps and filled in place.
+#[derive(Debug, Default)]
+pub struct LayerCache {
+    /// `[batch, kv_heads, capacity, head_dim]`.
+    keys: Option<Tensor<4>>,
+    values: Option<Tensor<4>>,
+    length: usize,
+}
+
+/// The cache grows by this many positions at a time.
+const POSITIONS_STEP: usize = 256;
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(layers: usize, padding: Vec<usize>) -> Self {
+        Self {
+            layers: (0..layers).map(|_| LayerCache::default()).collect(),
+            padding,
+            length: 0,
+        }
+    }
+
+    /// Whether it holds no token yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Positions held, padding included.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Padding tokens at the start of each row.
+    pub fn padding(&self) -> &[usize] {
+        &self.padding
+    }
+
+    /// Notes that every layer has got this many positions more.
+    pub fn advance(&mut self, positions: usize) {
+        self.length += positions;
+    }
+
+    /// Bytes allocated.
+    pub fn size_bytes(&self) -> usize {
+        let bytes = |tensor: &Option<Tensor<4>>| {
+            tensor.as_ref().map_or(0, |tensor| {
+                tensor.shape().num_elements() * element_bytes(tensor.dtype())
+            })
+        };
+        self.layers
+            .iter()
+            .map(|layer| bytes(&layer.keys) + bytes(&layer.values))
+            .sum()
+    }
+}
+
+impl LayerCache {
+    /// Adds keys and values, `[batch, kv_heads, positions, head_dim]`, and returns all so far.
+    pub fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let start = self.length;
+        self.length += keys.dims()[2];
+        let keys = store(&mut self.keys, keys, start, self.length);
+        let values = store(&mut self.values, values, start, self.length);
+        (keys, values)
+    }
+}
+
+/// Writes positions `start..end` and returns positions `0..end`.
+fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, end: usize) -> Tensor<4> {
+    let [batch, heads, _, head_dim] = new.dims();
+    let held = match slot.take() {
+        Some(held) if held.dims()[2] >= end => held,
+        held => {
+            let capacity = end.div_ceil(POSITIONS_STEP) * POSITIONS_STEP;
+            let shape = [batch, heads, capacity, head_dim];
+            let grown = Tensor::zeros(shape, (&new.device(), new.dtype()));
+            match held {
+                Some(held) => {
+                    let used = held.narrow(2, 0, start);
+                    grown.slice_assign([0..batch, 0..heads, 0..start, 0..head_dim], used)
+                }
+                None => grown,
+            }
+        }
+    };
+    let held = held.slice_assign([0..batch, 0..heads, start..end, 0..head_dim], new);
+    slot.insert(held).clone().narrow(2, 0, end)
+}
+
+/// Bytes of one element.
+pub fn element_bytes(dtype: DType) -> usize {
+    dtype.size()
+}

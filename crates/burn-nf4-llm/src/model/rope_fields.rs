@@ -1,0 +1,241 @@
+//! The parameters of rotary embeddings in `config.json`.
+//!
+//! As transformers 5.24.0 resolves them (`convert_rope_params_to_dict` and
+//! `standardize_rope_params` of `RotaryEmbeddingConfigMixin`). It reads what it does not understand
+//! as the default with a warning; here that is an error.
+
+use serde_json::{Map, Value};
+
+use crate::error::ModelError;
+use crate::json::fields::{Fields, spelled};
+use crate::model::rope::{RopeConfig, RopeScaling};
+
+/// Keys that every type may have. transformers leaves the last two without effect where a type does
+/// not use them: `finetuned` says how a model was made, and the linear and dynamic scalings go by
+/// `max_position_embeddings` alone.
+const COMMON_KEYS: [&str; 6] = [
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "finetuned",
+    "original_max_position_embeddings",
+];
+
+const TYPES: &str = "default, linear, dynamic, llama3, yarn";
+
+impl RopeConfig {
+    /// Reads the parameters of a model.
+    pub fn read(
+        config: &Fields,
+        max_positions: usize,
+        head_dim: usize,
+    ) -> Result<Self, ModelError> {
+        let parameters = parameters(config)?;
+        let name = match parameters.value("rope_type") {
+            Some(_) => parameters.required::<String>("rope_type")?,
+            None => parameters.get("type")?.unwrap_or("default".into()),
+        };
+        for fields in [config, &parameters] {
+            if let Some(factor) = fields.nullable::<f64>("partial_rotary_factor")?
+                && factor != 1.0
+            {
+                return Err(fields.unsupported("partial_rotary_factor", factor, "1"));
+            }
+        }
+        let keys: &[&str] = match name.as_str() {
+            "default" => &[],
+            "linear" | "dynamic" => &["factor"],
+            "llama3" => &["factor", "low_freq_factor", "high_freq_factor"],
+            "yarn" => &[
+                "factor",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+            ],
+            _ => return Err(parameters.unsupported("rope_type", name, TYPES)),
+        };
+        check_keys(&parameters, &name, keys)?;
+        let theta = theta(config, &parameters)?;
+        let scaling = match name.as_str() {
+            "linear" => RopeScaling::Linear {
+                factor: factor(&parameters)?,
+            },
+            "dynamic" if head_dim == 2 => {
+                return Err(config.unsupported("head_dim", 2, "4 or more with dynamic scaling"));
+            }
+            "dynamic" => RopeScaling::Dynamic {
+                factor: factor(&parameters)?,
+            },
+            "llama3" => llama3(&parameters, original(config, &parameters, max_positions)?)?,
+            "yarn" if theta == 1.0 => {
+                return Err(parameters.unsupported("rope_theta", theta, "another with yarn"));
+            }
+            "yarn" => {
+                let original = original(config, &parameters, max_positions)?;
+                yarn(&parameters, original, max_positions as f64)?
+            }
+            _ => RopeScaling::Default,
+        };
+        Ok(Self {
+            scaling,
+            theta,
+            head_dim,
+            max_positions,
+        })
+    }
+}
+
+/// `rope_scaling`, the older name, has precedence over `rope_parameters`, all of it; an empty object
+/// counts as absent.
+fn parameters(config: &Fields) -> Result<Fields, ModelError> {
+    let mut found = None;
+    for name in ["rope_scaling", "rope_parameters"] {
+        let fields = config.object(name)?;
+        // Both are read, so that nonsense in either is found.
+        if found.is_none() {
+            found = fields.filter(|fields| fields.names().next().is_some());
+        }
+    }
+    let none = || config.of("rope_parameters", Map::new());
+    let parameters = found.unwrap_or_else(none);
+    let layer_types: Vec<&str> = parameters
+        .names()
+        .filter(|name| matches!(parameters.value(name), Some(Value::Object(_))))
+        .collect();
+    match layer_types.is_empty() {
+        true => Ok(parameters),
+        false => {
+            let given = "given by layer type";
+            Err(parameters.unsupported(&layer_types.join(", "), given, "one for all layers"))
+        }
+    }
+}
+
+/// Refuses keys that the type has no use for, but for those without a value.
+fn check_keys(parameters: &Fields, name: &str, keys: &[&str]) -> Result<(), ModelError> {
+    for key in parameters.names() {
+        let unused = !COMMON_KEYS.contains(&key) && !keys.contains(&key);
+        if let Some(value) = parameters
+            .value(key)
+            .filter(|value| unused && !value.is_null())
+        {
+            let keys = match keys {
+                [] => "no key but rope_theta".into(),
+                keys => format!("{}, rope_theta", keys.join(", ")),
+            };
+            let supported = format!("with rope_type {name}: {keys}");
+            return Err(parameters.unsupported(key, spelled(value), supported));
+        }
+    }
+    Ok(())
+}
+
+/// The base: of the parameters, else of the config around them.
+fn theta(config: &Fields, parameters: &Fields) -> Result<f64, ModelError> {
+    let fields = match parameters.value("rope_theta") {
+        Some(_) => parameters,
+        None => config,
+    };
+    match fields.get("rope_theta")?.unwrap_or(10_000.0) {
+        theta if theta > 0.0 => Ok(theta),
+        theta => Err(fields.unsupported("rope_theta", theta, "a positive number")),
+    }
+}
+
+fn factor(parameters: &Fields) -> Result<f64, ModelError> {
+    match parameters.required("factor")? {
+        factor if factor >= 1.0 => Ok(factor),
+        factor => Err(parameters.unsupported("factor", factor, "a number of at least 1")),
+    }
+}
+
+/// The positions before the scaling. The config's own field has precedence.
+fn original(config: &Fields, parameters: &Fields, max_positions: usize) -> Result<f64, ModelError> {
+    const NAME: &str = "original_max_position_embeddings";
+    let fields = match config.value(NAME) {
+        Some(_) => config,
+        None => parameters,
+    };
+    match fields.get(NAME)?.unwrap_or(max_positions as f64) {
+        original if original > 0.0 => Ok(original),
+        original => Err(fields.unsupported(NAME, original, "a positive number")),
+    }
+}
+
+fn llama3(parameters: &Fields, original_positions: f64) -> Result<RopeScaling, ModelError> {
+    let low_freq_factor = parameters.required("low_freq_factor")?;
+    let high_freq_factor = parameters.required("high_freq_factor")?;
+    if low_freq_factor <= 0.0 {
+        let supported = "a positive number";
+        return Err(parameters.unsupported("low_freq_factor", low_freq_factor, supported));
+    }
+    if high_freq_factor <= low_freq_factor {
+        return Err(parameters.unsupported(
+            "high_freq_factor",
+            high_freq_factor,
+            format!("more than low_freq_factor, which is {low_freq_factor}"),
+        ));
+    }
+    Ok(RopeScaling::Llama3 {
+        factor: factor(parameters)?,
+        low_freq_factor,
+        high_freq_factor,
+        original_positions,
+    })
+}
+
+fn yarn(
+    parameters: &Fields,
+    original_positions: f64,
+    max_positions: f64,
+) -> Result<RopeScaling, ModelError> {
+    // `null` asks for the ratio; the key itself is required.
+    let factor = match parameters.value("factor") {
+        Some(Value::Null) => max_positions / original_positions,
+        _ => factor(parameters)?,
+    };
+    let mscale = |scale: f64| match factor <= 1.0 {
+        true => 1.0,
+        false => 0.1 * scale * factor.ln() + 1.0,
+    };
+    // `null` and 0 are the same as absent.
+    let nonzero = |name| {
+        let value = parameters.nullable::<f64>(name)?;
+        Ok::<_, ModelError>(value.filter(|&value| value != 0.0))
+    };
+    let inferred = match (nonzero("mscale")?, nonzero("mscale_all_dim")?) {
+        (Some(one), Some(all)) => mscale(one) / mscale(all),
+        _ => mscale(1.0),
+    };
+    let attention_factor = parameters.nullable("attention_factor")?.unwrap_or(inferred);
+    if attention_factor < 0.0 {
+        let supported = "a number of at least 0";
+        return Err(parameters.unsupported("attention_factor", attention_factor, supported));
+    }
+    let beta_fast = nonzero("beta_fast")?.unwrap_or(32.0);
+    let beta_slow = nonzero("beta_slow")?.unwrap_or(1.0);
+    if beta_slow <= 0.0 || beta_fast < beta_slow {
+        return Err(parameters.unsupported(
+            "beta_slow",
+            beta_slow,
+            format!("a positive number of at most beta_fast, which is {beta_fast}"),
+        ));
+    }
+    // `null` is false, not the default.
+    let truncate = match parameters.value("truncate") {
+        Some(Value::Null) => false,
+        _ => parameters.get("truncate")?.unwrap_or(true),
+    };
+    Ok(RopeScaling::Yarn {
+        factor,
+        attention_factor,
+        beta_fast,
+        beta_slow,
+        original_positions,
+        truncate,
+    })
+}

@@ -1,0 +1,140 @@
+//! Rotary position embeddings on the device.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use crate::model::rope::RopeConfig;
+
+/// Cosines and sines of the positions used so far, on the device.
+///
+/// The sine table carries the sign of the rotation, so that a rotation is
+/// `x cos + swap_halves(x) sin`. As in transformers, angles are in f32 and the tables are cast to the
+/// type of the model at the end.
+#[derive(Debug)]
+pub struct RopeTables {
+    config: RopeConfig,
+    device: Device,
+    dtype: DType,
+    /// Length of the sequence that the tables are for; matters to the dynamic variant alone.
+    sequence: usize,
+    rows: usize,
+    cos: Option<Tensor<2>>,
+    sin: Option<Tensor<2>>,
+}
+
+/// The two tables at the positions of one forward pass: `[batch or 1, 1, length, head_dim]`.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    cos: Tensor<4>,
+    sin: Tensor<4>,
+}
+
+/// The tables grow by this many positions at a time.
+const ROWS_STEP: usize = 1024;
+
+impl RopeTables {
+    /// Tables that grow as positions are asked for.
+    pub fn new(config: RopeConfig, device: &Device, dtype: DType) -> Self {
+        Self {
+            config,
+            device: device.clone(),
+            dtype,
+            sequence: 0,
+            rows: 0,
+            cos: None,
+            sin: None,
+        }
+    }
+
+    /// The rotation of positions `start..start + length`, each row of the batch shifted left by its
+    /// padding.
+    pub fn rotation(&mut self, start: usize, length: usize, padding: &[usize]) -> Rotation {
+        let end = start + length;
+        let (cos, sin) = self.tables(end);
+        let head_dim = self.config.head_dim;
+        if padding.iter().all(|&pad| pad == 0) {
+            let rows = |table: Tensor<2>| {
+                table
+                    .slice([start..end, 0..head_dim])
+                    .reshape([1, 1, length, head_dim])
+            };
+            return Rotation {
+                cos: rows(cos),
+                sin: rows(sin),
+            };
+        }
+        let positions: Vec<i64> = padding
+            .iter()
+            .flat_map(|&pad| (start..end).map(move |index| index.saturating_sub(pad) as i64))
+            .collect();
+        let batch = padding.len();
+        let positions =
+            Tensor::<1, Int>::from_data(TensorData::new(positions, [batch * length]), &self.device);
+        let rows = |table: Tensor<2>| {
+            table
+                .select(0, positions.clone())
+                .reshape([batch, 1, length, head_dim])
+        };
+        Rotation {
+            cos: rows(cos),
+            sin: rows(sin),
+        }
+    }
+
+    /// Tables of at least `end` positions.
+    fn tables(&mut self, end: usize) -> (Tensor<2>, Tensor<2>) {
+        let stale = self.config.is_dynamic() && self.sequence != end.max(self.config.max_positions);
+        if let (Some(cos), Some(sin)) = (&self.cos, &self.sin)
+            && self.rows >= end
+            && !stale
+        {
+            return (cos.clone(), sin.clone());
+        }
+        let rows = end.div_ceil(ROWS_STEP) * ROWS_STEP;
+        self.sequence = end.max(self.config.max_positions);
+        self.rows = rows;
+        let frequencies = self.config.inverse_frequencies(self.sequence);
+        let factor = self.config.attention_factor() as f32;
+        let angles: Vec<f32> = (0..rows)
+            .flat_map(|position| {
+                frequencies
+                    .iter()
+                    .map(move |frequency| position as f32 * frequency)
+            })
+            .collect();
+        let half = frequencies.len();
+        let table = |value: fn(f32) -> f32, first_sign: f32| {
+            let halves: Vec<f32> = angles
+                .chunks(half)
+                .flat_map(|row| {
+                    let values = row.iter().map(move |&angle| value(angle) * factor);
+                    values.clone().map(move |v| v * first_sign).chain(values)
+                })
+                .collect();
+            Tensor::<2>::from_data(
+                TensorData::new(halves, [rows, 2 * half]),
+                (&self.device, DType::F32),
+            )
+            .cast(self.dtype)
+        };
+        let (cos, sin) = (table(f32::cos, 1.0), table(f32::sin, -1.0));
+        self.cos = Some(cos.clone());
+        self.sin = Some(sin.clone());
+        (cos, sin)
+    }
+}
+
+impl Rotation {
+    /// Rotates queries or keys, `[batch, heads, length, head_dim]`.
+    pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+        let [.., head_dim] = x.dims();
+        let half = head_dim / 2;
+        let swapped = Tensor::cat(
+            vec![
+                x.clone().narrow(3, half, half),
+                x.clone().narrow(3, 0, half),
+            ],
+            3,
+        );
+        x * self.cos.clone() + swapped * self.sin.clone()
+    }
+}

@@ -1,0 +1,340 @@
+//! A training run: its steps, and the folders it can be continued from.
+
+pub mod backward;
+pub mod data;
+pub mod optimizer;
+mod records;
+pub mod schedule;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsAccumulator, ModuleOptimizer};
+use burn::tensor::Tensor;
+use burn_nf4::peft::{Adapter, LoraConfig};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::ModelError;
+use crate::json::files::read_json;
+use crate::model::Llama;
+use crate::model::adapter::{apply, extract, extract_into};
+use crate::model::config::LlamaConfig;
+use crate::model::rotation::RopeTables;
+use crate::train::backward::{PassOptions, backward};
+use crate::train::data::Batch;
+use crate::train::optimizer::{Loaded, adamw};
+use crate::train::schedule::{Decay, Schedule};
+
+/// All that decides what a run computes. A run is continued only under the same settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The learning rate, step by step.
+    pub schedule: Schedule,
+    /// Of AdamW.
+    pub weight_decay: f32,
+    /// Rows of a batch.
+    pub batch_size: usize,
+    /// Batches whose gradients make a step.
+    pub grad_accum: usize,
+    /// Most tokens of a row.
+    pub seq_len: usize,
+    /// Seed of the order of texts.
+    pub seed: u64,
+    /// Of the data, see `Dataset::fingerprint`.
+    pub data: u64,
+    /// `adapter_config.json`.
+    pub lora: Value,
+}
+
+impl Settings {
+    /// Steps of one row of at most 512 tokens, without weight decay, seed 42, on no data in particular.
+    ///
+    /// # Errors
+    /// [`ModelError::Json`] if the settings of the adapter have no JSON form.
+    pub fn new(schedule: Schedule, lora: &LoraConfig) -> Result<Self, ModelError> {
+        // The model may lie elsewhere when the run goes on.
+        let lora = LoraConfig {
+            base_model_name_or_path: None,
+            ..lora.clone()
+        };
+        let lora = serde_json::to_value(&lora).map_err(ModelError::json("adapter_config.json"))?;
+        Ok(Self {
+            schedule,
+            weight_decay: 0.0,
+            batch_size: 1,
+            grad_accum: 1,
+            seq_len: 512,
+            seed: 42,
+            data: 0,
+            lora,
+        })
+    }
+
+    /// Says which settings differ from those of a saved run that did `steps` steps, and refuses
+    /// them, but for the length of a run whose rate does not depend on it.
+    fn check_resumes(&self, saved: &Self, steps: usize) -> Result<(), String> {
+        let total = self.schedule.total;
+        if total < steps {
+            return Err(format!(
+                "has {steps} steps already, more than the {total} asked for"
+            ));
+        }
+        let mut known = saved.clone();
+        if saved.schedule.decay == Decay::Constant {
+            known.schedule.total = total;
+        }
+        let value = |settings| serde_json::to_value(settings).map_err(|error| error.to_string());
+        let mut differing = Vec::new();
+        differences("", &value(&known)?, &value(self)?, &mut differing);
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let mut message = format!("was saved under other settings: {}", differing.join("; "));
+        if known.schedule.total != total {
+            message += "; a rate that falls over the steps goes on only to the same total";
+        }
+        Err(message)
+    }
+}
+
+/// The fields that differ, each with both values.
+fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>) {
+    if saved == given {
+        return;
+    }
+    if let (Value::Object(saved), Value::Object(given)) = (saved, given) {
+        let names: BTreeSet<&String> = saved.keys().chain(given.keys()).collect();
+        for field in names {
+            let value = |entries: &Map<String, Value>| entries.get(field).cloned();
+            let (saved, given) = (value(saved), value(given));
+            let path = match name {
+                "" => field.clone(),
+                name => format!("{name}.{field}"),
+            };
+            differences(
+                &path,
+                &saved.unwrap_or_default(),
+                &given.unwrap_or_default(),
+                found,
+            );
+        }
+        return;
+    }
+    found.push(match name {
+        // A fingerprint, which says nothing to people.
+        "data" => "the training data differs".into(),
+        name => format!("{name} was {saved}, now {given}"),
+    });
+}
+
+/// A run under way.
+pub struct Trainer {
+    /// What is trained.
+    pub model: Llama,
+    optimizer: ModuleOptimizer,
+    loaded: Loaded,
+    rope: RopeTables,
+    lora: LoraConfig,
+    /// The adapter that the run went on from, with all that is not trained.
+    adapter: Option<Adapter>,
+    settings: Settings,
+    checkpointing: bool,
+    /// Steps done.
+    pub step: usize,
+}
+
+/// What a checkpoint says of the run.
+#[derive(Serialize, Deserialize)]
+struct State {
+    step: usize,
+    settings: Settings,
+}
+
+const STATE_FILE: &str = "trainer_state.json";
+const OPTIMIZER_FILE: &str = "optimizer.bpk";
+const CHECKPOINT_PREFIX: &str = "checkpoint-";
+
+impl Trainer {
+    /// A run from the start, of a model with its branches on.
+    pub fn new(
+        model: Llama,
+        config: &LlamaConfig,
+        lora: LoraConfig,
+        settings: Settings,
+        checkpointing: bool,
+    ) -> Self {
+        let (optimizer, loaded) = adamw(settings.weight_decay, &model.device());
+        Self {
+            rope: model.rope_tables(config),
+            model,
+            optimizer,
+            loaded,
+            lora,
+            adapter: None,
+            settings,
+            checkpointing,
+            step: 0,
+        }
+    }
+
+    /// The learning rate of the next step.
+    pub fn rate(&self) -> f64 {
+        self.settings.schedule.rate(self.step)
+    }
+
+    /// One step of the optimizer, on the gradients of all batches. Returns the mean loss of their
+    /// targets before the step.
+    pub fn step(&mut self, batches: &[Batch]) -> f32 {
+        let targets = batches.iter().map(Batch::targets).sum();
+        let mut grads = GradientsAccumulator::new();
+        let mut loss = None;
+        for (index, batch) in batches.iter().enumerate() {
+            let options = PassOptions {
+                checkpointing: self.checkpointing,
+                dropout_seed: (self.lora.lora_dropout > 0.0).then(|| self.dropout_seed(index)),
+            };
+            let part = backward(
+                &self.model,
+                &mut self.rope,
+                batch,
+                targets,
+                options,
+                &mut grads,
+            );
+            loss = Some(match loss {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        let rate = self.rate();
+        self.model = self.optimizer.step(rate, self.model.clone(), grads.grads());
+        self.step += 1;
+        loss.map_or(f32::NAN, |loss| loss.into_scalar::<f32>())
+    }
+
+    /// Apart for every batch of the run, with room for one seed a layer.
+    fn dropout_seed(&self, batch: usize) -> u64 {
+        let count = self.step * self.settings.grad_accum + batch;
+        self.settings.seed ^ (count as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+
+    /// Saves the adapter in PEFT's form.
+    pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
+        let adapter = match &self.adapter {
+            Some(adapter) => extract_into(&self.model, adapter.clone())?,
+            None => extract(&self.model, self.lora.clone())?,
+        };
+        adapter.save(folder)?;
+        Ok(())
+    }
+
+    /// Saves all that the run needs to go on, in `checkpoint-N` of the folder.
+    pub fn save_checkpoint(&self, output: &Path) -> Result<PathBuf, ModelError> {
+        let folder = output.join(format!("{CHECKPOINT_PREFIX}{}", self.step));
+        // Under another name until it is whole, so that an interrupted write is not taken up.
+        let part = output.join(format!("part-{}", self.step));
+        for stale in [&part, &folder] {
+            if stale.exists() {
+                fs::remove_dir_all(stale).map_err(ModelError::io(stale))?;
+            }
+        }
+        self.save_adapter(&part)?;
+        self.optimizer
+            .save(part.join(OPTIMIZER_FILE))
+            .map_err(|error| resume_error(&part, error))?;
+        let state = State {
+            step: self.step,
+            settings: self.settings.clone(),
+        };
+        let path = part.join(STATE_FILE);
+        let text = serde_json::to_vec_pretty(&state).map_err(ModelError::json(&path))?;
+        fs::write(&path, text).map_err(ModelError::io(&path))?;
+        fs::rename(&part, &folder).map_err(ModelError::io(&folder))?;
+        Ok(folder)
+    }
+
+    /// Goes on where a checkpoint was saved.
+    pub fn resume(mut self, folder: &Path) -> Result<Self, ModelError> {
+        let state: State = read_json(&folder.join(STATE_FILE))?;
+        self.settings
+            .check_resumes(&state.settings, state.step)
+            .map_err(|message| resume_error(folder, message))?;
+        let device = self.model.device();
+        let adapter = Adapter::open(folder)?;
+        self.model = apply(self.model, &adapter, &device)?;
+        self.adapter = Some(adapter);
+        self.optimizer = self
+            .optimizer
+            .load(folder.join(OPTIMIZER_FILE))
+            .map_err(|error| resume_error(folder, error))?;
+        self.check_loaded()
+            .map_err(|message| resume_error(&folder.join(OPTIMIZER_FILE), message))?;
+        self.step = state.step;
+        Ok(self)
+    }
+
+    /// Burn leaves a parameter without state where the file has none for it.
+    fn check_loaded(&self) -> Result<(), String> {
+        let mut trained = Trained::default();
+        self.model.visit(&mut trained);
+        let count = trained.ids.len();
+        let without = trained
+            .ids
+            .iter()
+            .filter(|&&id| !self.loaded.contains(id))
+            .count();
+        match without {
+            0 => Ok(()),
+            without => Err(format!(
+                "has no state for {without} of {count} trained tensors"
+            )),
+        }
+    }
+}
+
+/// The ids of the parameters that are trained.
+#[derive(Debug, Default)]
+struct Trained {
+    ids: Vec<u64>,
+}
+
+impl ModuleVisitor for Trained {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if param.is_require_grad() {
+            self.ids.push(param.id.val());
+        }
+    }
+}
+
+/// The checkpoint of a folder that was saved last.
+pub fn latest_checkpoint(output: &Path) -> Result<Option<PathBuf>, ModelError> {
+    if !output.exists() {
+        return Ok(None);
+    }
+    let entries = fs::read_dir(output).map_err(ModelError::io(output))?;
+    let mut latest = None;
+    for entry in entries {
+        let entry = entry.map_err(ModelError::io(output))?;
+        let name = entry.file_name();
+        let step: Option<usize> = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(CHECKPOINT_PREFIX))
+            .and_then(|step| step.parse().ok());
+        if let Some(step) = step
+            && latest.as_ref().is_none_or(|&(last, _)| step > last)
+        {
+            latest = Some((step, entry.path()));
+        }
+    }
+    Ok(latest.map(|(_, path)| path))
+}
+
+fn resume_error(path: &Path, message: impl ToString) -> ModelError {
+    ModelError::Resume {
+        path: path.into(),
+        message: message.to_string(),
+    }
+}

@@ -1,0 +1,241 @@
+//! The command line: what is refused, and that what is not works.
+
+#![cfg(feature = "cli")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use burn_nf4_llm::fetch::beside_the_weights;
+use rstest::rstest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// What the program says of an error.
+fn run(arguments: &[&str]) -> Result<(), String> {
+    let program = env!("CARGO_BIN_EXE_burn-nf4");
+    let output = Command::new(program).args(arguments).output().unwrap();
+    match output.status.code() {
+        Some(0) => Ok(()),
+        Some(2) => Err(String::from_utf8(output.stderr).unwrap()),
+        other => panic!("{other:?}: {}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
+fn fixture(path: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    root.join("tests/fixtures").join(path)
+}
+
+/// A model with a tokenizer and two texts to train on.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("hf/f32/model");
+    for entry in fs::read_dir(&model).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["max_position_embeddings"] = 16.into();
+    fs::write(path, config.to_string()).unwrap();
+    fs::copy(
+        fixture("tokenizers/bytes.json"),
+        folder.path().join("tokenizer.json"),
+    )
+    .unwrap();
+    let config = json!({"eos_token": "</s>"});
+    fs::write(
+        folder.path().join("tokenizer_config.json"),
+        config.to_string(),
+    )
+    .unwrap();
+    fs::write(
+        folder.path().join("data.jsonl"),
+        "{\"text\": \"abc\"}\n{\"text\": \"abcdef\"}\n",
+    )
+    .unwrap();
+    folder
+}
+
+/// The model does not exist: what is refused is refused before it is looked for.
+#[rstest]
+#[case::temperature_nan("generate --prompt a --temperature nan", "the temperature is NaN")]
+#[case::temperature_negative("generate --prompt a --temperature=-1", "the temperature is -1")]
+#[case::temperature_infinite("generate --prompt a --temperature inf", "the temperature is inf")]
+#[case::temperature_word("generate --prompt a --temperature warm", "--temperature")]
+#[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "top-p is 0")]
+#[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "top-p is 1.1")]
+#[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "top-p is NaN")]
+#[case::top_p_greedy("generate --prompt a --top-p 0.9", "takes a temperature above 0")]
+#[case::top_k_greedy("generate --prompt a --top-k 5", "takes a temperature above 0")]
+#[case::top_k_negative("generate --prompt a --top-k=-1", "--top-k")]
+#[case::batch_small(
+    "generate --prompt a --prompt b --batch 1",
+    "--batch is 1, expected at least as many rows as prompts, which are 2"
+)]
+#[case::batch_zero("generate --prompt a --batch 0", "--batch is 0")]
+#[case::max_tokens(
+    "generate --prompt a --max-tokens 0",
+    "--max-tokens is 0, expected at least 1"
+)]
+#[case::system_alone("generate --prompt a --system b", "--chat")]
+#[case::template_alone("generate --prompt a --chat-template b", "--chat")]
+#[case::prefill_alone("generate --prompt a --prefill b", "--chat")]
+#[case::no_prompt("generate", "--prompt")]
+#[case::seed("generate --prompt a --seed=-1", "--seed")]
+#[case::batch_size("finetune --batch-size 0", "--batch-size is 0")]
+#[case::grad_accum("finetune --grad-accum 0", "--grad-accum is 0")]
+#[case::seq_len("finetune --seq-len 1", "--seq-len is 1, expected at least 2")]
+#[case::epochs("finetune --epochs 0", "--epochs is 0")]
+#[case::steps("finetune --steps 0", "--steps is 0")]
+#[case::save_every("finetune --save-every 0", "--save-every is 0")]
+#[case::lr_zero("finetune --lr 0", "--lr is 0")]
+#[case::lr_negative("finetune --lr=-1", "--lr is -1")]
+#[case::lr_nan("finetune --lr nan", "--lr is NaN")]
+#[case::lr_infinite("finetune --lr inf", "--lr is inf")]
+#[case::alpha_zero("finetune --alpha 0", "--alpha is 0")]
+#[case::alpha_nan("finetune --alpha nan", "--alpha is NaN")]
+#[case::weight_decay("finetune --weight-decay=-0.1", "--weight-decay is -0.1")]
+#[case::weight_decay_nan("finetune --weight-decay nan", "--weight-decay is NaN")]
+#[case::rank("finetune --r 0", "r")]
+#[case::dropout("finetune --dropout 1", "lora_dropout")]
+#[case::dropout_nan("finetune --dropout nan", "lora_dropout")]
+fn what_cannot_be_served_is_refused_at_once(#[case] arguments: &str, #[case] expected: &str) {
+    let mut arguments: Vec<&str> = arguments.split(' ').collect();
+    arguments.extend(["--model", "none"]);
+    if arguments[0] == "finetune" {
+        arguments.extend(["--data", "none.txt", "--output", "none"]);
+    }
+    let error = run(&arguments).unwrap_err();
+    assert!(error.contains(expected), "{error}");
+    assert!(!error.contains("neither a folder"), "{error}");
+}
+
+#[rstest]
+#[case::batch("bench --batch 0", "--batch is 0")]
+#[case::tokens("bench --tokens 0", "--tokens is 0")]
+#[case::rank("bench --rank 0", "--rank is 0")]
+fn timing_nothing_is_refused(#[case] arguments: &str, #[case] expected: &str) {
+    let arguments: Vec<&str> = arguments.split(' ').collect();
+    assert!(run(&arguments).unwrap_err().contains(expected));
+}
+
+#[rstest]
+#[case::greedy("--prompt ab --max-tokens 3")]
+#[case::drawn("--prompt ab --max-tokens 3 --temperature 0.7 --top-k 9 --top-p 0.9 --seed 3")]
+#[case::rows("--prompt ab --prompt abc --batch 3 --max-tokens 2")]
+#[case::beyond_the_positions("--prompt abcdefghijklmnopqrstuvwxyz --max-tokens 2")]
+#[case::chat("--prompt ab --chat --system b --chat-template TEMPLATE --prefill abc --max-tokens 2")]
+fn a_text_is_continued(#[case] arguments: &str) {
+    let folder = folder();
+    let template = folder.path().join("own.jinja");
+    fs::write(
+        &template,
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    .unwrap();
+    let (model, template) = (folder.path().to_str().unwrap(), template.to_str().unwrap());
+    let mut all = vec!["generate", "--model", model];
+    all.extend(arguments.split(' ').map(|argument| match argument {
+        "TEMPLATE" => template,
+        argument => argument,
+    }));
+    run(&all).unwrap();
+}
+
+#[test]
+fn a_chat_without_a_template_says_so() {
+    let folder = folder();
+    let model = folder.path().to_str().unwrap();
+    let error = run(&["generate", "--model", model, "--prompt", "a", "--chat"]).unwrap_err();
+    assert!(error.contains("chat_template.jinja"), "{error}");
+}
+
+fn finetune(folder: &Path, further: &str) -> Result<(), String> {
+    let [data, output] = ["data.jsonl", "out"].map(|name| folder.join(name));
+    let mut arguments = vec!["finetune", "--model", folder.to_str().unwrap()];
+    arguments.extend([
+        "--data",
+        data.to_str().unwrap(),
+        "--output",
+        output.to_str().unwrap(),
+    ]);
+    arguments.extend(["--r", "2", "--target-modules", "q_proj"]);
+    arguments.extend(further.split(' ').filter(|argument| !argument.is_empty()));
+    run(&arguments)
+}
+
+#[test]
+fn a_run_is_resumed_with_more_steps() {
+    let folder = folder();
+    finetune(folder.path(), "--steps 2 --save-every 1").unwrap();
+    finetune(folder.path(), "--steps 3 --save-every 1 --resume").unwrap();
+    assert!(folder.path().join("out/checkpoint-3").exists());
+    let error = finetune(folder.path(), "--steps 2 --resume").unwrap_err();
+    assert!(error.contains("has 3 steps already"), "{error}");
+    let error = finetune(folder.path(), "--steps 4 --lr 1 --resume").unwrap_err();
+    assert!(error.contains("schedule.peak"), "{error}");
+}
+
+#[test]
+fn a_target_that_no_layer_has_is_refused() {
+    let folder = folder();
+    let error = finetune(folder.path(), "--target-modules q_proj,qkv_proj").unwrap_err();
+    assert!(error.contains("`qkv_proj`"), "{error}");
+}
+
+/// transformers would apply it in training.
+#[test]
+fn dropout_of_the_attention_is_not_trained_with() {
+    let folder = folder();
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["attention_dropout"] = 0.1.into();
+    fs::write(&path, config.to_string()).unwrap();
+    let error = finetune(folder.path(), "").unwrap_err();
+    assert!(error.contains("attention_dropout"), "{error}");
+    let model = folder.path().to_str().unwrap();
+    run(&[
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "1",
+    ])
+    .unwrap();
+}
+
+#[test]
+fn what_is_read_is_fetched() {
+    let held = [
+        "README.md",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/README.md",
+        "additional_chat_templates/old/rag.jinja",
+        "model.safetensors",
+        "onnx/config.json",
+        "added_tokens.json",
+    ];
+    let held = held.map(String::from).into_iter().collect();
+    let mut files = beside_the_weights(&held);
+    files.sort_unstable();
+    let expected = [
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    assert_eq!(files, expected);
+}

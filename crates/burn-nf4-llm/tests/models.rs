@@ -1,0 +1,31 @@
+//! Models of the Llama family: held to what transformers and PEFT give for tiny ones.
+
+#[path = "../../../tests/peft_cases/mod.rs"]
+mod peft_cases;
+#[path = "../../../tests/stored/mod.rs"]
+mod stored;
+
+#[path = "models/adapters.rs"]
+mod adapters;
+#[path = "models/chats.rs"]
+mod chats;
+#[path = "models/configs.rs"]
+mod configs;
+#[path = "models/datasets.rs"]
+mod datasets;
+#[path = "models/fixtures.rs"]
+mod fixtures;
+#[path = "models/generation.rs"]
+mod generation;
+#[path = "models/optimizers.rs"]
+mod optimizers;
+#[path = "models/parity.rs"]
+mod parity;
+#[path = "models/ropes.rs"]
+mod ropes;
+#[path = "models/ties.rs"]
+mod ties;
+#[path = "models/tokenizer_flags.rs"]
+mod tokenizer_flags;
+#[path = "models/training.rs"]
+mod training;

@@ -1,0 +1,298 @@
+//! What a `config.json` may say, and what a checkpoint must hold.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use burn_nf4::checkpoint::{Checkpoint, DequantizeOptions, SINGLE_FILE, dequantize_checkpoint};
+use rstest::rstest;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::fixtures::{fixture, open};
+use burn_nf4_llm::error::ModelError;
+use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::load;
+use burn_nf4_llm::model::rope::RopeConfig;
+
+/// A small config with some fields set, or with `null` taken out.
+pub fn config(fields: Value) -> Result<LlamaConfig, ModelError> {
+    let mut config = json!({
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4,
+    });
+    for (key, value) in fields.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    LlamaConfig::from_json(
+        &serde_json::to_vec(&config).unwrap(),
+        Path::new("config.json"),
+    )
+}
+
+#[derive(Deserialize)]
+struct RopeCase {
+    name: String,
+    head_dim: usize,
+    config: Value,
+    sequence: usize,
+    #[serde(flatten)]
+    rope: Rope,
+}
+
+/// What a rotary embedding computes.
+#[derive(Deserialize)]
+pub struct Rope {
+    inverse_frequencies: Vec<f32>,
+    attention_factor: f64,
+}
+
+impl Rope {
+    /// Compares a config of ours for a sequence of this length.
+    pub fn assert_is(&self, ours: &RopeConfig, sequence: usize, name: &str) {
+        let frequencies = ours.inverse_frequencies(sequence);
+        assert_eq!(frequencies.len(), self.inverse_frequencies.len(), "{name}");
+        for (ours, theirs) in frequencies.iter().zip(&self.inverse_frequencies) {
+            // Powers of different libraries differ by an ulp or two, 1.2e-7 each.
+            let relative = (ours - theirs).abs() / theirs;
+            assert!(relative < 1e-6, "{name}: {ours:e} and {theirs:e}");
+        }
+        let difference = (ours.attention_factor() - self.attention_factor).abs();
+        assert!(difference < 1e-12, "{name}: {difference:e}");
+    }
+}
+
+/// `rope.json` comes from `make_rope.py`, transformers' formulas in numpy.
+#[test]
+fn rotary_frequencies_are_those_of_transformers() {
+    let text = std::fs::read(fixture("rope.json")).unwrap();
+    let cases: Vec<RopeCase> = serde_json::from_slice(&text).unwrap();
+    assert!(cases.len() > 10);
+    for case in cases {
+        let mut fields = case.config;
+        fields["head_dim"] = case.head_dim.into();
+        let rope = config(fields).unwrap().rope;
+        case.rope.assert_is(&rope, case.sequence, &case.name);
+    }
+}
+
+#[rstest]
+#[case::family(json!({"model_type": "gemma"}), "model_type")]
+#[case::activation(json!({"hidden_act": "gelu"}), "hidden_act")]
+#[case::longrope(json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling.rope_type")]
+#[case::no_factor(json!({"rope_parameters": {"rope_type": "linear"}}), "rope_parameters.factor")]
+#[case::partial(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
+#[case::heads(json!({"num_key_value_heads": 3}), "num_key_value_heads")]
+#[case::odd_head(json!({"head_dim": 7}), "head_dim")]
+#[case::no_layers(json!({"num_hidden_layers": 0}), "num_hidden_layers")]
+#[case::no_positions(json!({"max_position_embeddings": null}), "max_position_embeddings")]
+#[case::text_for_a_number(json!({"num_attention_heads": "4"}), "num_attention_heads")]
+#[case::float_for_a_count(json!({"vocab_size": 256.0}), "vocab_size")]
+#[case::null_for_a_count(json!({"hidden_size": null}), "hidden_size")]
+#[case::negative(json!({"intermediate_size": -1}), "intermediate_size")]
+#[case::tied_null(json!({"tie_word_embeddings": null}), "tie_word_embeddings")]
+#[case::tied_text(json!({"tie_word_embeddings": "true"}), "tie_word_embeddings")]
+#[case::tied_number(json!({"tie_word_embeddings": 1}), "tie_word_embeddings")]
+#[case::bias_text(json!({"attention_bias": "false"}), "attention_bias")]
+#[case::eps_nan(json!({"rms_norm_eps": {"$python::number": "NaN"}}), "rms_norm_eps")]
+#[case::eos_text(json!({"eos_token_id": "</s>"}), "eos_token_id")]
+#[case::eos_negative(json!({"eos_token_id": [2, -1]}), "eos_token_id")]
+#[case::layers_of_their_own(json!({"per_layer_config": {"0": {"intermediate_size": 48}}}), "per_layer_config")]
+#[case::window_in_some_layers(
+    json!({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}),
+    "layer_types"
+)]
+#[case::too_few_types(json!({"layer_types": ["full_attention"]}), "layer_types")]
+#[case::no_window(json!({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 0}), "sliding_window")]
+#[case::gptq(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization_config.quant_method")]
+#[case::fp8(json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config.quant_method")]
+#[case::eight_bit(
+    json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
+    "quantization_config.load_in_8bit"
+)]
+#[case::eight_bit_beneath(
+    json!({"quantization_config": {"quant_method": "bitsandbytes", "_load_in_8bit": true}}),
+    "quantization_config._load_in_8bit"
+)]
+#[case::eight_bit_as_text(json!({"quantization_config": {"load_in_8bit": "true"}}), "quantization_config.load_in_8bit")]
+#[case::compressed(json!({"compression_config": {"format": "int-quantized"}}), "compression_config")]
+fn what_is_not_implemented_is_refused_by_name(#[case] fields: Value, #[case] name: &str) {
+    match config(fields) {
+        Err(ModelError::Unsupported { field, .. }) => assert_eq!(field, name),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What transformers' classes do not read, or have under another name.
+#[rstest]
+#[case::pretraining(json!({"pretraining_tp": 2}))]
+#[case::swish(json!({"hidden_act": "swish"}))]
+#[case::window_of_a_llama(json!({"sliding_window": 8, "use_sliding_window": true}))]
+#[case::types_of_all_layers(json!({"layer_types": ["full_attention", "full_attention"]}))]
+#[case::types_of_a_mistral(json!({
+    "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention"],
+}))]
+#[case::packed(json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}))]
+#[case::packed_by_its_other_name(json!({"quantization_config": {"quant_method": "bitsandbytes_4bit"}}))]
+#[case::packed_older(json!({"quantization_config": {"load_in_4bit": true, "load_in_8bit": false}}))]
+#[case::no_quantization(json!({"quantization_config": null, "per_layer_config": null}))]
+#[case::floats_of_python(json!({"time_step_limit": [0.0, {"$python::number": "Infinity"}]}))]
+fn what_changes_nothing_is_read(#[case] fields: Value) {
+    config(fields).unwrap();
+}
+
+#[test]
+fn fields_left_out_have_the_defaults_of_transformers() {
+    let llama = config(json!({})).unwrap();
+    assert_eq!((llama.num_key_value_heads, llama.head_dim), (4, 16));
+    assert_eq!((llama.rms_norm_eps, llama.rope.max_positions), (1e-6, 2048));
+    assert!(!llama.tie_word_embeddings);
+    assert_eq!(llama.eos_token_ids, [2]);
+    assert!(
+        config(json!({"eos_token_id": null}))
+            .unwrap()
+            .eos_token_ids
+            .is_empty()
+    );
+
+    let window = json!({"sliding_window": 4096, "eos_token_id": [2, 5], "head_dim": 32});
+    let llama = config(window.clone()).unwrap();
+    assert_eq!(llama.sliding_window, None, "Llama has no window");
+    assert_eq!((llama.eos_token_ids, llama.head_dim), (vec![2, 5], 32));
+    let mut mistral = window;
+    mistral["model_type"] = "mistral".into();
+    mistral["num_key_value_heads"] = 2.into();
+    assert_eq!(config(mistral).unwrap().sliding_window, Some(4096));
+    let path = Path::new("config.json");
+    let llama = LlamaConfig::from_json(br#"{"model_type": "llama"}"#, path).unwrap();
+    assert_eq!(
+        (llama.vocab_size, llama.hidden_size, llama.intermediate_size),
+        (32_000, 4096, 11_008)
+    );
+    assert_eq!(
+        (llama.num_hidden_layers, llama.num_attention_heads),
+        (32, 32)
+    );
+}
+
+/// Mistral's class has defaults of its own; a `null` is not the same as nothing.
+#[test]
+fn mistral_has_its_own_defaults() {
+    let mistral = |fields: Value| {
+        let mut fields = fields;
+        fields["model_type"] = "mistral".into();
+        config(fields).unwrap()
+    };
+    let heads = json!({"num_attention_heads": 16, "hidden_size": 128});
+    let nothing = mistral(heads.clone());
+    assert_eq!(
+        (nothing.num_key_value_heads, nothing.sliding_window),
+        (8, Some(4096))
+    );
+    assert_eq!(nothing.rope.max_positions, 131_072);
+    let mut null = heads;
+    null["num_key_value_heads"] = Value::Null;
+    null["sliding_window"] = Value::Null;
+    null["attention_bias"] = true.into();
+    let null = mistral(null);
+    assert_eq!((null.num_key_value_heads, null.sliding_window), (16, None));
+    assert!(!null.attention_bias, "its layers have no biases");
+}
+
+/// `Infinity` and integers beyond 64 bits, as Python writes them.
+#[test]
+fn json_of_python_is_read() {
+    let text = br#"{"model_type": "llama", "a": NaN, "b": [-Infinity], "c": 1000000000000000019884624838656}"#;
+    LlamaConfig::from_json(text, Path::new("config.json")).unwrap();
+}
+
+#[test]
+fn all_faults_of_a_checkpoint_are_listed_at_once() {
+    let folder = fixture("hf/f32/model");
+    let mut config = LlamaConfig::from_folder(&folder).unwrap();
+    config.attention_bias = true;
+    config.intermediate_size += 32;
+    config.num_hidden_layers = 1;
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let device = Device::default();
+    let result = load::load(&checkpoint, &config, config.dtype, &device, |_| ());
+    let Err(ModelError::Tensors(faults)) = result else {
+        panic!("loaded");
+    };
+    assert_eq!(faults.missing.len(), 4);
+    assert!(faults.missing[0].contains("model.layers.0.self_attn.q_proj.bias"));
+    assert_eq!(faults.mismatched.len(), 3);
+    let text = faults.to_string();
+    assert!(text.contains("mlp.up_proj.weight has shape [352, 128], expected [384, 128]"));
+    // All of the second layer: two norms and seven linear layers, each once.
+    assert_eq!(faults.unexpected.len(), 9);
+}
+
+/// What the config claims must be there, and what is there must be claimed.
+#[rstest]
+#[case::packed_and_not_claimed(true, Value::Null)]
+#[case::packed_and_another_claim(true, json!({"text_config": {"quant_method": "gptq"}}))]
+#[case::claimed_and_not_packed(false, json!({"quant_method": "bitsandbytes", "load_in_4bit": true}))]
+fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
+    #[case] packed: bool,
+    #[case] claim: Value,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Checkpoint::open(fixture("hf/f32/model")).unwrap();
+    let written = folder.path().join("model");
+    if packed {
+        std::fs::create_dir(&written).unwrap();
+        std::fs::copy(source.path().join(SINGLE_FILE), written.join(SINGLE_FILE)).unwrap();
+    } else {
+        let options = DequantizeOptions::default();
+        dequantize_checkpoint(&source, &written, &options, |_| ()).unwrap();
+    }
+    let text = std::fs::read(source.path().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    match claim.get("text_config") {
+        Some(claim) => config["text_config"] = json!({ "quantization_config": claim }),
+        None => config["quantization_config"] = claim,
+    }
+    std::fs::write(written.join("config.json"), config.to_string()).unwrap();
+    let config = LlamaConfig::from_folder(&written).unwrap();
+    let checkpoint = Checkpoint::open(&written).unwrap();
+    let device = Device::default();
+    let result = load::load(&checkpoint, &config, config.dtype, &device, |_| ());
+    let Err(error) = result else {
+        panic!("loaded");
+    };
+    let error = error.to_string();
+    assert!(error.contains("`quantization_config`"), "{error}");
+}
+
+#[test]
+fn a_load_reports_every_parameter() {
+    let folder = fixture("hf/f32_sharded/model");
+    let config = LlamaConfig::from_folder(&folder).unwrap();
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let mut done = Vec::new();
+    let device = Device::default();
+    load::load(&checkpoint, &config, config.dtype, &device, |progress| {
+        assert!(progress.bytes_done <= progress.bytes_total);
+        assert_eq!(progress.parameters_done, done.len() + 1);
+        done.push((progress.parameter.to_string(), progress.parameters_total));
+    })
+    .unwrap();
+    let mut names: Vec<&str> = done.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, checkpoint.parameters());
+    assert!(done.iter().all(|(_, total)| *total == names.len()));
+}
+
+#[test]
+fn packed_layers_stay_packed() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let (packed, dense) = model.size_bytes();
+    let linear = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 352 * 128 * 3);
+    // Half a byte, the scales, and a table of a kilobyte for each of the small layers here.
+    assert!(
+        packed > linear / 2 && packed < linear,
+        "{packed} of {linear}"
+    );
+    assert_eq!(dense, 2 * config.vocab_size * config.hidden_size * 4);
+}

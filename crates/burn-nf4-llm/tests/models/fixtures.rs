@@ -1,0 +1,98 @@
+//! Models of `tests/fixtures/hf`, and what belongs to them.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
+use burn_nf4::format::FloatType;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use burn_nf4_llm::model::Llama;
+use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::load;
+
+/// A file or folder of the fixtures.
+pub fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(path)
+}
+
+/// A model in its own dtype, or another.
+pub fn open(folder: &str, dtype: Option<FloatType>, device: &Device) -> (Llama, LlamaConfig) {
+    open_folder(&fixture(folder), dtype, device)
+}
+
+/// A model of any folder.
+pub fn open_folder(
+    folder: &Path,
+    dtype: Option<FloatType>,
+    device: &Device,
+) -> (Llama, LlamaConfig) {
+    let config = LlamaConfig::from_folder(folder).unwrap();
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let dtype = dtype.unwrap_or(config.dtype);
+    let model = load::load(&checkpoint, &config, dtype, device, |_| ()).unwrap();
+    (model, config)
+}
+
+/// An I64 tensor of a safetensors file.
+pub fn ints(file: &SafetensorsFile, key: &str) -> (Vec<i64>, Vec<usize>) {
+    let shape = file.tensor_info(key).unwrap().shape.to_vec();
+    let values = file
+        .tensor_bytes(key)
+        .unwrap()
+        .chunks_exact(8)
+        .map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()))
+        .collect();
+    (values, shape)
+}
+
+/// The tokens and the logits of an `io.safetensors`.
+pub fn io(path: &str) -> (Vec<i64>, Vec<usize>, Vec<f32>) {
+    let file = SafetensorsFile::open(fixture(path)).unwrap();
+    let (ids, shape) = ints(&file, "input_ids");
+    let (logits, _) = file.load_float::<f32>("logits").unwrap();
+    (ids, shape, logits)
+}
+
+/// Writes what [`io`] reads.
+pub fn write_io(path: &Path, ids: &[i64], shape: &[usize], logits: &[f32]) {
+    let vocabulary = logits.len() / ids.len();
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let logits: Vec<u8> = logits
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    let of_logits = [shape, &[vocabulary]].concat();
+    let view =
+        |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+    let tensors = [
+        ("input_ids", view(Dtype::I64, shape, &ids)),
+        ("logits", view(Dtype::F32, &of_logits, &logits)),
+    ];
+    safetensors::serialize_to_file(tensors, None, path).unwrap();
+}
+
+/// The logits of every position.
+pub fn logits(model: &Llama, config: &LlamaConfig, ids: &[i64], shape: &[usize]) -> Vec<f32> {
+    let ids = TensorData::new(ids.to_vec(), shape.to_vec());
+    let ids = Tensor::<2, Int>::from_data(ids, &model.device());
+    let mut rope = model.rope_tables(config);
+    floats(model.head(model.hidden(ids, &mut rope, None)))
+}
+
+/// The values of a tensor.
+pub fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// The largest difference; NaN if there is one.
+pub fn max_difference(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    ours.iter()
+        .zip(theirs)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |max, d| if d.is_nan() { d } else { max.max(d) })
+}

@@ -1,0 +1,247 @@
+//! The cache, batches and sampling.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use rstest::rstest;
+
+use crate::fixtures::{floats, io, logits, max_difference, open};
+use burn_nf4_llm::generate::sample::Sampling;
+use burn_nf4_llm::generate::{Request, generate};
+use burn_nf4_llm::model::Llama;
+use burn_nf4_llm::model::cache::KvCache;
+use burn_nf4_llm::model::config::LlamaConfig;
+
+const GREEDY: Sampling = Sampling {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    seed: 0,
+};
+
+fn tokens(ids: &[i64], device: &Device) -> Tensor<2, Int> {
+    Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), device)
+}
+
+/// The logits of the last positions of a text, taken token by token after a prompt.
+fn decoded(model: &Llama, config: &LlamaConfig, ids: &[i64], prompt: usize) -> Vec<f32> {
+    let mut rope = model.rope_tables(config);
+    let mut cache = KvCache::new(config.num_hidden_layers, vec![0]);
+    let device = model.device();
+    let mut all = floats(model.next_logits(tokens(&ids[..prompt], &device), &mut rope, &mut cache));
+    for id in &ids[prompt..] {
+        let next = model.next_logits(tokens(&[*id], &device), &mut rope, &mut cache);
+        all.extend(floats(next));
+    }
+    assert_eq!(cache.len(), ids.len());
+    all
+}
+
+/// Past a step of the cache's growth too, and within and past a sliding window.
+#[rstest]
+#[case::short(48, 5, None)]
+#[case::grown(270, 250, None)]
+#[case::window(48, 5, Some(7))]
+fn decoding_with_a_cache_is_a_full_forward(
+    #[case] length: usize,
+    #[case] prompt: usize,
+    #[case] window: Option<usize>,
+) {
+    let (mut model, config) = open("hf/f32/model", None, &Device::default());
+    model.sliding_window = window;
+    let ids: Vec<i64> = (0..length as i64).map(|i| (i * 37 + i * i) % 256).collect();
+    let whole = logits(&model, &config, &ids, &[1, length]);
+    let ours = decoded(&model, &config, &ids, prompt);
+    // The same products, summed in another order for one row than for many.
+    let difference = max_difference(&ours, &whole[(prompt - 1) * config.vocab_size..]);
+    assert!(difference < 2e-5, "{difference:e}");
+}
+
+/// A window hides what lies before it: the first tokens change logits only without one.
+#[test]
+fn a_sliding_window_hides_what_lies_before_it() {
+    let (mut model, config) = open("hf/f32/model", None, &Device::default());
+    let last = |model: &Llama, first: i64| {
+        let mut ids: Vec<i64> = (10..40).collect();
+        ids[0] = first;
+        let logits = logits(model, &config, &ids, &[1, 30]);
+        logits[29 * config.vocab_size..].to_vec()
+    };
+    assert!(max_difference(&last(&model, 1), &last(&model, 2)) > 1e-4);
+    // Two layers reach back twice the window.
+    model.sliding_window = Some(10);
+    assert_eq!(max_difference(&last(&model, 1), &last(&model, 2)), 0.0);
+}
+
+fn request(prompts: Vec<Vec<u32>>, sampling: Sampling) -> Request {
+    Request {
+        prompts,
+        max_tokens: 12,
+        sampling,
+        eos: Vec::new(),
+    }
+}
+
+fn texts(request: &Request) -> Vec<Vec<u32>> {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut streamed = vec![Vec::new(); request.prompts.len()];
+    let report = generate(&model, &config, request, |row, id| {
+        streamed[row].push(id);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(report.tokens, streamed);
+    report.tokens
+}
+
+fn prompts() -> Vec<Vec<u32>> {
+    let (ids, _, _) = io("hf/f32/io.safetensors");
+    let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+    vec![
+        ids[..9].to_vec(),
+        ids[10..12].to_vec(),
+        ids[20..44].to_vec(),
+    ]
+}
+
+#[rstest]
+#[case::greedy(GREEDY)]
+#[case::sampled(Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, seed: 3 })]
+fn a_row_of_a_padded_batch_is_the_row_alone(#[case] sampling: Sampling) {
+    let batch = texts(&request(prompts(), sampling));
+    for (row, prompt) in prompts().into_iter().enumerate() {
+        // A row draws from a generator of its own, seeded by its place.
+        let alone = Sampling {
+            seed: sampling.seed + row as u64,
+            ..sampling
+        };
+        assert_eq!(texts(&request(vec![prompt], alone))[0], batch[row]);
+    }
+}
+
+#[test]
+fn greedy_text_is_the_argmax_of_the_full_forward() {
+    let prompt = prompts().remove(0);
+    let text = texts(&request(vec![prompt.clone()], GREEDY)).remove(0);
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let ids: Vec<i64> = prompt
+        .iter()
+        .chain(&text)
+        .map(|&id| i64::from(id))
+        .collect();
+    let all = logits(&model, &config, &ids, &[1, ids.len()]);
+    for (step, &id) in text.iter().enumerate() {
+        let at = prompt.len() - 1 + step;
+        let row = &all[at * config.vocab_size..(at + 1) * config.vocab_size];
+        let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+        assert_eq!(best, Some(id as usize));
+    }
+}
+
+#[test]
+fn the_same_seed_draws_the_same_text_and_another_seed_another() {
+    let draw = |seed| {
+        let sampling = Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed,
+        };
+        texts(&request(prompts(), sampling))
+    };
+    assert_eq!(draw(1), draw(1));
+    assert_ne!(draw(1), draw(2));
+}
+
+#[rstest]
+#[case::one_candidate(Sampling { temperature: 5.0, top_k: 1, top_p: 1.0, seed: 1 })]
+#[case::tiny_nucleus(Sampling { temperature: 0.5, top_k: 0, top_p: 1e-6, seed: 1 })]
+#[case::cold(Sampling { temperature: 1e-4, top_k: 0, top_p: 1.0, seed: 1 })]
+fn sampling_narrowed_to_one_token_is_greedy(#[case] sampling: Sampling) {
+    let greedy = texts(&request(prompts(), GREEDY));
+    assert_eq!(texts(&request(prompts(), sampling)), greedy);
+}
+
+#[test]
+fn a_row_stops_at_its_end_and_the_others_go_on() {
+    let free = texts(&request(prompts(), GREEDY));
+    let eos = free[0][4];
+    let mut request = request(prompts(), GREEDY);
+    request.eos = vec![eos];
+    for (stopped, free) in texts(&request).iter().zip(&free) {
+        let end = free.iter().position(|&id| id == eos).unwrap_or(free.len());
+        assert_eq!(stopped, &free[..end]);
+    }
+}
+
+fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
+    Sampling {
+        temperature,
+        top_k,
+        top_p,
+        seed: 1,
+    }
+}
+
+#[rstest]
+#[case::nan(sampling(f32::NAN, 0, 1.0), "temperature is NaN")]
+#[case::negative(sampling(-1.0, 0, 1.0), "temperature is -1")]
+#[case::infinite(sampling(f32::INFINITY, 0, 1.0), "temperature is inf")]
+#[case::nucleus_empty(sampling(1.0, 0, 0.0), "top-p is 0")]
+#[case::nucleus_negative(sampling(1.0, 0, -0.5), "top-p is -0.5")]
+#[case::nucleus_large(sampling(1.0, 0, 1.5), "top-p is 1.5")]
+#[case::nucleus_nan(sampling(1.0, 0, f32::NAN), "top-p is NaN")]
+#[case::nucleus_of_nothing(sampling(0.0, 0, 0.9), "takes a temperature")]
+#[case::candidates_of_nothing(sampling(0.0, 40, 1.0), "takes a temperature")]
+fn sampling_that_cannot_be_is_refused(#[case] sampling: Sampling, #[case] word: &str) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let request = request(prompts(), sampling);
+    let error = generate(&model, &config, &request, |_, _| Ok(())).unwrap_err();
+    assert!(error.to_string().contains(word), "{error}");
+}
+
+#[rstest]
+#[case::no_prompts(Vec::new(), 1)]
+#[case::an_empty_prompt(vec![vec![1], Vec::new()], 1)]
+#[case::no_tokens(vec![vec![1]], 0)]
+#[case::another_vocabulary(vec![vec![1, 100_000]], 1)]
+fn a_request_for_nothing_is_refused(#[case] prompts: Vec<Vec<u32>>, #[case] max_tokens: usize) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let request = Request {
+        max_tokens,
+        ..request(prompts, GREEDY)
+    };
+    assert!(generate(&model, &config, &request, |_, _| Ok(())).is_err());
+}
+
+/// Dividing by the smallest temperatures makes infinities; the likeliest token is drawn all the
+/// same.
+#[test]
+fn a_tiny_temperature_is_greedy() {
+    let greedy = texts(&request(prompts(), GREEDY));
+    let tiny = sampling(f32::MIN_POSITIVE, 0, 1.0);
+    assert_eq!(texts(&request(prompts(), tiny)), greedy);
+}
+
+/// Damaged weights, or a type too small for them, give no text.
+#[rstest]
+fn logits_that_are_no_numbers_are_refused(#[values(f32::NAN, f32::INFINITY)] weight: f32) {
+    let device = Device::default();
+    let (mut model, config) = open("hf/f32/model", None, &device);
+    let weights = Tensor::full([config.hidden_size], weight, &device);
+    model.norm.weight = burn::module::Param::from_tensor(weights);
+    let request = request(prompts(), GREEDY);
+    let error = generate(&model, &config, &request, |_, _| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("infinite or NaN"), "{error}");
+}
+
+#[test]
+fn a_text_beyond_the_positions_is_warned_of() {
+    let (_, config) = open("hf/f32/model", None, &Device::default());
+    let positions = config.rope.max_positions;
+    assert_eq!(config.warn_of_length("the prompt", positions), None);
+    let warning = config.warn_of_length("the prompt", positions + 1).unwrap();
+    let both = [positions, positions + 1].map(|number| number.to_string());
+    assert!(
+        both.iter().all(|number| warning.contains(number)),
+        "{warning}"
+    );
+}
