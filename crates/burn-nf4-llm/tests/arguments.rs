@@ -3,8 +3,9 @@
 #![cfg(feature = "cli")]
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use burn_nf4_llm::fetch::beside_the_weights;
 use rstest::rstest;
@@ -150,6 +151,44 @@ fn a_chat_without_a_template_says_so() {
     let model = folder.path().to_str().unwrap();
     let error = run(&["generate", "--model", model, "--prompt", "a", "--chat"]).unwrap_err();
     assert!(error.contains("chat_template.jinja"), "{error}");
+}
+
+#[test]
+fn a_conversation_is_answered_line_by_line() {
+    let folder = folder();
+    let template = folder.path().join("own.jinja");
+    fs::write(
+        &template,
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    )
+    .unwrap();
+    let mut chat = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args([
+            "chat",
+            "--max-tokens",
+            "2",
+            "--system",
+            "be brief",
+            "--model",
+        ])
+        .arg(folder.path())
+        .arg("--chat-template")
+        .arg(&template)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = chat.stdin.take().unwrap();
+    stdin.write_all(b"ab\n\ncd").unwrap();
+    drop(stdin);
+    let output = chat.wait_with_output().unwrap();
+    assert!(output.status.success());
+    // Two answers; the empty line asks for none.
+    let answers = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        answers.ends_with('\n') && answers.lines().count() >= 2,
+        "{answers:?}"
+    );
 }
 
 fn finetune(folder: &Path, further: &str) -> Result<(), String> {

@@ -281,3 +281,34 @@ fn sizes_are_read_as_in_transformers(#[case] size: &str, #[case] valid: bool) {
     assert_eq!(output.status.code(), Some(code));
     assert_eq!(out.exists(), valid);
 }
+
+const ADAPTER: &str = "tests/fixtures/hf/f32/adapter_final";
+
+#[test]
+fn an_adapter_is_merged_into_float_weights_or_into_4_bit() {
+    let (_guard, [float, packed]) = folders(["float", "packed"]);
+    let said = succeeds(["merge", F32, ADAPTER, text(&float), "--dtype", "bfloat16"]);
+    assert!(said.starts_with("merged "), "{said}");
+    assert!(!said.contains("requantizing"), "{said}");
+    let table = succeeds(["inspect", text(&float)]);
+    assert!(table.contains("BF16") && !table.contains("nf4"), "{table}");
+    let said = succeeds(["merge", F32, ADAPTER, text(&packed), "--requantize"]);
+    assert!(
+        said.contains("requantizing moved the adapted weights by "),
+        "{said}"
+    );
+    assert!(succeeds(["inspect", text(&packed)]).contains("nf4"));
+    // Close to each other, as requantizing loses something.
+    let limits = ["--rms-tolerance", "0.2"];
+    succeeds(["verify", text(&float), text(&packed), limits[0], limits[1]]);
+    let both = run([
+        "merge",
+        F32,
+        ADAPTER,
+        "x",
+        "--requantize",
+        "--dtype",
+        "float32",
+    ]);
+    assert_eq!(both.status.code(), Some(2));
+}

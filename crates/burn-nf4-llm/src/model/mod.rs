@@ -6,12 +6,14 @@ pub mod cache;
 pub mod config;
 pub mod load;
 pub mod projection;
+mod random;
 pub mod rope;
 mod rope_fields;
 pub mod rotation;
 
 pub use config::LlamaConfig;
 pub use load::load;
+pub use random::random;
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;

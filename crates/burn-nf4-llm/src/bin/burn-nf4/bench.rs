@@ -2,30 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use burn::module::{Module, Param};
-use burn::nn::Linear;
-use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
-use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
+use burn::tensor::{Int, Tensor, TensorData};
 use burn_nf4::op::{DenseProvider, set_dense_provider};
 use burn_nf4::peft::{LoraConfig, TargetModules};
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::generate::{Request, Sampling, generate};
+use burn_nf4_llm::model::cache::KvCache;
+use burn_nf4_llm::model::{Llama, LlamaConfig, adapter, random};
+use burn_nf4_llm::train::data::Batch;
+use burn_nf4_llm::train::schedule::{Decay, Schedule};
+use burn_nf4_llm::train::{Settings, Trainer};
 use clap::{Args, ValueEnum};
 
 use crate::device::{DTypeName, DeviceName};
 use crate::model_args::at_least;
-use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::generate::sample::Sampling;
-use burn_nf4_llm::generate::{Request, generate};
-use burn_nf4_llm::model::adapter;
-use burn_nf4_llm::model::attention::Attention;
-use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::config::LlamaConfig;
-use burn_nf4_llm::model::load::linears;
-use burn_nf4_llm::model::projection::Projection;
-use burn_nf4_llm::model::{DecoderLayer, Llama, Mlp, RmsNorm};
-use burn_nf4_llm::train::data::Batch;
-use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 16;
@@ -168,7 +158,7 @@ impl BenchArgs {
             eprintln!("{warning}");
         }
         if !(batches.is_empty() && self.prefill.is_empty()) {
-            let model = random_model(&config, dtype, self.rank, &device)?;
+            let model = random(&config, dtype, self.rank, &device)?;
             if let Some(rank) = self.rank {
                 println!("with low-rank branches of rank {rank}");
             }
@@ -181,7 +171,7 @@ impl BenchArgs {
         }
         if !self.train.is_empty() {
             let device = device.autodiff();
-            let model = random_model(&config, dtype, None, &device)?;
+            let model = random(&config, dtype, None, &device)?;
             let mut trainer = self.trainer(model, &config)?;
             for &shape in &self.train {
                 train(&mut trainer, &config, shape);
@@ -304,62 +294,4 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
-}
-
-/// A model of these sizes: packed linear layers, and a head in 16 bit as in published checkpoints.
-fn random_model(
-    config: &LlamaConfig,
-    dtype: FloatType,
-    rank: Option<usize>,
-    device: &Device,
-) -> Result<Llama, ModelError> {
-    let options = (device, DType::from(dtype));
-    let hidden = config.hidden_size;
-    let small = Distribution::Normal(0.0, 0.02);
-    let norm = || RmsNorm {
-        weight: Param::from_tensor(Tensor::ones([hidden], options)),
-        eps: config.rms_norm_eps,
-    };
-    let projection = |[d_output, d_input]: [usize; 2]| {
-        let dense = Linear {
-            weight: Param::from_tensor(Tensor::random([d_input, d_output], small, options)),
-            bias: None,
-        };
-        let packed = Nf4Linear::quantize(dense, QuantConfig::default())?;
-        let projection = Projection::Nf4(packed);
-        Ok::<_, ModelError>(match rank {
-            Some(rank) => projection.with_lora(&QLoraLinearConfig::new(rank), device)?,
-            None => projection,
-        })
-    };
-    let layers = (0..config.num_hidden_layers)
-        .map(|_| {
-            let [q, k, v, o, gate, up, down] = linears(config).map(|(_, dims, _)| projection(dims));
-            Ok(DecoderLayer {
-                input_layernorm: norm(),
-                self_attn: Attention::new([q?, k?, v?, o?], config),
-                post_attention_layernorm: norm(),
-                mlp: Mlp {
-                    gate_proj: gate?,
-                    up_proj: up?,
-                    down_proj: down?,
-                },
-            })
-        })
-        .collect::<Result<_, ModelError>>()?;
-    let lm_head = (!config.tie_word_embeddings).then(|| {
-        Projection::Dense(Linear {
-            weight: Param::from_tensor(Tensor::random([hidden, config.vocab_size], small, options)),
-            bias: None,
-        })
-    });
-    let embed_tokens = Tensor::random([config.vocab_size, hidden], small, options);
-    let model = Llama {
-        embed_tokens: Param::from_tensor(embed_tokens),
-        layers,
-        norm: norm(),
-        lm_head,
-        sliding_window: config.sliding_window,
-    };
-    Ok(model.no_grad())
 }
