@@ -1,5 +1,29 @@
 //! The bitsandbytes 4-bit format on the host: tables, block sizes, scales, the device image of a
 //! weight, and a plain reference implementation. No GPU and no Burn in here.
+//!
+//! # Exact to the bit
+//!
+//! A scale and a value are decoded as
+//!
+//! ```text
+//! absmax = rn(rn(nested_map[code] * nested_absmax) + offset)    two roundings in f32, never an FMA
+//! value  = T(rn(map[nibble] * absmax))                          one f32 product, one cast to f16, bf16 or f32
+//! ```
+//!
+//! - A compiler that contracts the first line into an FMA changes some decoded weights. The kernels pass
+//!   the product through an integer operation that no compiler can see through.
+//! - Quantizing compares with bitsandbytes' 15 thresholds, ties to the lower code, and gives its codes
+//!   and scales. The offset of double quantization is a mean whose last bits depend on the order of
+//!   summation: [`SumF32x2`].
+//! - bitsandbytes divides by a block's scale through the GPU's approximate reciprocal. For scales of f16
+//!   and bf16 weights a table read out on a GPU reproduces it ([`reciprocal`]); for f32 weights ours is
+//!   the exact one, and a weight within an ulp of a threshold could get the neighbouring code (none does
+//!   in the golden files).
+//! - One deliberate difference: a block of zeros decodes to exact zeros here. bitsandbytes' CUDA kernel
+//!   stores code 0 (level -1) for it. A loaded file is decoded as it was stored.
+//! - WGSL promises less than the kernels need: division need not be correctly rounded and subnormals may
+//!   be flushed, so on drivers other than llvmpipe a weight within an ulp of a threshold can get the
+//!   neighbouring code when it is quantized there. Decoding uses products, sums and a cast alone.
 
 mod check;
 mod codebook;
