@@ -9,16 +9,16 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
 #[cfg(feature = "cublaslt")]
-use super::backend::DenseSpec;
-use super::backend::{
-    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
-};
-#[cfg(feature = "cublaslt")]
 use super::cublaslt;
-use super::reproducible::is_reproducible;
 use super::tune::{self, Inputs, LoraInputs, Way};
 use crate::error::Nf4Error;
 use crate::launch::{self, DequantizePlan, MatmulPlan, MatmulVariant};
+#[cfg(feature = "cublaslt")]
+use crate::op::base::DenseSpec;
+use crate::op::base::{
+    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
+};
+use crate::op::reproducible::is_reproducible;
 
 impl Nf4Backend for CubeBackend {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -163,7 +163,7 @@ fn kernel(strategy: MatmulStrategy) -> Option<MatmulVariant> {
 }
 
 /// Checks that a device can compute a product with a kernel that was asked for.
-pub(super) fn check_strategy(
+pub(in crate::op) fn check_strategy(
     client: &Client,
     spec: MatmulSpec,
     bias: bool,

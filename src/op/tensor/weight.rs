@@ -8,12 +8,12 @@ use burn::module::{
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use std::ops::Range;
 
-use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 use super::spec::WeightSpec;
 use crate::error::Nf4Error;
 use crate::format::{
     FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words,
 };
+use crate::op::base::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 
 /// A quantized weight on a device.
 ///
@@ -221,7 +221,7 @@ impl Nf4Weight {
             transposed: false,
         })?;
         #[cfg(feature = "flex")]
-        super::flex::check_finite(&weight)?;
+        crate::op::backends::flex::check_finite(&weight)?;
         let packed = <Dispatch as Nf4Backend>::nf4_quantize(
             weight.into_dispatch(),
             QuantizeSpec {

@@ -3,13 +3,13 @@
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use super::backend::{
-    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-};
 use super::dense::{MatmulOptions, matmul, uses_cublaslt};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
+use crate::op::base::{
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+};
 
 /// `y = x Wᵀ + b` with a packed weight `W`.
 ///
@@ -29,7 +29,7 @@ use crate::format::FloatType;
 /// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32 and `bias` of the same,
 /// [`Nf4Error::Device`] unless all are on one device; and [`Nf4Error::Library`] or
 /// [`Nf4Error::Variant`] if cuBLASLt was asked for and cannot be used
-/// ([`DenseProvider`](super::DenseProvider)).
+/// ([`DenseProvider`](crate::op::DenseProvider)).
 pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -397,10 +397,10 @@ fn check_strategy<const D: usize>(
     match device.as_dispatch() {
         #[cfg(feature = "cube")]
         DispatchDevice::Cube(device) => {
-            super::cube::check_strategy(&device.client(), product, bias)
+            crate::op::backends::cube::check_strategy(&device.client(), product, bias)
         }
         #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => super::flex::check_strategy(spec.strategy),
+        DispatchDevice::Flex(_) => crate::op::backends::flex::check_strategy(spec.strategy),
         _ => fail(format!(
             "{product:?} with bias {bias} is for no device known"
         )),

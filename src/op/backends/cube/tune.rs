@@ -14,12 +14,12 @@ use cubecl::prelude::Client;
 use cubecl::tune::{AutotuneKey, LocalTuner, Tunable, TunableSet, TuneGroup, local_tuner};
 use serde::{Deserialize, Serialize};
 
-use super::backend::{LoraSpec, MatmulSpec, add_lora, decoded_matmul};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::launch::{
     Cut, Lora, MatmulPlan, MatmulVariant, Operands, Product, TENSOR_CORE_ROWS, has_tensor_cores,
 };
+use crate::op::base::{LoraSpec, MatmulSpec, add_lora, decoded_matmul};
 
 /// Rows of `x` up to which the plain kernel is taken unmeasured where there are no tensor cores: it
 /// reads an eighth of what decoding writes and reads.
