@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
-use super::file::{SafetensorsFile, TensorInfo, read_text};
+use super::file::{SafetensorsFile, read_text};
 use super::float::{load_float, load_tensor};
 use super::json::UniqueMap;
 use super::names::is_file_name;
 use super::python_json;
 use super::resolve::{Weights, find_weights};
+use super::stored::{StoredTensor, TensorInfo, TensorSource};
 use super::weight::{
-    PARTS, QUANT_TYPES, StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed,
-    load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
+    PARTS, QUANT_TYPES, find_weight, has_quant_state, is_transposed, load_nf4, load_weight,
+    prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};

@@ -6,7 +6,7 @@ use super::convert::check_decodes;
 use super::elements::{elements, float_type, transpose, widen, with_float_type};
 use super::folder::Checkpoint;
 use super::progress::Progress;
-use super::weight::TensorSource;
+use super::stored::TensorSource;
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, PackedLayout, matrix_dims};
 use crate::host;

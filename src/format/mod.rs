@@ -4,6 +4,7 @@
 mod check;
 mod codebook;
 mod form;
+mod image;
 mod packed;
 mod parts;
 mod reciprocal;

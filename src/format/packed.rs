@@ -17,11 +17,10 @@
 //! Each section starts at a multiple of four words, so that 16-byte loads are aligned; the padding
 //! is zero.
 
-use super::check::{check_len, checked_elems};
+use super::check::checked_elems;
 use super::codebook::DYNAMIC_MAP;
 use super::form::WeightForm;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
 use crate::error::Nf4Error;
 
 /// Words of the header, the last section of the image.
@@ -217,84 +216,3 @@ pub(crate) fn check_header_words(
 
 /// "NF4" and the version of the layout.
 const MAGIC: u32 = u32::from_le_bytes(*b"NF4\x01");
-
-impl Nf4Tensor {
-    /// The layout of this tensor's device image.
-    pub fn packed_layout(&self) -> PackedLayout {
-        PackedLayout::new(self.elems(), self.config())
-    }
-
-    /// The device image: `packed_layout().words()` words.
-    pub fn to_packed(&self) -> Vec<u32> {
-        self.parts().to_packed(&self.packed_layout())
-    }
-
-    /// Reads a device image back.
-    ///
-    /// # Errors
-    /// [`Nf4Error::Length`] if `words` is not as long as the layout asks for,
-    /// [`Nf4Error::Header`] if it is another weight's image, and what
-    /// [`from_parts`](Self::from_parts) returns.
-    pub fn from_packed(
-        words: &[u32],
-        shape: &[usize],
-        config: QuantConfig,
-        dtype: FloatType,
-    ) -> Result<Self, Nf4Error> {
-        let layout = PackedLayout::for_shape(shape, config)?;
-        check_len("packed weight", layout.words, words.len())?;
-        layout.check_header(&words[layout.header..], shape, dtype)?;
-        Self::from_image(words, &layout, shape, dtype)
-    }
-
-    /// Reads a device image whose length and header were checked.
-    pub(crate) fn from_image(
-        words: &[u32],
-        layout: &PackedLayout,
-        shape: &[usize],
-        dtype: FloatType,
-    ) -> Result<Self, Nf4Error> {
-        let (elems, config) = (layout.elems, layout.config);
-        let codes = take_bytes(words, elems.div_ceil(2));
-        let scales = &words[layout.scales..];
-        let absmax = match config.nested_block_size {
-            None => Absmax::Flat(take_floats(scales, layout.blocks)),
-            Some(block_size) => {
-                let mut map = Box::new([0.0; 256]);
-                map.copy_from_slice(&take_floats(&words[layout.nested_map..], 256));
-                let nested_blocks = block_size.blocks(layout.blocks);
-                Absmax::Nested(NestedAbsmax {
-                    codes: take_bytes(scales, layout.blocks),
-                    absmax: take_floats(&words[layout.nested_scales..], nested_blocks),
-                    map,
-                    offset: f32::from_bits(words[layout.nested_offset]),
-                    block_size,
-                })
-            }
-        };
-        Self::from_parts(
-            codes,
-            absmax,
-            shape.to_vec(),
-            config.block_size,
-            dtype,
-            config.quant_type,
-        )
-    }
-}
-
-fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {
-    let words = &words[..len.div_ceil(4)];
-    if cfg!(target_endian = "little") {
-        return bytemuck::cast_slice(words)[..len].to_vec();
-    }
-    let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-    bytes.take(len).collect()
-}
-
-fn take_floats(words: &[u32], len: usize) -> Vec<f32> {
-    words[..len]
-        .iter()
-        .map(|&word| f32::from_bits(word))
-        .collect()
-}

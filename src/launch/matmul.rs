@@ -17,7 +17,8 @@ use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
 use crate::kernel::levels::{LevelsBlueprint, matmul_levels_kernel};
 use crate::kernel::sums::SumsBlueprint;
-use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel};
+use crate::kernel::tensor_core::matmul_tensor_core_kernel;
+use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
 
 /// A kernel that multiplies with a packed weight without decoding it to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -17,7 +17,7 @@ use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::levels::LevelsBlueprint;
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
 use crate::kernel::sums::SumsBlueprint;
-use crate::kernel::tensor_core::TensorCoreBlueprint;
+use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
 
 /// Rows of `x` that a launch of the tensor core kernel takes at most; more are cut into groups.
 pub const TENSOR_CORE_ROWS: usize = 64;

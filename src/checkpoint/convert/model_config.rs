@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use super::claim::Claim;
-use super::quantize::QuantizeOptions;
+use super::options::QuantizeOptions;
 use super::source_folder;
 use crate::checkpoint::file::read_text;
 use crate::checkpoint::names::CONFIG_FILE;

@@ -7,7 +7,8 @@ use burn::backend::Dispatch;
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use super::linear::{check_device, check_dtype, connect_empty, tracked_sum};
+use super::check::{check_device, check_dtype};
+use super::empty::{connect_empty, tracked_sum};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 #[cfg(feature = "cublaslt")]
