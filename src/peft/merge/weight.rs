@@ -1,7 +1,7 @@
 //! A weight of the base model on its way through a merge.
 
-use super::Target;
 use super::loss::Sums;
+use super::target::Target;
 use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
     cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,

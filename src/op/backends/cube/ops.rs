@@ -10,7 +10,7 @@ use cubecl::prelude::Client;
 
 #[cfg(feature = "cublaslt")]
 use super::cublaslt;
-use super::tune::{self, Inputs, LoraInputs, Way};
+use super::tune::{self, Inputs, LoraInputs};
 use crate::error::Nf4Error;
 use crate::launch::{self, DequantizePlan, MatmulPlan, MatmulVariant};
 #[cfg(feature = "cublaslt")]
@@ -144,12 +144,11 @@ fn matmul(
         lora,
         spec,
     };
-    let way = match spec.strategy {
-        MatmulStrategy::Auto if !is_reproducible() => return tune::fastest(inputs),
-        MatmulStrategy::Auto | MatmulStrategy::Rule => return tune::by_rule(inputs),
-        strategy => kernel(strategy).map_or(Way::Decode, Way::Kernel),
-    };
-    way.run(inputs).expect("arguments were validated")
+    match spec.strategy {
+        MatmulStrategy::Auto if !is_reproducible() => tune::fastest(inputs),
+        MatmulStrategy::Auto | MatmulStrategy::Rule => tune::by_rule(inputs),
+        strategy => tune::run(inputs, kernel(strategy), None).expect("arguments were validated"),
+    }
 }
 
 /// The kernel that a strategy asks for.
