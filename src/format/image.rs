@@ -48,8 +48,9 @@ impl Nf4Tensor {
         let absmax = match config.nested_block_size {
             None => Absmax::Flat(take_floats(scales, layout.blocks())),
             Some(block_size) => {
-                let mut map = Box::new([0.0; 256]);
-                map.copy_from_slice(&take_floats(&words[layout.nested_map_start()..], 256));
+                let mut map = Box::new([0.0; PackedLayout::NESTED_MAP_WORDS]);
+                let stored = &words[layout.nested_map_start()..];
+                map.copy_from_slice(&take_floats(stored, PackedLayout::NESTED_MAP_WORDS));
                 let nested_blocks = block_size.blocks(layout.blocks());
                 Absmax::Nested(NestedAbsmax {
                     codes: take_bytes(scales, layout.blocks()),

@@ -50,6 +50,24 @@ const fn align4(words: usize) -> usize {
 }
 
 impl PackedLayout {
+    /// Words of the codebook.
+    pub const CODEBOOK_WORDS: usize = 16;
+
+    /// Words of the nested map.
+    pub const NESTED_MAP_WORDS: usize = 256;
+
+    /// Words of the nested offset, of which the first holds it.
+    pub const NESTED_OFFSET_WORDS: usize = 4;
+
+    /// Words from the start of the codebook to the nested map.
+    pub const NESTED_MAP: usize = Self::CODEBOOK_WORDS;
+
+    /// Words from the start of the codebook to the nested offset.
+    pub const NESTED_OFFSET: usize = Self::NESTED_MAP + Self::NESTED_MAP_WORDS;
+
+    /// Words from the start of the codebook to the nested scales.
+    pub const NESTED_SCALES: usize = Self::NESTED_OFFSET + Self::NESTED_OFFSET_WORDS;
+
     /// The layout of a weight of `elems` elements.
     pub const fn new(elems: usize, config: QuantConfig) -> Self {
         let blocks = config.block_size.blocks(elems);
@@ -59,13 +77,13 @@ impl PackedLayout {
             Some(_) => blocks.div_ceil(4),
         };
         let codebook = scales + align4(scale_words);
-        let codebook_end = codebook + 16;
+        let codebook_end = codebook + Self::CODEBOOK_WORDS;
         let (nested_offset, nested_scales, header) = match config.nested_block_size {
             None => (codebook_end, codebook_end, codebook_end),
             Some(size) => {
-                let nested_scales = codebook_end + 256 + 4;
+                let nested_scales = codebook + Self::NESTED_SCALES;
                 let header = nested_scales + align4(size.blocks(blocks));
-                (codebook_end + 256, nested_scales, header)
+                (codebook + Self::NESTED_OFFSET, nested_scales, header)
             }
         };
         Self {

@@ -66,7 +66,7 @@ pub fn quantize(
     let config = layout.config();
     let mut tables = layout.tables();
     if config.nested_block_size.is_some() {
-        tables.extend([0; 4]);
+        tables.extend([0; PackedLayout::NESTED_OFFSET_WORDS]);
     }
     tables.extend(layout.header(shape, dtype));
     let table_words = tables.len();
