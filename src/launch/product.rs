@@ -4,7 +4,7 @@ use cubecl::prelude::Client;
 
 use super::check_dtype;
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout};
+use crate::format::{FloatType, PackedLayout, check_len};
 
 /// `y = x Wᵀ + b`, by its sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,15 +35,7 @@ impl Product {
                 });
             }
         }
-        for (tensor, expected, given) in [("weight", layout.elems(), n * k), ("x", m.max(1), m)] {
-            if expected != given {
-                return Err(Nf4Error::Length {
-                    tensor: tensor.into(),
-                    expected,
-                    given,
-                });
-            }
-        }
-        Ok(())
+        check_len("weight", layout.elems(), n * k)?;
+        check_len("x", m.max(1), m)
     }
 }

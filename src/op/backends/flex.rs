@@ -7,7 +7,7 @@ use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType};
+use crate::format::{self, FloatElement, FloatType};
 use crate::host;
 use crate::op::base::{
     DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
@@ -145,15 +145,7 @@ pub(in crate::op) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<
     if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
         return Ok(());
     }
-    let data = weight.to_data();
-    match data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
-        None => Ok(()),
-        Some((index, given)) => Err(Nf4Error::NonFinite {
-            tensor: "weight".into(),
-            index,
-            given,
-        }),
-    }
+    format::check_finite("weight", weight.to_data().iter::<f32>())
 }
 
 fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> Bytes {
