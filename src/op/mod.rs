@@ -6,9 +6,12 @@ mod base;
 mod reproducible;
 mod tensor;
 
+pub use base::MatmulStrategy;
+// Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
+// them.
+#[doc(hidden)]
 pub use base::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec,
+    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend, QuantizeSpec,
 };
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub(crate) use tensor::connect_empty;
