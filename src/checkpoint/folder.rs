@@ -18,7 +18,7 @@ use super::weight::{
     prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
+use crate::format::{FloatElement, FloatType, Nf4Tensor, PackedImage, WeightForm};
 use crate::op::Nf4Weight;
 
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
@@ -217,6 +217,16 @@ impl Checkpoint {
     /// Those of [`SafetensorsFile::load_nf4`].
     pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
         load_nf4(self, prefix)
+    }
+
+    /// The quantized parameter `prefix` as the image that is decoded, and whether the parameter is the
+    /// transpose of it.
+    ///
+    /// # Errors
+    /// Those of [`load_nf4`](Self::load_nf4).
+    pub(crate) fn load_image(&self, prefix: &str) -> Result<(PackedImage, bool), Nf4Error> {
+        let weight = find_weight(self, prefix)?;
+        Ok((PackedImage::of(&weight.parts()), weight.transposed))
     }
 
     /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.

@@ -17,6 +17,7 @@ pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };
 pub use form::WeightForm;
+pub(crate) use image::PackedImage;
 pub(crate) use packed::check_header_words;
 pub use packed::{HEADER_WORDS, PackedLayout};
 pub(crate) use parts::{Floats, ScaleParts, WeightParts, stored_floats};

@@ -10,7 +10,7 @@ use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, matrix_dims};
+use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 
 /// Decodes the quantized weights of a checkpoint into a new folder of float weights.
 ///
@@ -45,8 +45,7 @@ pub fn dequantize_checkpoint(
     let mut converted = 0;
     for &key in &parameters {
         if source.is_quantized(key) {
-            let weight = source.load_nf4(key)?;
-            let transposed = source.is_transposed(key)?;
+            let (weight, transposed) = source.load_image(key)?;
             with_float_type!(weight.dtype(), T => {
                 write_decoded::<T>(&mut writer, key, weight, transposed, options.dtype)?
             });
@@ -83,12 +82,13 @@ pub fn dequantize_checkpoint(
 fn write_decoded<T: FloatElement>(
     writer: &mut CheckpointWriter,
     key: &str,
-    weight: Nf4Tensor,
+    weight: PackedImage,
     transposed: bool,
     dtype: Option<FloatType>,
 ) -> Result<(), Nf4Error> {
     let mut shape = weight.shape().to_vec();
-    let mut values = decode::<T>(weight, key)?;
+    let mut values = decode::<T>(&weight, key)?;
+    drop(weight);
     if transposed {
         let dims = matrix_dims(key, &shape)?;
         values = transpose(dims, |index| values[index]);

@@ -11,7 +11,7 @@ use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, Nf4Tensor, QuantConfig};
+use crate::format::{FloatElement, PackedImage, PackedLayout, QuantConfig};
 use crate::host;
 
 /// Quantizes the linear layers of a checkpoint into a new folder that transformers loads with
@@ -87,7 +87,7 @@ pub fn quantize_checkpoint(
                     })),
                 };
                 compute_dtype.get_or_insert(weight.dtype());
-                writer.write_nf4(key, &weight, options.storage, false)?;
+                writer.write_parts(key, weight.parts(), options.storage, false)?;
                 converted += 1;
             }
             _ => write_dense(&mut writer, key, info, bytes, options.dtype)?,
@@ -114,14 +114,21 @@ pub fn quantize_checkpoint(
     })
 }
 
+/// Quantizes a weight, to the image that can be decoded again.
+///
+/// # Errors
+/// Those of [`host::quantize`], with `key`, and [`Nf4Error::NonFinite`] for a value that decodes to an
+/// infinity.
 pub(crate) fn quantize<T: FloatElement>(
     weight: &[T],
     shape: &[usize],
     config: QuantConfig,
     key: &str,
-) -> Result<Nf4Tensor, Nf4Error> {
+) -> Result<PackedImage, Nf4Error> {
     let words = host::quantize(weight, shape, config).map_err(|error| error.with_key(key))?;
-    let weight = Nf4Tensor::from_packed(&words, shape, config, T::FLOAT_TYPE)?;
+    let layout = PackedLayout::new(weight.len(), config);
+    let weight = PackedImage::new(words, layout, shape, T::FLOAT_TYPE);
+    weight.parts().check()?;
     // Quantized scales are off by a little, which is too much for a value near the largest.
     check_decodes(&weight, key)?;
     Ok(weight)
