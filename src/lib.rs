@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+#[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod error;
 pub mod format;
@@ -15,6 +16,7 @@ pub mod nn;
     allow(unused, reason = "there is no backend to implement the operations for")
 )]
 pub mod op;
+#[cfg(feature = "peft")]
 pub mod peft;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};

@@ -20,13 +20,18 @@ use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
 pub(crate) use claim::Claim;
-pub(crate) use decode::{check_decodes, decode};
+pub(crate) use decode::check_decodes;
+#[cfg(feature = "peft")]
+pub(crate) use decode::decode;
+#[cfg(feature = "peft")]
 pub(crate) use dense::write_dense;
 pub use dequantize::dequantize_checkpoint;
 pub(crate) use model_config::ModelConfig;
 pub use options::{DequantizeOptions, QuantizeOptions};
+#[cfg(feature = "peft")]
 pub(crate) use quantize::quantize;
 pub use quantize::quantize_checkpoint;
+#[cfg(feature = "peft")]
 pub(crate) use select::{is_embedding, is_head};
 
 /// What a conversion did.

@@ -76,8 +76,10 @@ pub use convert::{
     Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
 };
 pub use file::SafetensorsFile;
+#[cfg(feature = "peft")]
 pub(crate) use file::read_text;
 pub use folder::Checkpoint;
+#[cfg(feature = "peft")]
 pub(crate) use names::last_part;
 pub use names::{INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;

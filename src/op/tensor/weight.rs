@@ -129,6 +129,7 @@ impl Nf4Weight {
     }
 
     /// Uploads an image of a weight of the given form, with the form's header.
+    #[cfg(feature = "checkpoint")]
     pub(crate) fn from_image(
         words: Vec<u32>,
         form: WeightForm,
