@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
+// Says in the docs which feature an item needs; docs.rs sets this.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
