@@ -3,9 +3,12 @@
 use std::fmt;
 use std::io;
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
+#[cfg(feature = "checkpoint")]
+use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+#[cfg(feature = "checkpoint")]
 use safetensors::SafeTensorError;
 
 /// Everything that can go wrong with a caller's input.
@@ -429,6 +432,7 @@ pub enum Nf4Error {
     },
 }
 
+#[cfg(feature = "checkpoint")]
 impl Nf4Error {
     /// Turns an error of the operating system about `path` into one of these.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(io::Error) -> Self {

@@ -1,6 +1,9 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
+// Says in the docs which feature an item needs; docs.rs sets this.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod error;
 pub mod format;
@@ -15,6 +18,7 @@ pub mod nn;
     allow(unused, reason = "there is no backend to implement the operations for")
 )]
 pub mod op;
+#[cfg(feature = "peft")]
 pub mod peft;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};

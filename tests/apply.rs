@@ -1,5 +1,6 @@
 //! Checkpoints applied to modules: real ones against direct loads of every tensor, and every way
 //! in which a checkpoint and a module can differ.
+#![cfg(feature = "checkpoint")]
 
 mod stored;
 mod tensors;

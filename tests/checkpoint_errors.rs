@@ -1,5 +1,6 @@
 //! Files that are broken or lie: every one is refused by a typed error that names the key at
 //! fault, and none by a panic.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 

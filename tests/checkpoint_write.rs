@@ -1,4 +1,5 @@
 //! Writing folders: the bytes of bitsandbytes and transformers, shards, and nothing left behind.
+#![cfg(feature = "peft")]
 
 mod golden;
 mod stored;

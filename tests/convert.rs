@@ -1,4 +1,5 @@
 //! Whole folders from float to 4 bit and back.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 mod stored;

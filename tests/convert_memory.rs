@@ -1,6 +1,7 @@
 //! Conversions hold one tensor at a time, shown with an allocator that counts.
 //!
 //! Mapped files and the writer's temporary file are not counted: the system can drop their pages.
+#![cfg(feature = "checkpoint")]
 
 mod counting;
 

@@ -1,5 +1,6 @@
 //! DoRA in `QLoraLinear`, on every device that is compiled in: against PEFT's formula over a dense
 //! weight, its gradients with the norm held constant, dropout, records, merging.
+#![cfg(feature = "peft")]
 
 mod tensors;
 

@@ -1,5 +1,6 @@
 //! What a folder's `config.json` claims must be there, and what is there must be claimed: by
 //! everything that writes a folder from another one.
+#![cfg(feature = "peft")]
 
 mod stored;
 

@@ -1,5 +1,6 @@
 //! Folders that are broken or lie: an index, its shards, and what a name can lead to. Every one is
 //! refused by a typed error that names the file and the key at fault, and none by a panic.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 mod stored;

@@ -1,5 +1,6 @@
 //! Which files of a folder are read, as transformers 5.24 decides it, and what is said of those
 //! that are not.
+#![cfg(feature = "checkpoint")]
 
 mod stored;
 

@@ -4,6 +4,7 @@
 //! A run takes some hundred inputs. `NF4_FUZZ_SECONDS=600 cargo test --release --test fuzz_readers
 //! -- --nocapture` goes on for ten minutes with other seeds each time and says how many it took;
 //! `NF4_FUZZ_SEED` repeats the one input that a failure names.
+#![cfg(feature = "checkpoint")]
 #![cfg(feature = "flex")]
 
 mod golden;

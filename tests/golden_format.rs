@@ -1,4 +1,5 @@
 //! The host format against bitsandbytes: every golden file, bit for bit.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 

@@ -1,6 +1,7 @@
 //! Files that claim to be large take no memory: no request to the allocator while one is read is
 //! larger than the file itself, and all together stay within a few times of it. The counting
 //! allocator sees everything but the map.
+#![cfg(feature = "checkpoint")]
 #![cfg(feature = "flex")]
 
 mod counting;

@@ -1,6 +1,7 @@
 //! The CubeCL kernels at the launch level: every variant, dtype and shape class, against the
 //! reference and so against each other, on every device that is compiled in. A device that is
 //! compiled in but missing fails its tests.
+#![cfg(feature = "checkpoint")]
 #![cfg(feature = "cube")]
 
 mod golden;

@@ -1,5 +1,6 @@
 //! Loads from the map to the device: the same weights that the way over host memory gives, those
 //! stored transposed and those of more than two dimensions included.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 mod stored;

@@ -5,6 +5,7 @@
 //! the device is. A test takes the peak of a load over what was live before it, and the most that
 //! a load may take is [`ALLOWED`] times the tensor that it leaves behind; of several loads, times
 //! the largest one beyond the tensors that stay.
+#![cfg(feature = "checkpoint")]
 #![cfg(feature = "flex")]
 
 mod counting;

@@ -2,6 +2,7 @@
 //! reference and a dense matrix product. A device that is compiled in but missing fails its tests.
 //!
 //! With the feature `fusion` the CubeCL devices run everything here through `Fusion`.
+#![cfg(feature = "checkpoint")]
 
 mod golden;
 mod tensors;

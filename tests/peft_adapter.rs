@@ -1,5 +1,6 @@
 //! Adapter folders: what PEFT wrote, written back, taken into layers and out again, and what is
 //! refused.
+#![cfg(feature = "peft")]
 
 mod tensors;
 

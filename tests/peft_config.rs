@@ -1,5 +1,6 @@
 //! `adapter_config.json`: which modules the settings select, with what rank and factor, what is kept
 //! and what is refused. The expected answers come from PEFT 0.21.0's own functions.
+#![cfg(feature = "peft")]
 
 use std::path::Path;
 

@@ -1,6 +1,7 @@
 //! The keys of adapter files: every spelling that PEFT 0.21 or transformers 5.24 reads means the same,
 //! and what is not read is refused by its name. `tests/fixtures/make_peft.py --spellings` shows what
 //! those two do.
+#![cfg(feature = "peft")]
 
 mod peft_cases;
 mod stored;

@@ -1,4 +1,5 @@
 //! Adapters merged into 16 bit and into 4 bit, against the formula in f64, and what is refused.
+#![cfg(feature = "peft")]
 
 mod tensors;
 

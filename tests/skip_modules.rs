@@ -1,4 +1,5 @@
 //! Which layers are quantized, and how transformers is told of the others.
+#![cfg(feature = "checkpoint")]
 
 mod stored;
 

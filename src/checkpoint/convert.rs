@@ -1,8 +1,11 @@
 //! From a folder of float weights to one of quantized weights, and back.
 
 mod claim;
+mod decode;
+mod dense;
 mod dequantize;
 mod model_config;
+mod options;
 mod quantize;
 mod select;
 
@@ -17,11 +20,18 @@ use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
 pub(crate) use claim::Claim;
-pub use dequantize::{DequantizeOptions, dequantize_checkpoint};
-pub(crate) use dequantize::{check_decodes, decode};
+pub(crate) use decode::check_decodes;
+#[cfg(feature = "peft")]
+pub(crate) use decode::decode;
+#[cfg(feature = "peft")]
+pub(crate) use dense::write_dense;
+pub use dequantize::dequantize_checkpoint;
 pub(crate) use model_config::ModelConfig;
-pub use quantize::{QuantizeOptions, quantize_checkpoint};
-pub(crate) use quantize::{quantize, write_dense};
+pub use options::{DequantizeOptions, QuantizeOptions};
+#[cfg(feature = "peft")]
+pub(crate) use quantize::quantize;
+pub use quantize::quantize_checkpoint;
+#[cfg(feature = "peft")]
 pub(crate) use select::{is_embedding, is_head};
 
 /// What a conversion did.

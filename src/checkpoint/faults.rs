@@ -8,9 +8,8 @@ use super::convert::{Claim, ModelConfig};
 use super::folder::Checkpoint;
 use super::names::last_part;
 use super::quant_state::QuantState;
-use super::weight::{
-    PARTS, QUANT_TYPES, TensorSource, find_quant_state, prefix_of_quant_state, quant_state_key,
-};
+use super::stored::TensorSource;
+use super::weight::{PARTS, QUANT_TYPES, find_quant_state, prefix_of_quant_state, quant_state_key};
 use crate::error::Nf4Error;
 
 impl Checkpoint {

@@ -8,13 +8,12 @@ use std::time::SystemTime;
 
 use burn::tensor::{Device, Tensor};
 use memmap2::Mmap;
-use safetensors::Dtype;
 
 use super::float::{load_float, load_tensor};
 use super::header::{Entry, MAX_HEADER_BYTES, read_header};
+use super::stored::{StoredTensor, TensorInfo, TensorSource};
 use super::weight::{
-    StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed, load_nf4, load_weight,
-    quantized_weights,
+    find_weight, has_quant_state, is_transposed, load_nf4, load_weight, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
@@ -67,15 +66,6 @@ impl Content {
             Self::Memory(bytes) => bytes,
         }
     }
-}
-
-/// What a file says about one tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TensorInfo<'a> {
-    /// The type of its elements.
-    pub dtype: Dtype,
-    /// Its shape, row-major.
-    pub shape: &'a [usize],
 }
 
 impl SafetensorsFile {

@@ -3,7 +3,7 @@
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 
 use super::elements::{elements, expect_float, stored_dtype, transpose, with_float_type};
-use super::weight::{StoredTensor, TensorSource};
+use super::stored::{StoredTensor, TensorSource};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType};
 

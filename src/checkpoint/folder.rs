@@ -6,18 +6,19 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
-use super::file::{SafetensorsFile, TensorInfo, read_text};
+use super::file::{SafetensorsFile, read_text};
 use super::float::{load_float, load_tensor};
 use super::json::UniqueMap;
 use super::names::is_file_name;
 use super::python_json;
 use super::resolve::{Weights, find_weights};
+use super::stored::{StoredTensor, TensorInfo, TensorSource};
 use super::weight::{
-    PARTS, QUANT_TYPES, StoredTensor, TensorSource, find_weight, has_quant_state, is_transposed,
-    load_nf4, load_weight, prefix_of_quant_state, quant_state_key, quantized_weights,
+    PARTS, QUANT_TYPES, find_weight, has_quant_state, is_transposed, load_nf4, load_weight,
+    prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
+use crate::format::{FloatElement, FloatType, Nf4Tensor, PackedImage, WeightForm};
 use crate::op::Nf4Weight;
 
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
@@ -216,6 +217,16 @@ impl Checkpoint {
     /// Those of [`SafetensorsFile::load_nf4`].
     pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
         load_nf4(self, prefix)
+    }
+
+    /// The quantized parameter `prefix` as the image that is decoded, and whether the parameter is the
+    /// transpose of it.
+    ///
+    /// # Errors
+    /// Those of [`load_nf4`](Self::load_nf4).
+    pub(crate) fn load_image(&self, prefix: &str) -> Result<(PackedImage, bool), Nf4Error> {
+        let weight = find_weight(self, prefix)?;
+        Ok((PackedImage::of(&weight.parts()), weight.transposed))
     }
 
     /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.

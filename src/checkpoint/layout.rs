@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::elements::le_bytes;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
-use crate::format::{Absmax, Nf4Tensor, QuantType};
+use crate::format::{Floats, QuantType, ScaleParts, WeightParts};
 
 /// A tensor to be written; its bytes are little-endian.
 #[derive(Debug, Clone)]
@@ -19,12 +19,15 @@ pub(super) struct NewTensor<'a> {
 }
 
 impl<'a> NewTensor<'a> {
-    fn floats(key: String, values: &'a [f32]) -> Self {
+    fn floats(key: String, values: Floats<'a>) -> Self {
         Self {
             key,
             dtype: Dtype::F32,
             shape: vec![values.len()],
-            bytes: le_bytes(values),
+            bytes: match values {
+                Floats::Values(values) => le_bytes(values),
+                Floats::Stored(bytes) => bytes.into(),
+            },
         }
     }
 
@@ -45,11 +48,11 @@ impl<'a> NewTensor<'a> {
 /// [`Nf4Error::Dtype`] for a storage that is none, or whose elements the codes do not fill.
 pub(super) fn tensors<'a>(
     prefix: &str,
-    weight: &'a Nf4Tensor,
+    weight: WeightParts<'a>,
     storage: Dtype,
     transposed: bool,
 ) -> Result<Vec<NewTensor<'a>>, Nf4Error> {
-    let codes = weight.codes();
+    let codes = weight.codes;
     let elem_bytes = match storage {
         Dtype::U8 => 1,
         Dtype::BF16 | Dtype::F16 => 2,
@@ -78,20 +81,21 @@ pub(super) fn tensors<'a>(
         },
         bytes: codes.into(),
     }];
-    match weight.absmax() {
-        Absmax::Flat(scales) => tensors.push(NewTensor::floats(part("absmax"), scales)),
-        Absmax::Nested(nested) => {
-            tensors.push(NewTensor::codes(part("absmax"), &nested.codes));
-            tensors.push(NewTensor::floats(part("nested_absmax"), &nested.absmax));
-            let map = nested.map.as_slice();
+    match weight.scales {
+        ScaleParts::Flat(scales) => tensors.push(NewTensor::floats(part("absmax"), scales)),
+        ScaleParts::Nested {
+            codes, absmax, map, ..
+        } => {
+            tensors.push(NewTensor::codes(part("absmax"), codes));
+            tensors.push(NewTensor::floats(part("nested_absmax"), absmax));
+            let map = Floats::Values(map.as_slice());
             tensors.push(NewTensor::floats(part("nested_quant_map"), map));
         }
     }
-    tensors.push(NewTensor::floats(
-        part("quant_map"),
-        stored_codebook(weight.quant_type()),
-    ));
-    let state = QuantState::of(weight);
+    let codebook = stored_codebook(weight.config.quant_type);
+    let codebook = Floats::Values(codebook.as_slice());
+    tensors.push(NewTensor::floats(part("quant_map"), codebook));
+    let state = QuantState::of_parts(&weight);
     let key = part(&format!(
         "quant_state.bitsandbytes__{}",
         state.quant_type.name()

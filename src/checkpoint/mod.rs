@@ -67,6 +67,7 @@ mod resolve;
 mod source;
 mod staging;
 mod store;
+mod stored;
 mod verify;
 mod weight;
 mod writer;
@@ -74,14 +75,17 @@ mod writer;
 pub use convert::{
     Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
 };
+pub use file::SafetensorsFile;
+#[cfg(feature = "peft")]
 pub(crate) use file::read_text;
-pub use file::{SafetensorsFile, TensorInfo};
 pub use folder::Checkpoint;
+#[cfg(feature = "peft")]
 pub(crate) use names::last_part;
 pub use names::{INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
 pub use store::CheckpointStore;
+pub use stored::TensorInfo;
 pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};

@@ -8,7 +8,8 @@ use super::json::shape;
 use super::python_json::{self, Float, float_repr};
 use crate::error::Nf4Error;
 use crate::format::{
-    Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, check_finite, checked_elems,
+    BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, ScaleParts, WeightParts, check_finite,
+    checked_elems,
 };
 
 /// What the `quant_state` of a weight says, checked.
@@ -115,17 +116,21 @@ impl QuantState {
 
     /// What is stored beside a weight.
     pub fn of(weight: &Nf4Tensor) -> Self {
+        Self::of_parts(&weight.parts())
+    }
+
+    /// What is stored beside a weight of these parts.
+    pub(super) fn of_parts(weight: &WeightParts<'_>) -> Self {
         Self {
-            quant_type: weight.quant_type(),
-            block_size: weight.block_size(),
-            dtype: weight.dtype(),
-            shape: weight.shape().to_vec(),
-            nested: match weight.absmax() {
-                Absmax::Flat(_) => None,
-                Absmax::Nested(nested) => Some(NestedState {
-                    block_size: nested.block_size,
-                    offset: nested.offset,
-                }),
+            quant_type: weight.config.quant_type,
+            block_size: weight.config.block_size,
+            dtype: weight.dtype,
+            shape: weight.shape.to_vec(),
+            nested: match weight.scales {
+                ScaleParts::Flat(_) => None,
+                ScaleParts::Nested {
+                    block_size, offset, ..
+                } => Some(NestedState { block_size, offset }),
             },
         }
     }

@@ -10,7 +10,8 @@ use safetensors::Dtype;
 use super::elements::float_type;
 use super::folder::Checkpoint;
 use super::parameters::form_of_weight;
-use super::weight::{StoredTensor, TensorSource, find_weight};
+use super::stored::{StoredTensor, TensorSource};
+use super::weight::find_weight;
 use crate::error::{Nf4Error, TensorForm};
 use crate::format::{FloatType, PackedLayout, WeightForm};
 

@@ -6,9 +6,9 @@ use super::convert::check_decodes;
 use super::elements::{elements, float_type, transpose, widen, with_float_type};
 use super::folder::Checkpoint;
 use super::progress::Progress;
-use super::weight::TensorSource;
+use super::stored::TensorSource;
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedLayout, matrix_dims};
+use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 use crate::host;
 
 /// How two checkpoints differ.
@@ -215,7 +215,7 @@ struct Values<'a> {
 
 enum Stored<'a> {
     Dense(FloatType, &'a [u8]),
-    Quantized(FloatType, PackedLayout, Vec<u32>),
+    Quantized(PackedImage),
     /// Decoded, as the order of the values differs from that of the codes.
     Transposed(Vec<f32>),
 }
@@ -233,18 +233,19 @@ impl<'a> Values<'a> {
                 stored: Stored::Dense(float_type, source.tensor_bytes(name)?),
             }));
         }
-        let weight = source.load_nf4(name)?;
+        let (weight, transposed) = source.load_image(name)?;
         check_decodes(&weight, name)?;
-        let layout = weight.packed_layout();
+        let shape = weight.shape().to_vec();
+        let elems = weight.layout().elems();
         let quantized = Self {
-            shape: weight.shape().to_vec(),
-            stored: Stored::Quantized(weight.dtype(), layout, weight.to_packed()),
+            shape,
+            stored: Stored::Quantized(weight),
         };
-        if !source.is_transposed(name)? {
+        if !transposed {
             return Ok(Ok(quantized));
         }
-        let [rows, columns] = matrix_dims(name, weight.shape())?;
-        let values = quantized.read(0, layout.elems());
+        let [rows, columns] = matrix_dims(name, &quantized.shape)?;
+        let values = quantized.read(0, elems);
         Ok(Ok(Self {
             shape: vec![columns, rows],
             stored: Stored::Transposed(transpose([rows, columns], |index| values[index])),
@@ -257,9 +258,9 @@ impl<'a> Values<'a> {
                 let size = size_of::<T>();
                 widen(&elements::<T>(&bytes[start * size..(start + len) * size]))
             }),
-            Stored::Quantized(float_type, layout, words) => with_float_type!(*float_type, T => {
+            Stored::Quantized(weight) => with_float_type!(weight.dtype(), T => {
                 let mut values = vec![T::from_f32(0.0); len];
-                host::dequantize(words, layout, start, &mut values);
+                host::dequantize(weight.words(), weight.layout(), start, &mut values);
                 widen(&values)
             }),
             Stored::Transposed(values) => values[start..start + len].to_vec(),

@@ -17,8 +17,9 @@ use super::layout::{self, NewTensor};
 use super::names::SINGLE_FILE;
 use super::python_json;
 use super::staging::Staging;
+use super::weight::find_weight;
 use crate::error::Nf4Error;
-use crate::format::{Nf4Tensor, check_len};
+use crate::format::{Nf4Tensor, WeightParts, check_len};
 
 /// The size of shards that transformers 5 takes unless told otherwise, in bytes.
 pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
@@ -142,8 +143,19 @@ impl CheckpointWriter {
         storage: Dtype,
         transposed: bool,
     ) -> Result<(), Nf4Error> {
+        self.write_parts(prefix, weight.parts(), storage, transposed)
+    }
+
+    /// The same of the parts of a weight, wherever they lie.
+    pub(crate) fn write_parts(
+        &mut self,
+        prefix: &str,
+        weight: WeightParts<'_>,
+        storage: Dtype,
+        transposed: bool,
+    ) -> Result<(), Nf4Error> {
         let tensors = layout::tensors(prefix, weight, storage, transposed)?;
-        self.push(&tensors, weight.elems())
+        self.push(&tensors, weight.shape.iter().product())
     }
 
     /// Adds a tensor as it is: `bytes` are its elements, row-major and little-endian.
@@ -186,7 +198,7 @@ impl CheckpointWriter {
             let bytes = source.tensor_bytes(parameter)?;
             return self.write_tensor(parameter, info.dtype, info.shape, bytes);
         }
-        let elems = source.load_nf4(parameter)?.elems();
+        let elems = find_weight(source, parameter)?.state.shape.iter().product();
         let parts = source.keys_of(parameter);
         let tensors = parts
             .iter()

@@ -17,11 +17,10 @@
 //! Each section starts at a multiple of four words, so that 16-byte loads are aligned; the padding
 //! is zero.
 
-use super::check::{check_len, checked_elems};
+use super::check::checked_elems;
 use super::codebook::DYNAMIC_MAP;
 use super::form::WeightForm;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
 use crate::error::Nf4Error;
 
 /// Words of the header, the last section of the image.
@@ -51,6 +50,24 @@ const fn align4(words: usize) -> usize {
 }
 
 impl PackedLayout {
+    /// Words of the codebook.
+    pub const CODEBOOK_WORDS: usize = 16;
+
+    /// Words of the nested map.
+    pub const NESTED_MAP_WORDS: usize = 256;
+
+    /// Words of the nested offset, of which the first holds it.
+    pub const NESTED_OFFSET_WORDS: usize = 4;
+
+    /// Words from the start of the codebook to the nested map.
+    pub const NESTED_MAP: usize = Self::CODEBOOK_WORDS;
+
+    /// Words from the start of the codebook to the nested offset.
+    pub const NESTED_OFFSET: usize = Self::NESTED_MAP + Self::NESTED_MAP_WORDS;
+
+    /// Words from the start of the codebook to the nested scales.
+    pub const NESTED_SCALES: usize = Self::NESTED_OFFSET + Self::NESTED_OFFSET_WORDS;
+
     /// The layout of a weight of `elems` elements.
     pub const fn new(elems: usize, config: QuantConfig) -> Self {
         let blocks = config.block_size.blocks(elems);
@@ -60,13 +77,13 @@ impl PackedLayout {
             Some(_) => blocks.div_ceil(4),
         };
         let codebook = scales + align4(scale_words);
-        let codebook_end = codebook + 16;
+        let codebook_end = codebook + Self::CODEBOOK_WORDS;
         let (nested_offset, nested_scales, header) = match config.nested_block_size {
             None => (codebook_end, codebook_end, codebook_end),
             Some(size) => {
-                let nested_scales = codebook_end + 256 + 4;
+                let nested_scales = codebook + Self::NESTED_SCALES;
                 let header = nested_scales + align4(size.blocks(blocks));
-                (codebook_end + 256, nested_scales, header)
+                (codebook + Self::NESTED_OFFSET, nested_scales, header)
             }
         };
         Self {
@@ -217,84 +234,3 @@ pub(crate) fn check_header_words(
 
 /// "NF4" and the version of the layout.
 const MAGIC: u32 = u32::from_le_bytes(*b"NF4\x01");
-
-impl Nf4Tensor {
-    /// The layout of this tensor's device image.
-    pub fn packed_layout(&self) -> PackedLayout {
-        PackedLayout::new(self.elems(), self.config())
-    }
-
-    /// The device image: `packed_layout().words()` words.
-    pub fn to_packed(&self) -> Vec<u32> {
-        self.parts().to_packed(&self.packed_layout())
-    }
-
-    /// Reads a device image back.
-    ///
-    /// # Errors
-    /// [`Nf4Error::Length`] if `words` is not as long as the layout asks for,
-    /// [`Nf4Error::Header`] if it is another weight's image, and what
-    /// [`from_parts`](Self::from_parts) returns.
-    pub fn from_packed(
-        words: &[u32],
-        shape: &[usize],
-        config: QuantConfig,
-        dtype: FloatType,
-    ) -> Result<Self, Nf4Error> {
-        let layout = PackedLayout::for_shape(shape, config)?;
-        check_len("packed weight", layout.words, words.len())?;
-        layout.check_header(&words[layout.header..], shape, dtype)?;
-        Self::from_image(words, &layout, shape, dtype)
-    }
-
-    /// Reads a device image whose length and header were checked.
-    pub(crate) fn from_image(
-        words: &[u32],
-        layout: &PackedLayout,
-        shape: &[usize],
-        dtype: FloatType,
-    ) -> Result<Self, Nf4Error> {
-        let (elems, config) = (layout.elems, layout.config);
-        let codes = take_bytes(words, elems.div_ceil(2));
-        let scales = &words[layout.scales..];
-        let absmax = match config.nested_block_size {
-            None => Absmax::Flat(take_floats(scales, layout.blocks)),
-            Some(block_size) => {
-                let mut map = Box::new([0.0; 256]);
-                map.copy_from_slice(&take_floats(&words[layout.nested_map..], 256));
-                let nested_blocks = block_size.blocks(layout.blocks);
-                Absmax::Nested(NestedAbsmax {
-                    codes: take_bytes(scales, layout.blocks),
-                    absmax: take_floats(&words[layout.nested_scales..], nested_blocks),
-                    map,
-                    offset: f32::from_bits(words[layout.nested_offset]),
-                    block_size,
-                })
-            }
-        };
-        Self::from_parts(
-            codes,
-            absmax,
-            shape.to_vec(),
-            config.block_size,
-            dtype,
-            config.quant_type,
-        )
-    }
-}
-
-fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {
-    let words = &words[..len.div_ceil(4)];
-    if cfg!(target_endian = "little") {
-        return bytemuck::cast_slice(words)[..len].to_vec();
-    }
-    let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-    bytes.take(len).collect()
-}
-
-fn take_floats(words: &[u32], len: usize) -> Vec<f32> {
-    words[..len]
-        .iter()
-        .map(|&word| f32::from_bits(word))
-        .collect()
-}

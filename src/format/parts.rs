@@ -38,7 +38,7 @@ pub(crate) enum Floats<'a> {
     Stored(&'a [u8]),
 }
 
-impl Floats<'_> {
+impl<'a> Floats<'a> {
     pub fn len(&self) -> usize {
         match self {
             Self::Values(values) => values.len(),
@@ -48,10 +48,16 @@ impl Floats<'_> {
 
     /// The values on the heap.
     pub fn to_vec(self) -> Vec<f32> {
-        match self {
-            Self::Values(values) => values.to_vec(),
-            Self::Stored(bytes) => stored_floats(bytes).collect(),
-        }
+        self.iter().collect()
+    }
+
+    /// The values.
+    pub fn iter(self) -> impl Iterator<Item = f32> + 'a {
+        let (values, stored) = match self {
+            Self::Values(values) => (values, &[][..]),
+            Self::Stored(bytes) => (&[][..], bytes),
+        };
+        values.iter().copied().chain(stored_floats(stored))
     }
 }
 

@@ -112,6 +112,7 @@ impl Nf4Tensor {
     }
 
     /// Copies parts to the heap.
+    #[cfg(feature = "checkpoint")]
     pub(crate) fn copy_of(parts: &WeightParts<'_>) -> Result<Self, Nf4Error> {
         let absmax = match &parts.scales {
             ScaleParts::Flat(scales) => Absmax::Flat(scales.to_vec()),

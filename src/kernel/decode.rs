@@ -1,9 +1,11 @@
 //! What all dequantization kernels share: reading a scale and decoding codes.
 //!
-//! A packed weight is one buffer of u32 words; [`PackedLayout`](crate::format::PackedLayout) tells
+//! A packed weight is one buffer of u32 words; [`PackedLayout`] tells
 //! its sections.
 
 use cubecl::prelude::*;
+
+use crate::format::PackedLayout;
 
 /// What forks a compiled dequantization kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,9 +72,11 @@ pub fn block_scale(
     } else {
         let codes = packed[view.scales + (block >> 2usize)];
         let nested_block = block >> comptime!(nested_log2 as usize);
-        let map = view.codebook + 16usize;
-        let absmax = f32::reinterpret(packed[map + 260usize + nested_block]);
-        let offset = f32::reinterpret(packed[map + 256usize]);
+        let map = view.codebook + comptime!(PackedLayout::NESTED_MAP);
+        let scales = view.codebook + comptime!(PackedLayout::NESTED_SCALES);
+        let absmax = f32::reinterpret(packed[scales + nested_block]);
+        let at_offset = view.codebook + comptime!(PackedLayout::NESTED_OFFSET);
+        let offset = f32::reinterpret(packed[at_offset]);
         let code = (codes >> ((block as u32 & 3) * 8)) & 255;
         let value = f32::reinterpret(packed[map + code as usize]);
         opaque(value * absmax, view.zero) + offset
@@ -87,7 +91,7 @@ pub fn load_codebook(
     view: &PackedView,
     #[comptime] blueprint: DequantizeBlueprint,
 ) -> Shared<[f32]> {
-    let mut table = Shared::<[f32]>::new_slice(16usize);
+    let mut table = Shared::<[f32]>::new_slice(PackedLayout::CODEBOOK_WORDS);
     if comptime!(blueprint.shared) {
         let mut i = UNIT_POS;
         while i < 16 {

@@ -16,7 +16,19 @@
 use cubecl::prelude::*;
 
 use super::decode::opaque;
-use crate::format::{FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, SumF32x2};
+use crate::format::{
+    FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, HEADER_WORDS, NF4_THRESHOLDS, PackedLayout, QuantType,
+    SumF32x2,
+};
+
+/// Thresholds of the cells of `nf4_code_by_cell`, and as many codes after them.
+pub const CELLS: usize = 64;
+
+/// Words of both, which follow the tables and the header of a packed weight.
+pub const CELL_WORDS: usize = 2 * CELLS;
+
+/// Where the table of reciprocals starts where scales are nested.
+const NESTED_RECIPROCALS: usize = PackedLayout::NESTED_SCALES + HEADER_WORDS + CELL_WORDS;
 
 /// What forks the compiled quantization kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -107,7 +119,7 @@ pub fn copy_tables(
     #[comptime] blueprint: QuantizeBlueprint,
 ) {
     let unit = ABSOLUTE_POS;
-    let table_words = view.table_words - 4;
+    let table_words = view.table_words - comptime!(HEADER_WORDS);
     let mut i = unit;
     while i < view.table_words {
         if i < table_words {
@@ -197,7 +209,7 @@ pub fn quantize_blocks_kernel<F: Float, N: Size>(
             }
         }
         max = flush(max);
-        let inverse = inverse(tables, view.table_words + 128usize, max);
+        let inverse = inverse(tables, view.table_words + comptime!(CELL_WORDS), max);
         if comptime!(blueprint.flat) {
             packed[view.scales + block] = u32::reinterpret(max);
         } else {
@@ -432,7 +444,7 @@ pub fn quantize_absmax_kernel(
     let first = nested_block * nested_elems;
     if first < blocks {
         let items = usize::min(blocks - first, nested_elems.runtime());
-        let offset = f32::reinterpret(packed[codebook + 272usize]);
+        let offset = f32::reinterpret(packed[codebook + comptime!(PackedLayout::NESTED_OFFSET)]);
         let unit = if barriers {
             UNIT_POS as usize
         } else {
@@ -466,10 +478,10 @@ pub fn quantize_absmax_kernel(
             max = maxima[0];
         }
         max = flush(max);
-        // Codebook, map, offset, header, and the tables of `nf4_code_by_cell` come first.
-        let inverse = inverse(tables, 408usize, max);
+        let inverse = inverse(tables, comptime!(NESTED_RECIPROCALS), max);
         if unit == 0 {
-            packed[codebook + 276usize + nested_block] = u32::reinterpret(max);
+            packed[codebook + comptime!(PackedLayout::NESTED_SCALES) + nested_block] =
+                u32::reinterpret(max);
         }
 
         let mut w = unit;
@@ -501,8 +513,9 @@ fn nested_code(tables: &[u32], normalized: f32) -> u32 {
         let pivot = code + step;
         // 255 midpoints, numbered from 1: midpoint m lies between entries m - 1 and m.
         // The map follows the sixteen entries of the codebook.
-        let below = f32::reinterpret(tables[pivot as usize + 15usize]);
-        let above = f32::reinterpret(tables[pivot as usize + 16usize]);
+        let above = pivot as usize + comptime!(PackedLayout::NESTED_MAP);
+        let below = f32::reinterpret(tables[above - 1]);
+        let above = f32::reinterpret(tables[above]);
         code = select(normalized > (below + above) * 0.5f32, pivot, code);
     }
     code

@@ -3,7 +3,8 @@
 use cubecl::prelude::*;
 
 use super::quantize::{
-    QuantizeBlueprint, QuantizeView, copy_tables, flush, fp4_code, inverse, pack_code,
+    CELL_WORDS, CELLS, QuantizeBlueprint, QuantizeView, copy_tables, flush, fp4_code, inverse,
+    pack_code,
 };
 use crate::format::QuantType;
 
@@ -38,12 +39,12 @@ pub fn quantize_tiles_kernel<F: Float, N: Size>(
     let first_word = first_block * words_a_block;
     copy_tables(tables, packed, &view, blueprint);
 
-    let mut thresholds = Shared::<[f32]>::new_slice(64usize);
-    let mut codes = Shared::<[u32]>::new_slice(64usize);
+    let mut thresholds = Shared::<[f32]>::new_slice(CELLS);
+    let mut codes = Shared::<[u32]>::new_slice(CELLS);
     let mut i = unit;
-    while i < 64 {
+    while i < comptime!(CELLS) {
         thresholds[i] = f32::reinterpret(tables[view.table_words + i]);
-        codes[i] = tables[view.table_words + 64usize + i];
+        codes[i] = tables[view.table_words + comptime!(CELLS) + i];
         i += stride;
     }
 
@@ -114,7 +115,7 @@ pub fn quantize_tiles_kernel<F: Float, N: Size>(
             maxima[block]
         };
         let max = flush(max);
-        inverses[block] = inverse(tables, view.table_words + 128usize, max);
+        inverses[block] = inverse(tables, view.table_words + comptime!(CELL_WORDS), max);
         if first_block + block < view.blocks {
             if comptime!(blueprint.flat) {
                 packed[view.scales + first_block + block] = u32::reinterpret(max);

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::decode::{PackedView, opaque};
+use crate::format::PackedLayout;
 
 /// Elements along `k` of a chunk, the piece of its rows that a plane works on at a time.
 pub const CHUNK: usize = 128;
@@ -136,8 +137,10 @@ impl Scales {
                 } else {
                     let nested_block = block >> comptime!(blueprint.nested_log2 as usize);
                     self.codes[slot] = words[view.scales + (block >> 2usize)];
-                    self.absmax[slot] =
-                        f32::reinterpret(words[view.codebook + 276usize + nested_block]);
+                    self.absmax[slot] = f32::reinterpret(
+                        words
+                            [view.codebook + comptime!(PackedLayout::NESTED_SCALES) + nested_block],
+                    );
                 }
             }
         }
@@ -186,11 +189,12 @@ impl ScaleMap {
         let mut share = Array::<u32>::new(shares);
         let mut offset = 0.0f32;
         if comptime!(blueprint.nested_log2 != 0) {
-            offset = f32::reinterpret(words[view.codebook + 272usize]);
+            offset =
+                f32::reinterpret(words[view.codebook + comptime!(PackedLayout::NESTED_OFFSET)]);
             #[unroll]
             for s in 0..shares {
                 let i = (UNIT_POS as usize + comptime!(s * units)) & 255;
-                share[s] = words[view.codebook + 16 + i];
+                share[s] = words[view.codebook + comptime!(PackedLayout::NESTED_MAP) + i];
             }
         }
         ScaleMap {

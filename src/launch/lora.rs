@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::matmul::Product;
+use super::product::Product;
 use super::{
     Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,

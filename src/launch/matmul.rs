@@ -6,57 +6,21 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::lora::{Lora, lora_arg};
-use super::tensor_core::{self, MAX_COUNTERS, SharedSums, TensorCoreTile, group_rows};
+use super::product::Product;
+use super::strategy::MatmulVariant;
+use super::tensor_core::{self, MAX_COUNTERS, SharedSums, group_rows};
+use super::tile::TensorCoreTile;
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
-    vector_size,
+    Buffer, address_type, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, PackedLayout};
+use crate::format::{BlockSize, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
 use crate::kernel::levels::{LevelsBlueprint, matmul_levels_kernel};
 use crate::kernel::sums::SumsBlueprint;
-use crate::kernel::tensor_core::{TensorCoreBlueprint, matmul_tensor_core_kernel};
-
-/// A kernel that multiplies with a packed weight without decoding it to memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum MatmulVariant {
-    /// A plane per row of the weight; any device, any shape, few rows of `x`.
-    Gemv,
-    /// Tensor cores; rows of f16 or bf16, 64 of them at a time.
-    TensorCore,
-    /// Tensor cores, one row of f16 or bf16: multiplies with levels in f16, and their sums with
-    /// scales in f32, rather than with what dequantization gives.
-    Levels,
-}
-
-impl MatmulVariant {
-    /// All kernels.
-    pub const ALL: [Self; 3] = [Self::Gemv, Self::TensorCore, Self::Levels];
-
-    /// The name used in files, tests and benches.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Gemv => "gemv",
-            Self::TensorCore => "tensor_core",
-            Self::Levels => "levels",
-        }
-    }
-}
-
-/// `y = x Wᵀ + b`, by its sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Product {
-    /// Rows of `x` and `y`.
-    pub m: usize,
-    /// Rows of `W`, columns of `y`.
-    pub n: usize,
-    /// Columns of `x` and `W`.
-    pub k: usize,
-    /// Type of `x`, `b` and `y`.
-    pub dtype: FloatType,
-}
+use crate::kernel::tensor_core::matmul_tensor_core_kernel;
+use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
 
 /// What goes into a product.
 #[derive(Debug, Clone)]
@@ -80,7 +44,7 @@ pub struct MatmulPlan {
     product: Product,
     cube_dim: CubeDim,
     cube_count: CubeCount,
-    kernel: Kernel,
+    blueprint: Blueprint,
     address: AddressType,
 }
 
@@ -88,15 +52,16 @@ impl fmt::Debug for MatmulPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MatmulPlan")
             .field("product", &self.product)
-            .field("kernel", &self.kernel)
+            .field("blueprint", &self.blueprint)
             .field("cube_dim", &self.cube_dim)
             .field("cube_count", &self.cube_count)
             .finish_non_exhaustive()
     }
 }
 
+/// What the kernel is compiled for.
 #[derive(Debug, Clone, Copy)]
-enum Kernel {
+enum Blueprint {
     Gemv {
         blueprint: GemvBlueprint,
         vector: usize,
@@ -128,7 +93,7 @@ impl MatmulPlan {
         bias: bool,
         variant: Option<MatmulVariant>,
     ) -> Result<Self, Nf4Error> {
-        check(client, layout, &product)?;
+        product.check(client, layout)?;
         let gemv = || Self::gemv(client, layout, product, bias);
         let tensor_core = || {
             let tile = TensorCoreTile::for_product(client, layout, product);
@@ -159,7 +124,7 @@ impl MatmulPlan {
         variant: MatmulVariant,
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
-        check(client, layout, &product)?;
+        product.check(client, layout)?;
         match variant {
             MatmulVariant::TensorCore => Self::tensor_core(client, layout, product, bias, tile),
             MatmulVariant::Levels => Self::levels(client, layout, product, bias, tile),
@@ -179,14 +144,9 @@ impl MatmulPlan {
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         let blueprint = tensor_core::blueprint(client, layout, product, bias, tile)?;
-        let kernel = Kernel::TensorCore { blueprint };
-        Ok(Self::of_sums(
-            client,
-            layout,
-            product,
-            &blueprint.sums,
-            kernel,
-        ))
+        let sums = blueprint.sums;
+        let blueprint = Blueprint::TensorCore { blueprint };
+        Ok(Self::of_sums(client, layout, product, &sums, blueprint))
     }
 
     fn levels(
@@ -197,14 +157,9 @@ impl MatmulPlan {
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
         let blueprint = tensor_core::levels_blueprint(client, layout, product, bias, tile)?;
-        let kernel = Kernel::Levels { blueprint };
-        Ok(Self::of_sums(
-            client,
-            layout,
-            product,
-            &blueprint.sums,
-            kernel,
-        ))
+        let sums = blueprint.sums;
+        let blueprint = Blueprint::Levels { blueprint };
+        Ok(Self::of_sums(client, layout, product, &sums, blueprint))
     }
 
     /// The launch of a kernel whose planes share the sums in this way.
@@ -213,7 +168,7 @@ impl MatmulPlan {
         layout: &PackedLayout,
         product: Product,
         sums: &SumsBlueprint,
-        kernel: Kernel,
+        blueprint: Blueprint,
     ) -> Self {
         let Product { m, n, k, .. } = product;
         let planes = sums.units() as u32 / 32;
@@ -223,7 +178,7 @@ impl MatmulPlan {
             product,
             cube_dim: CubeDim::new_2d(32, planes),
             cube_count: cube_count(client, n.div_ceil(sums.cube_rows()) * sums.k_cubes),
-            kernel,
+            blueprint,
             address: address_type((n * k).max(m * n).max(m * k)),
         }
     }
@@ -266,17 +221,17 @@ impl MatmulPlan {
             product,
             cube_dim: CubeDim::new_2d(lanes, rows),
             cube_count: cube_count(client, cubes),
-            kernel: Kernel::Gemv { blueprint, vector },
+            blueprint: Blueprint::Gemv { blueprint, vector },
             address: address_type(layout.elems().max(m * n).max(m * k)),
         }
     }
 
     /// The kernel.
     pub fn variant(&self) -> MatmulVariant {
-        match self.kernel {
-            Kernel::Gemv { .. } => MatmulVariant::Gemv,
-            Kernel::TensorCore { .. } => MatmulVariant::TensorCore,
-            Kernel::Levels { .. } => MatmulVariant::Levels,
+        match self.blueprint {
+            Blueprint::Gemv { .. } => MatmulVariant::Gemv,
+            Blueprint::TensorCore { .. } => MatmulVariant::TensorCore,
+            Blueprint::Levels { .. } => MatmulVariant::Levels,
         }
     }
 
@@ -319,10 +274,10 @@ impl MatmulPlan {
         } = operands;
         let Product { m, n, k, dtype } = self.product;
         let size = dtype.size_bytes();
-        let with_bias = match self.kernel {
-            Kernel::Gemv { blueprint, .. } => blueprint.bias,
-            Kernel::TensorCore { blueprint } => blueprint.sums.bias,
-            Kernel::Levels { blueprint } => blueprint.sums.bias,
+        let with_bias = match self.blueprint {
+            Blueprint::Gemv { blueprint, .. } => blueprint.bias,
+            Blueprint::TensorCore { blueprint } => blueprint.sums.bias,
+            Blueprint::Levels { blueprint } => blueprint.sums.bias,
         };
         let bias = match (with_bias, bias) {
             (false, _) => None,
@@ -372,8 +327,8 @@ impl MatmulPlan {
             };
             let out_arg = || BufferArg::from_raw_parts(out.clone(), m * n);
             let words = || BufferArg::from_raw_parts(packed.clone(), layout.words());
-            match self.kernel {
-                Kernel::TensorCore { blueprint } => {
+            match self.blueprint {
+                Blueprint::TensorCore { blueprint } => {
                     let shared = SharedSums::new(client, n, &blueprint.sums);
                     let group = group_rows(m);
                     for first in (0..m).step_by(group) {
@@ -410,7 +365,7 @@ impl MatmulPlan {
                         );
                     }
                 }
-                Kernel::Levels { blueprint } => matmul_levels_kernel::launch_unchecked(
+                Blueprint::Levels { blueprint } => matmul_levels_kernel::launch_unchecked(
                     client,
                     self.cube_count.clone(),
                     self.cube_dim,
@@ -430,7 +385,7 @@ impl MatmulPlan {
                     elem,
                     lora_elem,
                 ),
-                Kernel::Gemv { blueprint, vector } => matmul_gemv_kernel::launch_unchecked(
+                Blueprint::Gemv { blueprint, vector } => matmul_gemv_kernel::launch_unchecked(
                     client,
                     self.cube_count.clone(),
                     self.cube_dim,
@@ -453,30 +408,4 @@ impl MatmulPlan {
         }
         Ok(())
     }
-}
-
-fn check(client: &Client, layout: &PackedLayout, product: &Product) -> Result<(), Nf4Error> {
-    let Product { m, n, k, dtype } = *product;
-    check_dtype(client, dtype)?;
-    for (tensor, rows, columns) in [("x", m, k), ("y", m, n), ("weight", n, k)] {
-        let elems = rows.checked_mul(columns);
-        let is_empty = tensor == "weight" && elems == Some(0);
-        let most = isize::MAX as usize / dtype.size_bytes();
-        if is_empty || elems.is_none_or(|elems| elems > most) {
-            return Err(Nf4Error::ElementCount {
-                tensor: tensor.into(),
-                shape: vec![rows, columns],
-            });
-        }
-    }
-    for (tensor, expected, given) in [("weight", layout.elems(), n * k), ("x", m.max(1), m)] {
-        if expected != given {
-            return Err(Nf4Error::Length {
-                tensor: tensor.into(),
-                expected,
-                given,
-            });
-        }
-    }
-    Ok(())
 }

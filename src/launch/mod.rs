@@ -5,8 +5,12 @@ mod dense;
 mod dequantize;
 mod lora;
 mod matmul;
+mod product;
 mod quantize;
+mod strategy;
 mod tensor_core;
+mod tile;
+mod tune_key;
 
 #[cfg(feature = "cublaslt")]
 pub use dense::{
@@ -14,10 +18,15 @@ pub use dense::{
 };
 pub use dequantize::{DequantizePlan, Variant};
 pub use lora::Lora;
-pub use matmul::{MatmulPlan, MatmulVariant, Operands, Product};
+pub use matmul::{MatmulPlan, Operands};
+pub use product::Product;
 pub use quantize::quantize;
+pub(crate) use strategy::Candidate;
+pub use strategy::MatmulVariant;
 pub(crate) use tensor_core::has_tensor_cores;
-pub use tensor_core::{Cut, TENSOR_CORE_ROWS, TensorCoreTile};
+pub(crate) use tile::TileRule;
+pub use tile::{TENSOR_CORE_ROWS, TensorCoreTile};
+pub(crate) use tune_key::MatmulKey;
 
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;

@@ -8,7 +8,7 @@ use super::{
     vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout, RECIPROCAL_STEPS, SumF32x2, nf4_cells};
+use crate::format::{FloatType, PackedLayout, RECIPROCAL_STEPS, SumF32x2, check_len, nf4_cells};
 use crate::kernel::quantize::{
     QuantizeBlueprint, QuantizeViewLaunch, mean_absmax_kernel, quantize_absmax_kernel,
     quantize_blocks_kernel, sum_absmax_kernel,
@@ -42,13 +42,7 @@ pub fn quantize(
 ) -> Result<Handle, Nf4Error> {
     check_dtype(client, dtype)?;
     let elems = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
-    if elems != Some(layout.elems()) {
-        return Err(Nf4Error::Length {
-            tensor: "weight".into(),
-            expected: layout.elems(),
-            given: elems.unwrap_or(usize::MAX),
-        });
-    }
+    check_len("weight", layout.elems(), elems.unwrap_or(usize::MAX))?;
     if layout.elems() == 0 {
         return Err(Nf4Error::ElementCount {
             tensor: "weight".into(),
@@ -66,7 +60,7 @@ pub fn quantize(
     let config = layout.config();
     let mut tables = layout.tables();
     if config.nested_block_size.is_some() {
-        tables.extend([0; 4]);
+        tables.extend([0; PackedLayout::NESTED_OFFSET_WORDS]);
     }
     tables.extend(layout.header(shape, dtype));
     let table_words = tables.len();

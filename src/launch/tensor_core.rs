@@ -1,4 +1,4 @@
-//! How the two products on tensor cores cut a weight up, and what their cubes share.
+//! The blueprints of the two kernels on tensor cores, and what their cubes share.
 
 use std::any::TypeId;
 use std::collections::VecDeque;
@@ -11,154 +11,32 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::elem_type;
-use super::matmul::{MatmulVariant, Product};
+use super::product::Product;
+use super::strategy::MatmulVariant;
+use super::tile::{TENSOR_CORE_ROWS, TensorCoreTile, TileRule};
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
 use crate::kernel::levels::LevelsBlueprint;
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
 use crate::kernel::sums::SumsBlueprint;
-use crate::kernel::tensor_core::TensorCoreBlueprint;
-
-/// Rows of `x` that a launch of the tensor core kernel takes at most; more are cut into groups.
-pub const TENSOR_CORE_ROWS: usize = 64;
-
-/// How [`MatmulVariant::TensorCore`] and [`MatmulVariant::Levels`] cut the weight up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct TensorCoreTile {
-    /// Tiles of 16 rows of `W` a plane.
-    pub row_tiles: usize,
-    /// Planes of a cube along the rows of `W`.
-    pub row_planes: usize,
-    /// Planes of a cube along `k`.
-    pub k_planes: usize,
-    /// Runs of 128 elements that a plane decodes of each stage of `x`: one, or as many as it takes
-    /// to have all of `x` in one stage. With [`Levels`](MatmulVariant::Levels) it is the latter.
-    pub chunks: usize,
-    /// Runs whose codes are in registers at a time: two, or with a single stage of `x` any divisor
-    /// of `chunks`.
-    pub depth: usize,
-    /// Cubes that share the work along `k`; one with [`Levels`](MatmulVariant::Levels).
-    pub k_cubes: usize,
-}
-
-/// A way to cut weights up, whatever their size: which one is fastest depends on the product and the
-/// device, and is worth a measurement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Cut {
-    /// All of `x` in shared memory, cubes that all run at once: for a few rows.
-    Whole,
-    /// `x` in stages of 512 elements, 16 planes a cube.
-    Wide,
-    /// `x` in stages of 256 elements, 8 planes a cube, each with more registers: for many rows.
-    Narrow,
-}
-
-impl Cut {
-    /// All ways.
-    pub const ALL: [Self; 3] = [Self::Whole, Self::Wide, Self::Narrow];
-
-    /// The name used in the log of the autotuner.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Whole => "whole",
-            Self::Wide => "wide",
-            Self::Narrow => "narrow",
-        }
-    }
-
-    /// The tile for a product on a device.
-    pub fn tile(self, client: &Client, product: &Product) -> TensorCoreTile {
-        let multiprocessors = multiprocessors(client);
-        let stages = |k_planes| {
-            let tile = TensorCoreTile {
-                row_tiles: 2,
-                row_planes: 4,
-                k_planes,
-                chunks: 1,
-                depth: 2,
-                k_cubes: 1,
-            };
-            // Where the weight has too few rows to give every multiprocessor a cube, cubes share
-            // the work along k.
-            let row_cubes = product.n.div_ceil(16 * tile.row_tiles * tile.row_planes);
-            let row_cubes = row_cubes.max(1);
-            TensorCoreTile {
-                k_cubes: (multiprocessors / row_cubes).clamp(1, MAX_K_CUBES),
-                ..tile
-            }
-        };
-        match self {
-            Self::Whole => TensorCoreTile::whole(client, product),
-            Self::Wide => stages(4),
-            Self::Narrow => stages(2),
-        }
-    }
-}
+use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
 
 /// Elements of a row up to which [`LevelsBlueprint::paired`] pays: measured at 4096, where it gains,
 /// and at 14336, where it loses.
 const MAX_PAIRED_K: usize = 8192;
 
-/// More parts than this cost more to add up than they save.
-const MAX_K_CUBES: usize = 8;
-
-impl From<[usize; 6]> for TensorCoreTile {
-    /// From the [`sizes`](TensorCoreTile::sizes).
-    fn from(sizes: [usize; 6]) -> Self {
-        let [row_tiles, row_planes, k_planes, chunks, depth, k_cubes] = sizes;
-        Self {
-            row_tiles,
-            row_planes,
-            k_planes,
-            chunks,
-            depth,
-            k_cubes,
-        }
-    }
-}
-
 impl TensorCoreTile {
-    /// All sizes, in the order of the fields.
-    pub const fn sizes(&self) -> [usize; 6] {
-        let Self {
-            row_tiles,
-            row_planes,
-            k_planes,
-            chunks,
-            depth,
-            k_cubes,
-        } = *self;
-        [row_tiles, row_planes, k_planes, chunks, depth, k_cubes]
-    }
-
     /// The tile of [`MatmulVariant::TensorCore`] that suits a product on a device, by what was
     /// fastest on an H100 (`benches/NOTES.md`).
     pub fn for_product(client: &Client, layout: &PackedLayout, product: Product) -> Self {
         let order = match product.m {
-            0..=16 => [Cut::Whole, Cut::Wide, Cut::Narrow],
-            17..=32 => [Cut::Wide, Cut::Narrow, Cut::Whole],
-            _ => [Cut::Narrow, Cut::Wide, Cut::Whole],
-        };
-        let tiles = order.map(|cut| cut.tile(client, &product));
+            0..=16 => [Self::whole, Self::wide, Self::narrow],
+            17..=32 => [Self::wide, Self::narrow, Self::whole],
+            _ => [Self::narrow, Self::wide, Self::whole],
+        } as [TileRule; 3];
+        let tiles = order.map(|rule| rule(client, &product));
         let fits = |tile: &&Self| blueprint(client, layout, product, false, **tile).is_ok();
         *tiles.iter().find(fits).unwrap_or(&tiles[0])
-    }
-
-    /// The tile of [`MatmulVariant::Levels`]: cubes that all run at once, each with as many planes as
-    /// have four chunks or more to go through.
-    pub fn whole(client: &Client, product: &Product) -> Self {
-        let row_planes = product.n.div_ceil(16 * multiprocessors(client)).clamp(1, 8);
-        let all = product.k.div_ceil(CHUNK).max(1);
-        let k_planes = (32 / row_planes).min(all.div_ceil(4));
-        let chunks = all.div_ceil(k_planes).next_multiple_of(2);
-        Self {
-            row_tiles: 1,
-            row_planes,
-            k_planes: all.div_ceil(chunks),
-            chunks,
-            depth: 2,
-            k_cubes: 1,
-        }
     }
 }
 
@@ -431,9 +309,4 @@ fn counters(client: &Client, parts: &Handle) -> Handle {
         buffers.pop_front();
     }
     buffer
-}
-
-fn multiprocessors(client: &Client) -> usize {
-    let hardware = &client.properties().hardware;
-    hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
 }

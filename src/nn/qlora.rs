@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_finite};
 use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
@@ -339,14 +339,7 @@ impl QLoraLinear {
             merged = merged * factor.unsqueeze();
         }
         let merged = merged.cast(DType::from(dtype));
-        let data = merged.to_data();
-        if let Some((index, given)) = data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
-            return Err(Nf4Error::NonFinite {
-                tensor: "merged weight".into(),
-                index,
-                given,
-            });
-        }
+        check_finite("merged weight", merged.to_data().iter::<f32>())?;
         dense.weight = Param::from_tensor(merged.detach());
         Ok(dense)
     }

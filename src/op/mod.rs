@@ -1,31 +1,24 @@
 //! The custom Burn ops: quantize, dequantize and a linear map with a packed weight, on every
 //! backend that Burn dispatches to, with autodiff.
 
-mod autodiff;
-mod backend;
-#[cfg(feature = "cube")]
-mod cube;
-#[cfg(feature = "cublaslt")]
-mod cublaslt;
-mod dense;
-#[cfg(feature = "flex")]
-mod flex;
-mod linear;
+mod backends;
+mod base;
 mod reproducible;
-mod spec;
-#[cfg(feature = "cube")]
-mod tune;
-mod weight;
+mod tensor;
 
-pub use backend::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec,
+pub use base::MatmulStrategy;
+// Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
+// them.
+#[doc(hidden)]
+pub use base::{
+    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend, QuantizeSpec,
 };
-pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
-pub(crate) use linear::connect_empty;
-pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
-pub use weight::Nf4Weight;
+pub(crate) use tensor::connect_empty;
+pub use tensor::{
+    DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, expert_linear, linear,
+    linear_with, lora_linear, matmul, set_dense_provider,
+};
 
 use burn::tensor::{DType, Device};
 

@@ -3,6 +3,7 @@
 mod branch;
 mod loss;
 mod plan;
+mod target;
 mod weight;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use crate::format::{FloatElement, FloatType, check_finite};
 use branch::Branch;
 use loss::Sums;
 use plan::{Change, Output, Plan};
+use target::Target;
 use weight::BaseWeight;
 
 pub use loss::MergeLoss;
@@ -138,13 +140,6 @@ pub fn merge_4bit(
         options,
         progress,
     )
-}
-
-/// The form of the result.
-#[derive(Debug, Clone, Copy)]
-enum Target {
-    Float(Option<FloatType>),
-    AsBase,
 }
 
 fn merge(

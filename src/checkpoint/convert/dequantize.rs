@@ -2,36 +2,15 @@
 
 use std::path::Path;
 
+use super::decode::decode;
+use super::dense::write_dense;
 use super::model_config::ModelConfig;
-use super::quantize::write_dense;
+use super::options::DequantizeOptions;
 use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
-use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress};
+use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
-use crate::format::{Absmax, FloatElement, FloatType, Nf4Tensor, matrix_dims};
-use crate::host;
-
-/// What to write when a checkpoint is dequantized.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DequantizeOptions {
-    /// The dtype of all float weights of the result; `None` gives each the dtype that it had
-    /// before it was quantized.
-    pub dtype: Option<FloatType>,
-    /// The most bytes of tensors in a file, but for a weight that is larger.
-    pub max_shard_bytes: usize,
-    /// Whether to write into a folder that is not empty.
-    pub overwrite: bool,
-}
-
-impl Default for DequantizeOptions {
-    fn default() -> Self {
-        Self {
-            dtype: None,
-            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
-            overwrite: false,
-        }
-    }
-}
+use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 
 /// Decodes the quantized weights of a checkpoint into a new folder of float weights.
 ///
@@ -66,8 +45,7 @@ pub fn dequantize_checkpoint(
     let mut converted = 0;
     for &key in &parameters {
         if source.is_quantized(key) {
-            let weight = source.load_nf4(key)?;
-            let transposed = source.is_transposed(key)?;
+            let (weight, transposed) = source.load_image(key)?;
             with_float_type!(weight.dtype(), T => {
                 write_decoded::<T>(&mut writer, key, weight, transposed, options.dtype)?
             });
@@ -104,12 +82,13 @@ pub fn dequantize_checkpoint(
 fn write_decoded<T: FloatElement>(
     writer: &mut CheckpointWriter,
     key: &str,
-    weight: Nf4Tensor,
+    weight: PackedImage,
     transposed: bool,
     dtype: Option<FloatType>,
 ) -> Result<(), Nf4Error> {
     let mut shape = weight.shape().to_vec();
-    let mut values = decode::<T>(weight, key)?;
+    let mut values = decode::<T>(&weight, key)?;
+    drop(weight);
     if transposed {
         let dims = matrix_dims(key, &shape)?;
         values = transpose(dims, |index| values[index]);
@@ -122,54 +101,5 @@ fn write_decoded<T: FloatElement>(
             drop(values);
             writer.write_tensor(key, stored_dtype(dtype), &shape, &le_bytes(&rounded))
         }),
-    }
-}
-
-/// All values of a weight.
-///
-/// # Errors
-/// [`Nf4Error::NonFinite`] for the first one that `T` cannot hold.
-pub(crate) fn decode<T: FloatElement>(weight: Nf4Tensor, key: &str) -> Result<Vec<T>, Nf4Error> {
-    let can_overflow = can_overflow::<T>(&weight);
-    let layout = weight.packed_layout();
-    let words = weight.to_packed();
-    drop(weight);
-    let mut values = vec![T::zeroed(); layout.elems()];
-    host::dequantize(&words, &layout, 0, &mut values);
-    let overflows = |value: &T| can_overflow && !value.to_f32().is_finite();
-    match values.iter().position(overflows) {
-        None => Ok(values),
-        Some(index) => Err(Nf4Error::NonFinite {
-            tensor: key.into(),
-            index,
-            given: values[index].to_f32(),
-        }),
-    }
-}
-
-/// Checks that every value of a weight fits its dtype, without decoding any as a rule.
-///
-/// # Errors
-/// [`Nf4Error::NonFinite`] for the first one that does not.
-pub(crate) fn check_decodes(weight: &Nf4Tensor, key: &str) -> Result<(), Nf4Error> {
-    with_float_type!(weight.dtype(), T => match can_overflow::<T>(weight) {
-        false => Ok(()),
-        true => decode::<T>(weight.clone(), key).map(|_| ()),
-    })
-}
-
-/// Whether a scale is too large for `T`. No level is larger than 1, so that all values fit where
-/// all scales do.
-fn can_overflow<T: FloatElement>(weight: &Nf4Tensor) -> bool {
-    let is_beyond = |scale: f32| !T::from_f32(scale).to_f32().is_finite();
-    match weight.absmax() {
-        Absmax::Flat(scales) => scales.iter().any(|&scale| is_beyond(scale)),
-        Absmax::Nested(nested) => {
-            let groups = nested.codes.chunks(nested.block_size.elems());
-            groups.zip(&nested.absmax).any(|(codes, absmax)| {
-                let scale = |&code: &u8| nested.map[usize::from(code)] * absmax + nested.offset;
-                codes.iter().map(scale).any(is_beyond)
-            })
-        }
     }
 }

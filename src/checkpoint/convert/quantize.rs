@@ -2,73 +2,17 @@
 
 use std::path::Path;
 
-use safetensors::Dtype;
-
-use super::dequantize::check_decodes;
+use super::decode::check_decodes;
+use super::dense::write_dense;
 use super::model_config::ModelConfig;
+use super::options::QuantizeOptions;
 use super::select::Selection;
 use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
-use crate::checkpoint::elements::{
-    cast, elements, float_type, le_bytes, stored_dtype, with_float_type,
-};
-use crate::checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, TensorInfo,
-};
+use crate::checkpoint::elements::{cast, elements, float_type, with_float_type};
+use crate::checkpoint::{Checkpoint, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
+use crate::format::{FloatElement, PackedImage, PackedLayout, QuantConfig};
 use crate::host;
-
-/// What to quantize, and how to store it.
-///
-/// The default is QLoRA's NF4 with double quantization, stored as bytes, of every linear layer but
-/// the head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct QuantizeOptions {
-    /// The quantization.
-    pub config: QuantConfig,
-    /// Modules to keep in addition to those that are always kept (heads, embeddings, norms and
-    /// routers), each with the meaning that transformers 5.24 gives to an entry of
-    /// `llm_int8_skip_modules`: the end of a module's path, or a regular expression that matches
-    /// from its beginning up to a dot or the end. So `model.layers.1` keeps layer 1 and not
-    /// layer 10.
-    ///
-    /// They are written to `config.json` as they are given, where older versions read them in
-    /// their own way: transformers 5.17 lets the expression end within a name, so that it expects
-    /// layers 10 to 19 in float too and fails to load them (`model.layers.1\\.` means the same to
-    /// both), and transformers 4 knows no expressions: it looks for the entry and a dot anywhere
-    /// in the path.
-    pub skip_modules: Vec<String>,
-    /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
-    /// which they are fused. transformers 5.17 does not load those.
-    pub experts: bool,
-    /// The dtype under which codes are stored: U8, BF16, F16 or F32.
-    pub storage: Dtype,
-    /// The dtype to round all float weights to, before they are quantized; `None` keeps each as
-    /// it is.
-    pub dtype: Option<FloatType>,
-    /// What transformers computes in (`bnb_4bit_compute_dtype`); `None` for the dtype of the
-    /// weights.
-    pub compute_dtype: Option<FloatType>,
-    /// The most bytes of tensors in a file, but for a weight that is larger.
-    pub max_shard_bytes: usize,
-    /// Whether to write into a folder that is not empty.
-    pub overwrite: bool,
-}
-
-impl Default for QuantizeOptions {
-    fn default() -> Self {
-        Self {
-            config: QuantConfig::default(),
-            skip_modules: Vec::new(),
-            experts: false,
-            storage: Dtype::U8,
-            dtype: None,
-            compute_dtype: None,
-            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
-            overwrite: false,
-        }
-    }
-}
 
 /// Quantizes the linear layers of a checkpoint into a new folder that transformers loads with
 /// bitsandbytes.
@@ -143,7 +87,7 @@ pub fn quantize_checkpoint(
                     })),
                 };
                 compute_dtype.get_or_insert(weight.dtype());
-                writer.write_nf4(key, &weight, options.storage, false)?;
+                writer.write_parts(key, weight.parts(), options.storage, false)?;
                 converted += 1;
             }
             _ => write_dense(&mut writer, key, info, bytes, options.dtype)?,
@@ -170,32 +114,21 @@ pub fn quantize_checkpoint(
     })
 }
 
-/// Writes a tensor that is not quantized, rounded to `dtype` if it is of another float type.
-pub(crate) fn write_dense(
-    writer: &mut CheckpointWriter,
-    key: &str,
-    info: TensorInfo<'_>,
-    bytes: &[u8],
-    dtype: Option<FloatType>,
-) -> Result<(), Nf4Error> {
-    let other = |(stored, dtype): &(FloatType, FloatType)| stored != dtype;
-    match float_type(info.dtype).zip(dtype).filter(other) {
-        None => writer.write_tensor(key, info.dtype, info.shape, bytes),
-        Some((stored, dtype)) => with_float_type!(stored, S => with_float_type!(dtype, T => {
-            let rounded = cast::<S, T>(&elements::<S>(bytes), key)?;
-            writer.write_tensor(key, stored_dtype(dtype), info.shape, &le_bytes(&rounded))
-        })),
-    }
-}
-
+/// Quantizes a weight, to the image that can be decoded again.
+///
+/// # Errors
+/// Those of [`host::quantize`], with `key`, and [`Nf4Error::NonFinite`] for a value that decodes to an
+/// infinity.
 pub(crate) fn quantize<T: FloatElement>(
     weight: &[T],
     shape: &[usize],
     config: QuantConfig,
     key: &str,
-) -> Result<Nf4Tensor, Nf4Error> {
+) -> Result<PackedImage, Nf4Error> {
     let words = host::quantize(weight, shape, config).map_err(|error| error.with_key(key))?;
-    let weight = Nf4Tensor::from_packed(&words, shape, config, T::FLOAT_TYPE)?;
+    let layout = PackedLayout::new(weight.len(), config);
+    let weight = PackedImage::new(words, layout, shape, T::FLOAT_TYPE);
+    weight.parts().check()?;
     // Quantized scales are off by a little, which is too much for a value near the largest.
     check_decodes(&weight, key)?;
     Ok(weight)

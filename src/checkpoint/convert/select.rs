@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use fancy_regex::Regex;
 
-use super::quantize::QuantizeOptions;
+use super::options::QuantizeOptions;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::elements::expect_float;
 use crate::checkpoint::names::last_part;

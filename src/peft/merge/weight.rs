@@ -1,14 +1,14 @@
 //! A weight of the base model on its way through a merge.
 
-use super::Target;
 use super::loss::Sums;
+use super::target::Target;
 use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
     cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
 };
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, QuantConfig, check_finite, matrix_dims};
+use crate::format::{FloatElement, FloatType, PackedImage, QuantConfig, check_finite, matrix_dims};
 
 /// A weight of the base model, widened, in the orientation that the model has it in.
 pub(super) struct BaseWeight {
@@ -42,16 +42,16 @@ impl BaseWeight {
                 form: Form::Dense,
             });
         }
-        let weight = base.load_nf4(key)?;
-        let (dtype, shape) = (weight.dtype(), weight.shape().to_vec());
+        let (weight, transposed) = base.load_image(key)?;
+        let dtype = weight.dtype();
         let form = Form::Quantized {
-            config: weight.config(),
+            config: weight.layout().config(),
             storage: info.dtype,
-            transposed: base.is_transposed(key)?,
+            transposed,
         };
         let mut weight = Self {
-            values: with_float_type!(dtype, T => widen(&decode::<T>(weight, key)?)),
-            shape,
+            shape: weight.shape().to_vec(),
+            values: with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?),
             dtype,
             form,
         };
@@ -98,8 +98,8 @@ impl BaseWeight {
                 with_float_type!(self.dtype, T => {
                     let rounded = cast::<f32, T>(&self.values, key)?;
                     let weight = quantize(&rounded, &self.shape, config, key)?;
-                    writer.write_nf4(key, &weight, storage, transposed)?;
-                    widen(&decode::<T>(weight, key)?)
+                    writer.write_parts(key, weight.parts(), storage, transposed)?;
+                    widen_decoded::<T>(weight, key)?
                 })
             }
             _ => {
@@ -120,4 +120,11 @@ impl BaseWeight {
         }
         Ok(())
     }
+}
+
+/// The values of a weight, which is gone once they are decoded.
+fn widen_decoded<T: FloatElement>(weight: PackedImage, key: &str) -> Result<Vec<f32>, Nf4Error> {
+    let values = decode::<T>(&weight, key)?;
+    drop(weight);
+    Ok(widen(&values))
 }

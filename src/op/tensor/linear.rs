@@ -1,15 +1,17 @@
 //! Linear maps with a packed weight.
 
 use burn::backend::{Dispatch, DispatchDevice};
-use burn::tensor::{DType, Device, Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
 
-use super::backend::{
-    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-};
+use super::check::{check_device, check_dtype};
 use super::dense::{MatmulOptions, matmul, uses_cublaslt};
+use super::empty::{connect_empty, tracked_sum};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
+use crate::op::base::{
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+};
 
 /// `y = x Wᵀ + b` with a packed weight `W`.
 ///
@@ -29,7 +31,7 @@ use crate::format::FloatType;
 /// does not fit it, [`Nf4Error::Dtype`] unless `x` is f16, bf16 or f32 and `bias` of the same,
 /// [`Nf4Error::Device`] unless all are on one device; and [`Nf4Error::Library`] or
 /// [`Nf4Error::Variant`] if cuBLASLt was asked for and cannot be used
-/// ([`DenseProvider`](super::DenseProvider)).
+/// ([`DenseProvider`](crate::op::DenseProvider)).
 pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
@@ -327,52 +329,6 @@ fn linear_at<const D: usize>(
     Ok(y.cast(given).reshape(Shape::from(shape)))
 }
 
-/// A result without elements, connected to the graph through sums of all that has a part in it: the
-/// gradients of those are zeros.
-pub(crate) fn connect_empty<const D: usize>(
-    y: Tensor<D>,
-    operands: impl IntoIterator<Item = Tensor<1>>,
-) -> Tensor<D> {
-    let dtype = y.dtype();
-    let operands = operands.into_iter();
-    operands.fold(y, |y, sum| y + sum.cast(dtype).unsqueeze() * 0.0)
-}
-
-/// The sum of a tensor that can have a graph.
-pub(super) fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
-    tensor.device().is_autodiff().then(|| tensor.sum())
-}
-
-/// Checks that a tensor is of one of the dtypes that fit another.
-pub(super) fn check_dtype<const D: usize>(
-    name: &str,
-    tensor: &Tensor<D>,
-    how: &str,
-    dtypes: &[DType],
-) -> Result<(), Nf4Error> {
-    if dtypes.contains(&tensor.dtype()) {
-        return Ok(());
-    }
-    Err(Nf4Error::Dtype {
-        tensor: name.into(),
-        expected: format!("{:?} {how}", dtypes[0]),
-        given: format!("{:?}", tensor.dtype()),
-    })
-}
-
-/// Checks that a tensor lies on a device, with a graph or without.
-pub(super) fn check_device(name: &str, given: &Device, expected: &Device) -> Result<(), Nf4Error> {
-    let [expected, given] = [expected, given].map(|device| device.clone().without_autodiff());
-    if expected == given {
-        return Ok(());
-    }
-    Err(Nf4Error::Device {
-        tensor: name.into(),
-        expected: format!("{expected:?}"),
-        given: format!("{given:?}"),
-    })
-}
-
 /// Checks that a kernel that was asked for can multiply `rows` rows of `x` with a weight.
 fn check_strategy<const D: usize>(
     x: &Tensor<D>,
@@ -397,10 +353,10 @@ fn check_strategy<const D: usize>(
     match device.as_dispatch() {
         #[cfg(feature = "cube")]
         DispatchDevice::Cube(device) => {
-            super::cube::check_strategy(&device.client(), product, bias)
+            crate::op::backends::cube::check_strategy(&device.client(), product, bias)
         }
         #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => super::flex::check_strategy(spec.strategy),
+        DispatchDevice::Flex(_) => crate::op::backends::flex::check_strategy(spec.strategy),
         _ => fail(format!(
             "{product:?} with bias {bias} is for no device known"
         )),

@@ -9,16 +9,16 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
 #[cfg(feature = "cublaslt")]
-use super::backend::DenseSpec;
-use super::backend::{
-    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
-};
-#[cfg(feature = "cublaslt")]
 use super::cublaslt;
-use super::reproducible::is_reproducible;
-use super::tune::{self, Inputs, LoraInputs, Way};
+use super::tune::{self, Inputs, LoraInputs};
 use crate::error::Nf4Error;
 use crate::launch::{self, DequantizePlan, MatmulPlan, MatmulVariant};
+#[cfg(feature = "cublaslt")]
+use crate::op::base::DenseSpec;
+use crate::op::base::{
+    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
+};
+use crate::op::reproducible::is_reproducible;
 
 impl Nf4Backend for CubeBackend {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -144,12 +144,11 @@ fn matmul(
         lora,
         spec,
     };
-    let way = match spec.strategy {
-        MatmulStrategy::Auto if !is_reproducible() => return tune::fastest(inputs),
-        MatmulStrategy::Auto | MatmulStrategy::Rule => return tune::by_rule(inputs),
-        strategy => kernel(strategy).map_or(Way::Decode, Way::Kernel),
-    };
-    way.run(inputs).expect("arguments were validated")
+    match spec.strategy {
+        MatmulStrategy::Auto if !is_reproducible() => tune::fastest(inputs),
+        MatmulStrategy::Auto | MatmulStrategy::Rule => tune::by_rule(inputs),
+        strategy => tune::run(inputs, kernel(strategy), None).expect("arguments were validated"),
+    }
 }
 
 /// The kernel that a strategy asks for.
@@ -163,7 +162,7 @@ fn kernel(strategy: MatmulStrategy) -> Option<MatmulVariant> {
 }
 
 /// Checks that a device can compute a product with a kernel that was asked for.
-pub(super) fn check_strategy(
+pub(in crate::op) fn check_strategy(
     client: &Client,
     spec: MatmulSpec,
     bias: bool,

@@ -7,12 +7,13 @@ use burn::backend::Dispatch;
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use super::backend::{DenseSpec, Nf4Backend};
-use super::linear::{check_device, check_dtype, connect_empty, tracked_sum};
+use super::check::{check_device, check_dtype};
+use super::empty::{connect_empty, tracked_sum};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 #[cfg(feature = "cublaslt")]
 use crate::launch::DensePlan;
+use crate::op::base::{DenseSpec, Nf4Backend};
 
 /// Who computes products of dense matrices: those of [`matmul`], and those with a decoded weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

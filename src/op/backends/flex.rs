@@ -6,13 +6,13 @@ use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
-use super::backend::{
+use crate::error::Nf4Error;
+use crate::format::{self, FloatElement, FloatType};
+use crate::host;
+use crate::op::base::{
     DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
     decoded_matmul,
 };
-use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType};
-use crate::host;
 
 impl Nf4Backend for Flex {
     fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
@@ -75,7 +75,7 @@ fn reads_packed(spec: &MatmulSpec) -> bool {
 }
 
 /// Checks that the CPU has the kernel that was asked for.
-pub(super) fn check_strategy(strategy: MatmulStrategy) -> Result<(), Nf4Error> {
+pub(in crate::op) fn check_strategy(strategy: MatmulStrategy) -> Result<(), Nf4Error> {
     match strategy {
         MatmulStrategy::TensorCore | MatmulStrategy::Levels => Err(Nf4Error::Variant {
             variant: strategy.name(),
@@ -140,20 +140,12 @@ fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u3
 }
 
 /// Checks that a weight is finite if it lies on the CPU, where looking costs no waiting.
-pub(super) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4Error> {
+pub(in crate::op) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4Error> {
     let device = weight.device().without_autodiff();
     if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
         return Ok(());
     }
-    let data = weight.to_data();
-    match data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
-        None => Ok(()),
-        Some((index, given)) => Err(Nf4Error::NonFinite {
-            tensor: "weight".into(),
-            index,
-            given,
-        }),
-    }
+    format::check_finite("weight", weight.to_data().iter::<f32>())
 }
 
 fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> Bytes {

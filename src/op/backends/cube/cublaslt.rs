@@ -8,9 +8,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl_environment::stream::StreamId;
 
-use super::backend::{DenseSpec, add_bias, composed_matmul};
 use crate::error::Nf4Error;
 use crate::launch::{DenseOperands, DensePlan, DenseProduct, MatrixLayout};
+use crate::op::base::{DenseSpec, add_bias, composed_matmul};
 
 /// `C + s A B + b`; in the place of `C` if nobody else holds it. What cuBLASLt cannot compute is Burn's.
 ///

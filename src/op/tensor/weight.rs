@@ -8,12 +8,13 @@ use burn::module::{
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use std::ops::Range;
 
-use super::backend::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 use super::spec::WeightSpec;
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words,
+    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
+    matrix_dims,
 };
+use crate::op::base::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 
 /// A quantized weight on a device.
 ///
@@ -128,6 +129,7 @@ impl Nf4Weight {
     }
 
     /// Uploads an image of a weight of the given form, with the form's header.
+    #[cfg(feature = "checkpoint")]
     pub(crate) fn from_image(
         words: Vec<u32>,
         form: WeightForm,
@@ -221,7 +223,7 @@ impl Nf4Weight {
             transposed: false,
         })?;
         #[cfg(feature = "flex")]
-        super::flex::check_finite(&weight)?;
+        crate::op::backends::flex::check_finite(&weight)?;
         let packed = <Dispatch as Nf4Backend>::nf4_quantize(
             weight.into_dispatch(),
             QuantizeSpec {
@@ -242,13 +244,7 @@ impl Nf4Weight {
     pub(super) fn checked_packed(&self) -> Result<Tensor<1, Int>, Nf4Error> {
         let packed = self.packed.val();
         let (expected, given) = (self.spec.layout.words(), packed.shape().num_elements());
-        if expected != given {
-            return Err(Nf4Error::Length {
-                tensor: "packed weight".into(),
-                expected,
-                given,
-            });
-        }
+        check_len("packed weight", expected, given)?;
         if packed.dtype() != DType::U32 {
             return Err(Nf4Error::Dtype {
                 tensor: "packed weight".into(),
@@ -387,15 +383,7 @@ impl Nf4Weight {
     /// # Errors
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank.
     pub fn matrix_dims(&self) -> Result<[usize; 2], Nf4Error> {
-        self.spec
-            .form
-            .shape
-            .as_slice()
-            .try_into()
-            .map_err(|_| Nf4Error::NotAMatrix {
-                tensor: "weight".into(),
-                shape: self.spec.form.shape.clone(),
-            })
+        matrix_dims("weight", &self.spec.form.shape)
     }
 
     /// Whether the packed tensor holds the transpose of the weight, as in checkpoints whose codes

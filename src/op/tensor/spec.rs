@@ -1,7 +1,7 @@
 //! What a packed weight is.
 
 use crate::error::Nf4Error;
-use crate::format::{Nf4Tensor, PackedLayout, WeightForm};
+use crate::format::{Nf4Tensor, PackedLayout, WeightForm, matrix_dims};
 
 /// A form that was checked, and its layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,11 +13,8 @@ pub(super) struct WeightSpec {
 impl WeightSpec {
     /// Checks a form.
     pub fn new(form: WeightForm) -> Result<Self, Nf4Error> {
-        if form.transposed && form.shape.len() != 2 {
-            return Err(Nf4Error::NotAMatrix {
-                tensor: "weight".into(),
-                shape: form.shape,
-            });
+        if form.transposed {
+            matrix_dims("weight", &form.shape)?;
         }
         let layout = PackedLayout::for_shape(&form.shape, form.config)?;
         Ok(Self { form, layout })

@@ -1,0 +1,80 @@
+//! What a caller can ask of a conversion.
+
+use safetensors::Dtype;
+
+use crate::checkpoint::DEFAULT_MAX_SHARD_BYTES;
+use crate::format::{FloatType, QuantConfig};
+
+/// What to quantize, and how to store it.
+///
+/// The default is QLoRA's NF4 with double quantization, stored as bytes, of every linear layer but
+/// the head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizeOptions {
+    /// The quantization.
+    pub config: QuantConfig,
+    /// Modules to keep in addition to those that are always kept (heads, embeddings, norms and
+    /// routers), each with the meaning that transformers 5.24 gives to an entry of
+    /// `llm_int8_skip_modules`: the end of a module's path, or a regular expression that matches
+    /// from its beginning up to a dot or the end. So `model.layers.1` keeps layer 1 and not
+    /// layer 10.
+    ///
+    /// They are written to `config.json` as they are given, where older versions read them in
+    /// their own way: transformers 5.17 lets the expression end within a name, so that it expects
+    /// layers 10 to 19 in float too and fails to load them (`model.layers.1\\.` means the same to
+    /// both), and transformers 4 knows no expressions: it looks for the entry and a dot anywhere
+    /// in the path.
+    pub skip_modules: Vec<String>,
+    /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
+    /// which they are fused. transformers 5.17 does not load those.
+    pub experts: bool,
+    /// The dtype under which codes are stored: U8, BF16, F16 or F32.
+    pub storage: Dtype,
+    /// The dtype to round all float weights to, before they are quantized; `None` keeps each as
+    /// it is.
+    pub dtype: Option<FloatType>,
+    /// What transformers computes in (`bnb_4bit_compute_dtype`); `None` for the dtype of the
+    /// weights.
+    pub compute_dtype: Option<FloatType>,
+    /// The most bytes of tensors in a file, but for a weight that is larger.
+    pub max_shard_bytes: usize,
+    /// Whether to write into a folder that is not empty.
+    pub overwrite: bool,
+}
+
+impl Default for QuantizeOptions {
+    fn default() -> Self {
+        Self {
+            config: QuantConfig::default(),
+            skip_modules: Vec::new(),
+            experts: false,
+            storage: Dtype::U8,
+            dtype: None,
+            compute_dtype: None,
+            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
+            overwrite: false,
+        }
+    }
+}
+
+/// What to write when a checkpoint is dequantized.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DequantizeOptions {
+    /// The dtype of all float weights of the result; `None` gives each the dtype that it had
+    /// before it was quantized.
+    pub dtype: Option<FloatType>,
+    /// The most bytes of tensors in a file, but for a weight that is larger.
+    pub max_shard_bytes: usize,
+    /// Whether to write into a folder that is not empty.
+    pub overwrite: bool,
+}
+
+impl Default for DequantizeOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
+            overwrite: false,
+        }
+    }
+}

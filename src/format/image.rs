@@ -1,0 +1,186 @@
+//! A quantized tensor as a device image, and back.
+
+use super::check::check_len;
+use super::packed::PackedLayout;
+use super::parts::{Floats, ScaleParts, WeightParts};
+use super::spec::{FloatType, QuantConfig};
+use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
+use crate::error::Nf4Error;
+
+impl Nf4Tensor {
+    /// The layout of this tensor's device image.
+    pub fn packed_layout(&self) -> PackedLayout {
+        PackedLayout::new(self.elems(), self.config())
+    }
+
+    /// The device image: `packed_layout().words()` words.
+    pub fn to_packed(&self) -> Vec<u32> {
+        self.parts().to_packed(&self.packed_layout())
+    }
+
+    /// Reads a device image back.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Length`] if `words` is not as long as the layout asks for,
+    /// [`Nf4Error::Header`] if it is another weight's image, and what
+    /// [`from_parts`](Self::from_parts) returns.
+    pub fn from_packed(
+        words: &[u32],
+        shape: &[usize],
+        config: QuantConfig,
+        dtype: FloatType,
+    ) -> Result<Self, Nf4Error> {
+        let layout = PackedLayout::for_shape(shape, config)?;
+        check_len("packed weight", layout.words(), words.len())?;
+        layout.check_header(&words[layout.header_start()..], shape, dtype)?;
+        Self::from_image(words, &layout, shape, dtype)
+    }
+
+    /// Reads a device image whose length and header were checked.
+    pub(crate) fn from_image(
+        words: &[u32],
+        layout: &PackedLayout,
+        shape: &[usize],
+        dtype: FloatType,
+    ) -> Result<Self, Nf4Error> {
+        let (elems, config) = (layout.elems(), layout.config());
+        let codes = take_bytes(words, elems.div_ceil(2));
+        let scales = &words[layout.scales_start()..];
+        let absmax = match config.nested_block_size {
+            None => Absmax::Flat(take_floats(scales, layout.blocks())),
+            Some(block_size) => {
+                let mut map = Box::new([0.0; PackedLayout::NESTED_MAP_WORDS]);
+                let stored = &words[layout.nested_map_start()..];
+                map.copy_from_slice(&take_floats(stored, PackedLayout::NESTED_MAP_WORDS));
+                let nested_blocks = block_size.blocks(layout.blocks());
+                Absmax::Nested(NestedAbsmax {
+                    codes: take_bytes(scales, layout.blocks()),
+                    absmax: take_floats(&words[layout.nested_scales_start()..], nested_blocks),
+                    map,
+                    offset: f32::from_bits(words[layout.nested_offset_start()]),
+                    block_size,
+                })
+            }
+        };
+        Self::from_parts(
+            codes,
+            absmax,
+            shape.to_vec(),
+            config.block_size,
+            dtype,
+            config.quant_type,
+        )
+    }
+}
+
+/// A device image in host memory, with what it is the image of.
+///
+/// Unlike [`Nf4Tensor`] it is what [`host`](crate::host) decodes and quantizes to, and its parts are
+/// found in it where they lie.
+#[derive(Debug)]
+pub(crate) struct PackedImage {
+    words: Vec<u32>,
+    /// The words with their bytes in the order of files, where that is not the processor's.
+    swapped: Vec<u32>,
+    layout: PackedLayout,
+    shape: Vec<usize>,
+    dtype: FloatType,
+}
+
+impl PackedImage {
+    /// `words` are an image of this layout, which is the shape's.
+    pub fn new(words: Vec<u32>, layout: PackedLayout, shape: &[usize], dtype: FloatType) -> Self {
+        let swapped = match cfg!(target_endian = "big") {
+            true => words.iter().map(|word| word.swap_bytes()).collect(),
+            false => Vec::new(),
+        };
+        Self {
+            words,
+            swapped,
+            layout,
+            shape: shape.to_vec(),
+            dtype,
+        }
+    }
+
+    /// The image of checked parts.
+    pub fn of(parts: &WeightParts<'_>) -> Self {
+        let layout = PackedLayout::new(parts.shape.iter().product(), parts.config);
+        Self::new(parts.to_packed(&layout), layout, parts.shape, parts.dtype)
+    }
+
+    /// The words.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Where the sections are.
+    pub fn layout(&self) -> &PackedLayout {
+        &self.layout
+    }
+
+    /// The shape of the weight, as it is stored.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The dtype that the weight had before it was quantized.
+    pub fn dtype(&self) -> FloatType {
+        self.dtype
+    }
+
+    /// The parts, where they lie.
+    pub fn parts(&self) -> WeightParts<'_> {
+        let (layout, config) = (&self.layout, self.layout.config());
+        let stored = match cfg!(target_endian = "big") {
+            true => &self.swapped,
+            false => &self.words,
+        };
+        let bytes =
+            |start: usize, len: usize| -> &[u8] { &bytemuck::cast_slice(&stored[start..])[..len] };
+        let floats = |start: usize, len: usize| -> &[f32] {
+            bytemuck::cast_slice(&self.words[start..start + len])
+        };
+        let scales = match config.nested_block_size {
+            None => ScaleParts::Flat(Floats::Values(floats(
+                layout.scales_start(),
+                layout.blocks(),
+            ))),
+            Some(block_size) => ScaleParts::Nested {
+                codes: bytes(layout.scales_start(), layout.blocks()),
+                absmax: Floats::Values(floats(
+                    layout.nested_scales_start(),
+                    block_size.blocks(layout.blocks()),
+                )),
+                map: floats(layout.nested_map_start(), PackedLayout::NESTED_MAP_WORDS)
+                    .first_chunk()
+                    .expect("as many as there are"),
+                offset: f32::from_bits(self.words[layout.nested_offset_start()]),
+                block_size,
+            },
+        };
+        WeightParts {
+            codes: bytes(0, layout.elems().div_ceil(2)),
+            scales,
+            shape: &self.shape,
+            dtype: self.dtype,
+            config,
+        }
+    }
+}
+
+fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {
+    let words = &words[..len.div_ceil(4)];
+    if cfg!(target_endian = "little") {
+        return bytemuck::cast_slice(words)[..len].to_vec();
+    }
+    let bytes = words.iter().flat_map(|word| word.to_le_bytes());
+    bytes.take(len).collect()
+}
+
+fn take_floats(words: &[u32], len: usize) -> Vec<f32> {
+    words[..len]
+        .iter()
+        .map(|&word| f32::from_bits(word))
+        .collect()
+}

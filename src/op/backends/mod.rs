@@ -1,0 +1,7 @@
+//! The operations on each backend. Fusion's are made by Burn's macro.
+
+mod autodiff;
+#[cfg(feature = "cube")]
+pub(super) mod cube;
+#[cfg(feature = "flex")]
+pub(super) mod flex;

@@ -1,0 +1,13 @@
+//! The operations as functions over Burn's tensors: arguments are validated here.
+
+mod check;
+mod dense;
+mod empty;
+mod linear;
+mod spec;
+mod weight;
+
+pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
+pub(crate) use empty::connect_empty;
+pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
+pub use weight::Nf4Weight;
