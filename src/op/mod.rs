@@ -1,5 +1,29 @@
 //! The custom Burn ops: quantize, dequantize and a linear map with a packed weight, on every
 //! backend that Burn dispatches to, with autodiff.
+//!
+//! # Which way a product goes
+//!
+//! For few rows of `x`, as when a model generates, the weight is read as 4 bits and never written out.
+//! Which way is fastest depends on the sizes and the device, so CubeCL's autotuner measures the ways that
+//! come into question when a product of its kind is first computed, and keeps the result
+//! ([`MatmulStrategy::Auto`]):
+//!
+//! | rows of `x` | NVIDIA GPU, f16 or bf16 | other GPUs, f32 | CPU (Flex) |
+//! |---|---|---|---|
+//! | 1 | `levels` or `tensor_core` | `gemv`, not measured | the packed weight, AVX-512 or AVX2 |
+//! | up to 4 | `tensor_core`, cut up in one of several ways | `gemv`, not measured | as above |
+//! | up to 8 | as above | `gemv` or decoding | as above |
+//! | up to 32 | as above | `gemv` or decoding | decoding |
+//! | up to 64 | as above | decoding | decoding |
+//! | up to 256 | `tensor_core`, 64 rows at a time, or decoding | decoding | decoding |
+//! | more | decoding | decoding | decoding |
+//!
+//! "Decoding" writes the weight out in the dtype of `x` and multiplies with that: with cuBLASLt where it is
+//! used ([`DenseProvider`]), else with Burn's product. `tensor_core` and `gemv` multiply with the values
+//! that dequantization gives; `levels` multiplies with the levels of the codebook in f16 and scales the
+//! sums in f32, which differs by the rounding of either. A measurement can end otherwise in another run,
+//! and another kernel rounds otherwise: [`set_reproducible`] has all products of the process follow a
+//! rule instead. Gradients always go over the decoded weight.
 
 mod backends;
 mod base;
