@@ -9,6 +9,7 @@ pub mod host;
 mod kernel;
 #[cfg(feature = "cube")]
 pub mod launch;
+pub mod model;
 pub mod nn;
 #[cfg_attr(
     not(any(feature = "flex", feature = "cube")),

@@ -22,7 +22,7 @@ pub(crate) use dequantize::{check_decodes, decode};
 pub(crate) use model_config::ModelConfig;
 pub use quantize::{QuantizeOptions, quantize_checkpoint};
 pub(crate) use quantize::{quantize, write_dense};
-pub(crate) use select::{is_embedding, is_head};
+pub(crate) use select::{SkipPattern, is_embedding, is_head, is_kept_by_default, skip_entry_of};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]
