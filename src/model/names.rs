@@ -115,12 +115,17 @@ pub(super) fn other_floats<M: LinearLayers>(model: &M) -> Vec<OtherFloat> {
             if self.path.is_in(ANY_LINEAR) {
                 return;
             }
-            let value = param.val().detach();
+            let value = param.val();
             let kind = Kind::Float(value.dims().to_vec());
             let parameter = self.path.parameter(value.device(), kind);
             let elems = value.shape().num_elements();
-            self.found
-                .push((parameter, value.dtype(), value.reshape([elems])));
+            // A detached leaf would still ask for a gradient, and so what is computed from it.
+            let flat = value
+                .clone()
+                .reshape([elems])
+                .detach()
+                .set_require_grad(false);
+            self.found.push((parameter, value.dtype(), flat));
         }
     }
 
@@ -184,7 +189,7 @@ pub(super) fn change_floats<M: LinearLayers>(model: M, changes: BTreeMap<String,
                 None => param,
                 Some(value) => {
                     let shape = Shape::from(param.lazy_shape().to_vec());
-                    param.map(|_| value.reshape(shape))
+                    param.map(|_| value.reshape(shape).detach())
                 }
             };
             match change.is_trained {

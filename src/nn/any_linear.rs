@@ -83,7 +83,8 @@ impl AnyLinear {
     /// - `bias`: `[d_output]`
     pub fn from_weight(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
-        let weight = Param::from_tensor(weight.detach().transpose());
+        // A detached leaf would still ask for a gradient, and so its transpose for a graph.
+        let weight = Param::from_tensor(weight.transpose().detach());
         Self::Dense(Linear { weight, bias }.no_grad())
     }
 
