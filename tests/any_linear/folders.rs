@@ -87,15 +87,20 @@ fn a_mixed_model_is_saved_and_loaded_as_it_is(#[case] parts: &[&str], #[case] sk
         }
     });
     let toy = toy.expect("finite");
-    let out = TempDir::new().expect("a folder");
+    let temporary = TempDir::new().expect("a folder");
+    let out = match std::env::var_os("NF4_EXPORT") {
+        // For `scripts/peer_load.py` elsewhere.
+        Some(folder) => Path::new(&folder).join(format!("mixed_{}", parts.len())),
+        None => temporary.path().join("mixed"),
+    };
+    let out = out.as_path();
     let options = SaveFolder {
         source: Some(&source),
         ..SaveFolder::default()
     };
-    toy.save_folder(out.path(), &options)
-        .expect("it can be written");
+    toy.save_folder(out, &options).expect("it can be written");
 
-    let config = stored::config_of(out.path());
+    let config = stored::config_of(out);
     let given = &config["quantization_config"]["llm_int8_skip_modules"];
     let sorted = |value: &Value| {
         let mut names: Option<Vec<String>> = serde_json::from_value(value.clone()).expect("names");
@@ -118,12 +123,13 @@ fn a_mixed_model_is_saved_and_loaded_as_it_is(#[case] parts: &[&str], #[case] sk
         !parts.is_empty()
     );
 
-    let again = Toy::open(out.path(), &device);
+    let again = Toy::open(out, &device);
     for ((name, ours), (_, theirs)) in again.linears().into_iter().zip(toy.linears()) {
         assert_eq!(ours.is_quantized(), theirs.is_quantized(), "{name}");
     }
     let logits = |toy: &Toy| toy.logits(&IDS, [1, IDS.len()], &device);
     assert_eq!(logits(&again), logits(&toy));
+    fs::write(out.join("logits.json"), json!(logits(&toy)).to_string()).expect("a file");
 }
 
 #[test]
