@@ -12,6 +12,8 @@ pub mod host;
 mod kernel;
 #[cfg(feature = "cube")]
 pub mod launch;
+#[cfg(feature = "peft")]
+pub mod model;
 pub mod nn;
 #[cfg_attr(
     not(any(feature = "flex", feature = "cube")),

@@ -32,7 +32,7 @@ pub use options::{DequantizeOptions, QuantizeOptions};
 pub(crate) use quantize::quantize;
 pub use quantize::quantize_checkpoint;
 #[cfg(feature = "peft")]
-pub(crate) use select::{is_embedding, is_head};
+pub(crate) use select::{SkipPattern, is_embedding, is_head, is_kept_by_default, skip_entry_of};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use crate::format::WeightForm;
 
 /// A parameter of a module.
 #[derive(Debug, Clone)]
-pub(super) struct Parameter {
+pub(crate) struct Parameter {
     /// Its path; of a packed weight, that of the weight and not of the tensor in it.
     pub path: String,
     /// The path that PyTorch uses for it, where that is another one.
@@ -25,7 +25,7 @@ pub(super) struct Parameter {
 
 /// What a parameter can hold.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Packed(WeightForm),
     Float(Vec<usize>),
     Int(Vec<usize>),
@@ -60,8 +60,13 @@ impl Parameter {
         }
     }
 
+    /// The path, with the name that PyTorch uses for the parameter.
+    pub fn stored_path(&self) -> &str {
+        self.pytorch_path.as_deref().unwrap_or(&self.path)
+    }
+
     /// A shape as PyTorch stores it.
-    fn stored_shape(&self, shape: &[usize]) -> Vec<usize> {
+    pub fn stored_shape(&self, shape: &[usize]) -> Vec<usize> {
         match self.transposed {
             false => shape.to_vec(),
             true => shape.iter().rev().copied().collect(),
@@ -79,30 +84,65 @@ pub(super) fn form_of_weight(form: &WeightForm) -> TensorForm {
 }
 
 /// Lists the parameters of a module.
-pub(super) fn parameters_of<M: Module>(module: &M, skip_enum_variants: bool) -> Vec<Parameter> {
+pub(crate) fn parameters_of<M: Module>(module: &M, skip_enum_variants: bool) -> Vec<Parameter> {
     let mut walk = Walk {
-        skip_enum_variants,
-        ..Walk::default()
+        path: ParameterPath::new(skip_enum_variants),
+        found: Vec::new(),
     };
     module.visit(&mut walk);
     walk.found
 }
 
-/// Where a visit is.
-#[derive(Default)]
-struct Walk {
+/// Where a visitor or a mapper is in a module.
+#[derive(Debug, Default)]
+pub(crate) struct ParameterPath {
     path: Vec<String>,
     containers: Vec<String>,
     skip_enum_variants: bool,
-    found: Vec<Parameter>,
 }
 
-impl Walk {
+impl ParameterPath {
+    pub fn new(skip_enum_variants: bool) -> Self {
+        Self {
+            skip_enum_variants,
+            ..Self::default()
+        }
+    }
+
+    pub fn enter(&mut self, name: &str, container_type: &str) {
+        self.containers.push(container_type.into());
+        if self.names(container_type) {
+            self.path.push(name.into());
+        }
+    }
+
+    pub fn exit(&mut self, container_type: &str) {
+        self.containers.pop();
+        if self.names(container_type) {
+            self.path.pop();
+        }
+    }
+
     fn names(&self, container_type: &str) -> bool {
         !(self.skip_enum_variants && container_type.starts_with("Enum:"))
     }
 
-    fn found(&mut self, device: Device, kind: Kind) {
+    /// Whether this is inside of a module of such a type, as Burn names it: `Struct:Linear`.
+    pub fn is_in(&self, container_type: &str) -> bool {
+        self.containers.iter().any(|inner| inner == container_type)
+    }
+
+    /// The integer parameter that is here.
+    pub fn int_kind(&self, shape: Vec<usize>) -> Kind {
+        let name = self.path.last().map_or("", String::as_str);
+        match WeightForm::from_packed_name(name) {
+            Some(form) => Kind::Packed(form),
+            None => Kind::Int(shape),
+        }
+    }
+
+    /// The parameter that is here.
+    pub fn parameter(&self, device: Device, kind: Kind) -> Parameter {
         let depth = match kind {
             Kind::Packed(_) => self.path.len() - 1,
             _ => self.path.len(),
@@ -130,29 +170,35 @@ impl Walk {
             }
             _ => false,
         };
-        self.found.push(Parameter {
+        Parameter {
             path,
             pytorch_path,
             transposed,
             device,
             kind,
-        });
+        }
+    }
+}
+
+/// Collects parameters.
+struct Walk {
+    path: ParameterPath,
+    found: Vec<Parameter>,
+}
+
+impl Walk {
+    fn found(&mut self, device: Device, kind: Kind) {
+        self.found.push(self.path.parameter(device, kind));
     }
 }
 
 impl ModuleVisitor for Walk {
     fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.containers.push(container_type.into());
-        if self.names(container_type) {
-            self.path.push(name.into());
-        }
+        self.path.enter(name, container_type);
     }
 
     fn exit_module(&mut self, _name: &str, container_type: &str) {
-        self.containers.pop();
-        if self.names(container_type) {
-            self.path.pop();
-        }
+        self.path.exit(container_type);
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -163,11 +209,7 @@ impl ModuleVisitor for Walk {
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let name = self.path.last().map_or("", String::as_str);
-        let kind = match WeightForm::from_packed_name(name) {
-            Some(form) => Kind::Packed(form),
-            None => Kind::Int(param.lazy_shape().to_vec()),
-        };
+        let kind = self.path.int_kind(param.lazy_shape().to_vec());
         self.found(param.lazy_device(), kind);
     }
 

@@ -17,7 +17,7 @@ use crate::format::{FloatType, PackedLayout, WeightForm};
 
 /// A parameter of a checkpoint.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub key: String,
     /// The key after remapping.
     pub path: String,
@@ -28,7 +28,7 @@ pub(super) struct Entry {
 
 /// What a parameter of a checkpoint is.
 #[derive(Debug, Clone)]
-pub(super) enum EntryKind {
+pub(crate) enum EntryKind {
     Packed(WeightForm),
     Dense { dtype: Dtype, shape: Vec<usize> },
 }

@@ -54,6 +54,8 @@ use crate::format::FloatType;
 pub struct CheckpointStore {
     checkpoint: Arc<Checkpoint>,
     remapper: KeyRemapper,
+    /// Paths in the module by remapped key, where they differ; without one the tensor is left out.
+    places: BTreeMap<String, Option<String>>,
     allowed: Allowed,
     dtype: Option<FloatType>,
     skip_enum_variants: bool,
@@ -106,6 +108,7 @@ impl CheckpointStore {
         Self {
             checkpoint,
             remapper: KeyRemapper::new(),
+            places: BTreeMap::new(),
             allowed: Allowed::default(),
             dtype: None,
             skip_enum_variants: false,
@@ -186,6 +189,32 @@ impl CheckpointStore {
         self
     }
 
+    /// The parameters of the checkpoint, by their paths in the module.
+    pub(crate) fn entries(&self) -> Result<Vec<Entry>, Nf4Error> {
+        let mut entries = entries(&self.checkpoint, &self.remapper)?;
+        entries.retain_mut(|entry| match self.places.get(&entry.path) {
+            None => true,
+            Some(None) => false,
+            Some(Some(path)) => {
+                entry.path.clone_from(path);
+                true
+            }
+        });
+        Ok(entries)
+    }
+
+    /// Sets the paths in the module of remapped keys; a tensor that gets none is left out.
+    pub(crate) fn with_places(mut self, places: BTreeMap<String, Option<String>>) -> Self {
+        self.places = places;
+        self.tensors = None;
+        self
+    }
+
+    /// What dense floats are converted to.
+    pub(crate) fn dtype(&self) -> Option<FloatType> {
+        self.dtype
+    }
+
     fn report(&self) -> std::sync::MutexGuard<'_, Report> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -245,7 +274,7 @@ impl ModuleStore for CheckpointStore {
     ///   panics; others have been loaded then
     fn apply_to<M: ModuleSnapshot>(&mut self, module: &mut M) -> Result<ApplyResult, Nf4Error> {
         let parameters = parameters_of(module, self.skip_enum_variants);
-        let entries = entries(&self.checkpoint, &self.remapper)?;
+        let entries = self.entries()?;
         let path = self.checkpoint.path();
         let matched = match_up(&parameters, &entries, self.allowed, path)?;
 
@@ -298,7 +327,7 @@ impl ModuleStore for CheckpointStore {
             Some(tensors) => tensors,
             None => {
                 let mut tensors = BTreeMap::new();
-                for entry in entries(&self.checkpoint, &self.remapper)? {
+                for entry in self.entries()? {
                     let name = match &entry.kind {
                         EntryKind::Packed(form) => format!("{}.{}", entry.path, form.packed_name()),
                         EntryKind::Dense { .. } => entry.path.clone(),

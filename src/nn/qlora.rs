@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
-use crate::format::{FloatType, check_finite};
+use crate::format::FloatType;
 use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
@@ -50,8 +50,17 @@ impl QLoraLinearConfig {
     /// [`Nf4Error::Config`] if the rank is zero, the dropout outside of `[0, 1)`, or alpha not
     /// finite.
     pub fn init(&self, base: Nf4Linear, device: &Device) -> Result<QLoraLinear, Nf4Error> {
-        let [d_output, d_input] = base.dims();
-        let base = base.to_device(device);
+        self.check()?;
+        let (lora_a, lora_b) = self.fresh_factors(base.dims(), device);
+        self.build(base.to_device(device), lora_a, lora_b)
+    }
+
+    /// `A` and `B` of a fresh branch on a weight `[d_output, d_input]`.
+    pub(super) fn fresh_factors(
+        &self,
+        [d_output, d_input]: [usize; 2],
+        device: &Device,
+    ) -> (Param<Tensor<2>>, Param<Tensor<2>>) {
         let initializer = Initializer::KaimingUniform {
             gain: 1.0 / 3f64.sqrt(),
             fan_out_only: false,
@@ -59,7 +68,7 @@ impl QLoraLinearConfig {
         let lora_a =
             initializer.init_with([d_input, self.rank], Some(d_input), Some(self.rank), device);
         let lora_b = Initializer::Zeros.init([self.rank, d_output], device);
-        self.build(base, lora_a, lora_b)
+        (lora_a, lora_b)
     }
 
     /// Puts a given branch on a frozen layer on the same device. The matrices are taken as values,
@@ -79,25 +88,28 @@ impl QLoraLinearConfig {
         lora_a: Tensor<2>,
         lora_b: Tensor<2>,
     ) -> Result<QLoraLinear, Nf4Error> {
+        let (lora_a, lora_b) = self.given_factors(base.dims(), lora_a, lora_b)?;
+        self.build(base, lora_a, lora_b)
+    }
+
+    /// Given `A` and `B` as parameters, checked against a weight `[d_output, d_input]`.
+    pub(super) fn given_factors(
+        &self,
+        dims: [usize; 2],
+        lora_a: Tensor<2>,
+        lora_b: Tensor<2>,
+    ) -> Result<(Param<Tensor<2>>, Param<Tensor<2>>), Nf4Error> {
         let branch = LowRank {
             a: lora_a.detach(),
             b: lora_b.detach(),
             scale: self.scale(),
         };
-        branch.check(base.dims(), self.rank)?;
-        self.build(
-            base,
-            Param::from_tensor(branch.a),
-            Param::from_tensor(branch.b),
-        )
+        branch.check(dims, self.rank)?;
+        Ok((Param::from_tensor(branch.a), Param::from_tensor(branch.b)))
     }
 
-    fn build(
-        &self,
-        base: Nf4Linear,
-        lora_a: Param<Tensor<2>>,
-        lora_b: Param<Tensor<2>>,
-    ) -> Result<QLoraLinear, Nf4Error> {
+    /// Checks the settings themselves.
+    pub(super) fn check(&self) -> Result<(), Nf4Error> {
         let invalid = |field, expected, given: String| {
             Err(Nf4Error::Config {
                 field,
@@ -118,6 +130,16 @@ impl QLoraLinearConfig {
                 self.dropout.to_string(),
             );
         }
+        Ok(())
+    }
+
+    fn build(
+        &self,
+        base: Nf4Linear,
+        lora_a: Param<Tensor<2>>,
+        lora_b: Param<Tensor<2>>,
+    ) -> Result<QLoraLinear, Nf4Error> {
+        self.check()?;
         let mut layer = QLoraLinear {
             base,
             lora_a,
@@ -125,6 +147,7 @@ impl QLoraLinearConfig {
             lora_magnitude: None,
             dropout: DropoutConfig::new(self.dropout).init(),
             scale: self.scale(),
+            enabled: true,
         };
         if self.use_dora {
             let device = layer.lora_a.lazy_device();
@@ -176,6 +199,9 @@ pub struct QLoraLinear {
     pub dropout: Dropout,
     /// The factor `s` of the branch.
     pub scale: f64,
+    /// Whether the branch takes part; not part of a record.
+    #[module(skip)]
+    pub enabled: bool,
 }
 
 impl QLoraLinear {
@@ -192,6 +218,9 @@ impl QLoraLinear {
     /// # Panics
     /// If `x` does not fit the weight or is neither f16, bf16 nor f32.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        if !self.enabled {
+            return self.base.forward(x);
+        }
         let shape = x.dims();
         let rows = x.shape().num_elements() / shape[D - 1].max(1);
         if rows == 0 {
@@ -331,16 +360,12 @@ impl QLoraLinear {
             .weight
             .dequantize::<2>(FloatType::F32)?
             .transpose();
-        let a = self.lora_a.val().cast(DType::F32);
-        let b = self.lora_b.val().cast(DType::F32);
-        let mut merged = weight + a.matmul(b) * self.scale;
-        if let Some(magnitude) = &self.lora_magnitude {
-            let factor = magnitude.val().cast(DType::F32) / self.row_norms()?;
-            merged = merged * factor.unsqueeze();
-        }
-        let merged = merged.cast(DType::from(dtype));
-        check_finite("merged weight", merged.to_data().iter::<f32>())?;
-        dense.weight = Param::from_tensor(merged.detach());
+        let factor = match &self.lora_magnitude {
+            None => None,
+            Some(magnitude) => Some(magnitude.val().cast(DType::F32) / self.row_norms()?),
+        };
+        let merged = merge_weight(weight, self.low_rank(), factor, dtype)?;
+        dense.weight = Param::from_tensor(merged);
         Ok(dense)
     }
 
@@ -348,6 +373,37 @@ impl QLoraLinear {
     pub fn rank(&self) -> usize {
         self.lora_a.lazy_shape()[1]
     }
+}
+
+/// `(W + s A B)`, each output times its factor, in `dtype` and without a graph.
+///
+/// # Shapes
+/// - `weight`: `[d_input, d_output]`, in f32
+/// - `factor`: `[d_output]`, in f32
+///
+/// # Errors
+/// [`Nf4Error::NonFinite`] if a merged weight overflows `dtype` or is NaN.
+pub(super) fn merge_weight(
+    weight: Tensor<2>,
+    branch: LowRank,
+    factor: Option<Tensor<1>>,
+    dtype: FloatType,
+) -> Result<Tensor<2>, Nf4Error> {
+    let (a, b) = (branch.a.cast(DType::F32), branch.b.cast(DType::F32));
+    let mut merged = weight + a.matmul(b) * branch.scale;
+    if let Some(factor) = factor {
+        merged = merged * factor.unsqueeze();
+    }
+    let merged = merged.cast(DType::from(dtype)).detach();
+    let data = merged.to_data();
+    if let Some((index, given)) = data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
+        return Err(Nf4Error::NonFinite {
+            tensor: "merged weight".into(),
+            index,
+            given,
+        });
+    }
+    Ok(merged)
 }
 
 impl ModuleDisplay for QLoraLinear {
@@ -364,6 +420,7 @@ impl ModuleDisplay for QLoraLinear {
             .add("scale", &self.scale)
             .add("dora", &self.lora_magnitude.is_some())
             .add("dropout", &self.dropout.prob)
+            .add("enabled", &self.enabled)
             .optional()
     }
 }

@@ -233,7 +233,7 @@ pub(super) fn is_full(parameter: &str, config: &LoraConfig, has_branch: bool) ->
 }
 
 /// Whether PEFT saves the weight of a module unasked.
-pub(super) fn is_saved_unasked(module: &str) -> bool {
+pub(crate) fn is_saved_unasked(module: &str) -> bool {
     EMBEDDINGS.contains(&last_part(module))
 }
 

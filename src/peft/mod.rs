@@ -65,6 +65,7 @@ mod tensor;
 
 pub use adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule};
 pub use config::LoraConfig;
+pub(crate) use keys::is_saved_unasked;
 pub use matcher::ModuleMatcher;
 pub use merge::{MergeLoss, MergeOptions, Merged, merge_4bit, merge_16bit};
 pub use setting::{InitLoraWeights, LoraBias, ModuleNames, OneOrMany, PatternMap, TargetModules};

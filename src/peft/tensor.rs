@@ -82,7 +82,7 @@ impl DenseTensor {
     ///
     /// # Errors
     /// [`Nf4Error::NotAMatrix`].
-    pub(super) fn transposed(&self) -> Result<Self, Nf4Error> {
+    pub(crate) fn transposed(&self) -> Result<Self, Nf4Error> {
         let [rows, columns] = matrix_dims("adapter tensor", &self.shape)?;
         let bytes = with_float_type!(self.dtype, T => {
             let elements = elements::<T>(&self.bytes);
@@ -130,7 +130,7 @@ impl DenseTensor {
         check_finite(key, self.to_f32())
     }
 
-    pub(super) fn check_shape(&self, expected: &[usize], key: &str) -> Result<(), Nf4Error> {
+    pub(crate) fn check_shape(&self, expected: &[usize], key: &str) -> Result<(), Nf4Error> {
         if self.shape == expected {
             return Ok(());
         }

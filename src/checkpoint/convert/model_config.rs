@@ -69,6 +69,16 @@ impl ModelConfig {
         }
     }
 
+    /// The entries of a folder that has no file yet.
+    pub fn from_entries(mut entries: Map<String, Value>) -> Self {
+        entries.remove(WEIGHTS_ENTRY);
+        Self {
+            path: CONFIG_FILE.into(),
+            entries,
+            changed: true,
+        }
+    }
+
     /// # Errors
     /// [`Nf4Error::Config`] for a model that has transposed linear layers.
     pub fn check_layout(&self) -> Result<(), Nf4Error> {

@@ -106,21 +106,21 @@ impl Selection {
 }
 
 /// An entry of `llm_int8_skip_modules`, as transformers 5.24's `should_convert_module` reads it.
-struct SkipPattern<'a> {
+pub(crate) struct SkipPattern<'a> {
     text: &'a str,
     /// Matches from the beginning of a path to the end of one of its parts.
     regex: Regex,
 }
 
 impl<'a> SkipPattern<'a> {
-    fn new(text: &'a str) -> Result<Self, Nf4Error> {
+    pub fn new(text: &'a str) -> Result<Self, Nf4Error> {
         match Regex::new(&format!(r"^(?:{text})(?:(?<=\.)|(?=\.|$))")) {
             Ok(regex) => Ok(Self { text, regex }),
             Err(error) => Err(fault(text, &error)),
         }
     }
 
-    fn matches(&self, module: &str) -> Result<bool, Nf4Error> {
+    pub fn matches(&self, module: &str) -> Result<bool, Nf4Error> {
         let from_start = self.regex.is_match(module);
         Ok(module.ends_with(self.text) || from_start.map_err(|error| fault(self.text, &error))?)
     }
@@ -144,11 +144,37 @@ fn reason_to_keep(
             return Ok(Some(Kept::Named));
         }
     }
-    let by_default = kept_expert
-        || is_head(module)
-        || ROUTERS.contains(&last_part(module))
-        || is_embedding(module);
+    let by_default = kept_expert || is_kept_by_default(module);
     Ok(by_default.then_some(Kept::Default))
+}
+
+/// Whether a module is an output layer, a router or an embedding, by its name.
+pub(crate) fn is_kept_by_default(module: &str) -> bool {
+    is_head(module) || ROUTERS.contains(&last_part(module)) || is_embedding(module)
+}
+
+/// The entry of `llm_int8_skip_modules` for a model with these quantized and float linear layers.
+pub(crate) fn skip_entry_of(
+    quantized: &BTreeSet<String>,
+    kept: impl Iterator<Item = String>,
+) -> Option<Vec<String>> {
+    let kept: Vec<(String, Kept)> = kept.map(|module| (module, Kept::Default)).collect();
+    let is_known = |module: &str| HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module));
+    let any_known_quantized = quantized
+        .iter()
+        .any(|key| is_known(key.strip_suffix(".weight").unwrap_or(key)));
+    if !any_known_quantized {
+        return skip_entry(quantized, &kept, &[]);
+    }
+    // Without an entry transformers would keep the head, so that even an empty list is one.
+    let mut entries: Vec<String> = Vec::new();
+    for (module, _) in &kept {
+        let entry = distinct_entry(module, quantized);
+        if !entries.contains(&entry) {
+            entries.push(entry);
+        }
+    }
+    Some(entries)
 }
 
 /// Whether a module is an output layer, by its name.

@@ -1,0 +1,22 @@
+//! Whole models: any Burn model in 4 bit, with adapters, from and to Hugging Face folders.
+//!
+//! A model takes part once its linear layers are [`AnyLinear`](crate::nn::AnyLinear) and it says where
+//! they are: [`LinearLayers`], one line a struct with [`linear_layers!`](crate::linear_layers).
+//! `examples/own_model.rs` is such a model from beginning to end.
+
+mod apply;
+mod count;
+mod extract;
+mod fresh;
+mod layers;
+mod load;
+mod names;
+mod peft_model;
+mod quantize;
+mod save;
+
+pub use count::ParameterCount;
+pub use layers::{LinearLayers, MapLinear, TiedHead, join_path};
+pub use peft_model::PeftModel;
+pub use quantize::QuantizeLayers;
+pub use save::SaveFolder;

@@ -1,0 +1,274 @@
+//! A model as a Hugging Face folder.
+
+use std::path::Path;
+
+use burn::module::{ModuleVisitor, Param};
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
+use serde_json::{Map, Value};
+
+use super::layers::LinearLayers;
+use super::load::refuse_branches;
+use crate::checkpoint::convert::{
+    ModelConfig, copy_other_files, is_head, skip_entry_of, start_writer,
+};
+use crate::checkpoint::parameters::{Kind, ParameterPath};
+use crate::checkpoint::{
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, QuantizeOptions, Written,
+};
+use crate::error::Nf4Error;
+use crate::format::{
+    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
+};
+
+/// How to write the folder of a model.
+///
+/// `config.json` gets a `quantization_config` with the form of the layers in 4 bit and a list of the
+/// linear layers that are not, or loses the one that it has. transformers needs the other entries too,
+/// `architectures` among them: give a `source` that has them, or the entries. Without either there is no
+/// `config.json`, unless there are layers in 4 bit, and the folder is for
+/// [`load_checkpoint`](LinearLayers::load_checkpoint).
+#[derive(Debug, Clone)]
+pub struct SaveFolder<'a> {
+    /// Where `config.json`, the tokenizer and all other files come from.
+    pub source: Option<&'a Checkpoint>,
+    /// The entries of `config.json`, in place of those of the source.
+    pub model_config: Option<Map<String, Value>>,
+    /// The dtype under which codes are stored: U8, BF16, F16 or F32.
+    pub storage: Dtype,
+    /// What transformers computes in (`bnb_4bit_compute_dtype`); `None` for the dtype that the first
+    /// weight in 4 bit had.
+    pub compute_dtype: Option<FloatType>,
+    /// The most bytes of tensors in a file, but for a weight that is larger.
+    pub max_shard_bytes: usize,
+    /// Whether to write into a folder that is not empty.
+    pub overwrite: bool,
+}
+
+impl Default for SaveFolder<'_> {
+    fn default() -> Self {
+        Self {
+            source: None,
+            model_config: None,
+            storage: Dtype::U8,
+            compute_dtype: None,
+            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
+            overwrite: false,
+        }
+    }
+}
+
+pub(super) fn save<M: LinearLayers>(
+    model: &M,
+    folder: &Path,
+    options: &SaveFolder<'_>,
+) -> Result<Written, Nf4Error> {
+    refuse_branches(model, "to save: merge it, or take it off")?;
+    let mut config = match (&options.model_config, options.source) {
+        (Some(entries), _) => Some(ModelConfig::from_entries(entries.clone())),
+        (None, Some(source)) => ModelConfig::read(source)?,
+        (None, None) => None,
+    };
+    let writer = match options.source {
+        Some(source) => start_writer(source, folder, options.max_shard_bytes, options.overwrite)?,
+        None if options.overwrite => CheckpointWriter::overwrite(folder, options.max_shard_bytes)?,
+        None => CheckpointWriter::create(folder, options.max_shard_bytes)?,
+    };
+    let mut saver = Saver {
+        path: ParameterPath::new(true),
+        name: M::checkpoint_name,
+        storage: options.storage,
+        writer,
+        floats: Vec::new(),
+        quantized: Vec::new(),
+        kept: Vec::new(),
+        failed: None,
+    };
+    model.visit(&mut saver);
+    if let Some(error) = saver.failed {
+        return Err(error);
+    }
+    let mut writer = saver.writer;
+    if let Some(source) = options.source {
+        copy_other_files(&mut writer, source)?;
+    }
+
+    for (name, layer) in model.linears() {
+        if !layer.is_quantized() {
+            saver.kept.push(name);
+        }
+    }
+    saver.kept.sort();
+    saver.kept.dedup();
+    if let Some((_, quantization, dtype)) = saver.quantized.first() {
+        let config = config.get_or_insert_with(|| ModelConfig::from_entries(Map::new()));
+        let quantize = QuantizeOptions {
+            config: *quantization,
+            storage: options.storage,
+            ..QuantizeOptions::default()
+        };
+        let compute_dtype = options.compute_dtype.unwrap_or(*dtype);
+        let keys = saver
+            .quantized
+            .iter()
+            .map(|(key, ..)| key.clone())
+            .collect();
+        let skip_entry = skip_entry_of(&keys, saver.kept.into_iter());
+        config.set_quantized(&quantize, compute_dtype, skip_entry.as_deref());
+    } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {
+        config.set_dense();
+    }
+    if let Some(mut config) = config {
+        if let [dtype] = saver.floats.as_slice() {
+            config.set_dtype(*dtype);
+        }
+        let has_own_head = model.linears().iter().any(|(name, _)| is_head(name));
+        if has_own_head && model.tied_head().is_none() && config.ties_embeddings() == Some(true) {
+            config.set_untied();
+        }
+        config.write(&mut writer)?;
+    }
+    writer.finish()
+}
+
+/// Writes each parameter that it visits.
+struct Saver {
+    path: ParameterPath,
+    name: fn(&str) -> String,
+    storage: Dtype,
+    writer: CheckpointWriter,
+    /// The dtypes of parameters of floats.
+    floats: Vec<FloatType>,
+    /// Weights in 4 bit, by key.
+    quantized: Vec<(String, QuantConfig, FloatType)>,
+    /// Linear layers of floats that are no [`AnyLinear`](crate::nn::AnyLinear).
+    kept: Vec<String>,
+    /// The first error.
+    failed: Option<Nf4Error>,
+}
+
+impl Saver {
+    fn attempt(&mut self, write: impl FnOnce(&mut Self) -> Result<(), Nf4Error>) {
+        if self.failed.is_none() {
+            self.failed = write(self).err();
+        }
+    }
+
+    fn write(&mut self, name: &str, data: &TensorData, shape: &[usize]) -> Result<(), Nf4Error> {
+        let dtype = stored_dtype(data.dtype()).ok_or_else(|| Nf4Error::Dtype {
+            tensor: name.into(),
+            expected: "one that safetensors has".into(),
+            given: format!("{:?}", data.dtype()),
+        })?;
+        let mut bytes = data.as_bytes().to_vec();
+        if cfg!(target_endian = "big") {
+            let size = dtype.bitsize() / 8;
+            bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+        }
+        self.writer.write_tensor(name, dtype, shape, &bytes)
+    }
+}
+
+impl ModuleVisitor for Saver {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
+    }
+
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        self.path.exit(container_type);
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.attempt(|saver| {
+            let value = param.val().detach();
+            let kind = Kind::Float(value.dims().to_vec());
+            let parameter = saver.path.parameter(value.device(), kind);
+            let name = (saver.name)(parameter.stored_path());
+            let shape = parameter.stored_shape(&value.dims());
+            let is_matrix = parameter.transposed;
+            let data = match is_matrix {
+                true => value.swap_dims(0, 1).into_data(),
+                false => value.into_data(),
+            };
+            if let Ok(dtype) = FloatType::from_dtype(data.dtype(), &name)
+                && !saver.floats.contains(&dtype)
+            {
+                saver.floats.push(dtype);
+            }
+            if let (true, Some(module)) = (is_matrix, name.strip_suffix(".weight")) {
+                saver.kept.push(module.into());
+            }
+            saver.write(&name, &data, &shape)
+        });
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.attempt(|saver| {
+            let value = param.val();
+            let kind = saver.path.int_kind(value.dims().to_vec());
+            let parameter = saver.path.parameter(value.device(), kind);
+            let name = (saver.name)(parameter.stored_path());
+            let Kind::Packed(form) = parameter.kind else {
+                return saver.write(&name, &value.to_data(), &value.dims());
+            };
+            let weight =
+                packed_weight(value.reshape([-1]), &form).map_err(|error| error.with_key(&name))?;
+            let (storage, transposed) = (saver.storage, form.transposed);
+            saver
+                .writer
+                .write_nf4(&name, &weight, storage, transposed)?;
+            saver.quantized.push((name, form.config, form.dtype));
+            Ok(())
+        });
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.attempt(|saver| {
+            let value = param.val();
+            let kind = Kind::Bool(value.dims().to_vec());
+            let parameter = saver.path.parameter(value.device(), kind);
+            let name = (saver.name)(parameter.stored_path());
+            // A store of a device may be wider than a byte.
+            let values: Vec<bool> = value.to_data().iter::<bool>().collect();
+            let bytes: Vec<u8> = values.into_iter().map(u8::from).collect();
+            saver
+                .writer
+                .write_tensor(&name, Dtype::BOOL, &value.dims(), &bytes)
+        });
+    }
+}
+
+/// The weight of a packed tensor, which a module mapper may have replaced by another.
+fn packed_weight(packed: Tensor<1, Int>, form: &WeightForm) -> Result<Nf4Tensor, Nf4Error> {
+    let layout = PackedLayout::for_shape(&form.shape, form.config)?;
+    let data = packed.into_data();
+    if data.dtype() != DType::U32 {
+        return Err(Nf4Error::Dtype {
+            tensor: "packed weight".into(),
+            expected: "U32".into(),
+            given: format!("{:?}", data.dtype()),
+        });
+    }
+    let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
+    check_len("packed weight", layout.words(), words.len())?;
+    check_header_words(&layout.form_header(form), &words[layout.header_start()..])?;
+    Nf4Tensor::from_image(words, &layout, &form.stored_shape(), form.dtype)
+}
+
+/// The dtype under which numbers of a tensor are stored.
+fn stored_dtype(dtype: DType) -> Option<Dtype> {
+    Some(match dtype {
+        DType::F64 => Dtype::F64,
+        DType::F32 | DType::Flex32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::I64 => Dtype::I64,
+        DType::I32 => Dtype::I32,
+        DType::I16 => Dtype::I16,
+        DType::I8 => Dtype::I8,
+        DType::U64 => Dtype::U64,
+        DType::U32 => Dtype::U32,
+        DType::U16 => Dtype::U16,
+        DType::U8 => Dtype::U8,
+        _ => return None,
+    })
+}

@@ -1,0 +1,14 @@
+//! Linear layers in any form, and whole models of them: quantized, loaded, adapted, merged, saved.
+
+#[path = "any_linear/adapters.rs"]
+mod adapters;
+#[path = "any_linear/folders.rs"]
+mod folders;
+#[path = "any_linear/layer.rs"]
+mod layer;
+#[path = "any_linear/models.rs"]
+mod models;
+mod peft_cases;
+mod stored;
+#[path = "any_linear/toy.rs"]
+mod toy;
