@@ -11,8 +11,9 @@ use std::path::Path;
 use burn::tensor::Device;
 use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::format::FloatType;
+use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
-use burn_nf4_llm::model::{LlamaConfig, adapter, load};
+use burn_nf4_llm::model::{LlamaConfig, load};
 use burn_nf4_llm::text::Text;
 use burn_nf4_llm::train::data::Dataset;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
@@ -42,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         total: STEPS,
     };
     let settings = Settings::new(schedule, &lora)?;
-    let model = adapter::fresh(model, lora.clone(), &device)?;
+    let model = model.with_lora(&lora, &device)?;
     let mut trainer = Trainer::new(model, &config, lora, settings, true);
     for step in 0..STEPS {
         let loss = trainer.step(&data.step(step, 1, 1, 42));

@@ -8,8 +8,9 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::model::cache::LayerCache;
 use crate::model::config::LlamaConfig;
-use crate::model::projection::Projection;
 use crate::model::rotation::Rotation;
+use burn_nf4::linear_layers;
+use burn_nf4::nn::AnyLinear;
 
 /// Added to the score of a position that must not be seen. Finite, so that a row of padding, which
 /// sees nothing, gives no NaN.
@@ -102,13 +103,13 @@ fn mask(
 #[derive(Module, Debug)]
 pub struct Attention {
     /// To the queries.
-    pub q_proj: Projection,
+    pub q_proj: AnyLinear,
     /// To the keys.
-    pub k_proj: Projection,
+    pub k_proj: AnyLinear,
     /// To the values.
-    pub v_proj: Projection,
+    pub v_proj: AnyLinear,
     /// Back to the hidden size.
-    pub o_proj: Projection,
+    pub o_proj: AnyLinear,
     /// Heads of queries.
     pub num_heads: usize,
     /// Heads of keys and values.
@@ -117,9 +118,16 @@ pub struct Attention {
     pub head_dim: usize,
 }
 
+linear_layers!(Attention {
+    q_proj,
+    k_proj,
+    v_proj,
+    o_proj
+});
+
 impl Attention {
     /// A block of projections with the heads of a model.
-    pub fn new([q, k, v, o]: [Projection; 4], config: &LlamaConfig) -> Self {
+    pub fn new([q, k, v, o]: [AnyLinear; 4], config: &LlamaConfig) -> Self {
         Self {
             q_proj: q,
             k_proj: k,

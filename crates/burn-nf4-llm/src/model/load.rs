@@ -10,8 +10,8 @@ use burn_nf4::nn::Nf4Linear;
 use crate::error::{ModelError, TensorFaults};
 use crate::model::attention::Attention;
 use crate::model::config::LlamaConfig;
-use crate::model::projection::Projection;
 use crate::model::{DecoderLayer, LAYER_NORMS, Llama, Mlp, RmsNorm};
+use burn_nf4::nn::AnyLinear;
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -173,9 +173,9 @@ fn check(checkpoint: &Checkpoint, parameters: &[(String, Vec<usize>)]) -> Result
 }
 
 /// Whether a head is the table of the embeddings, in the type that both were cast to.
-fn is_table(head: &Projection, table: &Tensor<2>) -> bool {
+fn is_table(head: &AnyLinear, table: &Tensor<2>) -> bool {
     match head {
-        Projection::Dense(head) => {
+        AnyLinear::Dense(head) => {
             let same = head.weight.val().transpose().equal(table.clone());
             same.all().into_scalar::<bool>()
         }
@@ -245,7 +245,7 @@ impl Reader<'_> {
         })
     }
 
-    fn projection(&mut self, path: &str, bias: bool) -> Result<Projection, ModelError> {
+    fn projection(&mut self, path: &str, bias: bool) -> Result<AnyLinear, ModelError> {
         let key = format!("{path}.weight");
         let bias = match bias {
             true => Some(self.tensor::<1>(&format!("{path}.bias"))?),
@@ -253,7 +253,7 @@ impl Reader<'_> {
         };
         if !self.checkpoint.is_quantized(&key) {
             let weight = self.tensor::<2>(&key)?.transpose();
-            return Ok(Projection::Dense(Linear {
+            return Ok(AnyLinear::Dense(Linear {
                 weight: Param::from_tensor(weight),
                 bias: bias.map(Param::from_tensor),
             }));
@@ -262,7 +262,7 @@ impl Reader<'_> {
         let bytes = weight.size_bytes();
         let layer = Nf4Linear::new(weight, bias)?;
         self.report(&key, bytes);
-        Ok(Projection::Nf4(layer))
+        Ok(AnyLinear::Nf4(layer))
     }
 
     /// A float tensor in the dtype of the model.

@@ -1,11 +1,9 @@
 //! A Llama-family language model.
 
-pub mod adapter;
 pub mod attention;
 pub mod cache;
 pub mod config;
 pub mod load;
-pub mod projection;
 mod random;
 pub mod rope;
 mod rope_fields;
@@ -18,13 +16,14 @@ pub use random::random;
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_nf4::linear_layers;
+use burn_nf4::model::{LinearLayers, TiedHead};
 use burn_nf4::op::{MatmulOptions, matmul};
 
-use crate::error::ModelError;
 use crate::model::attention::{Attention, Pass};
 use crate::model::cache::{KvCache, LayerCache, element_bytes};
-use crate::model::projection::Projection;
 use crate::model::rotation::RopeTables;
+use burn_nf4::nn::AnyLinear;
 
 /// The path of the embedding in a checkpoint.
 pub const EMBEDDING: &str = "model.embed_tokens";
@@ -33,7 +32,7 @@ pub const EMBEDDING: &str = "model.embed_tokens";
 pub const HEAD: &str = "lm_head";
 
 /// The normalisations of a layer, by their names in it.
-pub const LAYER_NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+const LAYER_NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]
@@ -46,7 +45,7 @@ pub struct Llama {
     pub norm: RmsNorm,
     /// None where the head is tied to the embeddings. A checkpoint that holds another head than the
     /// table has its own, even if its config says that they are tied.
-    pub lm_head: Option<Projection>,
+    pub lm_head: Option<AnyLinear>,
     /// How many tokens back a token sees, if not all.
     pub sliding_window: Option<usize>,
 }
@@ -68,12 +67,42 @@ pub struct DecoderLayer {
 #[derive(Module, Debug)]
 pub struct Mlp {
     /// To be activated.
-    pub gate_proj: Projection,
+    pub gate_proj: AnyLinear,
     /// To be multiplied with that.
-    pub up_proj: Projection,
+    pub up_proj: AnyLinear,
     /// Back to the hidden size.
-    pub down_proj: Projection,
+    pub down_proj: AnyLinear,
 }
+
+linear_layers!(Mlp {
+    gate_proj,
+    up_proj,
+    down_proj
+});
+linear_layers!(DecoderLayer { self_attn, mlp });
+linear_layers!(Llama { layers, lm_head } {
+    fn checkpoint_name(path: &str) -> String {
+        match path {
+            "embed_tokens" => format!("{EMBEDDING}.weight"),
+            path if path.starts_with(HEAD) => path.into(),
+            path => format!("model.{path}"),
+        }
+    }
+
+    fn tied_head(&self) -> Option<TiedHead> {
+        self.lm_head.is_none().then(|| TiedHead {
+            head: HEAD.into(),
+            embedding: EMBEDDING.into(),
+        })
+    }
+
+    fn untie_head(mut self) -> Self {
+        if self.lm_head.is_none() {
+            self.lm_head = Some(AnyLinear::from_weight(self.embed_tokens.val(), None));
+        }
+        self
+    }
+});
 
 /// Root-mean-square normalisation, in f32 whatever the dtype of the model, as in transformers.
 #[derive(Module, Debug)]
@@ -205,72 +234,13 @@ impl Llama {
         self.head(hidden.narrow(1, length - 1, 1)).squeeze_dim(1)
     }
 
-    /// Every linear layer with its path, such as `model.layers.0.mlp.up_proj`.
-    pub fn projections(&self) -> Vec<(String, &Projection)> {
-        let mut found = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (attention, mlp) = (&layer.self_attn, &layer.mlp);
-            for (name, projection) in [
-                ("self_attn.q_proj", &attention.q_proj),
-                ("self_attn.k_proj", &attention.k_proj),
-                ("self_attn.v_proj", &attention.v_proj),
-                ("self_attn.o_proj", &attention.o_proj),
-                ("mlp.gate_proj", &mlp.gate_proj),
-                ("mlp.up_proj", &mlp.up_proj),
-                ("mlp.down_proj", &mlp.down_proj),
-            ] {
-                found.push((format!("model.layers.{index}.{name}"), projection));
-            }
-        }
-        if let Some(head) = &self.lm_head {
-            found.push((HEAD.into(), head));
-        }
-        found
-    }
-
-    /// Puts other layers in place of the linear ones.
-    pub fn map_projections(
-        mut self,
-        mut map: impl FnMut(&str, Projection) -> Result<Projection, ModelError>,
-    ) -> Result<Self, ModelError> {
-        let mut layers = Vec::with_capacity(self.layers.len());
-        for (index, layer) in self.layers.into_iter().enumerate() {
-            let mut map =
-                |name: &str, projection| map(&format!("model.layers.{index}.{name}"), projection);
-            let (attention, mlp) = (layer.self_attn, layer.mlp);
-            layers.push(DecoderLayer {
-                self_attn: Attention {
-                    q_proj: map("self_attn.q_proj", attention.q_proj)?,
-                    k_proj: map("self_attn.k_proj", attention.k_proj)?,
-                    v_proj: map("self_attn.v_proj", attention.v_proj)?,
-                    o_proj: map("self_attn.o_proj", attention.o_proj)?,
-                    ..attention
-                },
-                mlp: Mlp {
-                    gate_proj: map("mlp.gate_proj", mlp.gate_proj)?,
-                    up_proj: map("mlp.up_proj", mlp.up_proj)?,
-                    down_proj: map("mlp.down_proj", mlp.down_proj)?,
-                },
-                ..layer
-            });
-        }
-        self.layers = layers;
-        self.lm_head = match self.lm_head {
-            Some(head) => Some(map(HEAD, head)?),
-            None => None,
-        };
-        Ok(self)
-    }
-
     /// Bytes of packed weights and of float weights on the device.
     pub fn size_bytes(&self) -> (usize, usize) {
         let embedding = self.embed_tokens.val();
         let embedding = embedding.shape().num_elements() * element_bytes(embedding.dtype());
-        self.projections()
-            .iter()
-            .map(|(_, projection)| projection.size_bytes())
-            .fold((0, embedding), |sum, (packed, dense)| {
-                (sum.0 + packed, sum.1 + dense)
-            })
+        let linears = self.linears();
+        let packed = linears.iter().map(|(_, layer)| layer.packed_bytes());
+        let float = linears.iter().map(|(_, layer)| layer.float_bytes());
+        (packed.sum(), embedding + float.sum::<usize>())
     }
 }

@@ -9,8 +9,8 @@ use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
 use crate::error::ModelError;
 use crate::model::attention::Attention;
 use crate::model::load::linears;
-use crate::model::projection::Projection;
 use crate::model::{DecoderLayer, Llama, LlamaConfig, Mlp, RmsNorm};
+use burn_nf4::nn::AnyLinear;
 
 /// A frozen model of these sizes with random weights, to time it or to try something out: packed linear
 /// layers, with branches of a rank if one is given, and the rest in `dtype` as in published checkpoints.
@@ -36,7 +36,7 @@ pub fn random(
             bias: None,
         };
         let packed = Nf4Linear::quantize(dense, QuantConfig::default())?;
-        let projection = Projection::Nf4(packed);
+        let projection = AnyLinear::Nf4(packed);
         Ok::<_, ModelError>(match rank {
             Some(rank) => projection.with_lora(&QLoraLinearConfig::new(rank), device)?,
             None => projection,
@@ -58,7 +58,7 @@ pub fn random(
         })
         .collect::<Result<_, ModelError>>()?;
     let lm_head = (!config.tie_word_embeddings).then(|| {
-        Projection::Dense(Linear {
+        AnyLinear::Dense(Linear {
             weight: Param::from_tensor(Tensor::random([hidden, config.vocab_size], small, options)),
             bias: None,
         })

@@ -7,7 +7,6 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use crate::error::ModelError;
-use crate::model::adapter::stable_hash;
 use crate::text::Text;
 use crate::text::chat::Ending;
 use crate::text::plain_text::{self, with_unix_lines};
@@ -210,4 +209,11 @@ impl Batch {
             })
             .collect()
     }
+}
+
+/// FNV-1a, the same in every build, unlike the standard library's hasher.
+fn stable_hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

@@ -20,13 +20,13 @@ use serde_json::{Map, Value};
 use crate::error::ModelError;
 use crate::json::files::read_json;
 use crate::model::Llama;
-use crate::model::adapter::{apply, extract, extract_into};
 use crate::model::config::LlamaConfig;
 use crate::model::rotation::RopeTables;
 use crate::train::backward::{PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::{Loaded, adamw};
 use crate::train::schedule::{Decay, Schedule};
+use burn_nf4::model::LinearLayers;
 
 /// All that decides what a run computes. A run is continued only under the same settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -224,8 +224,8 @@ impl Trainer {
     /// Saves the adapter in PEFT's form.
     pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
         let adapter = match &self.adapter {
-            Some(adapter) => extract_into(&self.model, adapter.clone())?,
-            None => extract(&self.model, self.lora.clone())?,
+            Some(adapter) => self.model.extract_into(adapter.clone())?,
+            None => self.model.extract_adapter(&self.lora)?,
         };
         adapter.save(folder)?;
         Ok(())
@@ -264,7 +264,7 @@ impl Trainer {
             .map_err(|message| resume_error(folder, message))?;
         let device = self.model.device();
         let adapter = Adapter::open(folder)?;
-        self.model = apply(self.model, &adapter, &device)?;
+        self.model = self.model.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
         self.optimizer = self
             .optimizer

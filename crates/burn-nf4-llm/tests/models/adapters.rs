@@ -13,11 +13,19 @@ use tempfile::TempDir;
 
 use crate::fixtures::{logits, max_difference, open_folder};
 use crate::peft_cases::{self, Case, IDS, PREFIX, model};
+use burn_nf4::model::LinearLayers;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::adapter::{apply, apply_partial, extract, extract_into, fresh};
 use burn_nf4_llm::model::config::LlamaConfig;
-use burn_nf4_llm::model::projection::Projection;
+
+fn apply(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, ModelError> {
+    Ok(model.apply_adapter(adapter, device)?)
+}
+
+fn apply_partial(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, ModelError> {
+    Ok(model.apply_partial_adapter(adapter, device)?)
+}
 
 fn logits_of(model: &Llama, config: &LlamaConfig) -> Vec<f32> {
     logits(model, config, &IDS, &[1, IDS.len()])
@@ -82,7 +90,7 @@ fn nothing_of_an_adapter_is_lost_on_its_way_through_the_model() {
         let adapter = Adapter::open(case.folder().path()).expect(name);
         let (base, _) = opened(&model(case.is_tied));
         let model = apply(base, &adapter, &Device::default()).expect(name);
-        let back = extract_into(&model, adapter.clone()).expect(name);
+        let back = model.extract_into(adapter.clone()).expect(name);
         assert!(back.modules().eq(adapter.modules()), "{name}");
         let out = TempDir::new().expect("a folder");
         back.save(out.path()).expect("it can be written");
@@ -94,9 +102,9 @@ fn nothing_of_an_adapter_is_lost_on_its_way_through_the_model() {
         // Without the adapter that was applied the branches alone are there: all, or an error.
         let is_whole =
             adapter.embeddings().next().is_none() && adapter.config().modules_to_save.is_none();
-        match extract(&model, adapter.config().clone()) {
+        match model.extract_adapter(adapter.config()) {
             Ok(back) => assert!(is_whole && back.modules().eq(adapter.modules()), "{name}"),
-            Err(ModelError::Nf4(Nf4Error::AdapterLacks { .. })) => assert!(!is_whole, "{name}"),
+            Err(Nf4Error::AdapterLacks { .. }) => assert!(!is_whole, "{name}"),
             Err(other) => panic!("{name}: {other}"),
         }
     }
@@ -140,11 +148,11 @@ fn what_an_adapter_lacks_of_the_model_is_listed_and_can_be_allowed(
 fn base_in(in_4bit: bool, device: &Device) -> (Llama, LlamaConfig) {
     let folder = model(false);
     let (model, config) = open_folder(folder.path(), None, device);
-    let model = model.map_projections(|_, layer| match layer {
-        Projection::Dense(layer) if in_4bit => {
+    let model = model.try_map_linears(|_, layer| match layer {
+        AnyLinear::Dense(layer) if in_4bit => {
             let quantized =
                 burn_nf4::nn::Nf4Linear::quantize(layer, burn_nf4::format::QuantConfig::default());
-            Ok(Projection::Nf4(quantized?))
+            Ok(AnyLinear::Nf4(quantized?))
         }
         other => Ok(other),
     });
@@ -169,8 +177,8 @@ fn biases_are_trained_and_saved_whatever_form_the_layer_has(
         use_dora,
         ..with_bias(LoraBias::LoraOnly)
     };
-    let model = fresh(model, lora.clone(), &device).expect("it fits");
-    let trained = model.projections().into_iter().filter(|(_, layer)| {
+    let model = model.with_lora(&lora, &device).expect("it fits");
+    let trained = model.linears().into_iter().filter(|(_, layer)| {
         let bias = layer.bias();
         bias.is_some_and(|bias| bias.is_require_grad())
     });
@@ -180,14 +188,11 @@ fn biases_are_trained_and_saved_whatever_form_the_layer_has(
     sorted.sort();
     assert_eq!(sorted, expected);
 
-    let adapter = extract(&model, lora).expect("it has all");
+    let adapter = model.extract_adapter(&lora).expect("it has all");
     for path in &trained {
         let module = adapter.module(path).expect("it is adapted");
         let bias = module.bias.as_ref().expect("it has a bias");
-        let ours = model
-            .projections()
-            .into_iter()
-            .find(|(name, _)| name == path);
+        let ours = model.linears().into_iter().find(|(name, _)| name == path);
         let values = ours.and_then(|(_, layer)| layer.bias().cloned());
         let values: Vec<f32> = values.expect("a bias").val().into_data().iter().collect();
         assert_eq!(bias.to_f32(), values);
@@ -196,12 +201,11 @@ fn biases_are_trained_and_saved_whatever_form_the_layer_has(
 }
 
 #[rstest]
-#[case(with_bias(LoraBias::All), "bias \"all\"")]
-#[case(LoraConfig { modules_to_save: Some(vec!["lm_head".into()]), ..with_bias(LoraBias::None) }, "modules_to_save")]
 #[case(LoraConfig::new(TargetModules::list(["q_proj", "embed_tokens"])), "embedding")]
 fn what_is_not_trained_is_refused_by_name(#[case] lora: LoraConfig, #[case] named: &str) {
     let device = Device::default().autodiff();
-    let error = fresh(base_in(false, &device).0, lora, &device).expect_err("it is refused");
+    let error = base_in(false, &device).0.with_lora(&lora, &device);
+    let error = error.expect_err("it is refused");
     assert!(error.to_string().contains(named), "{error}");
 }
 
@@ -211,7 +215,7 @@ fn a_head_in_4_bit_gives_way_to_that_of_the_adapter() {
     let device = Device::default();
     let adapter = Adapter::open(Case::open("head").folder().path()).expect("PEFT wrote it");
     let model = apply(base_in(true, &device).0, &adapter, &device).expect("it fits");
-    let Some(Projection::DenseLora(head)) = &model.lm_head else {
+    let Some(AnyLinear::Lora(head)) = &model.lm_head else {
         panic!("{:?}", model.lm_head);
     };
     let weight = head.base.weight.val().transpose().into_data();
@@ -229,13 +233,9 @@ fn a_fresh_branch_on_a_tied_head_changes_nothing() {
         use_dora: true,
         ..LoraConfig::new(TargetModules::list(["lm_head"]))
     };
-    let model = fresh(model, lora, &device).expect("it fits");
+    let model = model.with_lora(&lora, &device).expect("it fits");
     assert!(max_difference(&before, &logits_of(&model, &config)) < TOLERANCE);
-    let paths: Vec<String> = model
-        .projections()
-        .into_iter()
-        .map(|(path, _)| path)
-        .collect();
+    let paths: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
     assert!(paths.contains(&"lm_head".to_string()));
 }
 

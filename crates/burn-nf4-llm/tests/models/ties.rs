@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use crate::fixtures::{fixture, logits, max_difference};
 use crate::stored::{self, Tensors};
+use burn_nf4::nn::AnyLinear;
 use burn_nf4_llm::error::{ModelError, TensorFaults};
 use burn_nf4_llm::model::Llama;
 use burn_nf4_llm::model::config::LlamaConfig;
 use burn_nf4_llm::model::load as load_model;
-use burn_nf4_llm::model::projection::Projection;
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -133,7 +133,7 @@ fn a_quantized_head_of_its_own_is_kept() {
     pack(&mut tensors, HEAD);
     let folder = tempfile::tempdir().unwrap();
     let (model, _) = load(folder.path(), &tied(), &tensors).unwrap();
-    assert!(matches!(model.lm_head, Some(Projection::Nf4(_))));
+    assert!(matches!(model.lm_head, Some(AnyLinear::Nf4(_))));
 }
 
 #[rstest]

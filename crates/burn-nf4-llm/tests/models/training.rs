@@ -12,10 +12,10 @@ use rstest::rstest;
 use serde::Deserialize;
 
 use crate::fixtures::{fixture, ints, io, logits, max_difference, open, write_io};
+use burn_nf4::model::LinearLayers;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::adapter::{apply, fresh};
 use burn_nf4_llm::model::config::LlamaConfig;
-use burn_nf4_llm::model::projection::Projection;
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
@@ -65,7 +65,7 @@ fn from_init(settings: Settings, checkpointing: bool) -> (Trainer, LlamaConfig) 
     let (model, config) = open("hf/f32/model", None, &device);
     let adapter = Adapter::open(fixture("hf/f32/adapter_init")).unwrap();
     let lora = adapter.config().clone();
-    let model = apply(model, &adapter, &device).unwrap();
+    let model = model.apply_adapter(&adapter, &device).unwrap();
     let trainer = Trainer::new(model, &config, lora, settings, checkpointing);
     (trainer, config)
 }
@@ -105,7 +105,7 @@ fn the_last_adapter_of_peft_gives_its_logits() {
     let device = Device::default();
     let (model, config) = open("hf/f32/model", None, &device);
     let adapter = Adapter::open(fixture("hf/f32/adapter_final")).unwrap();
-    let model = apply(model, &adapter, &device).unwrap();
+    let model = model.apply_adapter(&adapter, &device).unwrap();
     let (ids, shape, _) = io("hf/f32/io.safetensors");
     let ours = logits(&model, &config, &ids, &shape);
     let difference = max_difference(&ours, &final_logits());
@@ -117,9 +117,9 @@ fn the_last_adapter_of_peft_gives_its_logits() {
 fn layers_that_are_not_packed_are_adapted_alike() {
     let dense = |device: &Device| {
         let (model, config) = open("hf/f32/model", None, device);
-        let model = model.map_projections(|_, layer| match layer {
-            Projection::Nf4(layer) => {
-                Ok(Projection::Dense(layer.to_dense(FloatType::F32)?.no_grad()))
+        let model = model.try_map_linears(|_, layer| match layer {
+            AnyLinear::Nf4(layer) => {
+                Ok(AnyLinear::Dense(layer.to_dense(FloatType::F32)?.no_grad()))
             }
             other => Ok(other),
         });
@@ -129,7 +129,9 @@ fn layers_that_are_not_packed_are_adapted_alike() {
 
     let device = Device::default();
     let (model, config) = dense(&device);
-    let model = apply(model, &adapter("hf/f32/adapter_final"), &device).unwrap();
+    let model = model
+        .apply_adapter(&adapter("hf/f32/adapter_final"), &device)
+        .unwrap();
     let (ids, shape, _) = io("hf/f32/io.safetensors");
     let ours = logits(&model, &config, &ids, &shape);
     assert!(max_difference(&ours, &final_logits()) < 1e-4);
@@ -138,7 +140,7 @@ fn layers_that_are_not_packed_are_adapted_alike() {
     let (model, config) = dense(&device);
     let init = adapter("hf/f32/adapter_init");
     let lora = init.config().clone();
-    let model = apply(model, &init, &device).unwrap();
+    let model = model.apply_adapter(&init, &device).unwrap();
     let run = peft_run();
     let mut trainer = Trainer::new(model, &config, lora, settings(run.lr, 0.0, 3), false);
     for (batch, expected) in peft_batches().into_iter().zip(run.losses).take(3) {
@@ -204,7 +206,7 @@ fn with_dropout(dropout: f64, checkpointing: bool) -> Trainer {
     for (path, module) in adapter.modules() {
         with_dropout.insert(path, module.clone()).unwrap();
     }
-    let model = apply(model, &with_dropout, &device).unwrap();
+    let model = model.apply_adapter(&with_dropout, &device).unwrap();
     let mut settings = settings(2e-3, 0.01, 4);
     settings.schedule.decay = Decay::Cosine;
     settings.lora = serde_json::from_str(&lora.to_json()).unwrap();
@@ -356,7 +358,7 @@ fn a_fresh_adapter_changes_nothing_learns_and_comes_back(#[values(false, true)] 
     };
     let (ids, shape, _) = io("hf/f32/io.safetensors");
     let before = logits(&model.valid(), &config, &ids, &shape);
-    let model = fresh(model, lora.clone(), &device).unwrap();
+    let model = model.with_lora(&lora, &device).unwrap();
     let after = logits(&model.valid(), &config, &ids, &shape);
     // DoRA divides a magnitude by the norm that it was set to.
     let bound = if use_dora { 2e-5 } else { 0.0 };
@@ -376,7 +378,7 @@ fn a_fresh_adapter_changes_nothing_learns_and_comes_back(#[values(false, true)] 
     let device = Device::default();
     let (model, config) = open("hf/f32/model", None, &device);
     let saved = Adapter::open(output.path()).unwrap();
-    let model = apply(model, &saved, &device).unwrap();
+    let model = model.apply_adapter(&saved, &device).unwrap();
     let ours = logits(&trainer.model.valid(), &config, &ids, &shape);
     let read = logits(&model, &config, &ids, &shape);
     assert_eq!(max_difference(&ours, &read), 0.0);

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
+use burn_nf4::model::LinearLayers;
 use burn_nf4::op::{DenseProvider, set_dense_provider};
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Llama, LlamaConfig, adapter, random};
+use burn_nf4_llm::model::{Llama, LlamaConfig, random};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -225,7 +226,7 @@ impl BenchArgs {
             ..Settings::new(schedule, &lora)?
         };
         let device = model.device();
-        let model = adapter::fresh(model, lora.clone(), &device)?;
+        let model = model.with_lora(&lora, &device)?;
         Ok(Trainer::new(model, config, lora, settings, !self.keep_all))
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use clap::Args;
 
@@ -10,7 +11,6 @@ use crate::model_args::{ModelArgs, Opened, at_least};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 use crate::watch::{StepReport, Watch};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::adapter;
 use burn_nf4_llm::model::{HEAD, Llama};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
@@ -156,7 +156,7 @@ impl FinetuneArgs {
         let settings = self.settings(&lora, &data, total)?;
         let device = model.device();
         device.seed(self.seed);
-        let model = adapter::fresh(model, lora.clone(), &device)?;
+        let model = model.with_lora(&lora, &device)?;
         let checkpointing = self.gradient_checkpointing;
         let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing);
         if self.resume {
@@ -245,7 +245,7 @@ impl FinetuneArgs {
             return Ok(());
         };
         let paths: Vec<String> = model
-            .projections()
+            .linears()
             .into_iter()
             .map(|(path, _)| path)
             // A tied head can be a target too.

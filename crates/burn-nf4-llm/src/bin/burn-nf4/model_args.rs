@@ -7,11 +7,11 @@ use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::format::FloatType;
+use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
 use burn_nf4_llm::generate::Sampling;
-use burn_nf4_llm::model::adapter;
 use burn_nf4_llm::model::{Llama, LlamaConfig, load};
 use burn_nf4_llm::text::Text;
 use clap::Args;
@@ -111,12 +111,10 @@ impl AdapterArgs {
         let device = model.device();
         let adapter = Adapter::open_partial(folder)?;
         if self.allow_missing {
-            return adapter::apply_partial(model, &adapter, &device);
+            return Ok(model.apply_partial_adapter(&adapter, &device)?);
         }
-        adapter::apply(model, &adapter, &device).map_err(|error| match error {
-            ModelError::Nf4(error) => lacking(folder, error),
-            other => other,
-        })
+        let adapted = model.apply_adapter(&adapter, &device);
+        adapted.map_err(|error| lacking(folder, error))
     }
 }
 
