@@ -232,25 +232,25 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
 
     /// Halves the rows of the weight until they are few, between rayon's threads.
     ///
-    /// The processor must have the instructions that `of_rows` uses.
-    fn divide(&self, first: usize, sums: &mut [f32], of_rows: Rows<T, E>) {
+    /// The processor must have the instructions that `multiply_rows` uses.
+    fn divide(&self, first: usize, sums: &mut [f32], multiply_rows: Rows<T, E>) {
         let rows = sums.len() / self.m;
         let work = rows * self.k * self.m.div_ceil(FUSED_ROWS);
         if rows <= TILE || work <= dequantize::task_elems(self.decoder.simd) {
-            // SAFETY: `matmul_with` chose `of_rows` by the instructions that it checked.
-            return unsafe { of_rows(self, first, sums) };
+            // SAFETY: `matmul_with` chose `multiply_rows` by the instructions that it checked.
+            return unsafe { multiply_rows(self, first, sums) };
         }
         let middle = (rows / 2).next_multiple_of(TILE);
         let (left, right) = sums.split_at_mut(middle * self.m);
         rayon::join(
-            || self.divide(first, left, of_rows),
-            || self.divide(first + middle, right, of_rows),
+            || self.divide(first, left, multiply_rows),
+            || self.divide(first + middle, right, multiply_rows),
         );
     }
 
     /// Makes the product with one row of the weight whose scales vector code is not made for.
     #[cold]
-    fn careful(&self, row: usize, sums: &mut [f32]) {
+    fn unvectorized_row(&self, row: usize, sums: &mut [f32]) {
         let mut weights = [0.0f32; 64];
         sums.fill(0.0);
         for start in (0..self.k).step_by(weights.len()) {
@@ -421,7 +421,7 @@ unsafe fn tiles<T: FloatElement, D: Dot>(
         if D::Element::FLOAT_TYPE == FloatType::BF16 {
             for (row, sums) in (first..).zip(sums.chunks_exact_mut(m)) {
                 if !product.has_plain_scales(row) {
-                    product.careful(row, sums);
+                    product.unvectorized_row(row, sums);
                 }
             }
         }

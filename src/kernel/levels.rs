@@ -114,7 +114,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let plane_row =
         CUBE_POS * comptime!(blueprint.sums.cube_rows()) + row_plane * comptime!(16 * row_tiles);
 
-    // All that comes from far away is asked for before any of it is waited for.
+    // All loads from global memory are issued before the first value is used.
     let rows = Rows::new(plane_row, k, n, k, row_tiles);
     let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * depth));
     let mut scales = Scales::new(ScalePlace::of_sums(), plane_row, k, n, k, scale_blueprint);

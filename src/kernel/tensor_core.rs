@@ -1,6 +1,6 @@
 //! `tensor_core`: a matrix product with a packed weight for a few to many rows of `x`.
 //!
-//! The product is turned round, `yᵀ = W xᵀ`, so that the long side of the tensor cores' tile lies
+//! The product is transposed, `yᵀ = W xᵀ`, so that the long side of the tensor cores' tile lies
 //! along the rows of `W` and the short one (8) along the few rows of `x`. Each lane decodes just
 //! the elements of `W` that the instruction wants from it, straight into its registers: the order
 //! of `k` inside of a product is free as long as both sides agree, so a lane takes 32 neighbouring
@@ -88,7 +88,7 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
         bound = usize::min(at + plane_k, k);
     }
 
-    // All that comes from far away is asked for before any of it is waited for.
+    // All loads from global memory are issued before the first value is used.
     let rows = Rows::new(plane_row, bound, n, k, row_tiles);
     let x_at = x_places(k_plane, blueprint);
     // Unknown to the compiler, which would otherwise mask it again in each look-up.

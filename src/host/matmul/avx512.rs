@@ -27,11 +27,11 @@ pub(super) unsafe fn rows<T: FloatElement>(
     // SAFETY: this function has the features; `fused` says what `fused` asks for.
     unsafe {
         match (product.fused, product.m) {
-            (true, 1) => fused::<T, Single, 1, 4>(product, first, sums),
-            (true, 2) => fused::<T, Single, 2, 2>(product, first, sums),
-            (true, 3) => fused::<T, Single, 3, 1>(product, first, sums),
-            (true, 4) => fused::<T, Single, 4, 1>(product, first, sums),
-            _ => tiles::<T, Single>(product, first, sums),
+            (true, 1) => fused::<T, F32Dot, 1, 4>(product, first, sums),
+            (true, 2) => fused::<T, F32Dot, 2, 2>(product, first, sums),
+            (true, 3) => fused::<T, F32Dot, 3, 1>(product, first, sums),
+            (true, 4) => fused::<T, F32Dot, 4, 1>(product, first, sums),
+            _ => tiles::<T, F32Dot>(product, first, sums),
         }
     }
 }
@@ -49,11 +49,11 @@ pub(super) unsafe fn rows_bf16<T: FloatElement>(
     // SAFETY: as in `rows`.
     unsafe {
         match (product.fused, product.m) {
-            (true, 1) => fused::<T, Brain, 1, 4>(product, first, sums),
-            (true, 2) => fused::<T, Brain, 2, 2>(product, first, sums),
-            (true, 3) => fused::<T, Brain, 3, 1>(product, first, sums),
-            (true, 4) => fused::<T, Brain, 4, 1>(product, first, sums),
-            _ => tiles::<T, Brain>(product, first, sums),
+            (true, 1) => fused::<T, Bf16Dot, 1, 4>(product, first, sums),
+            (true, 2) => fused::<T, Bf16Dot, 2, 2>(product, first, sums),
+            (true, 3) => fused::<T, Bf16Dot, 3, 1>(product, first, sums),
+            (true, 4) => fused::<T, Bf16Dot, 4, 1>(product, first, sums),
+            _ => tiles::<T, Bf16Dot>(product, first, sums),
         }
     }
 }
@@ -121,16 +121,16 @@ unsafe fn fused<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize>(
                 && are_plain(all)
             {
                 let scales = std::array::from_fn(of_row);
-                of_rows::<T, D, M, PARTS, TILE>(product, first, &scales, sums);
+                multiply_rows::<T, D, M, PARTS, TILE>(product, first, &scales, sums);
                 continue;
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let scales = of_row(i);
                 if are_plain(scales) {
                     let sums = std::array::from_mut(sums);
-                    of_rows::<T, D, M, PARTS, 1>(product, first + i, &[scales], sums);
+                    multiply_rows::<T, D, M, PARTS, 1>(product, first + i, &[scales], sums);
                 } else {
-                    product.careful(first + i, sums);
+                    product.unvectorized_row(first + i, sums);
                 }
             }
         }
@@ -142,7 +142,13 @@ unsafe fn fused<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize>(
 /// # Safety
 /// As [`fused`], and `scales` must be plain.
 #[inline(always)]
-unsafe fn of_rows<T: FloatElement, D: Chunk, const M: usize, const PARTS: usize, const R: usize>(
+unsafe fn multiply_rows<
+    T: FloatElement,
+    D: Chunk,
+    const M: usize,
+    const PARTS: usize,
+    const R: usize,
+>(
     product: &Product<T, D::Element>,
     first: usize,
     scales: &[&[f32]; R],
@@ -316,9 +322,9 @@ pub(super) unsafe fn nested_scales(source: &Source, blocks: Range<usize>, scales
 }
 
 /// Products of f32.
-struct Single;
+struct F32Dot;
 
-impl Dot for Single {
+impl Dot for F32Dot {
     type Element = f32;
     type Vector = __m512;
     type Sums = __m512;
@@ -350,7 +356,7 @@ impl Dot for Single {
     }
 }
 
-impl Chunk for Single {
+impl Chunk for F32Dot {
     type Tables = [__m512; 2];
 
     #[inline(always)]
@@ -376,9 +382,9 @@ impl Chunk for Single {
 const AND_OR: i32 = 0b1110_1010;
 
 /// Products of bf16, two to a sum.
-struct Brain;
+struct Bf16Dot;
 
-impl Dot for Brain {
+impl Dot for Bf16Dot {
     type Element = bf16;
     type Vector = __m512bh;
     type Sums = __m512;
@@ -411,7 +417,7 @@ impl Dot for Brain {
     }
 }
 
-impl Chunk for Brain {
+impl Chunk for Bf16Dot {
     type Tables = __m512i;
 
     #[inline(always)]

@@ -139,7 +139,7 @@ impl LowRank {
 ///
 /// By cuBLASLt, with autodiff too, it is computed in the dtype of `x` if that is bf16 or the dtype of
 /// `A`, with sums in f32, as PyTorch's autocast does it: `x A` in one product, and a second one that adds
-/// to the first's result. Wherever else the branch is computed beside the product, it is in the dtype of
+/// to the first's result. Wherever else the branch is computed apart from the product, it is in the dtype of
 /// `A`. The gradient flows to `A` and `B` too, in their dtype.
 ///
 /// # Shapes
@@ -288,7 +288,7 @@ fn linear_at<const D: usize>(
         let branch = branch.as_ref()?;
         branch.spec(fused, is_tracked(branch))
     });
-    let (joined, beside) = match (lora, branch) {
+    let (joined, separate) = match (lora, branch) {
         (Some(lora), Some(branch)) => (Some((branch, lora)), None),
         (_, Some(branch)) => (None, Some(branch.forward(x.clone())?)),
         (_, None) => (None, None),
@@ -322,9 +322,9 @@ fn linear_at<const D: usize>(
         }
     };
     let mut y = Tensor::<2>::from_dispatch(y);
-    if let Some(beside) = beside {
+    if let Some(separate) = separate {
         let dtype = y.dtype();
-        y = y + beside.cast(dtype);
+        y = y + separate.cast(dtype);
     }
     Ok(y.cast(given).reshape(Shape::from(shape)))
 }
