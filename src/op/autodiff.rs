@@ -1,7 +1,10 @@
 //! Gradients. For the backward pass of a packed weight only that is kept: no dense copy of it.
 
 use burn::backend::autodiff::NodeId;
-use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::retro_forward::RetroForward;
+use burn::backend::autodiff::checkpoint::state::BackwardStates;
+use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -10,7 +13,7 @@ use burn::tensor::Shape;
 
 use super::backend::{
     DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec, add_lora, cast,
+    QuantizeSpec, WeightLoraSpec, add_lora, cast,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -184,6 +187,65 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         }
     }
 
+    // Whatever the device's strategy, the two weights are recomputed: that is what they are for.
+    fn nf4_weight(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: DequantizeSpec,
+    ) -> FloatTensor<Self> {
+        let recompute = RecomputeWeight::<B> {
+            anchor: anchor.primitive().clone(),
+            packed: packed.clone(),
+            spec,
+        };
+        let prep = WeightBackward
+            .prepare::<BalancedCheckpointing>([anchor.node()])
+            .memory_bound()
+            .retro_forward(recompute)
+            .parents([&anchor]);
+        prep.stateless(B::nf4_weight(anchor.into_primitive(), packed, spec))
+    }
+
+    fn nf4_weight_lora(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: WeightLoraSpec,
+    ) -> FloatTensor<Self> {
+        let nodes = [anchor.node(), a.node(), b.node()];
+        // An operation with an operand outside of the graph is not recomputed; their values are taken
+        // from here instead.
+        let tracked: Vec<_> = [&anchor, &a, &b]
+            .into_iter()
+            .filter(|operand| operand.is_tracked())
+            .cloned()
+            .collect();
+        let factors = [a.into_primitive(), b.into_primitive()];
+        let recompute = RecomputeWeightLora::<B> {
+            anchor: anchor.primitive().clone(),
+            packed: packed.clone(),
+            factors: factors.clone(),
+            spec,
+        };
+        let prep = WeightBackward
+            .prepare::<BalancedCheckpointing>(nodes)
+            .memory_bound()
+            .retro_forward(recompute)
+            .parents(&tracked);
+        let [a, b] = factors.clone();
+        match prep.stateful() {
+            OpsKind::Tracked(prep) => {
+                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                prep.finish((factors, spec.scale), weight)
+            }
+            OpsKind::UnTracked(prep) => {
+                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                prep.finish(weight)
+            }
+        }
+    }
+
     fn nf4_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
@@ -260,6 +322,70 @@ impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
             let strategy = MatmulStrategy::Auto;
             B::nf4_linear(grad, packed, LinearSpec { strategy, ..spec })
         });
+    }
+}
+
+/// Backward of a decoded weight: it is frozen, the gradient for it ends here. With a low-rank branch
+/// `Wᵀ + s A B`: `dA = s dW Bᵀ`, `dB = s Aᵀ dW`.
+#[derive(Debug)]
+struct WeightBackward;
+
+impl<B: Nf4Backend> Backward<B, 1> for WeightBackward {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        grads.consume::<B>(&ops.node);
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 3> for WeightBackward {
+    type State = ([FloatTensor<B>; 2], f64);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [_, of_a, of_b] = ops.parents;
+        let ([a, b], scale) = ops.state;
+        let scaled = |product| B::float_mul_scalar(product, scale.into());
+        if let Some(node) = of_b {
+            let a = B::float_swap_dims(a, 0, 1);
+            grads.register::<B>(node.id, scaled(B::float_matmul(a, grad.clone())));
+        }
+        if let Some(node) = of_a {
+            let b = B::float_swap_dims(b, 0, 1);
+            grads.register::<B>(node.id, scaled(B::float_matmul(grad, b)));
+        }
+    }
+}
+
+/// Decodes a weight again in the backward pass.
+#[derive(Debug)]
+struct RecomputeWeight<B: Nf4Backend> {
+    anchor: FloatTensor<B>,
+    packed: IntTensor<B>,
+    spec: DequantizeSpec,
+}
+
+impl<B: Nf4Backend> RetroForward for RecomputeWeight<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let weight = B::nf4_weight(self.anchor.clone(), self.packed.clone(), self.spec);
+        states.save(out, weight);
+    }
+}
+
+/// Decodes a weight with a low-rank branch again in the backward pass.
+#[derive(Debug)]
+struct RecomputeWeightLora<B: Nf4Backend> {
+    anchor: FloatTensor<B>,
+    packed: IntTensor<B>,
+    factors: [FloatTensor<B>; 2],
+    spec: WeightLoraSpec,
+}
+
+impl<B: Nf4Backend> RetroForward for RecomputeWeightLora<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let (anchor, packed) = (self.anchor.clone(), self.packed.clone());
+        let [a, b] = self.factors.clone();
+        states.save(out, B::nf4_weight_lora(anchor, packed, a, b, self.spec));
     }
 }
 

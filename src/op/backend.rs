@@ -24,6 +24,15 @@ pub struct DequantizeSpec {
     pub dtype: FloatType,
 }
 
+/// A decoded weight with a low-rank branch added to it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WeightLoraSpec {
+    /// The weight, whole.
+    pub weight: DequantizeSpec,
+    /// The factor `s` of the branch.
+    pub scale: f64,
+}
+
 impl DequantizeSpec {
     /// Elements to decode.
     ///
@@ -375,6 +384,41 @@ pub trait Nf4Backend: Backend {
             }
             false => Self::float_matmul(grad, decoded),
         }
+    }
+
+    /// `Wᵀ`, decoded, as a parameter of an unchanged module. Autodiff keeps how to compute it, not its
+    /// values.
+    ///
+    /// # Shapes
+    /// - `anchor`: `[1]`, any values; with a graph it connects the weight to it, see
+    ///   [`effective_weight`](super::effective_weight)
+    /// - `packed`: as for `nf4_linear`
+    /// - returns `[k, n]`, of `spec.dtype`
+    #[fusion(default)]
+    fn nf4_weight(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: DequantizeSpec,
+    ) -> FloatTensor<Self> {
+        let _ = anchor;
+        Self::float_swap_dims(Self::nf4_dequantize(packed, spec), 0, 1)
+    }
+
+    /// `Wᵀ + s A B`, otherwise as [`nf4_weight`](Self::nf4_weight).
+    ///
+    /// # Shapes
+    /// - `a`: `[k, rank]`, `b`: `[rank, n]`, of `spec.weight.dtype`
+    #[fusion(default)]
+    fn nf4_weight_lora(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: WeightLoraSpec,
+    ) -> FloatTensor<Self> {
+        let weight = Self::nf4_weight(anchor, packed, spec.weight);
+        let delta = Self::float_mul_scalar(Self::float_matmul(a, b), spec.scale.into());
+        Self::float_add(weight, delta)
     }
 
     /// `s A B` of dense matrices, by cuBLASLt where the backend has it.

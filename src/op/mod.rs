@@ -19,11 +19,11 @@ mod weight;
 
 pub use backend::{
     DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec,
+    QuantizeSpec, WeightLoraSpec,
 };
 pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
-pub(crate) use linear::connect_empty;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
+pub(crate) use linear::{connect_empty, effective_weight};
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use weight::Nf4Weight;
 
