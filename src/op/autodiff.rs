@@ -1,10 +1,14 @@
 //! Gradients. For the backward pass of a packed weight only that is kept: no dense copy of it.
 
+use std::any::TypeId;
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::retro_forward::RetroForward;
 use burn::backend::autodiff::checkpoint::state::BackwardStates;
-use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
+use burn::backend::autodiff::checkpoint::strategy::{
+    BalancedCheckpointing, CheckpointStrategy, NoCheckpointing,
+};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -187,25 +191,32 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         }
     }
 
-    // Whatever the device's strategy, the two weights are recomputed: that is what they are for.
     fn nf4_weight(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: DequantizeSpec,
     ) -> FloatTensor<Self> {
+        // Recomputing costs a gradient for the weight that nobody needs, see `effective_weight`: only
+        // where the device asks to save memory.
+        if keeps_all::<C>() {
+            let weight = B::nf4_weight(anchor.into_primitive(), packed, spec);
+            return Self::from_inner(weight);
+        }
         let recompute = RecomputeWeight::<B> {
             anchor: anchor.primitive().clone(),
             packed: packed.clone(),
             spec,
         };
         let prep = WeightBackward
-            .prepare::<BalancedCheckpointing>([anchor.node()])
+            .prepare::<C>([anchor.node()])
             .memory_bound()
             .retro_forward(recompute)
             .parents([&anchor]);
         prep.stateless(B::nf4_weight(anchor.into_primitive(), packed, spec))
     }
 
+    // With a factor to train recomputed whatever the device's strategy: that one needs the gradient for
+    // the weight anyway.
     fn nf4_weight_lora(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
@@ -221,7 +232,13 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .filter(|operand| operand.is_tracked())
             .cloned()
             .collect();
+        let is_frozen = !a.is_tracked() && !b.is_tracked();
         let factors = [a.into_primitive(), b.into_primitive()];
+        if is_frozen && keeps_all::<C>() {
+            let [a, b] = factors;
+            let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+            return Self::from_inner(weight);
+        }
         let recompute = RecomputeWeightLora::<B> {
             anchor: anchor.primitive().clone(),
             packed: packed.clone(),
@@ -264,6 +281,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear_backward(grad, packed, spec)),
         }
     }
+}
+
+/// Whether a device keeps whatever the backward pass needs.
+fn keeps_all<C: CheckpointStrategy>() -> bool {
+    TypeId::of::<C>() == TypeId::of::<NoCheckpointing>()
 }
 
 /// Backward of `y = x Wᵀ`: `dx = dy W`.

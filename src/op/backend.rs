@@ -416,9 +416,14 @@ pub trait Nf4Backend: Backend {
         b: FloatTensor<Self>,
         spec: WeightLoraSpec,
     ) -> FloatTensor<Self> {
-        let weight = Self::nf4_weight(anchor, packed, spec.weight);
-        let delta = Self::float_mul_scalar(Self::float_matmul(a, b), spec.scale.into());
-        Self::float_add(weight, delta)
+        let _ = anchor;
+        // Added before it is transposed, and scaled while it is small: CPUs are slow at passing through
+        // a transposed matrix.
+        let [a, b] = [a, b].map(|factor| Self::float_swap_dims(factor, 0, 1));
+        let b = Self::float_mul_scalar(b, spec.scale.into());
+        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        let sum = Self::float_add(decoded, Self::float_matmul(b, a));
+        Self::float_swap_dims(sum, 0, 1)
     }
 
     /// `s A B` of dense matrices, by cuBLASLt where the backend has it.

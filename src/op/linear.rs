@@ -191,14 +191,14 @@ pub fn expert_linear<const D: usize>(
     linear_at(x, weight, dims, start, bias, None, MatmulStrategy::Auto)
 }
 
-/// `Wᵀ + s A B` of a packed weight `W`, for modules that multiply with a dense one. With autodiff it
-/// is decoded again in the backward pass, and not kept until then.
+/// `Wᵀ + s A B` of a packed weight `W`, for modules that multiply with a dense one.
 ///
-/// Burn recomputes an operand of a product only if that operand is part of the graph
-/// (`checkpoint_parents` in burn-autodiff's `checkpoint/strategy.rs`, and `topological_sort_visit` in
-/// its `checkpoint/base.rs`, which looks for it among the nodes of the graph). The weight has no
-/// gradient of its own to be there for, so it hangs on a leaf made for it. The price: Burn's product
-/// computes a gradient for the weight, which without a branch nobody needs.
+/// With a branch to train, or on a device with gradient checkpointing, it is decoded again in the backward pass
+/// and not kept until then. Burn recomputes an operand of a product only if it is a tracked node of the
+/// graph (burn-autodiff 0.22.1: `checkpoint_parents`, `checkpoint/strategy.rs:97`, refuses an untracked
+/// parent, and `topological_sort_visit`, `checkpoint/base.rs:88`, looks for the parents of a node among
+/// the tracked ones). A frozen weight is none, so it hangs on a leaf made for it. The price is a
+/// gradient for the weight from Burn's product, `float_matmul` in `ops/tensor.rs:648`.
 ///
 /// # Shapes
 /// - `weight`: `[out_features, in_features]`
