@@ -445,7 +445,11 @@ impl Nf4Error {
     /// Names the weight `key` of a checkpoint, and its parts, where a function that knows no key has
     /// named the component at fault.
     pub(crate) fn with_key(mut self, key: &str) -> Self {
-        if let Self::Length { tensor, .. } | Self::NonFinite { tensor, .. } = &mut self {
+        if let Self::Length { tensor, .. }
+        | Self::NonFinite { tensor, .. }
+        | Self::ElementCount { tensor, .. }
+        | Self::Dtype { tensor, .. } = &mut self
+        {
             *tensor = match tensor.as_str() {
                 "weight" => key.into(),
                 part => format!("{key}.{part}"),

@@ -7,12 +7,16 @@ mod counting;
 mod tensors;
 
 use burn::module::Module;
+#[cfg(feature = "flex")]
+use burn::module::{Lora, ParamGroup};
+#[cfg(feature = "flex")]
+use burn::nn::Linear;
 use burn::tensor::{Device, Gradients, Tensor};
 use burn_nf4::Nf4Weight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::nn::Nf4Linear;
 #[cfg(feature = "flex")]
-use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig};
+use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, reparameterize_linears};
 use counting::alone;
 use tensors::*;
 
@@ -158,6 +162,73 @@ mod flex {
             let dora = dora.expect("it fits");
             let kept = measure(&device, live_bytes, |x| dora.forward(x));
             assert_nothing_large_kept("QLoraLinear with DoRA", kept);
+        }
+    }
+
+    /// An unchanged `Linear` with a packed weight, without an adapter and with one of Burn's.
+    fn packed_linears(device: &Device) -> [(&'static str, Linear); 2] {
+        let dense = frozen(device).to_dense(FloatType::F32).expect("f32");
+        let linear = reparameterize_linears(dense, QuantConfig::default(), ParamGroup::all());
+        let linear = linear.expect("a Linear");
+        let adapted = linear.clone().apply_lora(Lora::new(RANK, 1.0));
+        [
+            ("a packed Linear", linear),
+            ("a packed Linear with LoRA", adapted),
+        ]
+    }
+
+    #[test]
+    fn a_packed_linear_holds_no_dense_weight() {
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        drop(packed_linears(&device)); // starts the threads
+        let before = live_bytes(&device);
+        let linears = packed_linears(&device);
+        let bytes = live_bytes(&device) - before;
+        assert!(bytes < DENSE_BYTES / 4, "{bytes} bytes for two layers");
+        drop(linears);
+    }
+
+    /// Burn's own product keeps no operand that it can compute again: with an adapter always, without
+    /// one where the device asks to save memory.
+    #[test]
+    fn a_packed_linear_keeps_no_dense_weight() {
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        let [(_, linear), (what, adapted)] = packed_linears(&device);
+        let kept = measure(&device, live_bytes, |x| adapted.forward(x));
+        assert_nothing_large_kept(what, kept);
+        let kept = measure(&device, live_bytes, |x| linear.forward(x));
+        assert!(kept.after_forward_bytes >= DENSE_BYTES);
+
+        let device = device.gradient_checkpointing();
+        for (what, linear) in packed_linears(&device) {
+            let kept = measure(&device, live_bytes, |x| linear.forward(x));
+            assert_nothing_large_kept(what, kept);
+        }
+    }
+
+    /// A batch that Burn does not fold into rows makes it reshape the weight, and without gradient
+    /// checkpointing the result of that is kept: a limit that the docs of `nn` tell.
+    #[test]
+    fn batches_need_checkpointing_on_a_packed_linear() {
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        let batched = |linear: &Linear, x: Tensor<2>| {
+            let x = x.repeat_dim(0, 2 * 32 / ROWS).reshape([2, 32, SIZE]);
+            linear.forward(x).reshape([2 * 32, SIZE])
+        };
+        for (what, linear) in packed_linears(&device) {
+            let kept = measure(&device, live_bytes, |x| batched(&linear, x));
+            assert!(kept.after_forward_bytes >= DENSE_BYTES, "{what}");
+        }
+        let device = device.gradient_checkpointing();
+        for (what, linear) in packed_linears(&device) {
+            let kept = measure(&device, live_bytes, |x| batched(&linear, x));
+            // x and y are four times those of the other tests.
+            let bytes = kept.after_forward_bytes;
+            assert!(bytes < DENSE_BYTES / 2, "{what} keeps {bytes} bytes");
+            assert!(kept.after_backward_bytes < DENSE_BYTES / 2, "{what}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! A frozen linear layer with a packed weight.
 
 use burn::config::Config;
-use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::module::{Content, DisplaySettings, ModuleDisplay, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
 
@@ -91,15 +91,13 @@ impl Nf4LinearConfig {
 /// assert_eq!(layer.forward(x).dims(), [2, 5, 256]);
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
-#[derive(Module, Debug)]
-#[module(custom_display)]
+#[derive(Debug, Clone)]
 pub struct Nf4Linear {
     /// The packed weight, `[d_output, d_input]`.
     pub weight: Nf4Weight,
     /// The bias, `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// How products are computed; not part of a record.
-    #[module(skip)]
     pub strategy: MatmulStrategy,
 }
 

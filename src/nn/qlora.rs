@@ -184,8 +184,7 @@ impl QLoraLinearConfig {
 /// assert!(layer.lora_b.grad(&grads).is_some());
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
-#[derive(Module, Debug)]
-#[module(custom_display)]
+#[derive(Debug, Clone)]
 pub struct QLoraLinear {
     /// The frozen layer.
     pub base: Nf4Linear,

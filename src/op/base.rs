@@ -24,6 +24,15 @@ pub struct DequantizeSpec {
     pub dtype: FloatType,
 }
 
+/// A decoded weight with a low-rank branch added to it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WeightLoraSpec {
+    /// The weight, whole.
+    pub weight: DequantizeSpec,
+    /// The factor `s` of the branch.
+    pub scale: f64,
+}
+
 impl DequantizeSpec {
     /// Elements to decode.
     ///
@@ -375,6 +384,46 @@ pub trait Nf4Backend: Backend {
             }
             false => Self::float_matmul(grad, decoded),
         }
+    }
+
+    /// `Wᵀ`, decoded, as a parameter of an unchanged module. Autodiff keeps how to compute it, not its
+    /// values.
+    ///
+    /// # Shapes
+    /// - `anchor`: `[1]`, any values; with a graph it connects the weight to it, see
+    ///   [`effective_weight`](super::effective_weight)
+    /// - `packed`: as for `nf4_linear`
+    /// - returns `[k, n]`, of `spec.dtype`
+    #[fusion(default)]
+    fn nf4_weight(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: DequantizeSpec,
+    ) -> FloatTensor<Self> {
+        let _ = anchor;
+        Self::float_swap_dims(Self::nf4_dequantize(packed, spec), 0, 1)
+    }
+
+    /// `Wᵀ + s A B`, otherwise as [`nf4_weight`](Self::nf4_weight).
+    ///
+    /// # Shapes
+    /// - `a`: `[k, rank]`, `b`: `[rank, n]`, of `spec.weight.dtype`
+    #[fusion(default)]
+    fn nf4_weight_lora(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: WeightLoraSpec,
+    ) -> FloatTensor<Self> {
+        let _ = anchor;
+        // Added before it is transposed, and scaled while it is small: CPUs are slow at passing through
+        // a transposed matrix.
+        let [a, b] = [a, b].map(|factor| Self::float_swap_dims(factor, 0, 1));
+        let b = Self::float_mul_scalar(b, spec.scale.into());
+        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        let sum = Self::float_add(decoded, Self::float_matmul(b, a));
+        Self::float_swap_dims(sum, 0, 1)
     }
 
     /// `s A B` of dense matrices, by cuBLASLt where the backend has it.

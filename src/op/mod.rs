@@ -36,9 +36,10 @@ pub use base::MatmulStrategy;
 #[doc(hidden)]
 pub use base::{
     DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend, QuantizeSpec,
+    WeightLoraSpec,
 };
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
-pub(crate) use tensor::connect_empty;
+pub(crate) use tensor::{connect_empty, effective_weight};
 pub use tensor::{
     DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, expert_linear, linear,
     linear_with, lora_linear, matmul, set_dense_provider,

@@ -1,7 +1,14 @@
 //! Gradients. For the backward pass of a packed weight only that is kept: no dense copy of it.
 
+use std::any::TypeId;
+
 use burn::backend::autodiff::NodeId;
-use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::retro_forward::RetroForward;
+use burn::backend::autodiff::checkpoint::state::BackwardStates;
+use burn::backend::autodiff::checkpoint::strategy::{
+    BalancedCheckpointing, CheckpointStrategy, NoCheckpointing,
+};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -10,7 +17,7 @@ use burn::tensor::Shape;
 
 use crate::op::base::{
     DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec, add_lora, cast,
+    QuantizeSpec, WeightLoraSpec, add_lora, cast,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -184,6 +191,78 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         }
     }
 
+    fn nf4_weight(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: DequantizeSpec,
+    ) -> FloatTensor<Self> {
+        // Recomputing costs a gradient for the weight that nobody needs, see `effective_weight`: only
+        // where the device asks to save memory.
+        if keeps_all::<C>() {
+            let weight = B::nf4_weight(anchor.into_primitive(), packed, spec);
+            return Self::from_inner(weight);
+        }
+        let recompute = RecomputeWeight::<B> {
+            anchor: anchor.primitive().clone(),
+            packed: packed.clone(),
+            spec,
+        };
+        let prep = WeightBackward
+            .prepare::<C>([anchor.node()])
+            .memory_bound()
+            .retro_forward(recompute)
+            .parents([&anchor]);
+        prep.stateless(B::nf4_weight(anchor.into_primitive(), packed, spec))
+    }
+
+    // With a factor to train recomputed whatever the device's strategy: that one needs the gradient for
+    // the weight anyway.
+    fn nf4_weight_lora(
+        anchor: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: WeightLoraSpec,
+    ) -> FloatTensor<Self> {
+        let nodes = [anchor.node(), a.node(), b.node()];
+        // An operation with an operand outside of the graph is not recomputed; their values are taken
+        // from here instead.
+        let tracked: Vec<_> = [&anchor, &a, &b]
+            .into_iter()
+            .filter(|operand| operand.is_tracked())
+            .cloned()
+            .collect();
+        let is_frozen = !a.is_tracked() && !b.is_tracked();
+        let factors = [a.into_primitive(), b.into_primitive()];
+        if is_frozen && keeps_all::<C>() {
+            let [a, b] = factors;
+            let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+            return Self::from_inner(weight);
+        }
+        let recompute = RecomputeWeightLora::<B> {
+            anchor: anchor.primitive().clone(),
+            packed: packed.clone(),
+            factors: factors.clone(),
+            spec,
+        };
+        let prep = WeightBackward
+            .prepare::<BalancedCheckpointing>(nodes)
+            .memory_bound()
+            .retro_forward(recompute)
+            .parents(&tracked);
+        let [a, b] = factors.clone();
+        match prep.stateful() {
+            OpsKind::Tracked(prep) => {
+                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                prep.finish((factors, spec.scale), weight)
+            }
+            OpsKind::UnTracked(prep) => {
+                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                prep.finish(weight)
+            }
+        }
+    }
+
     fn nf4_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
@@ -202,6 +281,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear_backward(grad, packed, spec)),
         }
     }
+}
+
+/// Whether a device keeps whatever the backward pass needs.
+fn keeps_all<C: CheckpointStrategy>() -> bool {
+    TypeId::of::<C>() == TypeId::of::<NoCheckpointing>()
 }
 
 /// Backward of `y = x Wᵀ`: `dx = dy W`.
@@ -260,6 +344,70 @@ impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
             let strategy = MatmulStrategy::Auto;
             B::nf4_linear(grad, packed, LinearSpec { strategy, ..spec })
         });
+    }
+}
+
+/// Backward of a decoded weight: it is frozen, the gradient for it ends here. With a low-rank branch
+/// `Wᵀ + s A B`: `dA = s dW Bᵀ`, `dB = s Aᵀ dW`.
+#[derive(Debug)]
+struct WeightBackward;
+
+impl<B: Nf4Backend> Backward<B, 1> for WeightBackward {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        grads.consume::<B>(&ops.node);
+    }
+}
+
+impl<B: Nf4Backend> Backward<B, 3> for WeightBackward {
+    type State = ([FloatTensor<B>; 2], f64);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [_, of_a, of_b] = ops.parents;
+        let ([a, b], scale) = ops.state;
+        let scaled = |product| B::float_mul_scalar(product, scale.into());
+        if let Some(node) = of_b {
+            let a = B::float_swap_dims(a, 0, 1);
+            grads.register::<B>(node.id, scaled(B::float_matmul(a, grad.clone())));
+        }
+        if let Some(node) = of_a {
+            let b = B::float_swap_dims(b, 0, 1);
+            grads.register::<B>(node.id, scaled(B::float_matmul(grad, b)));
+        }
+    }
+}
+
+/// Decodes a weight again in the backward pass.
+#[derive(Debug)]
+struct RecomputeWeight<B: Nf4Backend> {
+    anchor: FloatTensor<B>,
+    packed: IntTensor<B>,
+    spec: DequantizeSpec,
+}
+
+impl<B: Nf4Backend> RetroForward for RecomputeWeight<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let weight = B::nf4_weight(self.anchor.clone(), self.packed.clone(), self.spec);
+        states.save(out, weight);
+    }
+}
+
+/// Decodes a weight with a low-rank branch again in the backward pass.
+#[derive(Debug)]
+struct RecomputeWeightLora<B: Nf4Backend> {
+    anchor: FloatTensor<B>,
+    packed: IntTensor<B>,
+    factors: [FloatTensor<B>; 2],
+    spec: WeightLoraSpec,
+}
+
+impl<B: Nf4Backend> RetroForward for RecomputeWeightLora<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let (anchor, packed) = (self.anchor.clone(), self.packed.clone());
+        let [a, b] = self.factors.clone();
+        states.save(out, B::nf4_weight_lora(anchor, packed, a, b, self.spec));
     }
 }
 

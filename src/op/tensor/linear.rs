@@ -10,7 +10,7 @@ use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::op::base::{
-    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, WeightLoraSpec,
 };
 
 /// `y = x Wᵀ + b` with a packed weight `W`.
@@ -191,6 +191,72 @@ pub fn expert_linear<const D: usize>(
     let start = weight.start_of(expert)?;
     let dims = [out_features, in_features];
     linear_at(x, weight, dims, start, bias, None, MatmulStrategy::Auto)
+}
+
+/// `Wᵀ + s A B` of a packed weight `W`, for modules that multiply with a dense one.
+///
+/// With a branch to train, or on a device with gradient checkpointing, it is decoded again in the backward pass
+/// and not kept until then. Burn recomputes an operand of a product only if it is a tracked node of the
+/// graph (burn-autodiff 0.22.1: `checkpoint_parents`, `checkpoint/strategy.rs:97`, refuses an untracked
+/// parent, and `topological_sort_visit`, `checkpoint/base.rs:88`, looks for the parents of a node among
+/// the tracked ones). A frozen weight is none, so it hangs on a leaf made for it. The price is a
+/// gradient for the weight from Burn's product, `float_matmul` in `ops/tensor.rs:648`.
+///
+/// # Shapes
+/// - `weight`: `[out_features, in_features]`
+/// - `branch`: as for [`lora_linear`]; the result is then of its dtype
+/// - returns `[in_features, out_features]`
+///
+/// # Errors
+/// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] or [`Nf4Error::Dtype`] if
+/// the branch does not fit it, [`Nf4Error::Device`] unless all are on `device`, and
+/// [`Nf4Error::DeviceDtype`] if that has no such type.
+pub(crate) fn effective_weight(
+    weight: &Nf4Weight,
+    branch: Option<LowRank>,
+    dtype: FloatType,
+    device: &Device,
+) -> Result<Tensor<2>, Nf4Error> {
+    let [out_features, in_features] = weight.matrix_dims()?;
+    let packed = weight.checked_packed()?;
+    check_device("packed weight", &packed.device(), device)?;
+    let dtype = match &branch {
+        None => dtype,
+        Some(branch) => {
+            let [_, rank] = branch.a.dims();
+            branch.check([out_features, in_features], rank.max(1))?;
+            check_device("lora_a", &branch.a.device(), device)?;
+            check_device("lora_b", &branch.b.device(), device)?;
+            FloatType::from_dtype(branch.a.dtype(), "lora_a")?
+        }
+    };
+    dtype.check_device(device)?;
+    debug_assert!(!weight.is_transposed(), "quantized in here");
+    let spec = DequantizeSpec {
+        layout: *weight.layout(),
+        rows: out_features,
+        columns: in_features,
+        start: 0,
+        dtype,
+    };
+    let anchor = Tensor::<1>::zeros([1], (device, DType::from(dtype)));
+    let anchor = match device.is_autodiff() {
+        true => anchor.require_grad(),
+        false => anchor,
+    };
+    let (anchor, packed) = (anchor.into_dispatch(), packed.into_dispatch());
+    let out = match branch {
+        None => <Dispatch as Nf4Backend>::nf4_weight(anchor, packed, spec),
+        Some(LowRank { a, b, scale }) => {
+            let (a, b) = (a.into_dispatch(), b.into_dispatch());
+            let spec = WeightLoraSpec {
+                weight: spec,
+                scale,
+            };
+            <Dispatch as Nf4Backend>::nf4_weight_lora(anchor, packed, a, b, spec)
+        }
+    };
+    Ok(Tensor::from_dispatch(out))
 }
 
 /// The linear map of the matrix whose elements begin at `start`.

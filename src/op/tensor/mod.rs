@@ -9,5 +9,6 @@ mod weight;
 
 pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
 pub(crate) use empty::connect_empty;
+pub(crate) use linear::effective_weight;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub use weight::Nf4Weight;
