@@ -9,8 +9,8 @@ use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use burn::tensor::Shape;
 
 use super::backend::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec, add_lora, cast,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy,
+    Nf4Backend, QuantizeSpec, add_lora, cast,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -21,6 +21,15 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         // The weight is frozen: the result is a constant to autodiff.
         Self::from_inner(B::nf4_dequantize(packed, spec))
+    }
+
+    fn nf4_embedding(
+        ids: IntTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: EmbeddingSpec,
+    ) -> FloatTensor<Self> {
+        // Ids have no gradient and the weight is frozen.
+        Self::from_inner(B::nf4_embedding(ids, packed, spec))
     }
 
     fn nf4_linear(

@@ -8,6 +8,7 @@ mod cube;
 #[cfg(feature = "cublaslt")]
 mod cublaslt;
 mod dense;
+mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
@@ -18,10 +19,11 @@ mod tune;
 mod weight;
 
 pub use backend::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy,
+    Nf4Backend, QuantizeSpec,
 };
 pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
+pub use embedding::embedding;
 pub(crate) use linear::connect_empty;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};

@@ -41,6 +41,22 @@ pub struct QuantizeOptions {
     /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
     /// which they are fused. transformers 5.17 does not load those.
     pub experts: bool,
+    /// Whether to quantize the output head too: `lm_head`, `embed_out`, and of classifiers `score`,
+    /// `classifier` and `qa_outputs`. transformers keeps the head in float when it quantizes, but loads a
+    /// quantized one: `llm_int8_skip_modules` is then a list without it, empty if nothing else is kept,
+    /// and `tie_word_embeddings` false.
+    ///
+    /// A head that is the embedding has no weight of its own, and is quantized by
+    /// [`embeddings`](Self::embeddings).
+    pub head: bool,
+    /// Whether to quantize the embeddings of tokens too (`embed_tokens`, `wte` and the like; those of
+    /// positions are always kept). An output head that is tied to one is quantized with it: one packed
+    /// weight for both.
+    ///
+    /// **Such a folder is for this crate alone.** bitsandbytes 0.50.2 does not save its `Embedding4bit`,
+    /// and transformers 5.24 loads quantized weights into linear layers only: it refuses the folder, as
+    /// the packed embedding has another shape (told to ignore that, it would begin with random values).
+    pub embeddings: bool,
     /// The dtype under which codes are stored: U8, BF16, F16 or F32.
     pub storage: Dtype,
     /// The dtype to round all float weights to, before they are quantized; `None` keeps each as
@@ -61,6 +77,8 @@ impl Default for QuantizeOptions {
             config: QuantConfig::default(),
             skip_modules: Vec::new(),
             experts: false,
+            head: false,
+            embeddings: false,
             storage: Dtype::U8,
             dtype: None,
             compute_dtype: None,
@@ -73,8 +91,8 @@ impl Default for QuantizeOptions {
 /// Quantizes the linear layers of a checkpoint into a new folder that transformers loads with
 /// bitsandbytes.
 ///
-/// Quantized are matrices named `….weight`, but for embeddings, heads (`lm_head` and the like),
-/// routers and what [`QuantizeOptions`] name. `config.json` gets a `quantization_config` that says
+/// Quantized are matrices named `….weight`, but for embeddings and heads (`lm_head` and the like) unless
+/// [`QuantizeOptions`] ask for them, routers, and what the options name. `config.json` gets a `quantization_config` that says
 /// so, unless no weight is left, and the other files of the folder are copied. One tensor is in memory at a time.
 ///
 /// ```no_run
@@ -94,7 +112,8 @@ impl Default for QuantizeOptions {
 ///   type than f16, bf16 and f32, each with its key
 /// - the first of [`Checkpoint::faults`], as for a source that another method quantized
 /// - [`Nf4Error::Config`] for a source that is quantized already, for models that store their
-///   linear weights the other way round (GPT-2's `Conv1D`), and for writing into the source
+///   linear weights the other way round (GPT-2's `Conv1D`), for a source without the head or the
+///   embeddings that are to be quantized, and for writing into the source
 /// - [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression
 /// - [`Nf4Error::ModelConfig`] for a malformed `config.json`
 /// - [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
@@ -117,7 +136,8 @@ pub fn quantize_checkpoint(
         config.check_layout()?;
     }
     let parameters = source.parameters();
-    let selection = Selection::new(source, &parameters, options)?;
+    let tied = model_config.as_ref().and_then(ModelConfig::ties_embeddings);
+    let selection = Selection::new(source, &parameters, options, tied)?;
 
     let mut writer = start_writer(
         source,
@@ -156,6 +176,10 @@ pub fn quantize_checkpoint(
         // What is claimed must be there. With a weight comes its dtype.
         if let Some(compute_dtype) = compute_dtype.filter(|_| converted > 0) {
             config.set_quantized(options, compute_dtype, selection.skip_entry());
+        }
+        // transformers would put the embedding into a head that it takes for tied.
+        if selection.quantizes_head() && tied != Some(false) {
+            config.set_untied();
         }
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);
