@@ -281,3 +281,29 @@ fn sizes_are_read_as_in_transformers(#[case] size: &str, #[case] valid: bool) {
     assert_eq!(output.status.code(), Some(code));
     assert_eq!(out.exists(), valid);
 }
+
+#[test]
+fn head_and_embeddings_are_quantized_when_asked() {
+    let (_parent, [dense, out]) = folders(["dense", "out"]);
+    succeeds(["dequantize", F32, text(&dense)]);
+    for (flags, more) in [
+        (vec![], vec![]),
+        (vec!["--head"], vec!["lm_head.weight"]),
+        (
+            vec!["--head", "--embeddings"],
+            vec!["lm_head.weight", "model.embed_tokens.weight"],
+        ),
+    ] {
+        let paths = ["quantize", text(&dense), text(&out), "--overwrite"];
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args(paths)
+            .args(&flags)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{flags:?}");
+        let written = Checkpoint::open(&out).unwrap();
+        let names = written.quantized_weights();
+        assert_eq!(names.len(), 14 + more.len(), "{names:?}");
+        assert!(more.iter().all(|name| names.contains(name)), "{names:?}");
+    }
+}

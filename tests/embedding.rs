@@ -56,12 +56,21 @@ fn rows(weight: &Nf4Weight, ids: &[i64], dtype: FloatType) -> Vec<u8> {
         .collect()
 }
 
+/// The types that a device has; the others are skipped.
+fn dtypes(device: &Device) -> Vec<FloatType> {
+    let has = |dtype: &FloatType| !lacks(device, (*dtype).into());
+    DTYPES.into_iter().filter(has).collect()
+}
+
 #[track_caller]
-fn assert_rows(weight: &Nf4Weight, values: &[i64], shape: [usize; 2], device: &Device) {
-    for dtype in DTYPES {
-        if lacks(device, dtype.into()) {
-            continue;
-        }
+fn assert_rows(
+    weight: &Nf4Weight,
+    values: &[i64],
+    shape: [usize; 2],
+    dtypes: &[FloatType],
+    device: &Device,
+) {
+    for &dtype in dtypes {
         let ids = Tensor::from_data(TensorData::new(values.to_vec(), shape), device);
         let x = embedding(ids, weight, dtype).expect("rows that are there");
         let [batch, tokens] = shape;
@@ -75,6 +84,7 @@ fn assert_rows(weight: &Nf4Weight, values: &[i64], shape: [usize; 2], device: &D
 /// one column; one row.
 fn rows_have_the_bits_of_the_decoded_weight(device: &Device) {
     use QuantType::{Fp4, Nf4};
+    let dtypes = dtypes(device);
     for (shape, quant) in [
         ([17, 33], config(Nf4, 64, true)),
         ([40, 9], config(Fp4, 32, false)),
@@ -90,10 +100,10 @@ fn rows_have_the_bits_of_the_decoded_weight(device: &Device) {
         let weight = table(shape, quant, device);
         let last = shape[0] as i64 - 1;
         let mixed = [last, 0, last / 2, last / 2, last, last.min(1)];
-        assert_rows(&weight, &mixed, [2, 3], device);
-        assert_rows(&weight, &[last], [1, 1], device);
+        assert_rows(&weight, &mixed, [2, 3], &dtypes, device);
+        assert_rows(&weight, &[last], [1, 1], &dtypes, device);
         let all: Vec<i64> = (0..=last).collect();
-        assert_rows(&weight, &all, [1, all.len()], device);
+        assert_rows(&weight, &all, [1, all.len()], &[FloatType::F32], device);
     }
 }
 
@@ -194,7 +204,8 @@ fn transposed_weights_give_their_rows(device: &Device) {
     let weight = file.load_weight("weight", device).expect("a weight");
     assert!(weight.is_transposed());
     assert_eq!(weight.shape(), [tokens, d]);
-    assert_rows(&weight, &[20, 0, 7, 7, 19, 1], [2, 3], device);
+    let dtypes = dtypes(device);
+    assert_rows(&weight, &[20, 0, 7, 7, 19, 1], [2, 3], &dtypes, device);
 }
 
 /// On the CPU an error, and elsewhere a row of NaN beside rows that are right.
@@ -426,6 +437,12 @@ macro_rules! device_tests {
                 records_keep_every_bit
                 embedding_and_tied_head_are_one_packed_tensor
             );
+
+            #[cfg(feature = "cube")]
+            #[test]
+            fn the_kernel_keeps_to_its_buffers() {
+                super::the_kernel_keeps_to_its_buffers(&$device);
+            }
         }
     };
     (@each $device:expr; $($test:ident)*) => {
@@ -445,6 +462,99 @@ device_tests!(wgpu, "wgpu", Device::wgpu(Default::default()));
 device_tests!(vulkan, "vulkan", Device::vulkan(Default::default()));
 device_tests!(metal, "metal", Device::metal(Default::default()));
 device_tests!(cpu, "cpu", Device::cpu());
+
+/// The kernel itself: into a buffer of NaN with a guard behind it, and what it does not take.
+#[cfg(feature = "cube")]
+fn the_kernel_keeps_to_its_buffers(device: &Device) {
+    use burn::backend::DispatchDevice;
+    use burn_nf4::format::PackedLayout;
+    use burn_nf4::launch::{EmbeddingPlan, EmbeddingProblem};
+    use cubecl::ir::{ElemType, FloatKind, IntKind};
+
+    let DispatchDevice::Cube(cube) = device.as_dispatch() else {
+        return;
+    };
+    let client = cube.client();
+    let host = host_table([40, 33], QuantConfig::default());
+    let layout = host.packed_layout();
+    let problem = EmbeddingProblem {
+        rows: 40,
+        columns: 33,
+        transposed: false,
+        ids: 3,
+        ids_dtype: ElemType::Int(IntKind::I32),
+        dtype: FloatType::F32,
+    };
+    let values = [39i32, 0, 39];
+    let (bytes, guard) = (3 * 33 * 4, 64);
+    let packed = client.create_from_slice(bytemuck::cast_slice(&host.to_packed()));
+    let ids = client.create_from_slice(bytemuck::cast_slice(&values));
+    let out = client.create_from_slice(&vec![0xff; bytes + guard]);
+    let plan = EmbeddingPlan::new(&client, &layout, problem).expect("it fits");
+    assert_eq!(plan.out_bytes(), bytes);
+    assert_eq!(plan.vector(), 1);
+    plan.launch(packed.clone(), ids.clone(), out.clone())
+        .expect("buffers that are long enough");
+    let read = client.read_one(out).expect("the kernel ran").to_vec();
+    let expected: Vec<f32> = values
+        .iter()
+        .flat_map(|&id| host.dequantize_range::<f32>(id as usize * 33, 33))
+        .collect();
+    assert_same_bits(&read[..bytes], bytemuck::cast_slice(&expected), "decoded");
+    assert!(read[bytes..].iter().take(guard).all(|&byte| byte == 0xff));
+
+    let short = client.empty(bytes - 4);
+    for (packed, ids, out, name) in [
+        (packed.clone(), ids.clone(), short.clone(), "embedded"),
+        (packed.clone(), client.empty(8), client.empty(bytes), "ids"),
+        (short, ids, client.empty(bytes), "packed weight"),
+    ] {
+        let error = plan.launch(packed, ids, out).expect_err("a short buffer");
+        assert!(
+            matches!(&error, Nf4Error::Length { tensor, .. } if tensor == name),
+            "{error}"
+        );
+    }
+    let refused = |problem| EmbeddingPlan::new(&client, &layout, problem).expect_err("refused");
+    let floats = ElemType::Float(FloatKind::F32);
+    assert!(matches!(
+        refused(EmbeddingProblem {
+            ids_dtype: floats,
+            ..problem
+        }),
+        Nf4Error::Dtype { .. }
+    ));
+    assert!(matches!(
+        refused(EmbeddingProblem {
+            rows: 41,
+            ..problem
+        }),
+        Nf4Error::Length { .. }
+    ));
+    for ids in [0, usize::MAX / 4] {
+        assert!(matches!(
+            refused(EmbeddingProblem { ids, ..problem }),
+            Nf4Error::ElementCount { .. }
+        ));
+    }
+    let empty = PackedLayout::new(0, QuantConfig::default());
+    let error = EmbeddingPlan::new(&client, &empty, EmbeddingProblem { rows: 0, ..problem });
+    assert!(matches!(error, Err(Nf4Error::ElementCount { .. })));
+}
+
+#[test]
+fn the_host_function_refuses_rows_that_are_not_there() {
+    let host = host_table([40, 33], QuantConfig::default());
+    let (words, layout) = (host.to_packed(), host.packed_layout());
+    for (shape, id, room) in [([40, 33], 40, 33), ([40, 33], 0, 32), ([33, 33], 0, 33)] {
+        let run = || {
+            let mut out = vec![0f32; room];
+            burn_nf4::host::embedding(&words, &layout, shape, false, &[id], &mut out);
+        };
+        assert!(catch_unwind(run).is_err(), "{shape:?} {id} {room}");
+    }
+    burn_nf4::host::embedding::<f32>(&words, &layout, [40, 33], false, &[], &mut []);
+}
 
 #[cfg(feature = "flex")]
 #[test]

@@ -57,6 +57,9 @@ pub fn embedding<T: FloatElement>(
     if let Some(id) = ids.iter().find(|&&id| id >= rows) {
         panic!("row {id} of {rows}");
     }
+    if out.is_empty() {
+        return;
+    }
     let gather = Gather {
         task: Task {
             source: Source::new(words, layout),

@@ -67,7 +67,7 @@ impl EmbeddingPlan {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if the weight has not `rows * columns` elements,
-    /// [`Nf4Error::ElementCount`] if the result has none or too many, [`Nf4Error::Dtype`] if the ids
+    /// [`Nf4Error::ElementCount`] if the weight or the result has none, or that too many, [`Nf4Error::Dtype`] if the ids
     /// are no integers, [`Nf4Error::DeviceDtype`] if the device has no such types.
     pub fn new(
         client: &Client,
@@ -92,7 +92,7 @@ impl EmbeddingPlan {
         }
         let len = ids
             .checked_mul(columns)
-            .filter(|&len| len > 0 && len.checked_mul(dtype.size_bytes()).is_some());
+            .filter(|&len| len > 0 && rows > 0 && len.checked_mul(dtype.size_bytes()).is_some());
         let Some(len) = len else {
             return Err(Nf4Error::ElementCount {
                 tensor: "embedded".into(),
