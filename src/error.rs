@@ -135,6 +135,18 @@ pub enum Nf4Error {
         /// Rows of the weight.
         rows: usize,
     },
+    /// An id that no row of an embedding has.
+    #[error("`{tensor}`[{index}] is {given}, expected an id in 0..{rows}")]
+    IdRange {
+        /// The tensor concerned.
+        tensor: String,
+        /// Flat index of the first such id.
+        index: usize,
+        /// The id given.
+        given: i128,
+        /// Rows of the weight.
+        rows: usize,
+    },
     /// A range of elements that is empty or leaves the weight.
     #[error("elements {start}..{end} of a weight with {elems}: expected start < end <= {elems}")]
     ElementRange {

@@ -21,11 +21,13 @@
 //! ```
 
 mod dequantize;
+mod embedding;
 mod matmul;
 mod quantize;
 mod simd;
 
 pub use dequantize::{dequantize, dequantize_with};
+pub use embedding::embedding;
 pub use matmul::{matmul, matmul_with};
 pub use quantize::{quantize, quantize_with};
 pub use simd::Simd;

@@ -2,6 +2,7 @@
 //! launches.
 
 pub mod decode;
+pub mod embedding;
 pub mod fragments;
 pub mod gemv;
 pub mod levels;

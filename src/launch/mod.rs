@@ -3,6 +3,7 @@
 #[cfg(feature = "cublaslt")]
 mod dense;
 mod dequantize;
+mod embedding;
 mod lora;
 mod matmul;
 mod product;
@@ -17,6 +18,7 @@ pub use dense::{
     CUBLASLT_VARIABLE, DenseOperands, DensePlan, DenseProduct, MatrixLayout, set_cublaslt_path,
 };
 pub use dequantize::{DequantizePlan, Variant};
+pub use embedding::{EmbeddingPlan, EmbeddingProblem};
 pub use lora::Lora;
 pub use matmul::{MatmulPlan, Operands};
 pub use product::Product;

@@ -77,6 +77,7 @@
 //! a byte each.
 
 mod any_linear;
+mod embedding;
 mod linear;
 mod lora;
 mod params;
@@ -86,6 +87,7 @@ mod traversal;
 
 pub use any_linear::AnyLinear;
 pub(crate) use any_linear::with_stable_id;
+pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
 pub use linear::{Nf4Linear, Nf4LinearConfig};
 pub use lora::LoraLinear;
 pub use params::lora_params;

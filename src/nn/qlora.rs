@@ -199,7 +199,6 @@ pub struct QLoraLinear {
     /// The factor `s` of the branch.
     pub scale: f64,
     /// Whether the branch takes part; not part of a record.
-    #[module(skip)]
     pub enabled: bool,
 }
 

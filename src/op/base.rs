@@ -96,6 +96,23 @@ pub struct LinearSpec {
     pub cublaslt: bool,
 }
 
+/// Which rows of a packed weight to gather, and to what to decode them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EmbeddingSpec {
+    /// Layout of the packed weight.
+    pub layout: PackedLayout,
+    /// Rows of the weight.
+    pub rows: usize,
+    /// Columns of the weight and of the result.
+    pub columns: usize,
+    /// Whether the weight is stored `[columns, rows]`.
+    pub transposed: bool,
+    /// Number of ids, the rows of the result.
+    pub ids: usize,
+    /// Type to decode to.
+    pub dtype: FloatType,
+}
+
 /// A product of dense matrices by cuBLASLt.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DenseSpec {
@@ -278,6 +295,21 @@ pub trait Nf4Backend: Backend {
     /// - returns `[spec.rows, spec.columns]`, of `spec.dtype`
     #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.rows, spec.columns]))]
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
+
+    /// Gathers rows of a packed weight and decodes nothing else. No gradient flows through.
+    ///
+    /// An id that no row has makes Flex panic, and is a row of NaN elsewhere.
+    ///
+    /// # Shapes
+    /// - `ids`: `[spec.ids]`, at least one, of any integer type
+    /// - `packed`: `[spec.layout.words()]`, u32, a weight `[spec.rows, spec.columns]`
+    /// - returns `[spec.ids, spec.columns]`, of `spec.dtype`
+    #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.ids, spec.columns]))]
+    fn nf4_embedding(
+        ids: IntTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: EmbeddingSpec,
+    ) -> FloatTensor<Self>;
 
     /// `y = x Wᵀ` with a packed weight `W`.
     ///

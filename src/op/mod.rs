@@ -35,15 +35,15 @@ pub use base::MatmulStrategy;
 // them.
 #[doc(hidden)]
 pub use base::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend, QuantizeSpec,
-    WeightLoraSpec,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend,
+    QuantizeSpec, WeightLoraSpec,
 };
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
-pub(crate) use tensor::{connect_empty, effective_weight};
 pub use tensor::{
-    DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, expert_linear, linear,
-    linear_with, lora_linear, matmul, set_dense_provider,
+    DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, embedding, expert_linear,
+    linear, linear_with, lora_linear, matmul, set_dense_provider,
 };
+pub(crate) use tensor::{connect_empty, effective_weight};
 
 use burn::tensor::{DType, Device};
 

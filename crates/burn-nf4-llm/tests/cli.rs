@@ -312,3 +312,29 @@ fn an_adapter_is_merged_into_float_weights_or_into_4_bit() {
     ]);
     assert_eq!(both.status.code(), Some(2));
 }
+
+#[test]
+fn head_and_embeddings_are_quantized_when_asked() {
+    let (_parent, [dense, out]) = folders(["dense", "out"]);
+    succeeds(["dequantize", F32, text(&dense)]);
+    for (flags, more) in [
+        (vec![], vec![]),
+        (vec!["--head"], vec!["lm_head.weight"]),
+        (
+            vec!["--head", "--embeddings"],
+            vec!["lm_head.weight", "model.embed_tokens.weight"],
+        ),
+    ] {
+        let paths = ["quantize", text(&dense), text(&out), "--overwrite"];
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args(paths)
+            .args(&flags)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{flags:?}");
+        let written = Checkpoint::open(&out).unwrap();
+        let names = written.quantized_weights();
+        assert_eq!(names.len(), 14 + more.len(), "{names:?}");
+        assert!(more.iter().all(|name| names.contains(name)), "{names:?}");
+    }
+}

@@ -28,6 +28,22 @@ pub struct QuantizeOptions {
     /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
     /// which they are fused. transformers 5.17 does not load those.
     pub experts: bool,
+    /// Whether to quantize the output head too: `lm_head`, `embed_out`, and of classifiers `score`,
+    /// `classifier` and `qa_outputs`. transformers keeps the head in float when it quantizes, but loads a
+    /// quantized one: `llm_int8_skip_modules` is then a list without it, empty if nothing else is kept,
+    /// and `tie_word_embeddings` false.
+    ///
+    /// A head that is the embedding has no weight of its own, and is quantized by
+    /// [`embeddings`](Self::embeddings).
+    pub head: bool,
+    /// Whether to quantize the embeddings of tokens too (`embed_tokens`, `wte` and the like; those of
+    /// positions are always kept). An output head that is tied to one is quantized with it: one packed
+    /// weight for both.
+    ///
+    /// **Such a folder is for this crate alone.** bitsandbytes 0.50.2 does not save its `Embedding4bit`,
+    /// and transformers 5.24 loads quantized weights into linear layers only: it refuses the folder, as
+    /// the packed embedding has another shape (told to ignore that, it would begin with random values).
+    pub embeddings: bool,
     /// The dtype under which codes are stored: U8, BF16, F16 or F32.
     pub storage: Dtype,
     /// The dtype to round all float weights to, before they are quantized; `None` keeps each as
@@ -48,6 +64,8 @@ impl Default for QuantizeOptions {
             config: QuantConfig::default(),
             skip_modules: Vec::new(),
             experts: false,
+            head: false,
+            embeddings: false,
             storage: Dtype::U8,
             dtype: None,
             compute_dtype: None,

@@ -17,8 +17,8 @@ use crate::host;
 /// Quantizes the linear layers of a checkpoint into a new folder that transformers loads with
 /// bitsandbytes.
 ///
-/// Quantized are matrices named `….weight`, but for embeddings, heads (`lm_head` and the like),
-/// routers and what [`QuantizeOptions`] name. `config.json` gets a `quantization_config` that says
+/// Quantized are matrices named `….weight`, but for embeddings and heads (`lm_head` and the like) unless
+/// [`QuantizeOptions`] ask for them, routers, and what the options name. `config.json` gets a `quantization_config` that says
 /// so, unless no weight is left, and the other files of the folder are copied. One tensor is in memory at a time.
 ///
 /// ```no_run
@@ -38,7 +38,8 @@ use crate::host;
 ///   type than f16, bf16 and f32, each with its key
 /// - the first of [`Checkpoint::faults`], as for a source that another method quantized
 /// - [`Nf4Error::Config`] for a source that is quantized already, for models that store their
-///   linear weights the other way round (GPT-2's `Conv1D`), and for writing into the source
+///   linear weights the other way round (GPT-2's `Conv1D`), for a source without the head or the
+///   embeddings that are to be quantized, and for writing into the source
 /// - [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression
 /// - [`Nf4Error::ModelConfig`] for a malformed `config.json`
 /// - [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
@@ -61,7 +62,8 @@ pub fn quantize_checkpoint(
         config.check_layout()?;
     }
     let parameters = source.parameters();
-    let selection = Selection::new(source, &parameters, options)?;
+    let tied = model_config.as_ref().and_then(ModelConfig::ties_embeddings);
+    let selection = Selection::new(source, &parameters, options, tied)?;
 
     let mut writer = start_writer(
         source,
@@ -100,6 +102,10 @@ pub fn quantize_checkpoint(
         // What is claimed must be there. With a weight comes its dtype.
         if let Some(compute_dtype) = compute_dtype.filter(|_| converted > 0) {
             config.set_quantized(options, compute_dtype, selection.skip_entry());
+        }
+        // transformers would put the embedding into a head that it takes for tied.
+        if selection.quantizes_head() && tied != Some(false) {
+            config.set_untied();
         }
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);

@@ -33,6 +33,19 @@ const EMBEDDINGS: [&str; 12] = [
     "wte",
 ];
 
+/// Embeddings of tokens, the ones that may be large: those of positions and the like never are.
+const TOKEN_EMBEDDINGS: [&str; 9] = [
+    "embed_in",
+    "embed_tokens",
+    "embed_tokens_per_layer",
+    "shared",
+    "tok_embeddings",
+    "token_embedding",
+    "token_embeddings",
+    "word_embeddings",
+    "wte",
+];
+
 /// Layers that choose between experts.
 const ROUTERS: [&str; 2] = ["gate", "router"];
 
@@ -41,6 +54,7 @@ const ROUTERS: [&str; 2] = ["gate", "router"];
 pub(super) struct Selection {
     quantized: BTreeSet<String>,
     skip_entry: Option<Vec<String>>,
+    quantizes_head: bool,
 }
 
 /// Why a matrix keeps its dtype.
@@ -53,11 +67,17 @@ enum Kept {
 }
 
 impl Selection {
-    /// Decides on each parameter.
+    /// Decides on each parameter. `tied` tells whether the output head is the embedding, as far as that
+    /// is known.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Config`] if a head or embeddings are to be quantized and there are none,
+    /// [`Nf4Error::Pattern`], [`Nf4Error::Dtype`].
     pub fn new(
         source: &Checkpoint,
         parameters: &[&str],
         options: &QuantizeOptions,
+        tied: Option<bool>,
     ) -> Result<Self, Nf4Error> {
         let patterns = options
             .skip_modules
@@ -66,6 +86,7 @@ impl Selection {
             .collect::<Result<Vec<_>, _>>()?;
         let mut quantized = BTreeSet::new();
         let mut kept = Vec::new();
+        let (mut any_head, mut any_embedding) = (false, false);
         for &key in parameters {
             let info = source.tensor_info(key)?;
             let module = key.strip_suffix(".weight");
@@ -79,7 +100,9 @@ impl Selection {
                 continue;
             }
             let module = module.unwrap_or(key);
-            match reason_to_keep(module, expert && !options.experts, &patterns)? {
+            any_head |= is_head(module);
+            any_embedding |= is_token_embedding(module);
+            match reason_to_keep(module, expert && !options.experts, options, &patterns)? {
                 Some(reason) => kept.push((module.to_string(), reason)),
                 None => {
                     expect_float(info.dtype, key)?;
@@ -87,11 +110,26 @@ impl Selection {
                 }
             }
         }
+        if options.embeddings && !any_embedding {
+            return missing("embeddings", "a checkpoint with a token embedding", source);
+        }
+        let is_embedding = options.embeddings && tied != Some(false);
+        if options.head && !any_head && !is_embedding {
+            let expected = "a checkpoint with an output head that is not the embedding";
+            return missing("head", expected, source);
+        }
         let skip_entry = skip_entry(&quantized, &kept, &options.skip_modules);
+        let quantizes_head = quantized.iter().any(|key| is_head(module_of(key)));
         Ok(Self {
             quantized,
             skip_entry,
+            quantizes_head,
         })
+    }
+
+    /// Whether an output head of its own is quantized.
+    pub fn quantizes_head(&self) -> bool {
+        self.quantizes_head
     }
 
     pub fn is_quantized(&self, key: &str) -> bool {
@@ -134,9 +172,27 @@ fn fault(pattern: &str, error: &fancy_regex::Error) -> Nf4Error {
     }
 }
 
+fn missing<T>(
+    field: &'static str,
+    expected: &'static str,
+    source: &Checkpoint,
+) -> Result<T, Nf4Error> {
+    Err(Nf4Error::Config {
+        field,
+        expected,
+        given: format!("true for {}, which has none", source.path().display()),
+    })
+}
+
+/// The module that a weight belongs to.
+fn module_of(key: &str) -> &str {
+    key.strip_suffix(".weight").unwrap_or(key)
+}
+
 fn reason_to_keep(
     module: &str,
     kept_expert: bool,
+    options: &QuantizeOptions,
     patterns: &[SkipPattern<'_>],
 ) -> Result<Option<Kept>, Nf4Error> {
     for pattern in patterns {
@@ -144,7 +200,14 @@ fn reason_to_keep(
             return Ok(Some(Kept::Named));
         }
     }
-    let by_default = kept_expert || is_kept_by_default(module);
+    // Some heads are named as embeddings are.
+    let by_default = if is_head(module) {
+        !options.head
+    } else if is_token_embedding(module) {
+        !options.embeddings
+    } else {
+        kept_expert || is_kept_by_default(module)
+    };
     Ok(by_default.then_some(Kept::Default))
 }
 
@@ -189,6 +252,10 @@ pub(crate) fn is_embedding(module: &str) -> bool {
     EMBEDDINGS.contains(&name) || (name.contains("embed") && !name.ends_with("proj"))
 }
 
+fn is_token_embedding(module: &str) -> bool {
+    TOKEN_EMBEDDINGS.contains(&last_part(module))
+}
+
 /// Whether a parameter belongs to the experts of a mixture, fused or apart.
 fn is_expert(key: &str) -> bool {
     key.split('.').any(|part| part == "experts")
@@ -197,7 +264,8 @@ fn is_expert(key: &str) -> bool {
 /// The entries that make transformers keep `kept` and nothing that is quantized.
 ///
 /// Given any entry, transformers no longer keeps the head by itself, so that it is listed too;
-/// also where the checkpoint has none because it is tied to the embeddings.
+/// also where the checkpoint has none because it is tied to the embeddings. Where the head is quantized,
+/// an empty list says so.
 fn skip_entry(
     quantized: &BTreeSet<String>,
     kept: &[(String, Kept)],
@@ -207,10 +275,19 @@ fn skip_entry(
     let known = |(module, _): &(String, Kept)| {
         is_known_embedding(module) || HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module))
     };
-    if named.is_empty() && kept.iter().all(known) {
+    let quantized_head = |name: &str| {
+        quantized
+            .iter()
+            .any(|key| last_part(module_of(key)) == name)
+    };
+    if named.is_empty() && kept.iter().all(known) && !HEADS.iter().any(|name| quantized_head(name))
+    {
         return None;
     }
-    let mut entries = vec!["lm_head".to_string()];
+    let mut entries = match quantized_head("lm_head") {
+        true => Vec::new(),
+        false => vec!["lm_head".to_string()],
+    };
     entries.extend(named.iter().filter(|&name| name != "lm_head").cloned());
     for (module, reason) in kept {
         let listed = *reason == Kept::Named || last_part(module) == "lm_head";
@@ -229,11 +306,7 @@ fn skip_entry(
 /// enough for transformers 5.17. If there is none it is the whole path, as a regular expression that
 /// matches no longer one.
 fn distinct_entry(module: &str, quantized: &BTreeSet<String>) -> String {
-    let modules = || {
-        quantized
-            .iter()
-            .map(|key| key.strip_suffix(".weight").unwrap_or(key))
-    };
+    let modules = || quantized.iter().map(|key| module_of(key));
     let starts = module
         .rmatch_indices('.')
         .map(|(dot, _)| dot + 1)

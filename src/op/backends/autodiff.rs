@@ -16,8 +16,8 @@ use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use burn::tensor::Shape;
 
 use crate::op::base::{
-    DenseSpec, DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
-    QuantizeSpec, WeightLoraSpec, add_lora, cast,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy,
+    Nf4Backend, QuantizeSpec, WeightLoraSpec, add_lora, cast,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -28,6 +28,15 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         // The weight is frozen: the result is a constant to autodiff.
         Self::from_inner(B::nf4_dequantize(packed, spec))
+    }
+
+    fn nf4_embedding(
+        ids: IntTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: EmbeddingSpec,
+    ) -> FloatTensor<Self> {
+        // Ids have no gradient and the weight is frozen.
+        Self::from_inner(B::nf4_embedding(ids, packed, spec))
     }
 
     fn nf4_linear(

@@ -2,7 +2,7 @@
 
 use burn::backend::DispatchDevice;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
+use burn::tensor::{Bytes, DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
@@ -10,8 +10,8 @@ use crate::error::Nf4Error;
 use crate::format::{self, FloatElement, FloatType};
 use crate::host;
 use crate::op::base::{
-    DequantizeSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
-    decoded_matmul,
+    DequantizeSpec, EmbeddingSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
+    debug_check, decoded_matmul,
 };
 
 impl Nf4Backend for Flex {
@@ -39,6 +39,23 @@ impl Nf4Backend for Flex {
             FloatType::F32 => dequantize::<f32>(&packed, &spec),
         };
         let shape = Shape::from([spec.rows, spec.columns]);
+        FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
+    }
+
+    fn nf4_embedding(
+        ids: IntTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: EmbeddingSpec,
+    ) -> FloatTensor<Self> {
+        debug_check(&packed, &spec.layout);
+        let packed = packed.to_contiguous();
+        let ids = row_numbers(&ids.to_contiguous());
+        let bytes = match spec.dtype {
+            FloatType::F16 => embedding::<f16>(&ids, &packed, &spec),
+            FloatType::BF16 => embedding::<bf16>(&ids, &packed, &spec),
+            FloatType::F32 => embedding::<f32>(&ids, &packed, &spec),
+        };
+        let shape = Shape::from([spec.ids, spec.columns]);
         FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
     }
 
@@ -153,4 +170,64 @@ fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> By
     let mut out = vec![T::zeroed(); spec.elems()];
     host::dequantize(words, &spec.layout, spec.start, &mut out);
     Bytes::from_elems(out)
+}
+
+/// Ids as numbers of rows; what can be none is one past all of them.
+fn row_numbers(ids: &FlexTensor) -> Vec<usize> {
+    fn convert<T: bytemuck::Pod>(ids: &FlexTensor) -> Vec<usize>
+    where
+        usize: TryFrom<T>,
+    {
+        let ids = bytemuck::cast_slice::<u8, T>(ids.bytes()).iter();
+        ids.map(|&id| usize::try_from(id).unwrap_or(usize::MAX))
+            .collect()
+    }
+    match ids.dtype() {
+        DType::I64 => convert::<i64>(ids),
+        DType::I32 => convert::<i32>(ids),
+        DType::I16 => convert::<i16>(ids),
+        DType::I8 => convert::<i8>(ids),
+        DType::U64 => convert::<u64>(ids),
+        DType::U32 => convert::<u32>(ids),
+        DType::U16 => convert::<u16>(ids),
+        DType::U8 => convert::<u8>(ids),
+        dtype => unreachable!("an integer tensor of {dtype:?}"),
+    }
+}
+
+fn embedding<T: FloatElement>(ids: &[usize], packed: &FlexTensor, spec: &EmbeddingSpec) -> Bytes {
+    let EmbeddingSpec {
+        layout,
+        rows,
+        columns,
+        transposed,
+        ..
+    } = *spec;
+    let words: &[u32] = bytemuck::cast_slice(packed.bytes());
+    let mut out = vec![T::zeroed(); spec.ids * columns];
+    host::embedding(words, &layout, [rows, columns], transposed, ids, &mut out);
+    Bytes::from_elems(out)
+}
+
+/// Checks ids that lie on the CPU, where looking costs no waiting.
+pub(in crate::op) fn check_ids<const D: usize>(ids: &Tensor<D, Int>, rows: usize) -> Result<(), Nf4Error> {
+    let device = ids.device().without_autodiff();
+    if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
+        return Ok(());
+    }
+    let data = ids.to_data();
+    let numbers: Vec<i128> = match data.dtype() {
+        DType::U64 => data.iter::<u64>().map(i128::from).collect(),
+        _ => data.iter::<i64>().map(i128::from).collect(),
+    };
+    let inside = |id: &i128| (0..rows as i128).contains(id);
+    match numbers.iter().position(|id| !inside(id)) {
+        None => Ok(()),
+        Some(index) => Err(Nf4Error::IdRange {
+            tensor: "ids".into(),
+            index,
+            given: numbers[index],
+            rows,
+        }),
+    }
 }

@@ -1,7 +1,7 @@
 //! Linear maps with a packed weight.
 
 use burn::backend::{Dispatch, DispatchDevice};
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::check::{check_device, check_dtype};
 use super::dense::{MatmulOptions, matmul, uses_cublaslt};

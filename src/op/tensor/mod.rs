@@ -2,12 +2,14 @@
 
 mod check;
 mod dense;
+mod embedding;
 mod empty;
 mod linear;
 mod spec;
 mod weight;
 
 pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
+pub use embedding::embedding;
 pub(crate) use empty::connect_empty;
 pub(crate) use linear::effective_weight;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};

@@ -1,5 +1,6 @@
 //! The operations on CubeCL runtimes: allocate, launch.
 
+use burn::backend::cubecl::dtype_to_elem_type;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
@@ -12,11 +13,14 @@ use cubecl::prelude::Client;
 use super::cublaslt;
 use super::tune::{self, Inputs, LoraInputs};
 use crate::error::Nf4Error;
-use crate::launch::{self, DequantizePlan, MatmulPlan, MatmulVariant};
+use crate::launch::{
+    self, DequantizePlan, EmbeddingPlan, EmbeddingProblem, MatmulPlan, MatmulVariant,
+};
 #[cfg(feature = "cublaslt")]
 use crate::op::base::DenseSpec;
 use crate::op::base::{
-    DequantizeSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec, debug_check,
+    DequantizeSpec, EmbeddingSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
+    debug_check,
 };
 use crate::op::reproducible::is_reproducible;
 
@@ -54,6 +58,35 @@ impl Nf4Backend for CubeBackend {
             packed.client,
             packed.device,
             Shape::from([spec.rows, spec.columns]),
+            out,
+            spec.dtype.into(),
+        )
+    }
+
+    fn nf4_embedding(
+        ids: IntTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: EmbeddingSpec,
+    ) -> FloatTensor<Self> {
+        debug_check(&packed, &spec.layout);
+        let (ids, packed) = (into_contiguous(ids), into_contiguous(packed));
+        let problem = EmbeddingProblem {
+            rows: spec.rows,
+            columns: spec.columns,
+            transposed: spec.transposed,
+            ids: spec.ids,
+            ids_dtype: dtype_to_elem_type(ids.dtype),
+            dtype: spec.dtype,
+        };
+        let plan = EmbeddingPlan::new(&packed.client, &spec.layout, problem)
+            .expect("arguments were validated");
+        let out = packed.client.empty(plan.out_bytes());
+        plan.launch(packed.handle, ids.handle, out.clone())
+            .expect("arguments were validated");
+        CubeTensor::new_contiguous(
+            packed.client,
+            packed.device,
+            Shape::from([spec.ids, spec.columns]),
             out,
             spec.dtype.into(),
         )

@@ -152,6 +152,13 @@ pub struct Quantization {
     /// Quantize the experts of a mixture too (transformers 5.17 does not load those)
     #[arg(long)]
     experts: bool,
+    /// Quantize the output head too
+    #[arg(long)]
+    head: bool,
+    /// Quantize the embeddings of tokens too, and a head that is tied to them (transformers does not
+    /// load those)
+    #[arg(long)]
+    embeddings: bool,
     /// Type under which the codes are stored
     #[arg(long, default_value = "uint8")]
     storage: StorageArg,
@@ -172,6 +179,8 @@ fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
         },
         skip_modules: settings.skip,
         experts: settings.experts,
+        head: settings.head,
+        embeddings: settings.embeddings,
         storage: settings.storage.into(),
         dtype: settings.dtype.map(Into::into),
         compute_dtype: settings.compute_dtype.map(Into::into),
