@@ -1,5 +1,7 @@
 //! The parameters of a module, found without making or reading any of them.
 
+use std::fmt;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor};
 use burn_store::burn_pack::{Bytes, Tensor as PackTensor};
@@ -177,6 +179,12 @@ impl ParameterPath {
             device,
             kind,
         }
+    }
+}
+
+impl fmt::Display for ParameterPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.path.join("."))
     }
 }
 

@@ -9,7 +9,8 @@ use half::{bf16, f16};
 use super::fresh::{is_trained_whole, trains_bias, with_saved_weight};
 use super::layers::{LinearLayers, TiedHead, named};
 use super::names::{
-    Change, ModelNames, OtherFloat, change_floats, model_dtype, of_linear, other_floats,
+    Change, ModelNames, OtherFloat, change_floats, check_handed_out, model_dtype, of_linear,
+    other_floats,
 };
 use crate::error::Nf4Error;
 use crate::nn::AnyLinear;
@@ -32,6 +33,7 @@ pub(super) fn apply<M: LinearLayers>(
     adapter: &Adapter,
     device: &Device,
 ) -> Result<M, Nf4Error> {
+    check_handed_out(&model)?;
     let model = model.without_branches()?.no_grad();
     let mut model = replace_parameters(model, adapter, device)?;
     model = adapt_embeddings(model, adapter, device)?;

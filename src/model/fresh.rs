@@ -6,7 +6,9 @@ use burn::module::Param;
 use burn::tensor::Device;
 
 use super::layers::{LinearLayers, named};
-use super::names::{Change, ModelNames, OtherFloat, change_floats, of_linear, other_floats};
+use super::names::{
+    Change, ModelNames, OtherFloat, change_floats, check_handed_out, of_linear, other_floats,
+};
 use crate::checkpoint::convert::is_embedding;
 use crate::error::Nf4Error;
 use crate::nn::AnyLinear;
@@ -17,6 +19,7 @@ pub(super) fn fresh<M: LinearLayers>(
     lora: &LoraConfig,
     device: &Device,
 ) -> Result<M, Nf4Error> {
+    check_handed_out(&model)?;
     let adapter = Adapter::new(lora.clone())?;
     let mut model = model;
     if let Some(tied) = model.tied_head() {

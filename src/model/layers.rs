@@ -151,6 +151,7 @@ pub trait LinearLayers: Module {
     /// 4 bit already stay as they are.
     ///
     /// # Errors
+    /// [`Nf4Error::Config`] for a model that does not hand out all of its layers,
     /// [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression,
     /// [`Nf4Error::NonFinite`] with the name of a weight that holds a NaN or an infinity (on the CPU),
     /// and those of [`Nf4Weight::quantize`](crate::Nf4Weight::quantize).
@@ -193,7 +194,7 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// - [`Nf4Error::Misfit`] with everything that is missing, unexpected or of another shape
     /// - the first of [`Checkpoint::faults`](crate::checkpoint::Checkpoint::faults)
-    /// - [`Nf4Error::Config`] for a model with branches
+    /// - [`Nf4Error::Config`] for a model with branches, or that does not hand out all of its layers
     /// - those of [`CheckpointStore`]
     fn load_checkpoint(self, store: CheckpointStore) -> Result<Self, Nf4Error> {
         load::load(self, store)
@@ -331,130 +332,4 @@ pub(super) fn named(mut error: Nf4Error, module: &str) -> Nf4Error {
         *tensor = key;
     }
     error
-}
-
-/// A path with one more name at its end.
-///
-/// ```
-/// use burn_nf4::model::join_path;
-///
-/// assert_eq!(join_path("layers", "0"), "layers.0");
-/// assert_eq!(join_path("", "layers"), "layers");
-/// ```
-pub fn join_path(path: &str, name: &str) -> String {
-    match path {
-        "" => name.into(),
-        _ => format!("{path}.{name}"),
-    }
-}
-
-impl LinearLayers for AnyLinear {
-    fn collect_linears<'a>(&'a self, path: &str, found: &mut Vec<(String, &'a AnyLinear)>) {
-        found.push((path.into(), self));
-    }
-
-    fn map_linears(self, path: &str, map: &mut MapLinear<'_>) -> Result<Self, Nf4Error> {
-        map(path, self)
-    }
-}
-
-impl<T: LinearLayers> LinearLayers for Option<T> {
-    fn collect_linears<'a>(&'a self, path: &str, found: &mut Vec<(String, &'a AnyLinear)>) {
-        if let Some(inner) = self {
-            inner.collect_linears(path, found);
-        }
-    }
-
-    fn map_linears(self, path: &str, map: &mut MapLinear<'_>) -> Result<Self, Nf4Error> {
-        self.map(|inner| inner.map_linears(path, map)).transpose()
-    }
-}
-
-impl<T: LinearLayers> LinearLayers for Vec<T> {
-    fn collect_linears<'a>(&'a self, path: &str, found: &mut Vec<(String, &'a AnyLinear)>) {
-        for (index, inner) in self.iter().enumerate() {
-            inner.collect_linears(&join_path(path, &index.to_string()), found);
-        }
-    }
-
-    fn map_linears(self, path: &str, map: &mut MapLinear<'_>) -> Result<Self, Nf4Error> {
-        let inner = self.into_iter().enumerate();
-        inner
-            .map(|(index, inner)| inner.map_linears(&join_path(path, &index.to_string()), map))
-            .collect()
-    }
-}
-
-/// Implements [`LinearLayers`](crate::model::LinearLayers) for a struct: its name, and the fields that
-/// are linear layers or modules with such in them. Functions to override follow in braces.
-///
-/// ```
-/// use burn::module::{Module, Param};
-/// use burn::tensor::Tensor;
-/// use burn_nf4::linear_layers;
-/// use burn_nf4::model::TiedHead;
-/// use burn_nf4::nn::AnyLinear;
-///
-/// #[derive(Module, Debug)]
-/// struct Model {
-///     embed_tokens: Param<Tensor<2>>,
-///     layers: Vec<AnyLinear>,
-///     /// None where the head is the table of the embedding.
-///     lm_head: Option<AnyLinear>,
-/// }
-///
-/// linear_layers!(Model { layers, lm_head } {
-///     fn checkpoint_name(path: &str) -> String {
-///         match path {
-///             "embed_tokens" => "model.embed_tokens.weight".into(),
-///             path if path.starts_with("lm_head") => path.into(),
-///             path => format!("model.{path}"),
-///         }
-///     }
-///
-///     fn tied_head(&self) -> Option<TiedHead> {
-///         self.lm_head.is_none().then(|| TiedHead {
-///             head: "lm_head".into(),
-///             embedding: "model.embed_tokens".into(),
-///         })
-///     }
-///
-///     fn untie_head(mut self) -> Self {
-///         self.lm_head = Some(AnyLinear::from_weight(self.embed_tokens.val(), None));
-///         self
-///     }
-/// });
-/// ```
-#[macro_export]
-macro_rules! linear_layers {
-    ($module:ty { $($field:ident),+ $(,)? } $({ $($override:tt)* })?) => {
-        impl $crate::model::LinearLayers for $module {
-            fn collect_linears<'a>(
-                &'a self,
-                path: &str,
-                found: &mut Vec<(String, &'a $crate::nn::AnyLinear)>,
-            ) {
-                $(
-                    let path_of_field = $crate::model::join_path(path, stringify!($field));
-                    $crate::model::LinearLayers::collect_linears(&self.$field, &path_of_field, found);
-                )+
-            }
-
-            fn map_linears(
-                self,
-                path: &str,
-                map: &mut $crate::model::MapLinear<'_>,
-            ) -> Result<Self, $crate::Nf4Error> {
-                let mut module = self;
-                $(
-                    let path_of_field = $crate::model::join_path(path, stringify!($field));
-                    module.$field =
-                        $crate::model::LinearLayers::map_linears(module.$field, &path_of_field, map)?;
-                )+
-                Ok(module)
-            }
-
-            $($($override)*)?
-        }
-    };
 }

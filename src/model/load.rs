@@ -6,8 +6,8 @@ use burn::nn::LinearConfig;
 use burn::tensor::{Device, Tensor};
 use burn_store::ModuleStore;
 
-use super::layers::{LinearLayers, join_path};
-use super::names::{module_name, of_linear};
+use super::layers::LinearLayers;
+use super::names::{check_handed_out, module_name, of_linear};
 use crate::checkpoint::CheckpointStore;
 use crate::checkpoint::convert::check_source;
 use crate::checkpoint::parameters::parameters_of;
@@ -17,6 +17,7 @@ use crate::nn::{AnyLinear, Nf4Linear};
 use crate::op::{MatmulStrategy, Nf4Weight};
 
 pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<M, Nf4Error> {
+    check_handed_out(&model)?;
     check_source(store.checkpoint())?;
     refuse_branches(&model, "to load a base model into")?;
     let entries: BTreeMap<String, Entry> = store
@@ -55,7 +56,6 @@ pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<
         Tie::AsIs | Tie::Two => {}
     }
     let mut store = store.with_places(places).skip_enum_variants(true);
-    let mut model = model;
     match store.apply_to(&mut model) {
         Ok(_) => Ok(model),
         Err(error) => Err(with_names(error, &names)),
@@ -144,8 +144,8 @@ impl Tie {
         let Some(tied) = model.tied_head() else {
             return Ok(Self::AsIs);
         };
-        let head = join_path(&tied.head, "weight");
-        let table = join_path(&tied.embedding, "weight");
+        let head = of_linear(&tied.head, "weight");
+        let table = of_linear(&tied.embedding, "weight");
         let is_dense = |entry: &Entry| matches!(entry.kind, EntryKind::Dense { .. });
         Ok(match (entries.get(&table), entries.get(&head)) {
             (Some(of_table), Some(of_head)) => match are_equal(of_table, of_head, store)? {

@@ -7,6 +7,7 @@
 mod apply;
 mod count;
 mod extract;
+mod fields;
 mod fresh;
 mod layers;
 mod load;
@@ -16,7 +17,8 @@ mod quantize;
 mod save;
 
 pub use count::ParameterCount;
-pub use layers::{LinearLayers, MapLinear, TiedHead, join_path};
+pub use fields::join_path;
+pub use layers::{LinearLayers, MapLinear, TiedHead};
 pub use peft_model::PeftModel;
 pub use quantize::QuantizeLayers;
 pub use save::SaveFolder;

@@ -1,6 +1,7 @@
 //! The linear layers of a model in 4 bit.
 
 use super::layers::{LinearLayers, named};
+use super::names::check_handed_out;
 use crate::checkpoint::convert::{SkipPattern, is_kept_by_default};
 use crate::error::Nf4Error;
 use crate::format::QuantConfig;
@@ -21,6 +22,7 @@ pub struct QuantizeLayers {
 }
 
 pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> Result<M, Nf4Error> {
+    check_handed_out(&model)?;
     let patterns = options.skip_modules.iter();
     let patterns = patterns
         .map(|pattern| SkipPattern::new(pattern))

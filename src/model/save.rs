@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::layers::LinearLayers;
 use super::load::refuse_branches;
+use super::names::check_handed_out;
 use crate::checkpoint::convert::{
     ModelConfig, copy_other_files, is_head, skip_entry_of, start_writer,
 };
@@ -62,6 +63,7 @@ pub(super) fn save<M: LinearLayers>(
     folder: &Path,
     options: &SaveFolder<'_>,
 ) -> Result<Written, Nf4Error> {
+    check_handed_out(model)?;
     refuse_branches(model, "to save: merge it, or take it off")?;
     let mut config = match (&options.model_config, options.source) {
         (Some(entries), _) => Some(ModelConfig::from_entries(entries.clone())),

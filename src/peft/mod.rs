@@ -45,9 +45,10 @@
 //! ```
 //!
 //! An adapter can hold more than the branches of layers: [`Adapter::embeddings`] are branches of
-//! embeddings, and [`Adapter::full_tensors`] take the place of parameters of the base model. A
-//! program that puts an adapter on its own model puts those there too; `burn_nf4_llm::model::adapter`
-//! does so. [`merge_16bit`] and [`merge_4bit`] put all of an adapter into the weights of its base
+//! embeddings, and [`Adapter::full_tensors`] take the place of parameters of the base model.
+//! [`LinearLayers::apply_adapter`](crate::model::LinearLayers::apply_adapter) puts all of it on a whole
+//! model; a program that goes layer by layer puts those there too. [`merge_16bit`] and [`merge_4bit`]
+//! put all of an adapter into the weights of its base
 //! model.
 
 mod adapter;

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::linear_layers;
-use burn_nf4::model::{LinearLayers, ParameterCount, PeftModel, QuantizeLayers};
+use burn_nf4::model::{LinearLayers, ParameterCount, PeftModel, QuantizeLayers, SaveFolder};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::MatmulStrategy;
 use burn_nf4::peft::{LoraBias, LoraConfig, TargetModules};
@@ -223,6 +223,39 @@ fn a_target_that_is_not_handed_out_is_refused() {
     let again = model().apply_adapter(&adapter, &device).expect("it fits");
     let theirs = again.plain.weight.val().into_data();
     assert_eq!(theirs, adapted.plain.weight.val().into_data());
+}
+
+#[derive(Module, Debug)]
+struct Forgetful {
+    up_proj: AnyLinear,
+    down_proj: AnyLinear,
+}
+
+linear_layers!(Forgetful { up_proj });
+
+/// What is left out would stay in floats, or without a branch, unseen.
+#[test]
+fn a_layer_that_is_not_handed_out_is_an_error() {
+    let device = Device::default().autodiff();
+    let linear = || AnyLinear::from(LinearConfig::new(8, 8).init(&device));
+    let model = Forgetful {
+        up_proj: linear(),
+        down_proj: linear(),
+    };
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let saved = model.save_folder(folder.path(), &SaveFolder::default());
+    let adapted = model
+        .clone()
+        .with_lora(&lora(TargetModules::AllLinear), &device);
+    let errors = [
+        model.quantize(&quantize(&[], false)).map(|_| ()),
+        adapted.map(|_| ()),
+        saved.map(|_| ()),
+    ];
+    for error in errors {
+        let text = error.expect_err("it is refused").to_string();
+        assert!(text.contains("without `down_proj`"), "{text}");
+    }
 }
 
 fn ids(device: &Device) -> Tensor<2, Int> {
