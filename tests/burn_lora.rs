@@ -565,7 +565,7 @@ fn packed_linears_move_and_change_state_whole(device: &Device) {
     let packed = Module::train(packed.valid()).fork(&device.clone().autodiff());
     assert_eq!(Paths::of(&packed).trained.len(), 2);
     assert_eq!(packed.weight.id, id);
-    assert_eq!(packed.devices(), [device.clone()]);
+    assert_eq!(packed.devices(), std::slice::from_ref(device));
     let dense = packed.valid().materialize();
     assert_eq!(dense.weight.base().dims(), [D_INPUT, D_OUTPUT]);
     assert!(
