@@ -210,7 +210,10 @@ fn embedding<T: FloatElement>(ids: &[usize], packed: &FlexTensor, spec: &Embeddi
 }
 
 /// Checks ids that lie on the CPU, where looking costs no waiting.
-pub(in crate::op) fn check_ids<const D: usize>(ids: &Tensor<D, Int>, rows: usize) -> Result<(), Nf4Error> {
+pub(in crate::op) fn check_ids<const D: usize>(
+    ids: &Tensor<D, Int>,
+    rows: usize,
+) -> Result<(), Nf4Error> {
     let device = ids.device().without_autodiff();
     if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
         return Ok(());
