@@ -190,6 +190,35 @@ fn apply_lora_leaves_our_layers_alone(device: &Device) {
     assert_eq!(paths.all.iter().filter(adapted).count(), 2);
 }
 
+/// The branch on a weight of floats is no other: its weight gets Burn's adapter, its factors get none.
+fn apply_lora_leaves_the_branch_of_a_float_layer_alone(device: &Device) {
+    let device = device.clone().autodiff();
+    let layer = QLoraLinearConfig::new(RANK).with_use_dora(true);
+    let layer = layer
+        .init_dense(dense(9, &device), &device)
+        .expect("it fits");
+    let y = values(&layer.forward(input(&device)));
+    let ids = [layer.lora_a.id, layer.lora_b.id];
+    let layer = layer.apply_lora(Lora::new(2, 4.0));
+    assert!(layer.base.weight.adapter().is_some());
+    assert!(layer.lora_a.adapter().is_none() && layer.lora_b.adapter().is_none());
+    assert_eq!([layer.lora_a.id, layer.lora_b.id], ids);
+    assert!(
+        layer
+            .lora_magnitude
+            .as_ref()
+            .is_some_and(|magnitude| magnitude.adapter().is_none())
+    );
+    assert_near(
+        &values(&layer.forward(input(&device))),
+        &y,
+        PRODUCT_TOLERANCE,
+        "y",
+    );
+    let layer = layer.unfreeze_group(lora_params());
+    assert!(layer.lora_a.is_require_grad() && layer.lora_b.is_require_grad());
+}
+
 fn both_branches_train_after_unfreezing_our_group(device: &Device) {
     let device = device.clone().autodiff();
     let model = model(&device)
@@ -764,6 +793,7 @@ macro_rules! device_tests {
 
             device_tests!(@each
                 apply_lora_leaves_our_layers_alone
+                apply_lora_leaves_the_branch_of_a_float_layer_alone
                 both_branches_train_after_unfreezing_our_group
                 quantizers_leave_our_layers_alone
                 unfreezing_all_trains_biases_and_never_packed_weights

@@ -30,8 +30,7 @@ const NORM_CHUNK_ELEMS: usize = 1 << 22;
 /// assert!(layer.lora_b.grad(&grads).is_some());
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
-#[derive(Module, Debug)]
-#[module(custom_display)]
+#[derive(Debug, Clone)]
 pub struct LoraLinear {
     /// The frozen layer.
     pub base: Linear,
@@ -46,7 +45,6 @@ pub struct LoraLinear {
     /// The factor `s` of the branch.
     pub scale: f64,
     /// Whether the branch takes part; not part of a record.
-    #[module(skip)]
     pub enabled: bool,
 }
 

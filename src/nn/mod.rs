@@ -2,8 +2,8 @@
 //!
 //! # Burn's own mappers on these layers
 //!
-//! [`Nf4Linear`] and [`QLoraLinear`] are Burn modules, and Burn's functions over modules reach into
-//! them. What comes of it:
+//! [`Nf4Linear`], [`QLoraLinear`] and [`LoraLinear`] are Burn modules, and Burn's functions over modules
+//! reach into them. What comes of it (the weight of a `LoraLinear` is a `Linear` of Burn's to them):
 //!
 //! | Burn's | on a packed weight | on a bias | on `lora_a`, `lora_b`, `lora_magnitude` |
 //! |---|---|---|---|

@@ -41,8 +41,9 @@ pub(super) fn map_plain<const D: usize, M: ModuleMapper>(
     Mapped { param, adapter }
 }
 
-/// The trained parameters of every [`QLoraLinear`](super::QLoraLinear) in a module: the matrices
-/// `lora_a` and `lora_b` and the magnitudes `lora_magnitude`.
+/// The trained parameters of every [`QLoraLinear`](super::QLoraLinear) and
+/// [`LoraLinear`](super::LoraLinear) in a module: the matrices `lora_a` and `lora_b` and the magnitudes
+/// `lora_magnitude`.
 ///
 /// The group for Burn's `unfreeze_group`, `set_require_grad_group`, optimizers by group and
 /// `into_record_group`, where their variants without a group would reach the biases of frozen layers
