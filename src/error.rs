@@ -453,7 +453,9 @@ impl Nf4Error {
             source: error.into(),
         }
     }
+}
 
+impl Nf4Error {
     /// Names the weight `key` of a checkpoint, and its parts, where a function that knows no key has
     /// named the component at fault.
     pub(crate) fn with_key(mut self, key: &str) -> Self {
@@ -469,7 +471,10 @@ impl Nf4Error {
         }
         self
     }
+}
 
+#[cfg(feature = "checkpoint")]
+impl Nf4Error {
     /// Turns an error of the safetensors crate about the file `path` into one of these.
     pub(crate) fn safetensors(path: impl AsRef<Path>) -> impl Fn(SafeTensorError) -> Self {
         move |error| match error {

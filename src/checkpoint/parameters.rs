@@ -63,6 +63,7 @@ impl Parameter {
     }
 
     /// The path, with the name that PyTorch uses for the parameter.
+    #[cfg(feature = "peft")]
     pub fn stored_path(&self) -> &str {
         self.pytorch_path.as_deref().unwrap_or(&self.path)
     }
@@ -130,6 +131,7 @@ impl ParameterPath {
     }
 
     /// Whether this is inside of a module of such a type, as Burn names it: `Struct:Linear`.
+    #[cfg(feature = "peft")]
     pub fn is_in(&self, container_type: &str) -> bool {
         self.containers.iter().any(|inner| inner == container_type)
     }

@@ -204,6 +204,7 @@ impl CheckpointStore {
     }
 
     /// Sets the paths in the module of remapped keys; a tensor that gets none is left out.
+    #[cfg(feature = "peft")]
     pub(crate) fn with_places(mut self, places: BTreeMap<String, Option<String>>) -> Self {
         self.places = places;
         self.tensors = None;
@@ -211,6 +212,7 @@ impl CheckpointStore {
     }
 
     /// What dense floats are converted to.
+    #[cfg(feature = "peft")]
     pub(crate) fn dtype(&self) -> Option<FloatType> {
         self.dtype
     }

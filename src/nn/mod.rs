@@ -101,6 +101,7 @@ mod reparameterization;
 mod traversal;
 
 pub use any_linear::AnyLinear;
+#[cfg(feature = "peft")]
 pub(crate) use any_linear::with_stable_id;
 pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
 pub use linear::{Nf4Linear, Nf4LinearConfig};

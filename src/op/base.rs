@@ -423,7 +423,7 @@ pub trait Nf4Backend: Backend {
     ///
     /// # Shapes
     /// - `anchor`: `[1]`, any values; with a graph it connects the weight to it, see
-    ///   [`effective_weight`](super::effective_weight)
+    ///   `effective_weight`
     /// - `packed`: as for `nf4_linear`
     /// - returns `[k, n]`, of `spec.dtype`
     #[fusion(default)]

@@ -28,7 +28,6 @@ const CONV1D_MODELS: [&str; 5] = [
 /// The names of the dtype entry: transformers 5's, and the one before.
 const DTYPE_KEYS: [&str; 2] = ["dtype", "torch_dtype"];
 
-#[cfg(feature = "peft")]
 const TIED: &str = "tie_word_embeddings";
 
 /// The entries, each as it was read unless it is set here, but for the one that names the file of
@@ -70,6 +69,7 @@ impl ModelConfig {
     }
 
     /// The entries of a folder that has no file yet.
+    #[cfg(feature = "peft")]
     pub fn from_entries(mut entries: Map<String, Value>) -> Self {
         entries.remove(WEIGHTS_ENTRY);
         Self {
@@ -139,7 +139,6 @@ impl ModelConfig {
 
     /// Whether it says that the output head is the embedding, in itself or in a part of a composed
     /// model; `None` where it says nothing.
-    #[cfg(feature = "peft")]
     pub fn ties_embeddings(&self) -> Option<bool> {
         let flag = |entries: &Map<String, Value>| entries.get(TIED)?.as_bool();
         let mut parts = self.entries.values().filter_map(Value::as_object);
@@ -147,7 +146,6 @@ impl ModelConfig {
     }
 
     /// Says that the output head has a weight of its own.
-    #[cfg(feature = "peft")]
     pub fn set_untied(&mut self) {
         for_each_part(&mut self.entries, &mut |part| {
             part.entry(TIED).and_modify(|tied| *tied = false.into());

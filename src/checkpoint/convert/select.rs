@@ -217,6 +217,7 @@ pub(crate) fn is_kept_by_default(module: &str) -> bool {
 }
 
 /// The entry of `llm_int8_skip_modules` for a model with these quantized and float linear layers.
+#[cfg(feature = "peft")]
 pub(crate) fn skip_entry_of(
     quantized: &BTreeSet<String>,
     kept: impl Iterator<Item = String>,
