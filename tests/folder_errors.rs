@@ -263,6 +263,7 @@ fn tensor_in_two_shards() {
     assert_index(folder.path(), &[&absmax, SHARDS[0], SHARDS[1]]);
 }
 
+#[cfg(any(feature = "flex", feature = "cube"))]
 #[test]
 fn part_of_a_weight_that_no_shard_holds() {
     for part in stored::weight(PREFIX, &quantized()).into_keys() {
