@@ -67,8 +67,9 @@ impl EmbeddingPlan {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if the weight has not `rows * columns` elements,
-    /// [`Nf4Error::ElementCount`] if the weight or the result has none, or that too many, [`Nf4Error::Dtype`] if the ids
-    /// are no integers, [`Nf4Error::DeviceDtype`] if the device has no such types.
+    /// [`Nf4Error::ElementCount`] if the weight or the result has none, or that too many,
+    /// [`Nf4Error::Dtype`] if the ids are no integers, [`Nf4Error::DeviceDtype`] if the device has no
+    /// such types.
     pub fn new(
         client: &Client,
         layout: &PackedLayout,

@@ -13,6 +13,7 @@ use super::names::{
     other_floats,
 };
 use crate::error::Nf4Error;
+use crate::format::check_finite;
 use crate::nn::AnyLinear;
 use crate::peft::{Adapter, DenseTensor, LoraModule, is_saved_unasked};
 
@@ -307,18 +308,12 @@ fn merged_table(
         merged = merged * (magnitude / norms.clamp_min(f32::MIN_POSITIVE));
     }
     let merged = merged.cast(dtype);
-    let data = merged.to_data();
-    match data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
-        None => Ok(merged.to_device(&place.device)),
-        Some((index, given)) => Err(Nf4Error::NonFinite {
-            tensor: format!(
-                "{} with the branch of the adapter, in {dtype:?}",
-                place.name
-            ),
-            index,
-            given,
-        }),
-    }
+    let name = format!(
+        "{} with the branch of the adapter, in {dtype:?}",
+        place.name
+    );
+    check_finite(&name, merged.to_data().iter::<f32>())?;
+    Ok(merged.to_device(&place.device))
 }
 
 /// Whether the rows of an embedding or a head are as many as those of the adapter.

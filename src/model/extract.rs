@@ -5,8 +5,8 @@ use super::layers::LinearLayers;
 use super::names::{of_linear, other_floats};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::nn::{AnyLinear, LoraLinear};
-use crate::peft::{Adapter, DenseTensor, LoraBias, LoraModule};
+use crate::nn::AnyLinear;
+use crate::peft::{Adapter, DenseTensor};
 
 pub(super) fn extract_into<M: LinearLayers>(
     model: &M,
@@ -16,7 +16,7 @@ pub(super) fn extract_into<M: LinearLayers>(
     for (name, layer) in model.linears() {
         match layer {
             AnyLinear::QLora(layer) => adapter.insert_layer(&name, layer)?,
-            AnyLinear::Lora(layer) => insert_dense(&mut adapter, &name, layer)?,
+            AnyLinear::Lora(layer) => adapter.insert_dense_layer(&name, layer)?,
             AnyLinear::Dense(_) | AnyLinear::Nf4(_) => {}
         }
         let weight = of_linear(&name, "weight");
@@ -45,31 +45,6 @@ pub(super) fn extract_into<M: LinearLayers>(
         }
     }
     Ok(adapter)
-}
-
-fn insert_dense(adapter: &mut Adapter, name: &str, layer: &LoraLinear) -> Result<(), Nf4Error> {
-    let lora = adapter.layer_config(name)?;
-    if layer.rank() == lora.rank && layer.scale != lora.scale() {
-        return Err(Nf4Error::Config {
-            field: "scale",
-            expected: "the factor that the adapter's settings give",
-            given: layer.scale.to_string(),
-        });
-    }
-    let bias = layer.base.bias.as_ref();
-    let bias = bias.filter(|_| adapter.config().bias != LoraBias::None);
-    let magnitude = layer.lora_magnitude.as_ref();
-    let tensors = LoraModule {
-        lora_a: DenseTensor::from_tensor(layer.lora_a.val().transpose())?,
-        lora_b: DenseTensor::from_tensor(layer.lora_b.val().transpose())?,
-        magnitude: magnitude
-            .map(|magnitude| DenseTensor::from_tensor(magnitude.val()))
-            .transpose()?,
-        bias: bias
-            .map(|bias| DenseTensor::from_tensor(bias.val()))
-            .transpose()?,
-    };
-    adapter.insert(name, tensors)
 }
 
 /// Puts a parameter into the adapter, unless it is what this has already, rounded to the dtype of the

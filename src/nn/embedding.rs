@@ -5,8 +5,9 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Embedding;
 use burn::tensor::{Device, Int, Tensor};
 
+use super::linear::quant_config;
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
+use crate::format::{FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
 use crate::op::{MatmulStrategy, Nf4Weight, embedding, linear_with};
 
 /// Configuration of an [`Nf4Embedding`] to load a record into.
@@ -42,11 +43,7 @@ impl Nf4EmbeddingConfig {
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size.
     pub fn quant_config(&self) -> Result<QuantConfig, Nf4Error> {
-        Ok(QuantConfig {
-            quant_type: self.quant_type,
-            block_size: BlockSize::try_from(self.block_size)?,
-            nested_block_size: self.double_quant.then_some(BlockSize::B256),
-        })
+        quant_config(self.quant_type, self.block_size, self.double_quant)
     }
 
     /// An embedding of zeros.

@@ -45,11 +45,7 @@ impl Nf4LinearConfig {
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size.
     pub fn quant_config(&self) -> Result<QuantConfig, Nf4Error> {
-        Ok(QuantConfig {
-            quant_type: self.quant_type,
-            block_size: BlockSize::try_from(self.block_size)?,
-            nested_block_size: self.double_quant.then_some(BlockSize::B256),
-        })
+        quant_config(self.quant_type, self.block_size, self.double_quant)
     }
 
     /// A layer of zeros.
@@ -70,6 +66,22 @@ impl Nf4LinearConfig {
             .then(|| Tensor::zeros([self.d_output], (device, DType::from(self.dtype))));
         Nf4Linear::new(weight, bias)
     }
+}
+
+/// The quantization that the fields of a config describe, scales in blocks of 256.
+///
+/// # Errors
+/// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size.
+pub(super) fn quant_config(
+    quant_type: QuantType,
+    block_size: usize,
+    double_quant: bool,
+) -> Result<QuantConfig, Nf4Error> {
+    Ok(QuantConfig {
+        quant_type,
+        block_size: BlockSize::try_from(block_size)?,
+        nested_block_size: double_quant.then_some(BlockSize::B256),
+    })
 }
 
 /// A frozen linear layer whose weight stays in 4 bit: `y = x Wᵀ + b`.

@@ -4,13 +4,10 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::{DType, Device, Tensor};
 
-use super::qlora::{QLoraLinearConfig, merge_weight};
+use super::qlora::{NORM_CHUNK_ELEMS, QLoraLinearConfig, drops, given_magnitude, merge_weight};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::op::{LowRank, MatmulOptions, matmul};
-
-/// Weights that are widened at a time while norms are taken: 16 MiB.
-const NORM_CHUNK_ELEMS: usize = 1 << 22;
 
 /// LoRA: `y = x W + b + s · (dropout(x) A) B`, with a float `W` frozen and `A`, `B` trained.
 ///
@@ -124,7 +121,7 @@ impl LoraLinear {
         let branch_dtype = self.lora_a.val().dtype();
         let factor = (magnitude.val().cast(DType::F32) / self.row_norms()).cast(branch_dtype);
         let factor: Tensor<D> = factor.unsqueeze();
-        if self.drops(&x) {
+        if drops(&self.dropout, &x) {
             let y = dense_linear(x.clone(), weight.clone(), bias);
             let x = self.dropout.forward(x);
             let dropped = dense_linear(x.clone(), weight, None).cast(branch_dtype);
@@ -138,11 +135,6 @@ impl LoraLinear {
             Some(bias) => y + bias.cast(branch_dtype).unsqueeze(),
         };
         y.cast(dtype)
-    }
-
-    /// Whether dropout acts on `x`.
-    fn drops<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        self.dropout.prob > 0.0 && self.dropout.training.is_enabled() && x.device().is_autodiff()
     }
 
     /// `s (x A) B`, in the dtype of `A`.
@@ -180,15 +172,8 @@ impl LoraLinear {
     /// [`Nf4Error::Shape`] if they do not fit.
     pub fn with_magnitude(mut self, magnitude: Tensor<1>) -> Result<Self, Nf4Error> {
         let [_, d_output] = self.base.weight.dims();
-        if magnitude.dims() != [d_output] {
-            return Err(Nf4Error::Shape {
-                tensor: "lora_magnitude".into(),
-                expected: vec![d_output],
-                given: magnitude.dims().to_vec(),
-            });
-        }
-        let magnitude = magnitude.detach().to_device(&self.lora_a.lazy_device());
-        self.lora_magnitude = Some(Param::from_tensor(magnitude));
+        let magnitude = given_magnitude(magnitude, d_output, &self.lora_a.lazy_device())?;
+        self.lora_magnitude = Some(magnitude);
         Ok(self)
     }
 

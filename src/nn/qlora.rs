@@ -7,11 +7,11 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_finite};
 use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
-const NORM_CHUNK_ELEMS: usize = 1 << 22;
+pub(super) const NORM_CHUNK_ELEMS: usize = 1 << 22;
 
 /// Configuration of the low-rank branch of a [`QLoraLinear`].
 #[derive(Config, Debug)]
@@ -228,7 +228,7 @@ impl QLoraLinear {
             return connect_empty(y, branch.into_iter().chain(magnitude));
         }
         match &self.lora_magnitude {
-            None if self.drops(&x) => {
+            None if drops(&self.dropout, &x) => {
                 let y = self.base.forward(x.clone());
                 let branch = self.branch(self.dropout.forward(x), rows);
                 let branch = branch.cast(y.dtype()).reshape(y.shape());
@@ -237,11 +237,6 @@ impl QLoraLinear {
             None => self.base.forward_with(x, self.low_rank()),
             Some(magnitude) => self.forward_dora(x, rows, magnitude.val()),
         }
-    }
-
-    /// Whether dropout acts on `x`.
-    fn drops<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        self.dropout.prob > 0.0 && self.dropout.training.is_enabled() && x.device().is_autodiff()
     }
 
     fn low_rank(&self) -> LowRank {
@@ -280,7 +275,7 @@ impl QLoraLinear {
         let [d_output, _] = self.base.dims();
         let fold = |y: Tensor<D>| y.cast(branch_dtype).reshape([rows, d_output]);
 
-        if self.drops(&x) {
+        if drops(&self.dropout, &x) {
             let y = self.base.forward(x.clone());
             let x = self.dropout.forward(x);
             let dropped = fold(self.base.forward_without_bias(x.clone()));
@@ -333,15 +328,8 @@ impl QLoraLinear {
     /// [`Nf4Error::Shape`] if they do not fit.
     pub fn with_magnitude(mut self, magnitude: Tensor<1>) -> Result<Self, Nf4Error> {
         let [d_output, _] = self.base.dims();
-        if magnitude.dims() != [d_output] {
-            return Err(Nf4Error::Shape {
-                tensor: "lora_magnitude".into(),
-                expected: vec![d_output],
-                given: magnitude.dims().to_vec(),
-            });
-        }
-        let magnitude = magnitude.detach().to_device(&self.lora_a.lazy_device());
-        self.lora_magnitude = Some(Param::from_tensor(magnitude));
+        let magnitude = given_magnitude(magnitude, d_output, &self.lora_a.lazy_device())?;
+        self.lora_magnitude = Some(magnitude);
         Ok(self)
     }
 
@@ -373,6 +361,30 @@ impl QLoraLinear {
     }
 }
 
+/// Whether dropout acts on `x`.
+pub(super) fn drops<const D: usize>(dropout: &Dropout, x: &Tensor<D>) -> bool {
+    dropout.prob > 0.0 && dropout.training.is_enabled() && x.device().is_autodiff()
+}
+
+/// Magnitudes as a parameter on a device, taken as values.
+///
+/// # Errors
+/// [`Nf4Error::Shape`] unless they are `[d_output]`.
+pub(super) fn given_magnitude(
+    magnitude: Tensor<1>,
+    d_output: usize,
+    device: &Device,
+) -> Result<Param<Tensor<1>>, Nf4Error> {
+    if magnitude.dims() != [d_output] {
+        return Err(Nf4Error::Shape {
+            tensor: "lora_magnitude".into(),
+            expected: vec![d_output],
+            given: magnitude.dims().to_vec(),
+        });
+    }
+    Ok(Param::from_tensor(magnitude.detach().to_device(device)))
+}
+
 /// `(W + s A B)`, each output times its factor, in `dtype` and without a graph.
 ///
 /// # Shapes
@@ -393,14 +405,7 @@ pub(super) fn merge_weight(
         merged = merged * factor.unsqueeze();
     }
     let merged = merged.cast(DType::from(dtype)).detach();
-    let data = merged.to_data();
-    if let Some((index, given)) = data.iter::<f32>().enumerate().find(|(_, w)| !w.is_finite()) {
-        return Err(Nf4Error::NonFinite {
-            tensor: "merged weight".into(),
-            index,
-            given,
-        });
-    }
+    check_finite("merged weight", merged.to_data().iter::<f32>())?;
     Ok(merged)
 }
 

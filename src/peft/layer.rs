@@ -1,13 +1,13 @@
 //! Between an adapter and the layers of a Burn model.
 
 use burn::module::Param;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
 use super::adapter::{Adapter, LoraModule};
 use super::setting::LoraBias;
 use super::tensor::DenseTensor;
 use crate::error::Nf4Error;
-use crate::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use crate::nn::{LoraLinear, Nf4Linear, QLoraLinear, QLoraLinearConfig};
 
 impl Adapter {
     /// The settings of a module's branch.
@@ -97,29 +97,80 @@ impl Adapter {
     /// [`Nf4Error::Config`] if the factor of the layer is not the one that the adapter's settings
     /// give, and those of [`insert`](Self::insert).
     pub fn insert_layer(&mut self, module: &str, layer: &QLoraLinear) -> Result<(), Nf4Error> {
+        let QLoraLinear {
+            base,
+            lora_a,
+            lora_b,
+            lora_magnitude,
+            scale,
+            ..
+        } = layer;
+        self.insert_branch(
+            module,
+            Branch {
+                factors: [lora_a, lora_b],
+                magnitude: lora_magnitude.as_ref(),
+                bias: base.bias.as_ref(),
+                scale: *scale,
+            },
+        )
+    }
+
+    /// As [`insert_layer`](Self::insert_layer), of a layer of floats.
+    pub(crate) fn insert_dense_layer(
+        &mut self,
+        module: &str,
+        layer: &LoraLinear,
+    ) -> Result<(), Nf4Error> {
+        let LoraLinear {
+            base,
+            lora_a,
+            lora_b,
+            lora_magnitude,
+            scale,
+            ..
+        } = layer;
+        self.insert_branch(
+            module,
+            Branch {
+                factors: [lora_a, lora_b],
+                magnitude: lora_magnitude.as_ref(),
+                bias: base.bias.as_ref(),
+                scale: *scale,
+            },
+        )
+    }
+
+    fn insert_branch(&mut self, module: &str, branch: Branch) -> Result<(), Nf4Error> {
         let config = self.layer_config(module)?;
-        if layer.rank() == config.rank && layer.scale != config.scale() {
+        let [lora_a, lora_b] = branch.factors;
+        if lora_a.lazy_shape()[1] == config.rank && branch.scale != config.scale() {
             return Err(Nf4Error::Config {
                 field: "scale",
                 expected: "the factor that the adapter's settings give",
-                given: layer.scale.to_string(),
+                given: branch.scale.to_string(),
             });
         }
-        let bias = match (&layer.base.bias, self.config().bias) {
-            (Some(bias), LoraBias::All | LoraBias::LoraOnly) => {
-                Some(DenseTensor::from_tensor(bias.val())?)
-            }
-            _ => None,
+        let vector = |param: Option<&Param<Tensor<1>>>| {
+            let tensor = param.map(|param| DenseTensor::from_tensor(param.val()));
+            tensor.transpose()
         };
-        let magnitude = layer.lora_magnitude.as_ref();
+        let bias = branch.bias.filter(|_| self.config().bias != LoraBias::None);
         let tensors = LoraModule {
-            lora_a: DenseTensor::from_tensor(layer.lora_a.val().transpose())?,
-            lora_b: DenseTensor::from_tensor(layer.lora_b.val().transpose())?,
-            magnitude: magnitude
-                .map(|magnitude| DenseTensor::from_tensor(magnitude.val()))
-                .transpose()?,
-            bias,
+            lora_a: DenseTensor::from_tensor(lora_a.val().transpose())?,
+            lora_b: DenseTensor::from_tensor(lora_b.val().transpose())?,
+            magnitude: vector(branch.magnitude)?,
+            bias: vector(bias)?,
         };
         self.insert(module, tensors)
     }
+}
+
+/// What a layer with a branch trains, whatever form its weight has.
+struct Branch<'a> {
+    /// `A` and `B`.
+    factors: [&'a Param<Tensor<2>>; 2],
+    magnitude: Option<&'a Param<Tensor<1>>>,
+    bias: Option<&'a Param<Tensor<1>>>,
+    scale: f64,
 }
