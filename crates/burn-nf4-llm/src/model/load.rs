@@ -5,13 +5,13 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use burn_nf4::checkpoint::{Checkpoint, Progress};
 use burn_nf4::format::FloatType;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::nn::Nf4Linear;
 
 use crate::error::{ModelError, TensorFaults};
 use crate::model::attention::Attention;
 use crate::model::config::LlamaConfig;
 use crate::model::{DecoderLayer, LAYER_NORMS, Llama, Mlp, RmsNorm};
-use burn_nf4::nn::AnyLinear;
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -57,8 +57,9 @@ impl Tie {
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. All that is missing, unexpected or of another form is listed in one error, before
-/// anything is read; a checkpoint that its config.json says something else of is refused. Where the config ties the head to the table and the checkpoint holds two
-/// different ones, the model has both, as in transformers: see [`Llama::lm_head`].
+/// anything is read; a checkpoint that its config.json says something else of is refused. Where the
+/// config ties the head to the table and the checkpoint holds two different ones, the model has both, as
+/// in transformers: see [`Llama::lm_head`].
 pub fn load(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,

@@ -18,12 +18,12 @@ use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, TiedHead};
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::{MatmulOptions, matmul};
 
 use crate::model::attention::{Attention, Pass};
 use crate::model::cache::{KvCache, LayerCache, element_bytes};
 use crate::model::rotation::RopeTables;
-use burn_nf4::nn::AnyLinear;
 
 /// The path of the embedding in a checkpoint.
 pub const EMBEDDING: &str = "model.embed_tokens";

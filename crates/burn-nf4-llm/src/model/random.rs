@@ -4,13 +4,13 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
 
 use crate::error::ModelError;
 use crate::model::attention::Attention;
 use crate::model::load::linears;
 use crate::model::{DecoderLayer, Llama, LlamaConfig, Mlp, RmsNorm};
-use burn_nf4::nn::AnyLinear;
 
 /// A frozen model of these sizes with random weights, to time it or to try something out: packed linear
 /// layers, with branches of a rank if one is given, and the rest in `dtype` as in published checkpoints.

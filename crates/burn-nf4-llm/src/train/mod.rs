@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, ModuleOptimizer};
 use burn::tensor::Tensor;
+use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{Adapter, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -26,7 +27,6 @@ use crate::train::backward::{PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::{Loaded, adamw};
 use crate::train::schedule::{Decay, Schedule};
-use burn_nf4::model::LinearLayers;
 
 /// All that decides what a run computes. A run is continued only under the same settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

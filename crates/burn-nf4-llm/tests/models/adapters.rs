@@ -4,20 +4,20 @@ use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::format::FloatType;
+use burn_nf4::model::LinearLayers;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::peft::{
     Adapter, DenseTensor, LoraBias, LoraConfig, LoraModule, MergeOptions, TargetModules,
     merge_4bit, merge_16bit,
 };
+use burn_nf4_llm::error::ModelError;
+use burn_nf4_llm::model::Llama;
+use burn_nf4_llm::model::config::LlamaConfig;
 use rstest::rstest;
 use tempfile::TempDir;
 
 use crate::fixtures::{logits, max_difference, open_folder};
 use crate::peft_cases::{self, Case, IDS, PREFIX, model};
-use burn_nf4::model::LinearLayers;
-use burn_nf4::nn::AnyLinear;
-use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::config::LlamaConfig;
 
 fn apply(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, ModelError> {
     Ok(model.apply_adapter(adapter, device)?)

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use burn_nf4_llm::json::fields::Fields;
+use burn_nf4_llm::text::chat::{Chat, Conversation, Ending};
+use burn_nf4_llm::text::message::Message;
 use chrono::{DateTime, Local, TimeZone};
 use minijinja::Value;
 use rstest::rstest;
 use serde::Deserialize;
 
 use crate::fixtures::fixture;
-use burn_nf4_llm::json::fields::Fields;
-use burn_nf4_llm::text::chat::{Chat, Conversation, Ending};
-use burn_nf4_llm::text::message::Message;
 
 /// The time that `make_chat.py` tells the templates.
 fn now() -> DateTime<Local> {

@@ -4,15 +4,15 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use burn_nf4::checkpoint::{Checkpoint, DequantizeOptions, SINGLE_FILE, dequantize_checkpoint};
+use burn_nf4_llm::error::ModelError;
+use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::load;
+use burn_nf4_llm::model::rope::RopeConfig;
 use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::fixtures::{fixture, open};
-use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::config::LlamaConfig;
-use burn_nf4_llm::model::load;
-use burn_nf4_llm::model::rope::RopeConfig;
 
 /// A small config with some fields set, or with `null` taken out.
 pub fn config(fields: Value) -> Result<LlamaConfig, ModelError> {

@@ -1,14 +1,14 @@
 //! The cache, batches and sampling.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use rstest::rstest;
-
-use crate::fixtures::{floats, io, logits, max_difference, open};
 use burn_nf4_llm::generate::sample::Sampling;
 use burn_nf4_llm::generate::{Request, generate};
 use burn_nf4_llm::model::Llama;
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::LlamaConfig;
+use rstest::rstest;
+
+use crate::fixtures::{floats, io, logits, max_difference, open};
 
 const GREEDY: Sampling = Sampling {
     temperature: 0.0,

@@ -1,12 +1,12 @@
 //! The parameters of rotary embeddings in every spelling.
 
+use burn_nf4_llm::error::ModelError;
 use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::configs::{Rope, config};
 use crate::fixtures::fixture;
-use burn_nf4_llm::error::ModelError;
 
 #[derive(Deserialize)]
 struct Case {

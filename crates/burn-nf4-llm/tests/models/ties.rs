@@ -7,17 +7,17 @@ use std::path::Path;
 use burn::tensor::Device;
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
 use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::nn::AnyLinear;
+use burn_nf4_llm::error::{ModelError, TensorFaults};
+use burn_nf4_llm::model::Llama;
+use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::load as load_model;
 use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::fixtures::{fixture, logits, max_difference};
 use crate::stored::{self, Tensors};
-use burn_nf4::nn::AnyLinear;
-use burn_nf4_llm::error::{ModelError, TensorFaults};
-use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::config::LlamaConfig;
-use burn_nf4_llm::model::load as load_model;
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";

@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use rstest::rstest;
-use serde::Deserialize;
-use serde_json::{Value, json};
-
-use crate::fixtures::fixture;
 use burn_nf4_llm::json::fields::Fields;
 use burn_nf4_llm::text::Text;
 use burn_nf4_llm::text::chat::{Conversation, Ending};
 use burn_nf4_llm::text::message::Message;
 use burn_nf4_llm::text::pipeline::Class;
 use burn_nf4_llm::text::special_tokens::SpecialTokens;
+use rstest::rstest;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::fixtures::fixture;
 
 #[derive(Deserialize)]
 struct Ids {

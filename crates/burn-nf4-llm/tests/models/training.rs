@@ -7,18 +7,18 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_nf4::checkpoint::SafetensorsFile;
 use burn_nf4::format::FloatType;
-use burn_nf4::peft::{Adapter, LoraConfig};
-use rstest::rstest;
-use serde::Deserialize;
-
-use crate::fixtures::{fixture, ints, io, logits, max_difference, open, write_io};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::nn::AnyLinear;
+use burn_nf4::peft::{Adapter, LoraConfig};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::config::LlamaConfig;
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+use rstest::rstest;
+use serde::Deserialize;
+
+use crate::fixtures::{fixture, ints, io, logits, max_difference, open, write_io};
 
 #[derive(Deserialize)]
 struct PeftRun {

@@ -5,16 +5,16 @@ use std::time::Instant;
 
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
-use clap::Args;
-
-use crate::model_args::{ModelArgs, Opened, at_least};
-use crate::progress::{mebibytes, peak_memory_bytes, seconds};
-use crate::watch::{StepReport, Watch};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{HEAD, Llama};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+use clap::Args;
+
+use crate::model_args::{ModelArgs, Opened, at_least};
+use crate::progress::{mebibytes, peak_memory_bytes, seconds};
+use crate::watch::{StepReport, Watch};
 
 /// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
 #[derive(Args, Debug)]
