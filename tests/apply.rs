@@ -502,6 +502,13 @@ fn partial_loads_leave_the_rest_as_it_was() {
     };
     assert_eq!(keys(open().allow_missing(true)), ["extra"]);
     assert_eq!(keys(open().allow_unexpected(true)), ["head.bias"]);
+    assert_eq!(keys(open().ignore("^ext").unwrap()), ["head.bias"]);
+    // What is left out is as if it was not there.
+    let ignoring = open().ignore("x").unwrap().ignore(r"^frozen\.").unwrap();
+    let expected = ["frozen.bias", "frozen.weight", "head.bias"];
+    assert_eq!(keys(ignoring), expected);
+    let error = open().ignore("(").unwrap_err().to_string();
+    assert!(error.starts_with("`ignore`: pattern `(`: "), "{error}");
 
     // A mismatch is one all the same.
     tensors.insert("head.bias".into(), random(&[6], 1));

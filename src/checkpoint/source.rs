@@ -47,12 +47,12 @@ impl Entry {
     }
 }
 
-/// Lists the parameters of a checkpoint, every quantized weight checked.
+/// Lists parameters of a checkpoint, every quantized weight checked.
 pub(super) fn entries(
     checkpoint: &Checkpoint,
+    keys: &[&str],
     remapper: &KeyRemapper,
 ) -> Result<Vec<Entry>, Nf4Error> {
-    let keys = checkpoint.parameters();
     // The remapper takes tensors only.
     let named = |key: &&str| {
         let nothing = Bytes::from_bytes_vec(Vec::new());

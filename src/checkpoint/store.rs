@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn_store::burn_pack::Tensor as PackTensor;
 use burn_store::{ApplyError, ApplyResult, KeyRemapper, ModuleSnapshot, ModuleStore};
+use fancy_regex::Regex;
 
 use super::folder::Checkpoint;
 use super::matching::{Allowed, match_up};
@@ -57,12 +58,17 @@ pub struct CheckpointStore {
     /// Paths in the module by remapped key, where they differ; without one the tensor is left out.
     places: BTreeMap<String, Option<String>>,
     allowed: Allowed,
+    /// Parameters whose keys match are left out.
+    ignored: Vec<Regex>,
     dtype: Option<FloatType>,
     skip_enum_variants: bool,
     report: Arc<Mutex<Report>>,
     /// Everything, by remapped key, once it was asked for.
     tensors: Option<BTreeMap<String, PackTensor>>,
 }
+
+/// What errors call the patterns of [`CheckpointStore::ignore`].
+const IGNORE: &str = "ignore";
 
 type Callback = Box<dyn FnMut(Progress<'_>) + Send>;
 
@@ -110,6 +116,7 @@ impl CheckpointStore {
             remapper: KeyRemapper::new(),
             places: BTreeMap::new(),
             allowed: Allowed::default(),
+            ignored: Vec::new(),
             dtype: None,
             skip_enum_variants: false,
             report: Arc::default(),
@@ -131,11 +138,7 @@ impl CheckpointStore {
         self.remapper = self
             .remapper
             .add_pattern(from, to)
-            .map_err(|error| Nf4Error::Pattern {
-                field: "key remapping",
-                pattern: from.into(),
-                message: error.to_string(),
-            })?;
+            .map_err(|error| pattern_error("key remapping", from, &error))?;
         self.tensors = None;
         Ok(self)
     }
@@ -170,6 +173,19 @@ impl CheckpointStore {
         self
     }
 
+    /// Leaves out parameters whose keys match a regular expression, such as buffers that are computed, or
+    /// the part of a model that is not wanted. More than one may be given.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Pattern`] if it is not a regular expression.
+    pub fn ignore(mut self, pattern: &str) -> Result<Self, Nf4Error> {
+        let pattern =
+            Regex::new(pattern).map_err(|error| pattern_error(IGNORE, pattern, &error))?;
+        self.ignored.push(pattern);
+        self.tensors = None;
+        Ok(self)
+    }
+
     /// Converts dense floats to a type, rather than load each as it is stored.
     pub fn with_dtype(mut self, dtype: FloatType) -> Self {
         self.dtype = Some(dtype);
@@ -191,7 +207,19 @@ impl CheckpointStore {
 
     /// The parameters of the checkpoint, by their paths in the module.
     pub(crate) fn entries(&self) -> Result<Vec<Entry>, Nf4Error> {
-        let mut entries = entries(&self.checkpoint, &self.remapper)?;
+        let mut keys = self.checkpoint.parameters();
+        for pattern in &self.ignored {
+            let mut kept = Vec::with_capacity(keys.len());
+            for key in keys {
+                match pattern.is_match(key) {
+                    Ok(true) => {}
+                    Ok(false) => kept.push(key),
+                    Err(error) => return Err(pattern_error(IGNORE, pattern.as_str(), &error)),
+                }
+            }
+            keys = kept;
+        }
+        let mut entries = entries(&self.checkpoint, &keys, &self.remapper)?;
         entries.retain_mut(|entry| match self.places.get(&entry.path) {
             None => true,
             Some(None) => false,
@@ -247,6 +275,7 @@ impl fmt::Debug for CheckpointStore {
             .field("path", &self.checkpoint.path())
             .field("remapper", &self.remapper)
             .field("allowed", &self.allowed)
+            .field("ignored", &self.ignored)
             .field("dtype", &self.dtype)
             .field("skip_enum_variants", &self.skip_enum_variants)
             .finish_non_exhaustive()
@@ -349,6 +378,14 @@ impl ModuleStore for CheckpointStore {
 
     fn keys(&mut self) -> Result<Vec<String>, Nf4Error> {
         Ok(self.get_all_tensors()?.keys().cloned().collect())
+    }
+}
+
+fn pattern_error(field: &'static str, pattern: &str, error: &dyn fmt::Display) -> Nf4Error {
+    Nf4Error::Pattern {
+        field,
+        pattern: pattern.into(),
+        message: error.to_string(),
     }
 }
 

@@ -148,10 +148,19 @@ impl Tie {
         let table = of_linear(&tied.embedding, "weight");
         let is_dense = |entry: &Entry| matches!(entry.kind, EntryKind::Dense { .. });
         Ok(match (entries.get(&table), entries.get(&head)) {
-            (Some(of_table), Some(of_head)) => match are_equal(of_table, of_head, store)? {
-                true => Self::Table { head },
-                false => Self::Two,
-            },
+            (Some(of_table), Some(of_head)) => {
+                let parameters = parameters_of(model, true);
+                let device = parameters
+                    .iter()
+                    .find(|parameter| M::checkpoint_name(parameter.stored_path()) == table)
+                    .map(|parameter| &parameter.device);
+                match device {
+                    Some(device) if are_equal(of_table, of_head, store, device)? => {
+                        Self::Table { head }
+                    }
+                    _ => Self::Two,
+                }
+            }
             // A packed head cannot give embeddings: the table is missing.
             (None, Some(of_head)) if is_dense(of_head) => Self::Head { head, table },
             (None, Some(_)) => Self::Two,
@@ -161,17 +170,21 @@ impl Tie {
 }
 
 /// Whether two parameters are the same floats, in the type that both are cast to.
-fn are_equal(a: &Entry, b: &Entry, store: &CheckpointStore) -> Result<bool, Nf4Error> {
+fn are_equal(
+    a: &Entry,
+    b: &Entry,
+    store: &CheckpointStore,
+    device: &Device,
+) -> Result<bool, Nf4Error> {
     match (&a.kind, &b.kind) {
         (EntryKind::Dense { shape, .. }, EntryKind::Dense { shape: other, .. })
             if shape == other && shape.len() == 2 => {}
         _ => return Ok(false),
     }
-    let device = Device::default();
     let read = |entry: &Entry| -> Result<Tensor<2>, Nf4Error> {
         store
             .checkpoint()
-            .load_tensor(&entry.key, store.dtype(), &device)
+            .load_tensor(&entry.key, store.dtype(), device)
     };
     let (a, b) = (read(a)?, read(b)?);
     Ok(a.dtype() == b.dtype() && a.equal(b).all().into_scalar::<bool>())

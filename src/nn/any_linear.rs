@@ -121,8 +121,9 @@ impl AnyLinear {
     pub fn dims(&self) -> [usize; 2] {
         match self.base() {
             Base::Dense(layer) => {
-                let [d_input, d_output] = layer.weight.dims();
-                [d_output, d_input]
+                // Does not make a weight that was not asked for yet.
+                let shape = layer.weight.lazy_shape();
+                [shape[1], shape[0]]
             }
             Base::Nf4(layer) => layer.dims(),
         }

@@ -9,7 +9,7 @@ use std::error::Error;
 use std::path::Path;
 
 use burn::tensor::Device;
-use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
@@ -30,8 +30,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = LlamaConfig::from_folder(folder)?;
     let text = Text::from_folder(folder)?;
     let device = Device::flex().autodiff();
-    let checkpoint = Checkpoint::open(folder)?;
-    let model = load(&checkpoint, &config, FloatType::F32, &device, |_| ())?;
+    let model = load(
+        CheckpointStore::open(folder)?,
+        &config,
+        FloatType::F32,
+        &device,
+    )?;
     let data = Dataset::read(data.as_ref(), &text, text.eos, 128)?;
     data.check_vocabulary(config.vocab_size)?;
 

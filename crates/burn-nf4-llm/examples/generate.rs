@@ -8,7 +8,7 @@ use std::error::Error;
 use std::path::Path;
 
 use burn::tensor::Device;
-use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::{LlamaConfig, load};
@@ -23,8 +23,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = LlamaConfig::from_folder(folder)?;
     let text = Text::from_folder(folder)?;
     let device = Device::flex();
-    let checkpoint = Checkpoint::open(folder)?;
-    let model = load(&checkpoint, &config, FloatType::F32, &device, |_| ())?;
+    let model = load(
+        CheckpointStore::open(folder)?,
+        &config,
+        FloatType::F32,
+        &device,
+    )?;
 
     let request = Request {
         prompts: vec![text.encode(prompt)?],

@@ -1,6 +1,5 @@
 //! What can go wrong when a model is opened, run or trained.
 
-use std::fmt;
 use std::path::PathBuf;
 
 use burn_nf4::Nf4Error;
@@ -39,9 +38,6 @@ pub enum ModelError {
         /// What would do.
         supported: String,
     },
-    /// The tensors of the checkpoint are not those of the model.
-    #[error("{0}")]
-    Tensors(Box<TensorFaults>),
     /// A file of texts that holds something unexpected.
     #[error("{}, line {line}, column {column}: {message}", path.display())]
     Data {
@@ -95,48 +91,5 @@ impl ModelError {
             path,
             message: error.to_string(),
         }
-    }
-}
-
-/// Everything that is wrong with the tensors of a checkpoint, found in one pass.
-#[derive(Debug, Default)]
-pub struct TensorFaults {
-    /// Where the tensors were looked for.
-    pub path: PathBuf,
-    /// Parameters of the model that the checkpoint does not hold.
-    pub missing: Vec<String>,
-    /// Parameters of the checkpoint that the model has no use for.
-    pub unexpected: Vec<String>,
-    /// Parameters of another shape or dtype, each with what is wrong.
-    pub mismatched: Vec<String>,
-}
-
-impl TensorFaults {
-    /// An error, unless nothing was found.
-    pub fn into_result(self) -> Result<(), ModelError> {
-        if self.missing.is_empty() && self.unexpected.is_empty() && self.mismatched.is_empty() {
-            return Ok(());
-        }
-        Err(ModelError::Tensors(Box::new(self)))
-    }
-}
-
-impl fmt::Display for TensorFaults {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} does not fit the model of its config.json",
-            self.path.display()
-        )?;
-        for (title, faults) in [
-            ("missing", &self.missing),
-            ("unexpected", &self.unexpected),
-            ("mismatched", &self.mismatched),
-        ] {
-            for fault in faults {
-                write!(f, "\n  {title}: {fault}")?;
-            }
-        }
-        Ok(())
     }
 }

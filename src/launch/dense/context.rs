@@ -9,9 +9,9 @@ use cubecl::prelude::Client;
 use cubecl_common::device::DeviceId;
 
 use super::library;
+use super::product::{DenseProduct, MatrixLayout};
 use super::stream::{Door, is_cuda};
 use super::sys::{self, Functions, Status};
-use super::{DenseProduct, MatrixLayout};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 

@@ -7,6 +7,7 @@
 
 mod context;
 mod library;
+mod product;
 mod stream;
 mod sys;
 
@@ -17,177 +18,12 @@ use cubecl::prelude::Client;
 use cubecl::server::Handle;
 
 pub use library::{CUBLASLT_VARIABLE, set_cublaslt_path};
+pub use product::{DenseProduct, MatrixLayout};
 
 use super::{Buffer, check_dtype};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
-use context::{Context, Prepared};
+use context::{Context, Pointers, Prepared};
 use stream::Buffers;
-
-/// How a matrix lies in its buffer, row after row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MatrixLayout {
-    /// Whether the buffer holds the transpose of the matrix.
-    pub transposed: bool,
-    /// Elements from one stored row to the next.
-    pub leading: usize,
-    /// Elements from one matrix of a batch to the next; zero uses one for all.
-    pub batch_stride: usize,
-}
-
-impl MatrixLayout {
-    /// Rows without gaps, matrices without gaps.
-    pub const fn contiguous(rows: usize, columns: usize) -> Self {
-        Self {
-            transposed: false,
-            leading: columns,
-            batch_stride: rows.saturating_mul(columns),
-        }
-    }
-
-    /// The transpose of the matrix without gaps; the sizes are those of the matrix.
-    pub const fn contiguous_transposed(rows: usize, columns: usize) -> Self {
-        Self {
-            transposed: true,
-            leading: rows,
-            batch_stride: rows.saturating_mul(columns),
-        }
-    }
-
-    /// The sizes as they are stored, of a matrix of these sizes.
-    fn stored(&self, rows: usize, columns: usize) -> [usize; 2] {
-        match self.transposed {
-            false => [rows, columns],
-            true => [columns, rows],
-        }
-    }
-
-    /// Elements up to the end of the last matrix; `None` if they are more than can be counted.
-    fn elems(&self, rows: usize, columns: usize, batch: usize) -> Option<usize> {
-        let [rows, columns] = self.stored(rows, columns);
-        let matrix = (rows - 1).checked_mul(self.leading)?.checked_add(columns)?;
-        (batch - 1)
-            .checked_mul(self.batch_stride)?
-            .checked_add(matrix)
-    }
-
-    /// The same without what does not matter: the distance between rows or matrices where there is one.
-    fn normalized(self, rows: usize, columns: usize, batch: usize) -> Self {
-        let [stored_rows, width] = self.stored(rows, columns);
-        Self {
-            leading: if stored_rows == 1 {
-                width
-            } else {
-                self.leading
-            },
-            batch_stride: if batch == 1 { 0 } else { self.batch_stride },
-            ..self
-        }
-    }
-
-    fn check(&self, name: &str, rows: usize, columns: usize, batch: usize) -> Result<(), Nf4Error> {
-        let [stored_rows, width] = self.stored(rows, columns);
-        if self.leading < width {
-            return Err(Nf4Error::Shape {
-                tensor: format!("rows of {name}"),
-                expected: vec![stored_rows, width],
-                given: vec![stored_rows, self.leading],
-            });
-        }
-        match self.elems(rows, columns, batch) {
-            Some(elems) if elems <= isize::MAX as usize / 4 => Ok(()),
-            _ => Err(Nf4Error::ElementCount {
-                tensor: name.into(),
-                shape: vec![batch, rows, columns],
-            }),
-        }
-    }
-}
-
-/// `D = s A B + C + b`, of matrices of one type, for each of a batch.
-///
-/// Sums are in f32. For some sizes cuBLASLt rounds `s A B` to the type before it adds `C` and `b`, as
-/// operations one after the other do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct DenseProduct {
-    /// Matrices of the batch.
-    pub batch: usize,
-    /// Rows of `A` and `D`.
-    pub m: usize,
-    /// Columns of `B` and `D`.
-    pub n: usize,
-    /// Columns of `A`, rows of `B`.
-    pub k: usize,
-    /// How `A` lies in memory.
-    pub lhs: MatrixLayout,
-    /// How `B` lies in memory.
-    pub rhs: MatrixLayout,
-    /// Type of all matrices.
-    pub dtype: FloatType,
-    /// Whether f32 may be multiplied as TF32, with 11 bits of each factor.
-    pub tf32: bool,
-    /// Whether there is a `b`, added to each row.
-    pub bias: bool,
-}
-
-impl DenseProduct {
-    /// `D = A B` of one pair of matrices without gaps.
-    pub const fn new(m: usize, n: usize, k: usize, dtype: FloatType) -> Self {
-        Self {
-            batch: 1,
-            m,
-            n,
-            k,
-            lhs: MatrixLayout::contiguous(m, k),
-            rhs: MatrixLayout::contiguous(k, n),
-            dtype,
-            tf32: false,
-            bias: false,
-        }
-    }
-
-    /// The product that all products which are computed alike have in common.
-    fn normalized(self) -> Self {
-        let Self { batch, m, n, k, .. } = self;
-        Self {
-            lhs: self.lhs.normalized(m, k, batch),
-            rhs: self.rhs.normalized(k, n, batch),
-            tf32: self.tf32 && self.dtype == FloatType::F32,
-            ..self
-        }
-    }
-
-    /// # Errors
-    /// [`Nf4Error::ElementCount`] for a size that is zero or larger than cuBLASLt or memory can address,
-    /// [`Nf4Error::Shape`] for rows that overlap.
-    fn check(&self) -> Result<(), Nf4Error> {
-        let Self { batch, m, n, k, .. } = *self;
-        let most = i32::MAX as usize;
-        if [batch, m, n, k]
-            .iter()
-            .any(|&size| size == 0 || size > most)
-        {
-            return Err(Nf4Error::ElementCount {
-                tensor: "a dense product".into(),
-                shape: vec![batch, m, n, k],
-            });
-        }
-        self.lhs.check("lhs", m, k, batch)?;
-        self.rhs.check("rhs", k, n, batch)?;
-        MatrixLayout::contiguous(m, n).check("product", m, n, batch)
-    }
-}
-
-impl fmt::Display for DenseProduct {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { batch, m, n, k, .. } = self;
-        let dtype = self.dtype.name();
-        write!(
-            f,
-            "product of {batch} x [{m}, {k}] and [{k}, {n}] in {dtype}"
-        )
-    }
-}
 
 /// What goes into a dense product.
 #[derive(Debug, Clone)]
@@ -333,19 +169,40 @@ impl DensePlan {
         }
         let workspace_bytes = self.prepared.workspace_bytes;
         let workspace = (workspace_bytes > 0).then(|| self.client.empty(workspace_bytes));
+        let DenseOperands {
+            lhs,
+            rhs,
+            scale,
+            addend,
+            bias,
+        } = operands;
+        let [has_addend, has_bias] = [addend.is_some(), bias.is_some()];
+        let read = [Some(lhs), Some(rhs), addend, bias].into_iter().flatten();
+        let written = [Some(out), workspace].into_iter().flatten();
         let buffers = Buffers {
-            lhs: operands.lhs.binding(),
-            rhs: operands.rhs.binding(),
-            scale: operands.scale,
-            addend: operands.addend.map(Handle::binding),
-            bias: operands.bias.map(Handle::binding),
-            out: out.binding(),
-            workspace: workspace.map(Handle::binding),
+            read: read.map(Handle::binding).collect(),
+            written: written.map(Handle::binding).collect(),
         };
         let (context, prepared) = (self.context.clone(), self.prepared.clone());
-        // SAFETY: the buffers belong to the device and are as large as the product asks for, and the
-        // result overlaps none that it may not, all checked above.
-        unsafe { stream::submit(context, self.product, prepared, buffers) };
+        let product = self.product;
+        let enqueue = move |resolved: stream::Resolved| {
+            let mut added = resolved.read[2..].iter().copied();
+            let pointers = Pointers {
+                lhs: resolved.read[0],
+                rhs: resolved.read[1],
+                addend: has_addend.then(|| added.next()).flatten(),
+                bias: has_bias.then(|| added.next()).flatten(),
+                out: resolved.written[0],
+                workspace: resolved.written.get(1).copied().unwrap_or(0),
+            };
+            // SAFETY: the context is current and the stream the device's. The buffers are as large as
+            // the product asks for, and the result overlaps none that it may not, all checked above. The
+            // workspace was taken for this call alone, from the memory of this stream.
+            let enqueued = unsafe { context.enqueue(&prepared, &pointers, scale, resolved.stream) };
+            enqueued.map_err(|reason| format!("{product}: {reason}"))
+        };
+        // SAFETY: the buffers belong to the device, as was checked, and are all that the product uses.
+        unsafe { self.context.door.submit(buffers, enqueue) };
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The door to CubeCL's own stream of CUDA, on which cuBLASLt enqueues its work.
+//! The door to CubeCL's own stream of CUDA, on which a library of NVIDIA enqueues its work.
 //!
 //! # Why this is sound
 //!
@@ -7,7 +7,7 @@
 //!
 //! - **Order.** A device's server belongs to one thread, which runs the tasks of each caller in the order
 //!   in which they were submitted; a launch of a kernel is such a task, and so is ours. Both enqueue on
-//!   the stream that `MultiStream::resolve` gives for the caller's [`StreamId`], so a product runs after
+//!   the stream that `MultiStream::resolve` gives for the caller's [`StreamId`], so it runs after
 //!   the kernels launched before it, and before those launched after it.
 //! - **Other streams.** `resolve` is told all buffers, as by a launch: it makes the stream wait for the
 //!   writes of other streams, and keeps their memory from being reused before ours is done. What it
@@ -22,7 +22,6 @@
 //!   skipped, and an error is that of the result's buffer, for whoever reads it. No task panics.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use cubecl::prelude::Client;
 use cubecl::server::{BufferBinding, Server, ServerError, ServerStorage};
@@ -35,13 +34,10 @@ use cubecl_runtime::runtime::Runtime;
 use cubecl_server::id::KernelId;
 use cubecl_server::stream::{ExecuteScope, WriteScoped};
 
-use super::DenseProduct;
-use super::context::{Context, Pointers, Prepared};
-
 type CudaServer = <CudaRuntime as Runtime>::Server;
 
 /// What errors of skipped calls name in the place of a kernel.
-struct CublasLtMatmul;
+struct ForeignKernel;
 
 /// Whether a client's server is that of CUDA.
 pub(super) fn is_cuda(client: &Client) -> bool {
@@ -81,77 +77,63 @@ impl Door {
     }
 }
 
-/// The buffers of a product.
+/// The buffers that are used on the stream.
 pub(super) struct Buffers {
-    pub lhs: BufferBinding,
-    pub rhs: BufferBinding,
-    pub scale: f32,
-    pub addend: Option<BufferBinding>,
-    pub bias: Option<BufferBinding>,
-    pub out: BufferBinding,
-    pub workspace: Option<BufferBinding>,
+    pub read: Vec<BufferBinding>,
+    pub written: Vec<BufferBinding>,
 }
 
-impl Buffers {
-    fn read(&self) -> impl Iterator<Item = &BufferBinding> {
-        [&self.lhs, &self.rhs]
-            .into_iter()
-            .chain(&self.addend)
-            .chain(&self.bias)
-    }
+/// Where the buffers lie on the device, in their order, and the stream.
+pub(super) struct Resolved {
+    pub read: Vec<u64>,
+    pub written: Vec<u64>,
+    pub stream: *mut c_void,
+}
 
-    fn written(&self) -> impl Iterator<Item = &BufferBinding> {
-        std::iter::once(&self.out).chain(&self.workspace)
+impl Door {
+    /// Submits work to be enqueued on the stream of the calling thread, behind what that has launched
+    /// before. Does not wait for it. What `enqueue` says goes to whoever reads what is written.
+    ///
+    /// # Safety
+    /// The buffers belong to the device of the door. `enqueue`, called with the device's context current,
+    /// puts work on the stream and on no other, which reads and writes these buffers within their sizes
+    /// and nothing else.
+    pub unsafe fn submit(
+        &self,
+        buffers: Buffers,
+        enqueue: impl FnOnce(Resolved) -> Result<(), String> + Send + 'static,
+    ) {
+        // As for a launch: a dry run compiles kernels and runs none.
+        if cubecl::dry_run::launch_mode().is_skipped() {
+            return;
+        }
+        let stream = StreamId::current();
+        self.0.clone().submit(move |server| {
+            let mut written = server.write_set();
+            written.extend(buffers.written.iter().cloned());
+            let kernel = KernelId::new::<ForeignKernel>();
+            let read = buffers.read.iter();
+            ExecuteScope::launching(server, kernel, stream, read, written)
+                .execute(|server| run(server, &buffers, stream, enqueue));
+        });
     }
 }
 
-/// Submits a product to be enqueued on the stream of the calling thread, behind what that has launched
-/// before. Does not wait for it.
-///
-/// # Safety
-/// The buffers belong to the device of the context and are as large as the product asks for.
-pub(super) unsafe fn submit(
-    context: Arc<Context>,
-    product: DenseProduct,
-    prepared: Arc<Prepared>,
-    buffers: Buffers,
-) {
-    // As for a launch: a dry run compiles kernels and runs none.
-    if cubecl::dry_run::launch_mode().is_skipped() {
-        return;
-    }
-    let stream = StreamId::current();
-    let door = context.door.0.clone();
-    door.submit(move |server| {
-        let mut written = server.write_set();
-        written.extend(buffers.written().cloned());
-        let kernel = KernelId::new::<CublasLtMatmul>();
-        ExecuteScope::launching(server, kernel, stream, buffers.read(), written).execute(
-            |server| {
-                // SAFETY: as the caller vouches.
-                unsafe { enqueue(server, &context, &product, &prepared, &buffers, stream) }
-            },
-        );
-    });
-}
-
-/// # Safety
-/// As [`submit`].
-unsafe fn enqueue(
+fn run(
     server: &mut CudaServer,
-    context: &Context,
-    product: &DenseProduct,
-    prepared: &Prepared,
     buffers: &Buffers,
     stream: StreamId,
+    enqueue: impl FnOnce(Resolved) -> Result<(), String>,
 ) -> Result<(), ServerError> {
+    let all = || buffers.read.iter().chain(&buffers.written);
     // The one public call that makes the context current without other effects; the resource itself is
     // found again below.
-    drop(server.get_resource(buffers.lhs.clone(), stream)?);
-    let bindings = buffers.read().chain(buffers.written());
-    let mut streams = server.write_streams().resolve(stream, bindings)?;
+    if let Some(any) = all().next() {
+        drop(server.get_resource(any.clone(), stream)?);
+    }
+    let mut streams = server.write_streams().resolve(stream, all())?;
     let failed = |reason: String| ServerError::Generic {
-        reason: format!("{product}: {reason}"),
+        reason,
         backtrace: BackTrace::capture(),
     };
     let mut pointer = |binding: &BufferBinding| -> Result<u64, ServerError> {
@@ -171,22 +153,15 @@ unsafe fn enqueue(
             memory.get_resource(binding.memory, binding.offset_start, binding.offset_end)?;
         Ok(resource.ptr)
     };
-    let pointers = Pointers {
-        lhs: pointer(&buffers.lhs)?,
-        rhs: pointer(&buffers.rhs)?,
-        addend: buffers.addend.as_ref().map(&mut pointer).transpose()?,
-        bias: buffers.bias.as_ref().map(&mut pointer).transpose()?,
-        out: pointer(&buffers.out)?,
-        workspace: match &buffers.workspace {
-            Some(workspace) => pointer(workspace)?,
-            None => 0,
-        },
+    let mut pointers = |bindings: &[BufferBinding]| -> Result<Vec<u64>, ServerError> {
+        bindings.iter().map(&mut pointer).collect()
     };
-    let sys = streams.current().sys as *mut c_void;
-    // SAFETY: the context is current, the stream is the device's, and what is enqueued on it comes in
-    // the order that the head of this file explains. The workspace was taken for this call alone, from
-    // the memory of this stream.
-    let enqueued = unsafe { context.enqueue(prepared, &pointers, buffers.scale, sys) };
+    let (read, written) = (pointers(&buffers.read)?, pointers(&buffers.written)?);
+    let enqueued = enqueue(Resolved {
+        read,
+        written,
+        stream: streams.current().sys as *mut c_void,
+    });
     drop(streams);
     enqueued.map_err(failed)
 }

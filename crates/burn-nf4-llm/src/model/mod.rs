@@ -3,15 +3,15 @@
 pub mod attention;
 pub mod cache;
 pub mod config;
-pub mod load;
-mod random;
+mod init;
+mod load;
 pub mod rope;
 mod rope_fields;
 pub mod rotation;
 
 pub use config::LlamaConfig;
+pub use init::random;
 pub use load::load;
-pub use random::random;
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
@@ -30,9 +30,6 @@ pub const EMBEDDING: &str = "model.embed_tokens";
 
 /// The path of the head.
 pub const HEAD: &str = "lm_head";
-
-/// The normalisations of a layer, by their names in it.
-const LAYER_NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]

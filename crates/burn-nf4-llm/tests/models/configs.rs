@@ -1,9 +1,13 @@
 //! What a `config.json` may say, and what a checkpoint must hold.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use burn::tensor::Device;
-use burn_nf4::checkpoint::{Checkpoint, DequantizeOptions, SINGLE_FILE, dequantize_checkpoint};
+use burn_nf4::checkpoint::{
+    Checkpoint, CheckpointStore, DequantizeOptions, SINGLE_FILE, dequantize_checkpoint,
+};
+use burn_nf4::{Nf4Error, TensorMisfit};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::config::LlamaConfig;
 use burn_nf4_llm::model::load;
@@ -213,19 +217,23 @@ fn all_faults_of_a_checkpoint_are_listed_at_once() {
     config.attention_bias = true;
     config.intermediate_size += 32;
     config.num_hidden_layers = 1;
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let device = Device::default();
-    let result = load::load(&checkpoint, &config, config.dtype, &device, |_| ());
-    let Err(ModelError::Tensors(faults)) = result else {
+    let store = CheckpointStore::open(&folder).unwrap();
+    let result = load(store, &config, config.dtype, &Device::default());
+    let Err(ModelError::Nf4(Nf4Error::Misfit { tensors, .. })) = result else {
         panic!("loaded");
     };
-    assert_eq!(faults.missing.len(), 4);
-    assert!(faults.missing[0].contains("model.layers.0.self_attn.q_proj.bias"));
-    assert_eq!(faults.mismatched.len(), 3);
-    let text = faults.to_string();
-    assert!(text.contains("mlp.up_proj.weight has shape [352, 128], expected [384, 128]"));
+    let of = |is: fn(&TensorMisfit) -> bool| -> Vec<&str> {
+        let found = tensors.iter().filter(|tensor| is(tensor));
+        found.map(|tensor| tensor.key.as_str()).collect()
+    };
+    let missing = of(|tensor| tensor.given.is_none());
+    let proj = |name: &str| format!("model.layers.0.self_attn.{name}_proj.bias");
+    assert_eq!(missing, ["k", "o", "q", "v"].map(proj));
+    let mismatched = of(|tensor| tensor.given.is_some() && tensor.expected.is_some());
+    let proj = |name: &str| format!("model.layers.0.mlp.{name}_proj.weight");
+    assert_eq!(mismatched, ["down", "gate", "up"].map(proj));
     // All of the second layer: two norms and seven linear layers, each once.
-    assert_eq!(faults.unexpected.len(), 9);
+    assert_eq!(of(|tensor| tensor.expected.is_none()).len(), 9);
 }
 
 /// What the config claims must be there, and what is there must be claimed.
@@ -255,9 +263,8 @@ fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
     }
     std::fs::write(written.join("config.json"), config.to_string()).unwrap();
     let config = LlamaConfig::from_folder(&written).unwrap();
-    let checkpoint = Checkpoint::open(&written).unwrap();
-    let device = Device::default();
-    let result = load::load(&checkpoint, &config, config.dtype, &device, |_| ());
+    let store = CheckpointStore::open(&written).unwrap();
+    let result = load(store, &config, config.dtype, &Device::default());
     let Err(error) = result else {
         panic!("loaded");
     };
@@ -269,15 +276,19 @@ fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
 fn a_load_reports_every_parameter() {
     let folder = fixture("hf/f32_sharded/model");
     let config = LlamaConfig::from_folder(&folder).unwrap();
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let mut done = Vec::new();
-    let device = Device::default();
-    load::load(&checkpoint, &config, config.dtype, &device, |progress| {
-        assert!(progress.bytes_done <= progress.bytes_total);
-        assert_eq!(progress.parameters_done, done.len() + 1);
-        done.push((progress.parameter.to_string(), progress.parameters_total));
-    })
-    .unwrap();
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let told = done.clone();
+    let store = CheckpointStore::open(&folder)
+        .unwrap()
+        .on_progress(move |progress| {
+            let mut told = told.lock().unwrap();
+            assert!(progress.bytes_done <= progress.bytes_total);
+            assert_eq!(progress.parameters_done, told.len() + 1);
+            told.push((progress.parameter.to_string(), progress.parameters_total));
+        });
+    let checkpoint = store.checkpoint().clone();
+    load(store, &config, config.dtype, &Device::default()).unwrap();
+    let done = done.lock().unwrap();
     let mut names: Vec<&str> = done.iter().map(|(name, _)| name.as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, checkpoint.parameters());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
+use burn_nf4::checkpoint::{CheckpointStore, SafetensorsFile};
 use burn_nf4::format::FloatType;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -31,9 +31,9 @@ pub fn open_folder(
     device: &Device,
 ) -> (Llama, LlamaConfig) {
     let config = LlamaConfig::from_folder(folder).unwrap();
-    let checkpoint = Checkpoint::open(folder).unwrap();
+    let store = CheckpointStore::open(folder).unwrap();
     let dtype = dtype.unwrap_or(config.dtype);
-    let model = load::load(&checkpoint, &config, dtype, device, |_| ()).unwrap();
+    let model = load(store, &config, dtype, device).unwrap();
     (model, config)
 }
 

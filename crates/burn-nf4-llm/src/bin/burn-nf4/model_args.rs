@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
-use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::Adapter;
@@ -84,11 +84,9 @@ fn load_model(
     dtype: FloatType,
     device: &Device,
 ) -> Result<Llama, ModelError> {
-    let checkpoint = Checkpoint::open(folder)?;
     let bar = Bar::new("load");
-    load(&checkpoint, config, dtype, device, |progress| {
-        bar.show(progress)
-    })
+    let store = CheckpointStore::open(folder)?.on_progress(move |progress| bar.show(progress));
+    load(store, config, dtype, device)
 }
 
 /// An adapter to put on the model.
