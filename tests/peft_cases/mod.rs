@@ -16,8 +16,15 @@ pub const PREFIX: &str = "base_model.model.";
 /// The tokens at which the logits were taken.
 pub const IDS: [i64; 5] = [1, 2, 3, 4, 5];
 
+/// Of the workspace, whichever of its packages includes this.
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft")
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let roots = [package.into(), package.join("../..")];
+    let mut folders = roots
+        .map(|root| root.join("tests/fixtures/peft"))
+        .into_iter();
+    let found = folders.find(|folder| folder.exists());
+    found.expect("a folder of the workspace")
 }
 
 /// An adapter, and what its model computes.

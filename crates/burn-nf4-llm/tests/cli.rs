@@ -9,8 +9,8 @@ use burn_nf4::checkpoint::Checkpoint;
 use rstest::rstest;
 use serde_json::Value;
 
-const F32: &str = "tests/fixtures/hf/f32/model";
-const SHARDED: &str = "tests/fixtures/hf/f32_sharded/model";
+const F32: &str = "../../tests/fixtures/hf/f32/model";
+const SHARDED: &str = "../../tests/fixtures/hf/f32_sharded/model";
 
 fn run<const N: usize>(args: [&str; N]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
@@ -251,7 +251,7 @@ fn verify_says_what_differs(#[case] limits: &[&str], #[case] code: i32) {
 #[case::no_such_file(&["inspect", "no/such/folder"], "no/such/folder")]
 #[case::not_safetensors(&["inspect", "Cargo.toml"], "Cargo.toml: not a valid safetensors file")]
 #[case::block_size(&["quantize", F32, "out", "--block-size", "63"], "--block-size")]
-#[case::quantized_source(&["quantize", F32, "out"], "is quantized")]
+#[case::quantized_source(&["quantize", F32, "out"], "is quantized already")]
 #[case::occupied_folder(&["dequantize", F32, "src"], "src: the folder is not empty")]
 fn errors_are_one_line_and_code_2(#[case] args: &[&str], #[case] part: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
@@ -282,7 +282,7 @@ fn sizes_are_read_as_in_transformers(#[case] size: &str, #[case] valid: bool) {
     assert_eq!(out.exists(), valid);
 }
 
-const ADAPTER: &str = "tests/fixtures/hf/f32/adapter_final";
+const ADAPTER: &str = "../../tests/fixtures/hf/f32/adapter_final";
 
 #[test]
 fn an_adapter_is_merged_into_float_weights_or_into_4_bit() {

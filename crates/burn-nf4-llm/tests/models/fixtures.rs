@@ -1,4 +1,4 @@
-//! Models of `tests/fixtures/hf`, and what belongs to them.
+//! Models of the fixtures `hf`, and what belongs to them.
 
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,14 @@ use burn_nf4_llm::model::Llama;
 use burn_nf4_llm::model::config::LlamaConfig;
 use burn_nf4_llm::model::load;
 
-/// A file or folder of the fixtures.
+/// A file or folder of the fixtures: those of models and adapters are the workspace's.
 pub fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(path)
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let fixtures = match path.starts_with("hf/") {
+        true => package.join("../../tests/fixtures"),
+        false => package.join("tests/fixtures"),
+    };
+    fixtures.join(path)
 }
 
 /// A model in its own dtype, or another.
