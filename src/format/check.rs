@@ -26,6 +26,22 @@ pub(crate) fn check_len(tensor: &str, expected: usize, given: usize) -> Result<(
     })
 }
 
+/// Checks a shape.
+pub(crate) fn check_shape(
+    tensor: &str,
+    expected: &[usize],
+    given: &[usize],
+) -> Result<(), Nf4Error> {
+    if expected == given {
+        return Ok(());
+    }
+    Err(Nf4Error::Shape {
+        tensor: tensor.into(),
+        expected: expected.to_vec(),
+        given: given.to_vec(),
+    })
+}
+
 /// Looks for the first NaN or infinity.
 pub(crate) fn check_finite(
     tensor: &str,

@@ -46,7 +46,7 @@ mod tensor;
 
 #[cfg(feature = "checkpoint")]
 pub(crate) use check::checked_elems;
-pub(crate) use check::{check_finite, check_len, matrix_dims};
+pub(crate) use check::{check_finite, check_len, check_shape, matrix_dims};
 pub use codebook::{
     DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
 };

@@ -6,7 +6,9 @@ use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
+use crate::format::{
+    BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm, check_shape,
+};
 use crate::op::{LowRank, MatmulStrategy, Nf4Weight, linear_with, lora_linear};
 
 /// Configuration of an [`Nf4Linear`] to load a record into.
@@ -25,7 +27,7 @@ pub struct Nf4LinearConfig {
     /// The 4-bit data type.
     #[config(default = "QuantType::Nf4")]
     pub quant_type: QuantType,
-    /// Weights a scale: a power of two from 32 to 4096.
+    /// Weights per scale: a power of two from 32 to 4096.
     #[config(default = 64)]
     pub block_size: usize,
     /// Whether the scales are quantized to 8 bit, in blocks of 256.
@@ -121,14 +123,8 @@ impl Nf4Linear {
     /// not fit it.
     pub fn new(weight: Nf4Weight, bias: Option<Tensor<1>>) -> Result<Self, Nf4Error> {
         let [d_output, _] = weight.matrix_dims()?;
-        if let Some(bias) = &bias
-            && bias.dims() != [d_output]
-        {
-            return Err(Nf4Error::Shape {
-                tensor: "bias".into(),
-                expected: vec![d_output],
-                given: bias.dims().to_vec(),
-            });
+        if let Some(bias) = &bias {
+            check_shape("bias", &[d_output], &bias.dims())?;
         }
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()).set_require_grad(false));
         Ok(Self {

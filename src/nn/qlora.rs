@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
-use crate::format::{FloatType, check_finite};
+use crate::format::{FloatType, check_finite, check_shape};
 use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
@@ -375,13 +375,7 @@ pub(super) fn given_magnitude(
     d_output: usize,
     device: &Device,
 ) -> Result<Param<Tensor<1>>, Nf4Error> {
-    if magnitude.dims() != [d_output] {
-        return Err(Nf4Error::Shape {
-            tensor: "lora_magnitude".into(),
-            expected: vec![d_output],
-            given: magnitude.dims().to_vec(),
-        });
-    }
+    check_shape("lora_magnitude", &[d_output], &magnitude.dims())?;
     Ok(Param::from_tensor(magnitude.detach().to_device(device)))
 }
 

@@ -7,6 +7,7 @@ use super::adapter::{Adapter, LoraModule};
 use super::setting::LoraBias;
 use super::tensor::DenseTensor;
 use crate::error::Nf4Error;
+use crate::format::check_shape;
 use crate::nn::{LoraLinear, Nf4Linear, QLoraLinear, QLoraLinearConfig};
 
 impl Adapter {
@@ -48,14 +49,7 @@ impl Adapter {
         let tensors = self.module(module).ok_or_else(|| Nf4Error::NotAdapted {
             module: module.into(),
         })?;
-        let (expected, given) = (base.dims(), tensors.dims());
-        if expected != given {
-            return Err(Nf4Error::Shape {
-                tensor: module.into(),
-                expected: expected.to_vec(),
-                given: given.to_vec(),
-            });
-        }
+        check_shape(module, &base.dims(), &tensors.dims())?;
         if tensors.bias.is_some() && base.bias.is_none() {
             return Err(Nf4Error::BaseLacks {
                 missing: vec![format!("{module}.bias")],
@@ -148,7 +142,7 @@ impl Adapter {
             return Err(Nf4Error::Config {
                 field: "scale",
                 expected: "the factor that the adapter's settings give",
-                given: branch.scale.to_string(),
+                given: format!("{} for `{module}`", branch.scale),
             });
         }
         let vector = |param: Option<&Param<Tensor<1>>>| {

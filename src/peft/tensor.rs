@@ -10,7 +10,7 @@ use crate::checkpoint::elements::{
 };
 use crate::checkpoint::{Dtype, SafetensorsFile};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, check_finite, check_len, matrix_dims};
+use crate::format::{FloatElement, FloatType, check_finite, check_len, check_shape, matrix_dims};
 
 /// A dense float tensor in host memory, with the bits that a file holds or will hold.
 ///
@@ -131,14 +131,7 @@ impl DenseTensor {
     }
 
     pub(crate) fn check_shape(&self, expected: &[usize], key: &str) -> Result<(), Nf4Error> {
-        if self.shape == expected {
-            return Ok(());
-        }
-        Err(Nf4Error::Shape {
-            tensor: key.into(),
-            expected: expected.to_vec(),
-            given: self.shape.clone(),
-        })
+        check_shape(key, expected, &self.shape)
     }
 }
 

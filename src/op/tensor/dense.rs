@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Shape, Tensor};
 use super::check::{check_device, check_dtype};
 use super::empty::{connect_empty, tracked_sum};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_shape};
 #[cfg(feature = "cublaslt")]
 use crate::launch::DensePlan;
 use crate::op::base::{DenseSpec, Nf4Backend};
@@ -155,13 +155,7 @@ pub fn matmul<const D: usize>(
     if let Some(bias) = &bias {
         check_dtype("bias", bias, "as lhs", &[lhs.dtype()])?;
         check_device("bias", &bias.device(), &lhs.device())?;
-        if bias.dims() != [sizes.n] {
-            return Err(Nf4Error::Shape {
-                tensor: "bias".into(),
-                expected: vec![sizes.n],
-                given: bias.dims().to_vec(),
-            });
-        }
+        check_shape("bias", &[sizes.n], &bias.dims())?;
     }
     let available = uses_cublaslt(&lhs.device())?;
     let mut shape = lhs.dims();

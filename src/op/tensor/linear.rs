@@ -8,7 +8,7 @@ use super::dense::{MatmulOptions, matmul, uses_cublaslt};
 use super::empty::{connect_empty, tracked_sum};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_shape};
 use crate::op::base::{
     DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, WeightLoraSpec,
 };
@@ -42,8 +42,8 @@ pub fn linear<const D: usize>(
 
 /// [`linear`], computed in a given way.
 ///
-/// On a graphics card [`MatmulStrategy::Auto`] measures the ways that come into question the first
-/// time that a product of its kind (sizes, dtype, quantization) is computed: kernels that read the
+/// On a graphics card [`MatmulStrategy::Auto`] measures the candidates the first time that a product of
+/// its kind (sizes, dtype, quantization) is computed: kernels that read the
 /// packed weight, and for more than a few rows decoding it. CubeCL's autotuner keeps the result, in
 /// memory and by default in a file. The gradient is always computed over the decoded weight.
 ///
@@ -84,13 +84,7 @@ impl LowRank {
             ("lora_a", [in_features, rank], self.a.dims()),
             ("lora_b", [rank, out_features], self.b.dims()),
         ] {
-            if expected != given {
-                return Err(Nf4Error::Shape {
-                    tensor: tensor.into(),
-                    expected: expected.to_vec(),
-                    given: given.to_vec(),
-                });
-            }
+            check_shape(tensor, &expected, &given)?;
         }
         FloatType::from_dtype(self.a.dtype(), "lora_a")?;
         check_dtype("lora_b", &self.b, "as lora_a", &[self.a.dtype()])
@@ -271,25 +265,12 @@ fn linear_at<const D: usize>(
 ) -> Result<Tensor<D>, Nf4Error> {
     let dtype = FloatType::from_dtype(x.dtype(), "x")?;
     let mut shape: Vec<usize> = x.dims().to_vec();
-    if shape.last() != Some(&in_features) {
-        let given = shape.clone();
-        if let Some(last) = shape.last_mut() {
-            *last = in_features;
-        }
-        return Err(Nf4Error::Shape {
-            tensor: "x".into(),
-            expected: shape,
-            given,
-        });
+    if let Some(last) = shape.last_mut() {
+        *last = in_features;
     }
-    if let Some(bias) = &bias
-        && bias.dims() != [out_features]
-    {
-        return Err(Nf4Error::Shape {
-            tensor: "bias".into(),
-            expected: vec![out_features],
-            given: bias.dims().to_vec(),
-        });
+    check_shape("x", &shape, &x.dims())?;
+    if let Some(bias) = &bias {
+        check_shape("bias", &[out_features], &bias.dims())?;
     }
 
     if let Some(bias) = &bias {

@@ -427,9 +427,4 @@ impl Nf4Weight {
     pub fn size_bytes(&self) -> usize {
         self.spec.layout.words() * 4
     }
-
-    /// Bytes that the weight takes when decoded to its original dtype.
-    pub fn dense_size_bytes(&self) -> usize {
-        self.spec.layout.elems() * self.spec.form.dtype.size_bytes()
-    }
 }

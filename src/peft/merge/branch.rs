@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::loss::Sums;
 use super::weight::BaseWeight;
 use crate::error::Nf4Error;
+use crate::format::check_shape;
 use crate::peft::adapter::LoraModule;
 use crate::peft::tensor::DenseTensor;
 
@@ -24,13 +25,7 @@ impl Branch<'_> {
             false => [d_output, d_input],
             true => [d_input, d_output],
         };
-        if weight.dims(key)? != expected {
-            return Err(Nf4Error::Shape {
-                tensor: key.into(),
-                expected: expected.to_vec(),
-                given: weight.shape.clone(),
-            });
-        }
+        check_shape(key, &expected, &weight.dims(key)?)?;
         if self.transposed {
             weight.transpose(key)?;
         }
