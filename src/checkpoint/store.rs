@@ -12,7 +12,7 @@ use fancy_regex::Regex;
 use super::folder::Checkpoint;
 use super::matching::{Allowed, match_up};
 use super::parameters::parameters_of;
-use super::progress::Progress;
+use super::progress::{Counter, Progress};
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -72,30 +72,12 @@ const IGNORE: &str = "ignore";
 
 type Callback = Box<dyn FnMut(Progress<'_>) + Send>;
 
-/// How far a load is, and who is told.
+/// How far a load is, if somebody is told, and whether it failed.
 #[derive(Default)]
 struct Report {
-    callback: Option<Callback>,
-    parameters: [usize; 2],
-    bytes: [usize; 2],
+    counter: Option<Counter<Callback>>,
     /// The first error of a read.
     failed: Option<Nf4Error>,
-}
-
-impl Report {
-    fn done(&mut self, parameter: &str, size_bytes: usize) {
-        self.parameters[0] += 1;
-        self.bytes[0] += size_bytes;
-        if let Some(callback) = &mut self.callback {
-            callback(Progress {
-                parameter,
-                parameters_done: self.parameters[0],
-                parameters_total: self.parameters[1],
-                bytes_done: self.bytes[0],
-                bytes_total: self.bytes[1],
-            });
-        }
-    }
 }
 
 impl CheckpointStore {
@@ -201,7 +183,8 @@ impl CheckpointStore {
 
     /// Calls a function after each parameter that is loaded into a module.
     pub fn on_progress(self, callback: impl FnMut(Progress<'_>) + Send + 'static) -> Self {
-        self.report().callback = Some(Box::new(callback));
+        let callback: Callback = Box::new(callback);
+        self.report().counter = Some(Counter::new(0, 0, callback));
         self
     }
 
@@ -260,7 +243,11 @@ impl CheckpointStore {
         let done = move |error| {
             let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
             match error {
-                None => report.done(&key, size_bytes),
+                None => {
+                    if let Some(counter) = &mut report.counter {
+                        counter.done(&key, size_bytes);
+                    }
+                }
                 Some(_) if report.failed.is_some() => {}
                 failed => report.failed = failed,
             }
@@ -331,8 +318,9 @@ impl ModuleStore for CheckpointStore {
         }
         {
             let mut report = self.report();
-            report.parameters = [0, tensors.len()];
-            report.bytes = [0, size_bytes];
+            if let Some(counter) = &mut report.counter {
+                counter.restart(tensors.len(), size_bytes);
+            }
             report.failed = None;
         }
         let mut result = module.apply(tensors, None, None, self.skip_enum_variants);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::convert::check_decodes;
 use super::elements::{elements, float_type, transpose, widen, with_float_type};
 use super::folder::Checkpoint;
-use super::progress::Progress;
+use super::progress::{Counter, Progress};
 use super::stored::TensorSource;
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
@@ -118,7 +118,7 @@ impl VerifyReport {
 pub fn verify(
     a: &Checkpoint,
     b: &Checkpoint,
-    mut progress: impl FnMut(Progress<'_>),
+    progress: impl FnMut(Progress<'_>),
 ) -> Result<VerifyReport, Nf4Error> {
     let (in_a, in_b) = (a.parameters(), b.parameters());
     let only = |these: &[&str], others: &[&str]| -> Vec<String> {
@@ -137,21 +137,14 @@ pub fn verify(
 
     let bytes_of = |key: &str| a.parameter_bytes(key) + b.parameter_bytes(key);
     let bytes_total = both.iter().map(|key| bytes_of(key)).sum();
-    let mut bytes_done = 0;
+    let mut counter = Counter::new(both.len(), bytes_total, progress);
     let mut parameters = Vec::with_capacity(both.len());
-    for (index, &name) in both.iter().enumerate() {
+    for &name in &both {
         parameters.push(ComparedParameter {
             name: name.into(),
             difference: compare(a, b, name)?,
         });
-        bytes_done += bytes_of(name);
-        progress(Progress {
-            parameter: name,
-            parameters_done: index + 1,
-            parameters_total: both.len(),
-            bytes_done,
-            bytes_total,
-        });
+        counter.done(name, bytes_of(name));
     }
     Ok(VerifyReport {
         parameters,

@@ -10,7 +10,7 @@ use burn::backend::autodiff::checkpoint::strategy::{
     BalancedCheckpointing, CheckpointStrategy, NoCheckpointing,
 };
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use burn::tensor::Shape;
@@ -74,7 +74,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         let ((x, x_node), (bias, bias_node)) = (x.into_parts(), bias.into_parts());
-        match LinearBiasBackward
+        match LinearBackward
             .prepare::<C>([x_node, bias_node])
             .compute_bound()
             .stateful()
@@ -98,23 +98,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             let y = Self::nf4_matmul(x.clone(), packed, spec.matmul);
             return add_lora::<Self>(y, x, a, b, spec);
         }
-        match LoraBackward
+        let kind = LoraBackward
             .prepare::<C>([x.node(), a.node(), b.node()])
             .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(mut prep) => {
-                let x_id = prep.checkpoint(&x);
-                let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
-                let y = B::nf4_matmul(x.clone(), packed.clone(), spec.matmul);
-                let (y, kept) = Kept::add_branch::<B>(y, x, [a, b], spec);
-                prep.finish((x_id, packed, kept), y)
-            }
-            OpsKind::UnTracked(prep) => {
-                let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
-                prep.finish(B::nf4_matmul_lora(x, packed, a, b, spec))
-            }
-        }
+            .stateful();
+        lora(kind, x, packed, [a, b], None, spec)
     }
 
     fn nf4_matmul_bias_lora(
@@ -129,25 +117,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             let y = Self::nf4_matmul_bias(x.clone(), packed, bias, spec.matmul);
             return add_lora::<Self>(y, x, a, b, spec);
         }
-        match LoraBackward
+        let kind = LoraBackward
             .prepare::<C>([x.node(), a.node(), b.node(), bias.node()])
             .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(mut prep) => {
-                let x_id = prep.checkpoint(&x);
-                let (x, bias) = (x.into_primitive(), bias.into_primitive());
-                let (a, b) = (a.into_primitive(), b.into_primitive());
-                let y = B::nf4_matmul_bias(x.clone(), packed.clone(), bias, spec.matmul);
-                let (y, kept) = Kept::add_branch::<B>(y, x, [a, b], spec);
-                prep.finish((x_id, packed, kept), y)
-            }
-            OpsKind::UnTracked(prep) => {
-                let (x, bias) = (x.into_primitive(), bias.into_primitive());
-                let (a, b) = (a.into_primitive(), b.into_primitive());
-                prep.finish(B::nf4_matmul_bias_lora(x, packed, bias, a, b, spec))
-            }
-        }
+            .stateful();
+        lora(kind, x, packed, [a, b], Some(bias.into_primitive()), spec)
     }
 
     fn dense_matmul(
@@ -155,23 +129,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         rhs: FloatTensor<Self>,
         spec: DenseSpec,
     ) -> FloatTensor<Self> {
-        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
-        match DenseBackward
+        let kind = DenseBackward
             .prepare::<C>([lhs.node(), rhs.node()])
             .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(mut prep) => {
-                let lhs_id = tracked[1].then(|| prep.checkpoint(&lhs));
-                let rhs_id = tracked[0].then(|| prep.checkpoint(&rhs));
-                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
-                prep.finish((lhs_id, rhs_id, spec), B::dense_matmul(lhs, rhs, spec))
-            }
-            OpsKind::UnTracked(prep) => {
-                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
-                prep.finish(B::dense_matmul(lhs, rhs, spec))
-            }
-        }
+            .stateful();
+        dense(kind, lhs, rhs, None, spec)
     }
 
     fn dense_matmul_bias(
@@ -180,24 +142,11 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         bias: FloatTensor<Self>,
         spec: DenseSpec,
     ) -> FloatTensor<Self> {
-        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
-        match DenseBackward
+        let kind = DenseBackward
             .prepare::<C>([lhs.node(), rhs.node(), bias.node()])
             .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(mut prep) => {
-                let lhs_id = tracked[1].then(|| prep.checkpoint(&lhs));
-                let rhs_id = tracked[0].then(|| prep.checkpoint(&rhs));
-                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
-                let y = B::dense_matmul_bias(lhs, rhs, bias.into_primitive(), spec);
-                prep.finish((lhs_id, rhs_id, spec), y)
-            }
-            OpsKind::UnTracked(prep) => {
-                let (lhs, rhs) = (lhs.into_primitive(), rhs.into_primitive());
-                prep.finish(B::dense_matmul_bias(lhs, rhs, bias.into_primitive(), spec))
-            }
-        }
+            .stateful();
+        dense(kind, lhs, rhs, Some(bias.into_primitive()), spec)
     }
 
     fn nf4_weight(
@@ -297,37 +246,93 @@ fn keeps_all<C: CheckpointStrategy>() -> bool {
     TypeId::of::<C>() == TypeId::of::<NoCheckpointing>()
 }
 
-/// Backward of `y = x Wᵀ`: `dx = dy W`.
-#[derive(Debug)]
-struct LinearBackward;
-
-impl<B: Nf4Backend> Backward<B, 1> for LinearBackward {
-    type State = (IntTensor<B>, LinearSpec);
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (packed, spec) = ops.state;
-        unary::<B, _>(ops.parents, ops.node, grads, |grad| {
-            B::nf4_linear_backward(grad, packed, spec)
-        });
+/// A product with a low-rank branch, and with a bias where that is the last of the parents.
+fn lora<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
+    kind: OpsKind<LoraBackward, B, LoraState<B>, C, N>,
+    x: FloatTensor<Autodiff<B, C>>,
+    packed: IntTensor<B>,
+    factors: [FloatTensor<Autodiff<B, C>>; 2],
+    bias: Option<FloatTensor<B>>,
+    spec: LoraSpec,
+) -> FloatTensor<Autodiff<B, C>> {
+    match kind {
+        OpsKind::Tracked(mut prep) => {
+            let x_id = prep.checkpoint(&x);
+            let x = x.into_primitive();
+            let y = match bias {
+                None => B::nf4_matmul(x.clone(), packed.clone(), spec.matmul),
+                Some(bias) => B::nf4_matmul_bias(x.clone(), packed.clone(), bias, spec.matmul),
+            };
+            let factors = factors.map(|factor| factor.into_primitive());
+            let (y, kept) = Kept::add_branch::<B>(y, x, factors, spec);
+            prep.finish((x_id, packed, kept), y)
+        }
+        OpsKind::UnTracked(prep) => {
+            let x = x.into_primitive();
+            let [a, b] = factors.map(|factor| factor.into_primitive());
+            prep.finish(match bias {
+                None => B::nf4_matmul_lora(x, packed, a, b, spec),
+                Some(bias) => B::nf4_matmul_bias_lora(x, packed, bias, a, b, spec),
+            })
+        }
     }
 }
 
-/// Backward of `y = x Wᵀ + b`: `dx = dy W`, and `db` the sum of the rows of `dy`.
-#[derive(Debug)]
-struct LinearBiasBackward;
+/// A product of dense matrices, with a bias where that is the last of the parents.
+fn dense<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
+    kind: OpsKind<DenseBackward, B, DenseState, C, N>,
+    lhs: FloatTensor<Autodiff<B, C>>,
+    rhs: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<B>>,
+    spec: DenseSpec,
+) -> FloatTensor<Autodiff<B, C>> {
+    let tracked = [lhs.is_tracked(), rhs.is_tracked()];
+    let product = |lhs, rhs| match bias {
+        None => B::dense_matmul(lhs, rhs, spec),
+        Some(bias) => B::dense_matmul_bias(lhs, rhs, bias, spec),
+    };
+    match kind {
+        OpsKind::Tracked(mut prep) => {
+            let lhs_id = tracked[1].then(|| prep.checkpoint(&lhs));
+            let rhs_id = tracked[0].then(|| prep.checkpoint(&rhs));
+            let y = product(lhs.into_primitive(), rhs.into_primitive());
+            prep.finish((lhs_id, rhs_id, spec), y)
+        }
+        OpsKind::UnTracked(prep) => {
+            prep.finish(product(lhs.into_primitive(), rhs.into_primitive()))
+        }
+    }
+}
 
-impl<B: Nf4Backend> Backward<B, 2> for LinearBiasBackward {
+/// Registers the gradient of a bias, the sum of the rows of `grad`, if there is a parent behind the first
+/// `M`; returns these.
+fn register_bias<B: Nf4Backend, const M: usize, const N: usize>(
+    parents: [Option<NodeId>; N],
+    grad: &FloatTensor<B>,
+    grads: &mut Gradients,
+) -> [Option<NodeId>; M] {
+    if let Some(&Some(node)) = parents.get(M) {
+        grads.register::<B>(node, sum_of_rows::<B>(grad.clone()));
+    }
+    std::array::from_fn(|index| parents[index])
+}
+
+/// Backward of `y = x Wᵀ + b`: `dx = dy W`, and `db` the sum of the rows of `dy`. The bias is the last
+/// parent, if there is one.
+#[derive(Debug)]
+struct LinearBackward;
+
+impl<B: Nf4Backend, const N: usize> Backward<B, N> for LinearBackward {
     type State = (IntTensor<B>, LinearSpec);
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (packed, spec) = ops.state;
-        binary::<B, _, _>(
-            ops.parents,
-            ops.node,
-            grads,
-            |grad| B::nf4_linear_backward(grad, packed, spec),
-            sum_of_rows::<B>,
-        );
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        let [of_x] = register_bias::<B, 1, N>(parents, &grad, grads);
+        if let Some(node) = of_x {
+            let (packed, spec) = ops.state;
+            grads.register::<B>(node, B::nf4_linear_backward(grad, packed, spec));
+        }
     }
 }
 
@@ -494,36 +499,19 @@ impl LoraBackward {
     }
 }
 
-impl<B: Nf4Backend> Backward<B, 3> for LoraBackward {
+impl<B: Nf4Backend, const N: usize> Backward<B, N> for LoraBackward {
     type State = LoraState<B>;
 
     fn backward(
         self,
-        ops: Ops<Self::State, 3>,
+        ops: Ops<Self::State, N>,
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
         let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        let parents = register_bias::<B, 3, N>(parents, &grad, grads);
         Self::register::<B>(ops.state, grad, parents, grads, checkpointer);
-    }
-}
-
-impl<B: Nf4Backend> Backward<B, 4> for LoraBackward {
-    type State = LoraState<B>;
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, 4>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let grad = grads.consume::<B>(&ops.node);
-        let [of_x, of_a, of_b, of_bias] = ops.parents.map(|parent| parent.map(|parent| parent.id));
-        if let Some(node) = of_bias {
-            grads.register::<B>(node, sum_of_rows::<B>(grad.clone()));
-        }
-        Self::register::<B>(ops.state, grad, [of_x, of_a, of_b], grads, checkpointer);
     }
 }
 
@@ -579,35 +567,18 @@ impl DenseBackward {
     }
 }
 
-impl<B: Nf4Backend> Backward<B, 2> for DenseBackward {
+impl<B: Nf4Backend, const N: usize> Backward<B, N> for DenseBackward {
     type State = DenseState;
 
     fn backward(
         self,
-        ops: Ops<Self::State, 2>,
+        ops: Ops<Self::State, N>,
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
         let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
+        let parents = register_bias::<B, 2, N>(parents, &grad, grads);
         Self::register::<B>(ops.state, grad, parents, grads, checkpointer);
-    }
-}
-
-impl<B: Nf4Backend> Backward<B, 3> for DenseBackward {
-    type State = DenseState;
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, 3>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let grad = grads.consume::<B>(&ops.node);
-        let [of_lhs, of_rhs, of_bias] = ops.parents.map(|parent| parent.map(|parent| parent.id));
-        if let Some(node) = of_bias {
-            grads.register::<B>(node, sum_of_rows::<B>(grad.clone()));
-        }
-        Self::register::<B>(ops.state, grad, [of_lhs, of_rhs], grads, checkpointer);
     }
 }
