@@ -5,9 +5,9 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 
 use super::lora::{LoraLinear, dense_linear};
-use super::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use super::{Nf4Linear, Nf4Reparameterization, QLoraLinear, QLoraLinearConfig};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, QuantConfig};
+use crate::format::{FloatType, QuantConfig, check_shape};
 use crate::op::MatmulStrategy;
 
 /// A linear layer in whatever form it is: of floats or in 4 bit, with or without a low-rank branch.
@@ -94,13 +94,16 @@ impl AnyLinear {
     /// - `x`: `[..., d_input]`
     /// - returns `[..., d_output]`, of the dtype of `x`
     ///
+    /// A weight or a bias that Burn has quantized (`apply_qlora`, `quantize_weights`) is multiplied by
+    /// Burn, as in its own [`Linear`].
+    ///
     /// # Panics
     /// If `x` does not fit the weight, or is not of its dtype where that is of floats.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Dense(layer) => {
                 let bias = layer.bias.as_ref().map(Param::val);
-                dense_linear(x, layer.weight.val(), bias)
+                dense_linear("AnyLinear", x, layer.weight.val(), bias)
             }
             Self::Nf4(layer) => layer.forward(x),
             Self::Lora(layer) => layer.forward(x),
@@ -121,9 +124,18 @@ impl AnyLinear {
     pub fn dims(&self) -> [usize; 2] {
         match self.base() {
             Base::Dense(layer) => {
-                // Does not make a weight that was not asked for yet.
-                let shape = layer.weight.lazy_shape();
-                [shape[1], shape[0]]
+                match layer.weight.reparameterization::<Nf4Reparameterization>() {
+                    // The parameter itself is a column.
+                    Some(packed) => {
+                        let shape = packed.weight().shape();
+                        [shape[0], shape[1]]
+                    }
+                    None => {
+                        // Does not make a weight that was not asked for yet.
+                        let shape = layer.weight.lazy_shape();
+                        [shape[1], shape[0]]
+                    }
+                }
             }
             Base::Nf4(layer) => layer.dims(),
         }
@@ -153,14 +165,7 @@ impl AnyLinear {
     /// [`Nf4Error::Shape`] unless it is `[d_output]`.
     pub fn with_bias(mut self, bias: Param<Tensor<1>>) -> Result<Self, Nf4Error> {
         let [d_output, _] = self.dims();
-        let given = bias.lazy_shape().to_vec();
-        if given != [d_output] {
-            return Err(Nf4Error::Shape {
-                tensor: "bias".into(),
-                expected: vec![d_output],
-                given,
-            });
-        }
+        check_shape("bias", &[d_output], &bias.lazy_shape())?;
         *self.bias_mut() = Some(bias);
         Ok(self)
     }
@@ -212,7 +217,7 @@ impl AnyLinear {
     /// Puts a fresh branch on the layer, in place of any that is there, and freezes the rest.
     ///
     /// # Errors
-    /// Those of [`QLoraLinearConfig::init`].
+    /// Those of [`QLoraLinearConfig::init`] and [`QLoraLinearConfig::init_dense`].
     pub fn with_lora(self, lora: &QLoraLinearConfig, device: &Device) -> Result<Self, Nf4Error> {
         match self.into_base() {
             Self::Nf4(base) => Ok(Self::QLora(lora.init(base.no_grad(), device)?)),
@@ -301,7 +306,9 @@ impl AnyLinear {
     }
 
     /// The branch put into the weight, which is then of floats: summed in f32 and rounded once to
-    /// `dtype`, or to [that of the weight](Self::dtype). A layer without a branch is as it was.
+    /// `dtype`, or to [that of the weight](Self::dtype). Of a weight in 4 bit this is what it had before,
+    /// which inputs need not have had: [`LinearLayers::merge`](crate::model::LinearLayers::merge) takes
+    /// that of the model. A layer without a branch is as it was.
     ///
     /// # Errors
     /// [`Nf4Error::Config`] for a branch that is off: it would change what the layer computes.

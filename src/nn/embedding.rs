@@ -23,7 +23,7 @@ pub struct Nf4EmbeddingConfig {
     /// The 4-bit data type.
     #[config(default = "QuantType::Nf4")]
     pub quant_type: QuantType,
-    /// Weights a scale: a power of two from 32 to 4096.
+    /// Weights per scale: a power of two from 32 to 4096.
     #[config(default = 64)]
     pub block_size: usize,
     /// Whether the scales are quantized to 8 bit, in blocks of 256.

@@ -1,13 +1,18 @@
 //! A frozen float linear layer with a trained low-rank branch.
 
-use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, ModuleVisitor, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear};
 use burn::tensor::{DType, Device, Tensor};
 
+use super::REPARAMETERIZATION;
+use super::params::in_floats;
 use super::qlora::{NORM_CHUNK_ELEMS, QLoraLinearConfig, drops, given_magnitude, merge_weight};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_shape};
 use crate::op::{LowRank, MatmulOptions, matmul};
+
+/// What panics call the layer.
+const NAME: &str = "LoraLinear";
 
 /// LoRA: `y = x W + b + s · (dropout(x) A) B`, with a float `W` frozen and `A`, `B` trained.
 ///
@@ -49,9 +54,11 @@ impl QLoraLinearConfig {
     /// As [`init`](Self::init), on a layer of floats: its weight and bias are frozen.
     ///
     /// # Errors
-    /// Those of [`init`](Self::init).
+    /// Those of [`init`](Self::init), and [`Nf4Error::Config`] for a layer with a reparameterization of
+    /// Burn's, such as that of `apply_lora`: the branch would be one of another weight.
     pub fn init_dense(&self, base: Linear, device: &Device) -> Result<LoraLinear, Nf4Error> {
         self.check()?;
+        check_materialized(&base)?;
         let [d_input, d_output] = base.weight.dims();
         let (lora_a, lora_b) = self.fresh_factors([d_output, d_input], device);
         self.build_dense(base.to_device(device), lora_a, lora_b)
@@ -60,13 +67,14 @@ impl QLoraLinearConfig {
     /// As [`init_with`](Self::init_with), on a layer of floats: its weight and bias are frozen.
     ///
     /// # Errors
-    /// Those of [`init_with`](Self::init_with).
+    /// Those of [`init_with`](Self::init_with) and [`init_dense`](Self::init_dense).
     pub fn init_dense_with(
         &self,
         base: Linear,
         lora_a: Tensor<2>,
         lora_b: Tensor<2>,
     ) -> Result<LoraLinear, Nf4Error> {
+        check_materialized(&base)?;
         let [d_input, d_output] = base.weight.dims();
         let (a, b) = self.given_factors([d_output, d_input], lora_a, lora_b)?;
         self.build_dense(base, a, b)
@@ -111,28 +119,28 @@ impl LoraLinear {
         let weight = self.base.weight.val();
         let bias = self.base.bias.as_ref().map(Param::val);
         if !self.enabled {
-            return dense_linear(x, weight, bias);
+            return dense_linear(NAME, x, weight, bias);
         }
         let dtype = x.dtype();
         let Some(magnitude) = &self.lora_magnitude else {
-            let y = dense_linear(x.clone(), weight, bias);
+            let y = dense_linear(NAME, x.clone(), weight, bias);
             return y + self.branch(self.dropout.forward(x)).cast(dtype);
         };
         let branch_dtype = self.lora_a.val().dtype();
         let factor = (magnitude.val().cast(DType::F32) / self.row_norms()).cast(branch_dtype);
         let factor: Tensor<D> = factor.unsqueeze();
         if drops(&self.dropout, &x) {
-            let y = dense_linear(x.clone(), weight.clone(), bias);
+            let y = dense_linear(NAME, x.clone(), weight.clone(), bias);
             let x = self.dropout.forward(x);
-            let dropped = dense_linear(x.clone(), weight, None).cast(branch_dtype);
+            let dropped = dense_linear(NAME, x.clone(), weight, None).cast(branch_dtype);
             let change = (factor.clone() - 1.0) * dropped + factor * self.branch(x);
             return y + change.cast(dtype);
         }
-        let y = dense_linear(x.clone(), weight, None).cast(branch_dtype);
+        let y = dense_linear(NAME, x.clone(), weight, None).cast(branch_dtype);
         let y = (y + self.branch(x)) * factor;
         let y = match bias {
             None => y,
-            Some(bias) => y + bias.cast(branch_dtype).unsqueeze(),
+            Some(bias) => y + in_floats(bias).cast(branch_dtype).unsqueeze(),
         };
         y.cast(dtype)
     }
@@ -141,13 +149,13 @@ impl LoraLinear {
     fn branch<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let (a, b) = (self.lora_a.val(), self.lora_b.val());
         let x = x.cast(a.dtype());
-        dense_linear(dense_linear(x, a, None), b, None) * self.scale
+        dense_linear(NAME, dense_linear(NAME, x, a, None), b, None) * self.scale
     }
 
     /// The norm of each row of the weight with its branch, in f32, outside of any graph; a few rows
     /// at a time, as the weight can be a large head.
     fn row_norms(&self) -> Tensor<1> {
-        let weight = self.base.weight.val().inner();
+        let weight = in_floats(self.base.weight.val().inner());
         let a = self.lora_a.val().inner().cast(DType::F32);
         let b = self.lora_b.val().inner().cast(DType::F32);
         let [d_input, d_output] = weight.dims();
@@ -192,9 +200,9 @@ impl LoraLinear {
         };
         let magnitude = self.lora_magnitude.as_ref();
         let factor = magnitude.map(|magnitude| magnitude.val().cast(DType::F32) / self.row_norms());
-        let weight = self.base.weight.val().cast(DType::F32);
+        let weight = in_floats(self.base.weight.val()).cast(DType::F32);
         let bias = self.base.bias.as_ref();
-        let bias = bias.map(|bias| bias.val().cast(DType::from(dtype)).detach());
+        let bias = bias.map(|bias| in_floats(bias.val()).cast(DType::from(dtype)).detach());
         Ok(Linear {
             weight: Param::from_tensor(merge_weight(weight, branch, factor, dtype)?),
             bias: bias.map(Param::from_tensor),
@@ -207,18 +215,30 @@ impl LoraLinear {
     }
 }
 
-/// `x W + b`.
+/// `x W + b` of a layer.
 ///
 /// # Shapes
 /// - `x`: `[..., d_input]`
 /// - `weight`: `[d_input, d_output]`
+///
+/// # Panics
+/// If `x` does not fit, with the name of the layer's type.
 pub(super) fn dense_linear<const D: usize>(
+    layer: &'static str,
     x: Tensor<D>,
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
 ) -> Tensor<D> {
+    let (mut expected, given) = (x.dims(), x.dims());
+    expected[D - 1] = weight.dims()[0];
+    if let Err(error) = check_shape("x", &expected, &given) {
+        panic!("{layer}::forward: {error}");
+    }
     // A trained bias is in f32 whatever the dtype of the model.
-    let bias = bias.map(|bias| bias.cast(x.dtype()));
+    let bias = bias.map(|bias| in_floats(bias).cast(x.dtype()));
+    if matches!(weight.dtype(), DType::QFloat(_)) {
+        return burn::tensor::module::linear(x, weight, bias);
+    }
     // A vector has no rows to multiply.
     let y = match D {
         1 => {
@@ -229,7 +249,27 @@ pub(super) fn dense_linear<const D: usize>(
     };
     match y {
         Ok(y) => y,
-        Err(error) => panic!("LoraLinear::forward: {error}"),
+        Err(error) => panic!("{layer}::forward: {error}"),
+    }
+}
+
+/// # Errors
+/// [`Nf4Error::Config`] for a weight with a reparameterization of Burn's: it has another value than the
+/// one that it stores, and often another shape.
+fn check_materialized(layer: &Linear) -> Result<(), Nf4Error> {
+    struct Visitor(bool);
+
+    impl ModuleVisitor for Visitor {
+        fn enter_module(&mut self, _name: &str, container_type: &str) {
+            self.0 |= container_type == REPARAMETERIZATION;
+        }
+    }
+
+    let mut visitor = Visitor(false);
+    layer.weight.visit(&mut visitor);
+    match visitor.0 {
+        false => Ok(()),
+        true => Err(Nf4Error::unmaterialized("base", "weight")),
     }
 }
 

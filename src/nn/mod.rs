@@ -3,7 +3,8 @@
 //! # Burn's own mappers on these layers
 //!
 //! [`Nf4Linear`], [`QLoraLinear`] and [`LoraLinear`] are Burn modules, and Burn's functions over modules
-//! reach into them. What comes of it (the weight of a `LoraLinear` is a `Linear` of Burn's to them):
+//! reach into them. What comes of it (the weight of a `LoraLinear`, and all of an [`AnyLinear`] of floats,
+//! is a `Linear` of Burn's to them, is adapted and quantized as one, and computes as one does):
 //!
 //! | Burn's | on a packed weight | on a bias | on `lora_a`, `lora_b`, `lora_magnitude` |
 //! |---|---|---|---|
@@ -16,6 +17,10 @@
 //!
 //! A packed weight is an integer parameter, which none of these functions touches. `apply_lora` and
 //! quantizers take whatever float parameter they meet; the layers put their own back as it was.
+//!
+//! A whole model whose layers have such an adapter or a packed weight of [`reparameterize_linears`] is
+//! refused by name where [`LinearLayers`](crate::model::LinearLayers) quantizes, adapts, loads or saves it:
+//! `materialize` makes plain weights of them.
 //!
 //! Two calls need a group, as they do in Burn's own LoRA. [`lora_params`] is it:
 //!
@@ -62,34 +67,8 @@
 //! | 2 or 8 bits, or another scheme of Burn's | Burn's `apply_qlora`, `quantize_weights` |
 //! | training in 4 bit because memory is short; fast answers to single rows; checkpoints and adapters of bitsandbytes and PEFT; DoRA, dropout | [`QLoraLinear`], [`Nf4Linear`] |
 //!
-//! Measured on the CPU (Flex, 2 cores of an AMD EPYC, 2026-11-26) by
-//! `cargo bench --bench burn_lora -- 1024 8 256`: a chain of 8 layers of 1024 x 1024 in f32, 256 rows.
-//! *Rest* is what the model takes, *kept* what a forward pass leaves for the backward pass, *peak* the
-//! most that a training step takes beyond what is at rest, in MiB (the dense weights are 32). *Step* is
-//! forward and backward to the input; *1 row* and *rows* are inference; in ms. *Error* is the relative
-//! distance of the outputs from the dense model's. Each time is the fastest of three runs of the program,
-//! 45 measurements. Other work ran on the machine, and single runs differed by up to a factor of two:
-//! the bytes are exact, differences in time below that are not to be trusted.
-//!
-//! ```text
-//!                                              rest   kept   peak    step   1 row    rows   error
-//! frozen
-//! Linear                                       32.1    1.0    3.0    56.2    0.82    36.4   0
-//! Linear, 4 bit of Burn's                       9.2   33.0   35.0   306.9  215.96   253.1   0.10
-//! Linear, reparameterize_linears                4.3   33.0   35.0    82.9    1.13    36.4   0.14
-//!   with gradient checkpointing                 4.3    8.0   38.0   123.3    1.08    24.7   0.14
-//! Nf4Linear                                     4.2    1.0    7.0    53.7    0.35    25.6   0.14
-//! with an adapter of rank 16
-//! Linear, apply_lora                           33.1   40.0   45.0   100.9    5.04    30.0   0
-//! Linear, apply_qlora in 4 bit                 14.4   40.0   45.0   154.8   54.54    92.6   0.10
-//!   with gradient checkpointing                47.4   72.0   75.2   181.3   54.23    89.2   0.10
-//! Linear, reparameterize_linears, apply_lora    5.3    8.0   41.1   115.8    4.63    34.5   0.14
-//! QLoraLinear                                   5.3    8.2   14.3    79.1    0.39    28.0   0.14
-//! ```
-//!
-//! Burn's 4 bits are symmetric with a scale for 32 weights, the nearest it has to NF4 with one for 64. On
-//! Flex they take a byte each. The weights here are Burn's initial ones, spread evenly, which favours
-//! evenly spaced levels; NF4's are made for the normally distributed ones of trained models.
+//! What each takes in memory and time is measured in `docs/benchmarks.md` (Burn's LoRA and the layers of
+//! this crate).
 
 mod any_linear;
 mod embedding;
@@ -100,12 +79,17 @@ mod qlora;
 mod reparameterization;
 mod traversal;
 
+/// What Burn's visitors are told that the parts of a reparameterization lie in.
+pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
+
 pub use any_linear::AnyLinear;
 #[cfg(feature = "peft")]
 pub(crate) use any_linear::with_stable_id;
 pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
 pub use linear::{Nf4Linear, Nf4LinearConfig};
 pub use lora::LoraLinear;
+#[cfg(feature = "peft")]
+pub(crate) use params::in_floats;
 pub use params::lora_params;
 pub use qlora::{QLoraLinear, QLoraLinearConfig};
 pub use reparameterization::{Nf4Reparameterization, reparameterize_linears};

@@ -3,6 +3,14 @@
 use burn::module::{LoraAdapter, Module, ModuleMapper, Param, ParamGroup};
 use burn::tensor::{DType, Tensor};
 
+/// What Burn has quantized as floats; floats as they are.
+pub(crate) fn in_floats<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    match tensor.dtype() {
+        DType::QFloat(_) => tensor.dequantize(),
+        _ => tensor,
+    }
+}
+
 /// What a mapper made of a parameter of ours.
 pub(super) struct Mapped<const D: usize> {
     /// The parameter, without a LoRA adapter and not quantized.

@@ -9,6 +9,7 @@ use burn::module::{
 };
 use burn::tensor::{DType, Device, Shape, Tensor};
 
+use super::REPARAMETERIZATION;
 use super::params::map_plain;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, QuantConfig};
@@ -17,7 +18,6 @@ use crate::op::{LowRank, Nf4Weight, effective_weight};
 /// What visitors and mappers are told that the parts of a reparameterization lie in.
 const CONTAINER: &str = "Struct:Nf4Reparameterization";
 const LORA_CONTAINER: &str = "Struct:LoraAdapter";
-const REPARAMETERIZATION: &str = "Reparameterization";
 const LORA_HOST: &str = "lora_host";
 
 /// A packed weight in the place of the values of a parameter, `[in_features, out_features]`.

@@ -1,11 +1,12 @@
 //! One layer.
 
-use burn::module::{Module, Param};
+use burn::module::{Lora, Module, Param, ParamGroup, QLora, Quantizer};
 use burn::nn::{Linear, LinearConfig};
+use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, Distribution, Tensor, Tolerance};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
+use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig, reparameterize_linears};
 use burn_nf4::op::MatmulStrategy;
 use rstest::rstest;
 
@@ -350,4 +351,82 @@ fn ids_of_what_is_trained_follow_from_the_path() {
     };
     assert_eq!(ids("a.q_proj"), ids("a.q_proj"));
     assert_ne!(ids("a.q_proj"), ids("a.k_proj"));
+}
+
+fn quantizer(device: &Device) -> Quantizer {
+    let scheme = device.settings().quantization.scheme;
+    Quantizer::new(Calibration::MinMax, scheme.with_value(QuantValue::Q8S))
+}
+
+/// Burn puts its quantized tensors into our layers as it does into its own.
+#[rstest]
+fn what_burn_has_quantized_is_multiplied_as_in_its_linear(
+    #[values(false, true)] with_adapter: bool,
+    #[values(false, true)] is_tracked: bool,
+) {
+    let device = match is_tracked {
+        false => Device::default(),
+        true => Device::default().autodiff(),
+    };
+    let theirs = dense(&device);
+    let ours = AnyLinear::from(theirs.clone());
+    let x = input(&device);
+    let row: Tensor<1> = x.clone().slice([0..1, 0..1, 0..D_INPUT]).reshape([D_INPUT]);
+    let (theirs, ours) = match with_adapter {
+        false => (
+            theirs.quantize_weights(&mut quantizer(&device)),
+            ours.quantize_weights(&mut quantizer(&device)),
+        ),
+        true => {
+            device.seed(1);
+            let qlora = || QLora::new(Lora::new(2, 4.0), quantizer(&device));
+            let theirs = theirs.apply_qlora(qlora());
+            device.seed(1);
+            (theirs, ours.apply_qlora(qlora()))
+        }
+    };
+    assert!(matches!(theirs.weight.base().dtype(), DType::QFloat(_)));
+    let (y, expected) = (ours.forward(x.clone()), theirs.forward(x));
+    assert!(max_difference(&values(y), &values(expected)) < 1e-4);
+    let (y, expected) = (ours.forward(row.clone()), theirs.forward(row));
+    assert!(max_difference(&values(y), &values(expected)) < 1e-4);
+}
+
+/// And with a branch of ours on such a weight, which is merged into floats.
+#[rstest]
+fn a_branch_on_what_burn_has_quantized_computes_and_merges(#[values(false, true)] use_dora: bool) {
+    let device = Device::default();
+    let layer = AnyLinear::from(dense(&device)).quantize_weights(&mut quantizer(&device));
+    assert!(layer.dtype().is_err(), "it is quantized");
+    let layer = with_branch(layer, use_dora, &device);
+    let x = input(&device);
+    let y = values(layer.forward(x.clone()));
+    let merged = layer.merge(Some(FloatType::F32)).expect("finite");
+    assert!(max_difference(&values(merged.forward(x)), &y) < 1e-3);
+}
+
+#[test]
+fn a_weight_with_a_reparameterization_takes_no_branch() {
+    let device = Device::default().autodiff();
+    let config = QuantConfig::default();
+    let packed = AnyLinear::from(dense(&device));
+    let packed = reparameterize_linears(packed, config, ParamGroup::all()).expect("finite");
+    let adapted = AnyLinear::from(dense(&device)).apply_lora(Lora::new(2, 4.0));
+    for layer in [packed, adapted] {
+        assert_eq!(layer.dims(), [D_OUTPUT, D_INPUT]);
+        match layer.clone().with_lora(&lora(false), &device) {
+            Err(Nf4Error::Config { given, .. }) => assert!(given.contains("`weight`"), "{given}"),
+            other => panic!("{other:?}"),
+        }
+        let layer = layer.materialize();
+        assert!(layer.with_lora(&lora(false), &device).is_ok());
+    }
+}
+
+#[rstest]
+#[should_panic(expected = "AnyLinear::forward: `x` has shape [2, 3, 95], expected [2, 3, 96]")]
+fn an_input_that_does_not_fit_is_named() {
+    let device = Device::default();
+    let x = Tensor::<3>::zeros([2, 3, D_INPUT - 1], &device);
+    AnyLinear::from(dense(&device)).forward(x);
 }
