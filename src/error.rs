@@ -331,7 +331,7 @@ pub enum Nf4Error {
         message: String,
     },
     /// Tensors of a checkpoint and parameters of a module that do not fit each other.
-    #[error("{}: {} tensors do not fit the module{}", path.display(), tensors.len(), lines(tensors))]
+    #[error("{}: {} not fit the module{}", path.display(), tensors_do(tensors.len()), lines(tensors))]
     Misfit {
         /// The file or folder.
         path: PathBuf,
@@ -473,6 +473,47 @@ impl Nf4Error {
     }
 }
 
+#[cfg(feature = "peft")]
+impl Nf4Error {
+    /// Names the module that an error of a single layer is about.
+    pub(crate) fn of_module(mut self, module: &str) -> Self {
+        match &mut self {
+            Self::Config { given, .. } if !given.contains(&format!("`{module}")) => {
+                given.push_str(&format!(" for `{module}`"));
+            }
+            Self::NonFinite { tensor, .. }
+            | Self::Dtype { tensor, .. }
+            | Self::Shape { tensor, .. }
+            | Self::Rank { tensor, .. }
+            | Self::Length { tensor, .. }
+            | Self::ElementCount { tensor, .. }
+            | Self::NotAMatrix { tensor, .. }
+                if tensor != module && !tensor.starts_with(&format!("{module}.")) =>
+            {
+                *tensor = match tensor.as_str() {
+                    "weight" | "merged weight" => format!("{module}.weight"),
+                    part if part.contains(' ') => format!("{module}: {part}"),
+                    part => format!("{module}.{part}"),
+                };
+            }
+            _ => {}
+        }
+        self
+    }
+}
+
+impl Nf4Error {
+    /// For a parameter with a reparameterization of Burn's.
+    pub(crate) fn unmaterialized(field: &'static str, path: &str) -> Self {
+        Self::Config {
+            field,
+            expected: "one without reparameterizations of Burn's (apply_lora, apply_qlora, \
+                       reparameterize_linears): `materialize` it first",
+            given: format!("one with a reparameterization on `{path}`"),
+        }
+    }
+}
+
 #[cfg(feature = "checkpoint")]
 impl Nf4Error {
     /// Turns an error of the safetensors crate about the file `path` into one of these.
@@ -524,6 +565,8 @@ impl fmt::Display for IoError {
 pub struct TensorMisfit {
     /// The key in the checkpoint; of a missing tensor, its path in the module.
     pub key: String,
+    /// Where key remapping puts an unexpected tensor in the module, if that is another name.
+    pub path: Option<String>,
     /// What the module has there.
     pub expected: Option<TensorForm>,
     /// What the checkpoint has there.
@@ -552,10 +595,18 @@ impl fmt::Display for TensorMisfit {
         let key = &self.key;
         match (&self.expected, &self.given) {
             (Some(expected), None) => write!(f, "`{key}` is missing, expected {expected}"),
-            (None, Some(given)) => write!(f, "`{key}` is unexpected, a {given}"),
+            (None, Some(given)) => {
+                write!(f, "`{key}`")?;
+                if let Some(path) = &self.path {
+                    write!(f, ", in the module `{path}`,")?;
+                }
+                write!(f, " is unexpected, a {given}")
+            }
             (Some(expected), Some(given)) => {
                 write!(f, "`{key}` is {given}, expected {expected}")?;
+                let is_form = expected.shape == given.shape;
                 match (expected.quantized, given.quantized) {
+                    _ if !is_form => Ok(()),
                     (true, false) => write!(f, " (a dense tensor for a quantized weight)"),
                     (false, true) => write!(f, " (a quantized weight for a dense tensor)"),
                     _ => Ok(()),
@@ -574,6 +625,14 @@ fn found_instead(found: &[String], advice: &str) -> String {
         [first, more @ ..] => (first, format!(" and {} more", more.len())),
     };
     format!(", but `{first}`{more}: {advice}")
+}
+
+/// How many tensors, and the verb.
+fn tensors_do(count: usize) -> String {
+    match count {
+        1 => "1 tensor does".into(),
+        count => format!("{count} tensors do"),
+    }
 }
 
 /// One line each.

@@ -8,6 +8,8 @@ mod folders;
 mod layer;
 #[path = "any_linear/models.rs"]
 mod models;
+#[path = "any_linear/names.rs"]
+mod names;
 mod peft_cases;
 mod stored;
 #[path = "any_linear/toy.rs"]

@@ -606,6 +606,8 @@ fn the_orientation_of_a_weight_is_that_of_the_model_not_of_the_setting(
     let (_folder, base) = checkpoint(|writer| {
         write_dense(writer, "q.weight", &shape, &of_layer);
         write_dense(writer, "lm_head.weight", &[D_OUTPUT, D_INPUT], &weight());
+        let table = uniform(D_OUTPUT * D_INPUT, 12);
+        write_dense(writer, "wte.weight", &[D_OUTPUT, D_INPUT], &table);
         let model_type = if has_conv1d { "gpt2" } else { "llama" };
         let config = format!(r#"{{"model_type": "{model_type}"}}"#);
         writer

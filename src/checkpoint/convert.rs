@@ -15,7 +15,7 @@ use std::path::Path;
 use super::file::check_fetched;
 use super::folder::Checkpoint;
 use super::names::{CONFIG_FILE, is_model_file, names_in};
-use super::progress::Progress;
+use super::progress::{Counter, Progress};
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
 
@@ -32,7 +32,9 @@ pub use options::{DequantizeOptions, QuantizeOptions};
 pub(crate) use quantize::quantize;
 pub use quantize::quantize_checkpoint;
 #[cfg(feature = "peft")]
-pub(crate) use select::{SkipPattern, is_embedding, is_head, is_kept_by_default, skip_entry_of};
+pub(crate) use select::{
+    SkipPattern, check_used, is_embedding, is_head, is_kept_by_default, skip_entry_of,
+};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,37 +154,22 @@ fn is_replaced(name: &str) -> bool {
         || extension.is_some_and(|extension| WEIGHT_EXTENSIONS.contains(&extension))
 }
 
-/// Calls the callback after each parameter.
+/// Counts the parameters of a source.
 pub(crate) struct Reporter<'a, F> {
-    callback: F,
     source: &'a Checkpoint,
-    parameters_done: usize,
-    parameters_total: usize,
-    bytes_done: usize,
-    bytes_total: usize,
+    counter: Counter<F>,
 }
 
 impl<'a, F: FnMut(Progress<'_>)> Reporter<'a, F> {
     pub(crate) fn new(source: &'a Checkpoint, parameters_total: usize, callback: F) -> Self {
         Self {
-            callback,
             source,
-            parameters_done: 0,
-            parameters_total,
-            bytes_done: 0,
-            bytes_total: source.size_bytes(),
+            counter: Counter::new(parameters_total, source.size_bytes(), callback),
         }
     }
 
     pub(crate) fn done(&mut self, parameter: &str) {
-        self.parameters_done += 1;
-        self.bytes_done += self.source.parameter_bytes(parameter);
-        (self.callback)(Progress {
-            parameter,
-            parameters_done: self.parameters_done,
-            parameters_total: self.parameters_total,
-            bytes_done: self.bytes_done,
-            bytes_total: self.bytes_total,
-        });
+        let size_bytes = self.source.parameter_bytes(parameter);
+        self.counter.done(parameter, size_bytes);
     }
 }

@@ -60,6 +60,7 @@ pub(super) fn match_up<'a>(
                     Some(entry) => entry.key.clone(),
                     None => parameter.path.clone(),
                 },
+                path: None,
                 expected: Some(parameter.expected()),
                 given: entry.map(Entry::given),
             }),
@@ -69,6 +70,7 @@ pub(super) fn match_up<'a>(
     if !allowed.unexpected {
         misfits.extend(unexpected.iter().map(|entry| TensorMisfit {
             key: entry.key.clone(),
+            path: (entry.path != entry.key).then(|| entry.path.clone()),
             expected: None,
             given: Some(entry.given()),
         }));

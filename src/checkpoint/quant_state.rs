@@ -27,7 +27,7 @@ use crate::format::{
 pub struct QuantState {
     /// The 4-bit data type.
     pub quant_type: QuantType,
-    /// Weights a scale.
+    /// Weights per scale.
     pub block_size: BlockSize,
     /// The dtype that the weight had before it was quantized.
     pub dtype: FloatType,
@@ -40,7 +40,7 @@ pub struct QuantState {
 /// The part of a [`QuantState`] that double quantization adds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NestedState {
-    /// Scales a nested scale.
+    /// Scales per nested scale.
     pub block_size: BlockSize,
     /// The mean of the scales, taken off before they were quantized.
     pub offset: f32,

@@ -6,18 +6,21 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 
+use super::check::{check_model, refuse_branches, untied};
 use super::fresh::{is_trained_whole, trains_bias, with_saved_weight};
 use super::layers::{LinearLayers, TiedHead, named};
 use super::names::{
-    Change, ModelNames, OtherFloat, change_floats, check_handed_out, model_dtype, of_linear,
-    other_floats,
+    Change, ModelNames, OtherFloat, change_floats, model_dtype, of_linear, other_floats,
 };
 use crate::error::Nf4Error;
-use crate::format::check_finite;
+use crate::format::{check_finite, check_shape};
 use crate::nn::AnyLinear;
 use crate::peft::{Adapter, DenseTensor, LoraModule, is_saved_unasked};
 
-/// Whether the adapter has all that its settings ask for of the model.
+/// Checks that the adapter has all that its settings ask for of the model.
+///
+/// # Errors
+/// [`Nf4Error::AdapterLacks`].
 pub(super) fn check_complete<M: LinearLayers>(
     model: &M,
     adapter: &Adapter,
@@ -33,15 +36,22 @@ pub(super) fn apply<M: LinearLayers>(
     model: M,
     adapter: &Adapter,
     device: &Device,
+    is_partial: bool,
 ) -> Result<M, Nf4Error> {
-    check_handed_out(&model)?;
-    let model = model.without_branches()?.no_grad();
-    let mut model = replace_parameters(model, adapter, device)?;
+    check_model(&model)?;
+    refuse_branches(
+        &model,
+        "to apply an adapter to: take the branches off, or let a `PeftModel` swap adapters",
+    )?;
+    if !is_partial {
+        check_complete(&model, adapter)?;
+    }
+    let mut model = replace_parameters(model.no_grad(), adapter, device)?;
     model = adapt_embeddings(model, adapter, device)?;
     if let Some(tied) = model.tied_head()
         && adapter.module(&tied.head).is_some()
     {
-        model = model.untie_head().no_grad();
+        model = untied(model)?.no_grad();
     }
     let mut left: BTreeSet<&str> = adapter.modules().map(|(path, _)| path).collect();
     let model = model.try_map_linears(|name, layer| {
@@ -110,13 +120,7 @@ fn with_matrices(
     let AnyLinear::Dense(base) = layer else {
         return Ok(layer);
     };
-    if module.dims() != dims {
-        return Err(Nf4Error::Shape {
-            tensor: name.into(),
-            expected: dims.to_vec(),
-            given: module.dims().to_vec(),
-        });
-    }
+    check_shape(name, &dims, &module.dims())?;
     // The magnitudes are given, and need not be computed.
     let lora = adapter.layer_config(name)?.with_use_dora(false);
     let lora_a = module.lora_a.transposed()?.to_tensor(device)?;
@@ -189,7 +193,7 @@ fn replace_tied<M: LinearLayers>(
     let (saves_head, saves_table) = (adapter.is_saved(&of_head), adapter.is_saved(&of_table));
     let copies_head = is_given(&of_head) && (saves_head || saves_table);
     if copies_head || (is_given(&of_table) && saves_table) {
-        return Ok(model.untie_head().no_grad());
+        return Ok(untied(model)?.no_grad());
     }
     let Some(tensor) = given.remove(of_head.as_str()) else {
         return Ok(model);
@@ -256,7 +260,7 @@ fn adapt_embeddings<M: LinearLayers>(
             .tied_head()
             .is_some_and(|tied| [&tied.embedding, &tied.head].contains(&&path.to_string()))
         {
-            model = model.untie_head().no_grad();
+            model = untied(model)?.no_grad();
         }
         let others = other_floats(&model);
         let place = others
@@ -290,13 +294,7 @@ fn merged_table(
     let [rows, size] = table.dims();
     let [d_output, d_input] = module.dims();
     check_vocabulary(path, rows, d_input)?;
-    if [d_output, d_input] != [size, rows] {
-        return Err(Nf4Error::Shape {
-            tensor: path.into(),
-            expected: vec![size, rows],
-            given: vec![d_output, d_input],
-        });
-    }
+    check_shape(path, &[size, rows], &[d_output, d_input])?;
     let a: Tensor<2> = module.lora_a.to_tensor(device)?;
     let b: Tensor<2> = module.lora_b.to_tensor(device)?;
     let branch = a.transpose().matmul(b.transpose());

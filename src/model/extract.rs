@@ -1,7 +1,7 @@
 //! What was trained on a model, into an adapter.
 
 use super::fresh::is_trained_whole;
-use super::layers::LinearLayers;
+use super::layers::{LinearLayers, named};
 use super::names::{of_linear, other_floats};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -15,23 +15,26 @@ pub(super) fn extract_into<M: LinearLayers>(
     let mut adapter = adapter;
     for (name, layer) in model.linears() {
         match layer {
-            AnyLinear::QLora(layer) => adapter.insert_layer(&name, layer)?,
-            AnyLinear::Lora(layer) => adapter.insert_dense_layer(&name, layer)?,
-            AnyLinear::Dense(_) | AnyLinear::Nf4(_) => {}
+            AnyLinear::QLora(layer) => adapter.insert_layer(&name, layer),
+            AnyLinear::Lora(layer) => adapter.insert_dense_layer(&name, layer),
+            AnyLinear::Dense(_) | AnyLinear::Nf4(_) => Ok(()),
         }
+        .map_err(|error| named(error, &name))?;
         let weight = of_linear(&name, "weight");
         if let AnyLinear::Dense(dense) = layer
             && is_trained_whole(&weight, &adapter)
         {
-            let value = dense.weight.val().detach().transpose();
-            insert_whole(&mut adapter, &weight, DenseTensor::from_tensor(value)?)?;
+            let value = DenseTensor::from_tensor(dense.weight.val().detach().transpose());
+            let value = value.map_err(|error| named(error, &name))?;
+            insert_whole(&mut adapter, &weight, value)?;
         }
         let bias = of_linear(&name, "bias");
         // That of an adapted layer went with its branch.
         if let Some(param) = layer.bias().filter(|_| !layer.has_branch())
             && is_trained_whole(&bias, &adapter)
         {
-            let value = DenseTensor::from_tensor(param.val().detach())?;
+            let value = DenseTensor::from_tensor(param.val().detach());
+            let value = value.map_err(|error| named(error, &name))?;
             insert_whole(&mut adapter, &bias, value)?;
         }
     }

@@ -57,7 +57,12 @@ impl<T: LinearLayers> LinearLayers for Vec<T> {
 }
 
 /// Implements [`LinearLayers`](crate::model::LinearLayers) for a struct: its name, and the fields that
-/// are linear layers or modules with such in them. Functions to override follow in braces.
+/// are linear layers or modules with such in them, if any. Functions to override follow in braces; those
+/// of the whole model count, not those of modules within it.
+///
+/// A field can be an [`AnyLinear`](crate::nn::AnyLinear), a module that implements the trait, or an
+/// `Option` or a `Vec` of these. For arrays, tuples and maps write the trait's two functions by hand,
+/// with [`join_path`](crate::model::join_path).
 ///
 /// ```
 /// use burn::module::{Module, Param};
@@ -98,17 +103,18 @@ impl<T: LinearLayers> LinearLayers for Vec<T> {
 /// ```
 #[macro_export]
 macro_rules! linear_layers {
-    ($module:ty { $($field:ident),+ $(,)? } $({ $($override:tt)* })?) => {
+    ($module:ty { $($field:ident),* $(,)? } $({ $($override:tt)* })?) => {
         impl $crate::model::LinearLayers for $module {
             fn collect_linears<'a>(
                 &'a self,
                 path: &str,
                 found: &mut Vec<(String, &'a $crate::nn::AnyLinear)>,
             ) {
+                let _ = (path, &found);
                 $(
                     let path_of_field = $crate::model::join_path(path, stringify!($field));
                     $crate::model::LinearLayers::collect_linears(&self.$field, &path_of_field, found);
-                )+
+                )*
             }
 
             fn map_linears(
@@ -116,12 +122,14 @@ macro_rules! linear_layers {
                 path: &str,
                 map: &mut $crate::model::MapLinear<'_>,
             ) -> Result<Self, $crate::Nf4Error> {
+                let _ = (path, &map);
+                #[allow(unused_mut, reason = "there may be no field")]
                 let mut module = self;
                 $(
                     let path_of_field = $crate::model::join_path(path, stringify!($field));
                     module.$field =
                         $crate::model::LinearLayers::map_linears(module.$field, &path_of_field, map)?;
-                )+
+                )*
                 Ok(module)
             }
 

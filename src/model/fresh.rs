@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 use burn::module::Param;
 use burn::tensor::Device;
 
+use super::check::{check_model, refuse_branches, untied};
 use super::layers::{LinearLayers, named};
-use super::names::{
-    Change, ModelNames, OtherFloat, change_floats, check_handed_out, of_linear, other_floats,
-};
+use super::names::{Change, ModelNames, OtherFloat, change_floats, of_linear, other_floats};
 use crate::checkpoint::convert::is_embedding;
 use crate::error::Nf4Error;
 use crate::nn::AnyLinear;
@@ -19,14 +18,15 @@ pub(super) fn fresh<M: LinearLayers>(
     lora: &LoraConfig,
     device: &Device,
 ) -> Result<M, Nf4Error> {
-    check_handed_out(&model)?;
+    check_model(&model)?;
+    refuse_branches(&model, "to put fresh ones on: take those off first")?;
     let adapter = Adapter::new(lora.clone())?;
     let mut model = model;
     if let Some(tied) = model.tied_head() {
         let weights = [&tied.head, &tied.embedding].map(|module| of_linear(module, "weight"));
         let is_copied = weights.iter().any(|weight| adapter.is_saved(weight));
         if is_copied || adapter.matcher().is_target(&tied.head)? {
-            model = model.untie_head();
+            model = untied(model)?;
         }
     }
     let others = other_floats(&model);
@@ -34,7 +34,6 @@ pub(super) fn fresh<M: LinearLayers>(
 
     let mut adapted = 0;
     let model = model.no_grad().try_map_linears(|name, layer| {
-        let layer = layer.into_base();
         let is_target = adapter.matcher().is_target(name)?;
         let layer = match is_target {
             false => with_saved_weight(layer, name, &adapter)?,
@@ -55,7 +54,11 @@ pub(super) fn fresh<M: LinearLayers>(
         return Err(Nf4Error::Config {
             field: "target_modules",
             expected: "names of linear layers of the model",
-            given: format!("{:?}, which select none", lora.target_modules),
+            given: format!(
+                "{:?}, which select none{}",
+                lora.target_modules,
+                narrowed(&model, lora)?
+            ),
         });
     }
     let trained = others
@@ -71,6 +74,61 @@ pub(super) fn fresh<M: LinearLayers>(
         })
         .collect();
     Ok(change_floats(model, changes))
+}
+
+/// The settings without which others would select a layer, for the error that none is selected.
+///
+/// # Errors
+/// [`Nf4Error::Pattern`].
+fn narrowed<M: LinearLayers>(model: &M, lora: &LoraConfig) -> Result<String, Nf4Error> {
+    let linears = model.linears();
+    let selects = |lora: &LoraConfig| -> Result<bool, Nf4Error> {
+        let matcher = lora.matcher()?;
+        for (name, _) in &linears {
+            if matcher.is_target(name)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    type Narrowing = (&'static str, bool, fn(&mut LoraConfig));
+    let all: [Narrowing; 3] = [
+        ("exclude_modules", lora.exclude_modules.is_some(), |lora| {
+            lora.exclude_modules = None;
+        }),
+        (
+            "layers_to_transform",
+            lora.layers_to_transform.is_some(),
+            |lora| {
+                lora.layers_to_transform = None;
+                lora.layers_pattern = None;
+            },
+        ),
+        ("modules_to_save", lora.modules_to_save.is_some(), |lora| {
+            lora.modules_to_save = None;
+        }),
+    ];
+    let given: Vec<Narrowing> = all.into_iter().filter(|(_, given, _)| *given).collect();
+    let mut wide = lora.clone();
+    for (_, _, widen) in &given {
+        widen(&mut wide);
+    }
+    if given.is_empty() || !selects(&wide)? {
+        return Ok(String::new());
+    }
+    let mut causes = Vec::new();
+    for (name, _, widen) in &given {
+        let mut wide = lora.clone();
+        widen(&mut wide);
+        if selects(&wide)? {
+            causes.push(format!("`{name}`"));
+        }
+    }
+    if causes.is_empty() {
+        // Each alone would be enough.
+        causes.extend(given.iter().map(|(name, ..)| format!("`{name}`")));
+    }
+    Ok(format!(" beside {}", causes.join(" and ")))
 }
 
 /// Whether a parameter outside of the adapted layers is trained as a whole.
@@ -137,8 +195,17 @@ fn check_trainable<M: LinearLayers>(
         if !is_exempt && adapter.matcher().is_target(module)? {
             return Err(Nf4Error::Config {
                 field: "target_modules",
-                expected: "linear layers that the model hands out: a fresh branch on an embedding, \
-                           or on a layer that is no `AnyLinear`, is not trained",
+                expected: match takes_names {
+                    true => {
+                        "linear layers that the model hands out: a fresh branch on an embedding, or \
+                         on a layer that is no `AnyLinear`, is not trained"
+                    }
+                    false => {
+                        "linear layers that the model hands out: a fresh branch on a layer that is no \
+                         `AnyLinear` is not trained; name the layers, or list this one in \
+                         `exclude_modules`"
+                    }
+                },
                 given: format!("`{module}` among them"),
             });
         }

@@ -5,8 +5,9 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::Device;
 
+use super::check::{check_handed_out, check_names};
 use super::count::ParameterCount;
-use super::names::module_name;
+use super::names::{model_dtype, module_name, other_floats};
 use super::quantize::QuantizeLayers;
 use super::save::SaveFolder;
 use super::{apply, extract, fresh, load, quantize, save};
@@ -105,22 +106,30 @@ pub trait LinearLayers: Module {
     /// otherwise, such as `format!("model.{path}")`.
     ///
     /// A parameter's name ends with `.weight` or `.bias`, and what stands before it is that of its
-    /// module.
+    /// module. No two parameters have one name. Only that of the whole model is asked: one that a module
+    /// within it overrides has no effect.
     fn checkpoint_name(path: &str) -> String {
         path.into()
     }
 
-    /// Whether the head is the table of the embedding, as it is now. A model that never ties them needs
-    /// not say so.
+    /// Whether the head is the table of the embedding, as it is now. A model that never ties them need
+    /// not override it.
     fn tied_head(&self) -> Option<TiedHead> {
         None
     }
 
     /// Gives a head that is the embedding's table a weight of its own, which begins as that table
-    /// ([`AnyLinear::from_weight`]). Called only where [`tied_head`](Self::tied_head) is something, which
-    /// it is not after that.
+    /// ([`AnyLinear::from_weight`]). Called only where [`tied_head`](Self::tied_head) is something; after
+    /// that it must be nothing, and the head one of the layers.
     fn untie_head(self) -> Self {
         self
+    }
+
+    /// The name of the output layer, which [`quantize`](Self::quantize) keeps in floats. Only a model that
+    /// calls it otherwise than `lm_head`, `embed_out`, `score`, `classifier` or `qa_outputs` need
+    /// override it.
+    fn head_name(&self) -> Option<String> {
+        self.tied_head().map(|tied| tied.head)
     }
 
     /// Every linear layer with its name: the one that a checkpoint has for the module, such as
@@ -151,8 +160,9 @@ pub trait LinearLayers: Module {
     /// 4 bit already stay as they are.
     ///
     /// # Errors
-    /// [`Nf4Error::Config`] for a model that does not hand out all of its layers,
-    /// [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression,
+    /// [`Nf4Error::Config`] for a model that does not hand out all of its layers, for layers with a
+    /// reparameterization of Burn's, and for an entry of `skip_modules` that fits no module,
+    /// [`Nf4Error::Pattern`] for one that is no regular expression,
     /// [`Nf4Error::NonFinite`] with the name of a weight that holds a NaN or an infinity (on the CPU),
     /// and those of [`Nf4Weight::quantize`](crate::Nf4Weight::quantize).
     fn quantize(self, options: &QuantizeLayers) -> Result<Self, Nf4Error> {
@@ -164,7 +174,11 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// [`Nf4Error::DeviceDtype`] if a device has no such type.
     fn dequantize(self, dtype: FloatType) -> Result<Self, Nf4Error> {
-        self.try_map_linears(|_, layer| layer.dequantize(dtype))
+        check_handed_out(&self)?;
+        self.try_map_linears(|name, layer| {
+            let dense = layer.dequantize(dtype);
+            dense.map_err(|error| named(error, name))
+        })
     }
 
     /// Sets how products of all layers in 4 bit are computed.
@@ -184,8 +198,8 @@ pub trait LinearLayers: Module {
     /// the model say of what shape they are, not in which form. So a model that was just initialised can
     /// be given, whose weights are then never made.
     ///
-    /// The settings of the store count: its dtype for floats, what may be missing, whom to tell of the
-    /// progress, and its key remapping before [`checkpoint_name`](Self::checkpoint_name). Where the
+    /// The settings of the store count: its dtype for floats, what may be missing, its progress
+    /// callback, and its key remapping before [`checkpoint_name`](Self::checkpoint_name). Where the
     /// [head is tied](Self::tied_head) the checkpoint has the last word, as in transformers: a head that
     /// is there and is not the table becomes one of its own; a table that is not there is the head.
     ///
@@ -194,7 +208,8 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// - [`Nf4Error::Misfit`] with everything that is missing, unexpected or of another shape
     /// - the first of [`Checkpoint::faults`](crate::checkpoint::Checkpoint::faults)
-    /// - [`Nf4Error::Config`] for a model with branches, or that does not hand out all of its layers
+    /// - [`Nf4Error::Config`] for a model with branches, that does not hand out all of its layers, or whose
+    ///   overrides contradict each other
     /// - those of [`CheckpointStore`]
     fn load_checkpoint(self, store: CheckpointStore) -> Result<Self, Nf4Error> {
         load::load(self, store)
@@ -203,9 +218,15 @@ pub trait LinearLayers: Module {
     /// Writes the model as a Hugging Face folder that transformers loads, with bitsandbytes where there
     /// are layers in 4 bit: see [`SaveFolder`].
     ///
+    /// A [tied head](Self::tied_head) is left out where the names are those that transformers ties
+    /// (`….model.embed_tokens` and `….lm_head`). Under other names nothing in the folder would tell that
+    /// there is a head: it is written as a copy of the table. What Burn's `quantize_weights` has quantized
+    /// is written as floats of the same values.
+    ///
     /// # Errors
     /// - [`Nf4Error::Config`] for a model with branches: merge them, or take them
-    ///   [off](Self::without_branches) and save the adapter
+    ///   [off](Self::without_branches) and save the adapter; and for one with reparameterizations of
+    ///   Burn's (`apply_lora`, `apply_qlora`, `reparameterize_linears`), which `materialize` takes off
     /// - [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`], [`Nf4Error::ModelConfig`]
     /// - [`Nf4Error::NameTaken`] for two parameters of one name
     /// - [`Nf4Error::Dtype`] for a dtype that safetensors has not, or a storage of codes that is none
@@ -225,7 +246,7 @@ pub trait LinearLayers: Module {
     /// its own. The parameters that are trained have ids that follow from their names.
     ///
     /// # Errors
-    /// - [`Nf4Error::Config`] if the settings select no layer, or something that is not trained here: a
+    /// - [`Nf4Error::Config`] for a model that has branches already, if the settings select no layer, or something that is not trained here: a
     ///   branch on an embedding or on a matrix that is no [`AnyLinear`], a module to save that is not
     ///   there or is in 4 bit
     /// - those of [`Adapter::new`] and [`AnyLinear::with_lora`]
@@ -241,14 +262,18 @@ pub trait LinearLayers: Module {
     /// that is the embedding becomes one of its own where the adapter changes one of the two. Branches,
     /// biases and modules to save can be trained on, under ids that follow from their names.
     ///
+    /// The model must have no branches. Where those of another adapter were taken
+    /// [off](Self::without_branches), its biases and modules to save are there still and are mixed with
+    /// this one: a [`PeftModel`](super::PeftModel) swaps adapters exactly.
+    ///
     /// # Errors
+    /// - [`Nf4Error::Config`] for a model with branches
     /// - [`Nf4Error::AdapterLacks`], [`Nf4Error::BaseLacks`], each with all that is missing
     /// - [`Nf4Error::Shape`], [`Nf4Error::ResizedEmbeddings`] for a tensor that does not fit
     /// - [`Nf4Error::NonFinite`] for one that the model's dtype cannot hold
     /// - [`Nf4Error::Config`] for two different tensors for a table and a head that are one
     fn apply_adapter(self, adapter: &Adapter, device: &Device) -> Result<Self, Nf4Error> {
-        apply::check_complete(&self, adapter)?;
-        apply::apply(self, adapter, device)
+        apply::apply(self, adapter, device, false)
     }
 
     /// As [`apply_adapter`](Self::apply_adapter), for an adapter that may lack what its settings ask for:
@@ -257,7 +282,7 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// Those of [`apply_adapter`](Self::apply_adapter) but for [`Nf4Error::AdapterLacks`].
     fn apply_partial_adapter(self, adapter: &Adapter, device: &Device) -> Result<Self, Nf4Error> {
-        apply::apply(self, adapter, device)
+        apply::apply(self, adapter, device, true)
     }
 
     /// The branches, biases and modules to save of the model as an adapter of these settings.
@@ -271,7 +296,7 @@ pub trait LinearLayers: Module {
     /// [`Nf4Error::NotAdapted`] for a branch that the settings do not select, and those of
     /// [`Adapter::insert_layer`].
     fn extract_adapter(&self, lora: &LoraConfig) -> Result<Adapter, Nf4Error> {
-        let adapter = extract::extract_into(self, Adapter::new(lora.clone())?)?;
+        let adapter = self.extract_into(Adapter::new(lora.clone())?)?;
         apply::check_complete(self, &adapter)?;
         Ok(adapter)
     }
@@ -282,6 +307,8 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// Those of [`extract_adapter`](Self::extract_adapter) but for [`Nf4Error::AdapterLacks`].
     fn extract_into(&self, adapter: Adapter) -> Result<Adapter, Nf4Error> {
+        check_handed_out(self)?;
+        check_names(self)?;
         extract::extract_into(self, adapter)
     }
 
@@ -302,8 +329,9 @@ pub trait LinearLayers: Module {
         self.try_map_linears(|_, layer| Ok(layer.into_base()))
     }
 
-    /// Puts the branches into the weights, which are then of floats: of `dtype`, or each of the dtype
-    /// that it had.
+    /// Puts the branches into the weights, which are then of floats: of `dtype`; without it a weight of
+    /// floats keeps its own, and one that was in 4 bit gets that of the model, which is that of its
+    /// embedding or of its other parameters of floats, whatever it had before it was quantized.
     ///
     /// The sums are rounded, so that taking a branch off again would not give back the weight: a
     /// [`PeftModel`](super::PeftModel) keeps what was there.
@@ -311,7 +339,12 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// Those of [`AnyLinear::merge`], with the name of the weight.
     fn merge(self, dtype: Option<FloatType>) -> Result<Self, Nf4Error> {
-        self.try_map_linears(|name, layer| layer.merge(dtype).map_err(|error| named(error, name)))
+        check_handed_out(&self)?;
+        let of_model = float_type_of(&self);
+        self.try_map_linears(|name, layer| {
+            let dtype = dtype.or(of_model.filter(|_| layer.is_quantized()));
+            layer.merge(dtype).map_err(|error| named(error, name))
+        })
     }
 
     /// As [`merge`](Self::merge), but a weight that was in 4 bit is so again. That is lossy.
@@ -319,17 +352,18 @@ pub trait LinearLayers: Module {
     /// # Errors
     /// Those of [`AnyLinear::merge_4bit`], with the name of the weight.
     fn merge_4bit(self) -> Result<Self, Nf4Error> {
+        check_handed_out(&self)?;
         self.try_map_linears(|name, layer| layer.merge_4bit().map_err(|error| named(error, name)))
     }
 }
 
-/// An error about a layer's weight, with its name.
-pub(super) fn named(mut error: Nf4Error, module: &str) -> Nf4Error {
-    let key = format!("{module}.weight");
-    if let Nf4Error::NonFinite { tensor, .. } | Nf4Error::Dtype { tensor, .. } = &mut error
-        && ["weight", "merged weight"].contains(&tensor.as_str())
-    {
-        *tensor = key;
-    }
-    error
+/// The dtype that a model computes in, where it is one that weights can have.
+fn float_type_of<M: LinearLayers>(model: &M) -> Option<FloatType> {
+    let dtype = model_dtype(model, &other_floats(model))?;
+    FloatType::from_dtype(dtype, "model").ok()
+}
+
+/// An error about one layer, with its name.
+pub(super) fn named(error: Nf4Error, module: &str) -> Nf4Error {
+    error.of_module(module)
 }

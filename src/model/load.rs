@@ -6,8 +6,9 @@ use burn::nn::LinearConfig;
 use burn::tensor::{Device, Tensor};
 use burn_store::ModuleStore;
 
+use super::check::{check_model, refuse_branches, untied};
 use super::layers::LinearLayers;
-use super::names::{check_handed_out, module_name, of_linear};
+use super::names::{module_name, of_linear};
 use crate::checkpoint::CheckpointStore;
 use crate::checkpoint::convert::check_source;
 use crate::checkpoint::parameters::parameters_of;
@@ -17,7 +18,7 @@ use crate::nn::{AnyLinear, Nf4Linear};
 use crate::op::{MatmulStrategy, Nf4Weight};
 
 pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<M, Nf4Error> {
-    check_handed_out(&model)?;
+    check_model(&model)?;
     check_source(store.checkpoint())?;
     refuse_branches(&model, "to load a base model into")?;
     let entries: BTreeMap<String, Entry> = store
@@ -27,7 +28,7 @@ pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<
         .collect();
     let tie = Tie::of(&model, &entries, &store)?;
     let mut model = match tie {
-        Tie::Two => model.untie_head(),
+        Tie::Two => untied(model)?,
         _ => model,
     };
     model = model.map_linears("", &mut |path, layer| {
@@ -72,23 +73,6 @@ fn with_names(mut error: Nf4Error, names: &BTreeMap<String, String>) -> Nf4Error
         }
     }
     error
-}
-
-/// # Errors
-/// [`Nf4Error::Config`] for a model with branches.
-pub(super) fn refuse_branches<M: LinearLayers>(
-    model: &M,
-    purpose: &'static str,
-) -> Result<(), Nf4Error> {
-    let linears = model.linears();
-    match linears.iter().find(|(_, layer)| layer.has_branch()) {
-        None => Ok(()),
-        Some((name, _)) => Err(Nf4Error::Config {
-            field: "model",
-            expected: "one without branches",
-            given: format!("one with a branch on `{name}`, {purpose}"),
-        }),
-    }
 }
 
 /// A layer of the same size that is yet to be loaded, in the form that the checkpoint has it in. Where

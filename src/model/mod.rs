@@ -5,6 +5,7 @@
 //! `examples/own_model.rs` is such a model from beginning to end.
 
 mod apply;
+mod check;
 mod count;
 mod extract;
 mod fields;

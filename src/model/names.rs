@@ -1,6 +1,6 @@
 //! The parameters of a model outside of its linear layers, by the names of a checkpoint.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use burn::module::{ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Shape, Tensor};
@@ -22,52 +22,6 @@ pub(super) fn module_name<M: LinearLayers>(path: &str) -> String {
         name.truncate(module.len());
     }
     name
-}
-
-/// Checks that a model hands out every [`AnyLinear`] that it has, under the path that leads there:
-/// another would stay as it is, and nobody would be told.
-///
-/// # Errors
-/// [`Nf4Error::Config`].
-pub(super) fn check_handed_out<M: LinearLayers>(model: &M) -> Result<(), Nf4Error> {
-    #[derive(Default)]
-    struct Visitor {
-        path: ParameterPath,
-        found: BTreeSet<String>,
-    }
-
-    impl ModuleVisitor for Visitor {
-        fn enter_module(&mut self, name: &str, container_type: &str) {
-            self.path.enter(name, container_type);
-            if container_type == ANY_LINEAR {
-                self.found.insert(self.path.to_string());
-            }
-        }
-
-        fn exit_module(&mut self, _name: &str, container_type: &str) {
-            self.path.exit(container_type);
-        }
-    }
-
-    let mut visitor = Visitor {
-        path: ParameterPath::new(true),
-        ..Visitor::default()
-    };
-    model.visit(&mut visitor);
-    let mut given = Vec::new();
-    model.collect_linears("", &mut given);
-    let given: BTreeSet<String> = given.into_iter().map(|(path, _)| path).collect();
-    match visitor.found.symmetric_difference(&given).next() {
-        None => Ok(()),
-        Some(path) => Err(Nf4Error::Config {
-            field: "linear_layers",
-            expected: "every `AnyLinear` of the model, under the names of the fields that lead to it",
-            given: match given.contains(path) {
-                true => format!("`{path}`, where there is none"),
-                false => format!("without `{path}`"),
-            },
-        }),
-    }
 }
 
 /// A float parameter outside of the linear layers.
@@ -287,6 +241,14 @@ impl ModelNames {
             names.modules.push(tied.head);
         }
         names
+    }
+
+    /// The module of every parameter.
+    pub fn modules_of_parameters(&self) -> Vec<&str> {
+        let parameters = self.parameters.iter().map(String::as_str);
+        parameters
+            .map(|name| name.rsplit_once('.').map_or(name, |(module, _)| module))
+            .collect()
     }
 }
 

@@ -174,8 +174,10 @@ impl<M: LinearLayers> PeftModel<M> {
     /// of the merged weights. [`into_model`](Self::into_model) lets go of them.
     ///
     /// # Errors
-    /// Those of [`LinearLayers::merge`].
+    /// [`Nf4Error::Config`] while the adapter is off: [`enable`](Self::enable) it first. Those of
+    /// [`LinearLayers::merge`].
     pub fn merge(&mut self, dtype: Option<FloatType>) -> Result<(), Nf4Error> {
+        self.check_enabled()?;
         self.state = State::Merged(self.adapted.clone().merge(dtype)?);
         Ok(())
     }
@@ -183,10 +185,22 @@ impl<M: LinearLayers> PeftModel<M> {
     /// As [`merge`](Self::merge), but a weight that was in 4 bit is so again. That is lossy.
     ///
     /// # Errors
-    /// Those of [`LinearLayers::merge_4bit`].
+    /// [`Nf4Error::Config`] while the adapter is off, those of [`LinearLayers::merge_4bit`].
     pub fn merge_4bit(&mut self) -> Result<(), Nf4Error> {
+        self.check_enabled()?;
         self.state = State::Merged(self.adapted.clone().merge_4bit()?);
         Ok(())
+    }
+
+    fn check_enabled(&self) -> Result<(), Nf4Error> {
+        match self.is_enabled() {
+            true => Ok(()),
+            false => Err(Nf4Error::Config {
+                field: "enabled",
+                expected: "true for an adapter that is to be merged",
+                given: "false".into(),
+            }),
+        }
     }
 
     /// Undoes a merge, to the bit: nothing is subtracted.

@@ -1,39 +1,45 @@
 //! The linear layers of a model in 4 bit.
 
+use super::check::check_model;
 use super::layers::{LinearLayers, named};
-use super::names::check_handed_out;
-use crate::checkpoint::convert::{SkipPattern, is_kept_by_default};
+use super::names::{ModelNames, other_floats};
+use crate::checkpoint::convert::{SkipPattern, check_used, is_kept_by_default};
 use crate::error::Nf4Error;
 use crate::format::QuantConfig;
 
 /// Which linear layers to bring to 4 bit, and how. The default is QLoRA's NF4 with double quantization,
-/// of all but heads and routers.
+/// of all layers but heads and routers: see [`heads`](Self::heads).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QuantizeLayers {
     /// The quantization.
     pub config: QuantConfig,
     /// Layers to keep in floats, with the meaning that transformers 5.24 gives to an entry of
     /// `llm_int8_skip_modules`, see
-    /// [`QuantizeOptions::skip_modules`](crate::checkpoint::QuantizeOptions::skip_modules).
+    /// [`QuantizeOptions::skip_modules`](crate::checkpoint::QuantizeOptions::skip_modules). One that
+    /// fits no module is an error.
     pub skip_modules: Vec<String>,
     /// Whether to quantize also what [`quantize_checkpoint`](crate::checkpoint::quantize_checkpoint)
-    /// keeps because of its name: output layers such as `lm_head`, and routers.
+    /// keeps because of its name. These are output layers that are called `lm_head`, `embed_out`,
+    /// `score`, `classifier` or `qa_outputs`, and routers that are called `gate` or `router`. A head of
+    /// another name is known by [`head_name`](LinearLayers::head_name), or is to be among
+    /// [`skip_modules`](Self::skip_modules).
     pub heads: bool,
 }
 
 pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> Result<M, Nf4Error> {
-    check_handed_out(&model)?;
-    let patterns = options.skip_modules.iter();
-    let patterns = patterns
-        .map(|pattern| SkipPattern::new(pattern))
-        .collect::<Result<Vec<_>, _>>()?;
+    check_model(&model)?;
+    let patterns = SkipPattern::all(&options.skip_modules)?;
+    let names = ModelNames::of(&model, &other_floats(&model));
+    check_used(&patterns, &names.modules_of_parameters())?;
+    let head = model.head_name();
     model.try_map_linears(|name, layer| {
         for pattern in &patterns {
             if pattern.matches(name)? {
                 return Ok(layer);
             }
         }
-        if !options.heads && is_kept_by_default(name) {
+        let is_head = head.as_deref() == Some(name);
+        if !options.heads && (is_head || is_kept_by_default(name)) {
             return Ok(layer);
         }
         let quantized = layer.quantize(options.config);

@@ -6,9 +6,9 @@ use burn::module::{ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 use serde_json::{Map, Value};
 
+use super::check::{check_materialized, check_model, refuse_branches};
 use super::layers::LinearLayers;
-use super::load::refuse_branches;
-use super::names::check_handed_out;
+use super::names::of_linear;
 use crate::checkpoint::convert::{
     ModelConfig, copy_other_files, is_head, skip_entry_of, start_writer,
 };
@@ -20,6 +20,8 @@ use crate::error::Nf4Error;
 use crate::format::{
     FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
 };
+use crate::nn::in_floats;
+use crate::peft::is_tied_by_name;
 
 /// How to write the folder of a model.
 ///
@@ -63,7 +65,8 @@ pub(super) fn save<M: LinearLayers>(
     folder: &Path,
     options: &SaveFolder<'_>,
 ) -> Result<Written, Nf4Error> {
-    check_handed_out(model)?;
+    check_model(model)?;
+    check_materialized(model, None)?;
     refuse_branches(model, "to save: merge it, or take it off")?;
     let mut config = match (&options.model_config, options.source) {
         (Some(entries), _) => Some(ModelConfig::from_entries(entries.clone())),
@@ -75,10 +78,20 @@ pub(super) fn save<M: LinearLayers>(
         None if options.overwrite => CheckpointWriter::overwrite(folder, options.max_shard_bytes)?,
         None => CheckpointWriter::create(folder, options.max_shard_bytes)?,
     };
+    // Where transformers would not see a tie by the names, the head is written too.
+    let tied = model.tied_head();
+    let copied = tied
+        .as_ref()
+        .filter(|tied| !is_tied_by_name(&tied.embedding, &tied.head));
     let mut saver = Saver {
         path: ParameterPath::new(true),
         name: M::checkpoint_name,
         storage: options.storage,
+        copy: copied.map(|tied| {
+            let [table, head] =
+                [&tied.embedding, &tied.head].map(|module| of_linear(module, "weight"));
+            (table, head)
+        }),
         writer,
         floats: Vec::new(),
         quantized: Vec::new(),
@@ -99,6 +112,7 @@ pub(super) fn save<M: LinearLayers>(
             saver.kept.push(name);
         }
     }
+    saver.kept.extend(copied.map(|tied| tied.head.clone()));
     saver.kept.sort();
     saver.kept.dedup();
     if let Some((_, quantization, dtype)) = saver.quantized.first() {
@@ -123,9 +137,13 @@ pub(super) fn save<M: LinearLayers>(
         if let [dtype] = saver.floats.as_slice() {
             config.set_dtype(*dtype);
         }
+        let head = model.head_name();
+        let is_head = |name: &str| is_head(name) || head.as_deref() == Some(name);
         let has_own_head = model.linears().iter().any(|(name, _)| is_head(name));
-        if has_own_head && model.tied_head().is_none() && config.ties_embeddings() == Some(true) {
-            config.set_untied();
+        match (&tied, config.ties_embeddings()) {
+            (None, Some(true)) if has_own_head => config.set_tied(false),
+            (Some(_), Some(false)) => config.set_tied(true),
+            _ => {}
         }
         config.write(&mut writer)?;
     }
@@ -137,6 +155,8 @@ struct Saver {
     path: ParameterPath,
     name: fn(&str) -> String,
     storage: Dtype,
+    /// A parameter to write under a second name too.
+    copy: Option<(String, String)>,
     writer: CheckpointWriter,
     /// The dtypes of parameters of floats.
     floats: Vec<FloatType>,
@@ -181,7 +201,7 @@ impl ModuleVisitor for Saver {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.attempt(|saver| {
-            let value = param.val().detach();
+            let value = in_floats(param.val()).detach();
             let kind = Kind::Float(value.dims().to_vec());
             let parameter = saver.path.parameter(value.device(), kind);
             let name = (saver.name)(parameter.stored_path());
@@ -198,6 +218,9 @@ impl ModuleVisitor for Saver {
             }
             if let (true, Some(module)) = (is_matrix, name.strip_suffix(".weight")) {
                 saver.kept.push(module.into());
+            }
+            if let Some((_, head)) = saver.copy.take_if(|(table, _)| *table == name) {
+                saver.write(&head, &data, &shape)?;
             }
             saver.write(&name, &data, &shape)
         });

@@ -235,7 +235,7 @@ impl Adapter {
             return Err(Nf4Error::Config {
                 field: "use_dora",
                 expected: "true with a magnitude, false without",
-                given: self.config.use_dora.to_string(),
+                given: format!("{} for `{path}`", self.config.use_dora),
             });
         }
         if module.bias.is_some() && is_embedding {
@@ -249,7 +249,7 @@ impl Adapter {
             return Err(Nf4Error::Config {
                 field: "bias",
                 expected: "all or lora_only with a trained bias",
-                given: "none".into(),
+                given: format!("none, with a bias for `{path}`"),
             });
         }
         module.check(path, self.matcher.rank(path)?, is_embedding)

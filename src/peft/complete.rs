@@ -15,8 +15,9 @@ impl Adapter {
     ///
     /// Without this a module that the adapter has no tensors for stays as it was before the training.
     /// PEFT warns of it (`Found missing adapter keys while loading the checkpoint`), and fails where
-    /// the weight of a module of `modules_to_save` is not there. Merging and the example call this
-    /// themselves; a training loop of your own should call it first.
+    /// the weight of a module of `modules_to_save` is not there. Merging and
+    /// [`LinearLayers::apply_adapter`](crate::model::LinearLayers::apply_adapter) check this themselves;
+    /// a program that goes layer by layer should call it first.
     ///
     /// ```no_run
     /// use burn_nf4::checkpoint::Checkpoint;

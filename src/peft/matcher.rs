@@ -229,11 +229,16 @@ impl Layers {
 
 impl Pattern {
     fn new(field: &'static str, text: &str, regex: &str) -> Result<Self, Nf4Error> {
-        let regex = Regex::new(regex).map_err(|error| Nf4Error::Pattern {
-            field,
-            pattern: text.into(),
-            message: error.to_string(),
-        })?;
+        let compile = |regex: &str| {
+            Regex::new(regex).map_err(|error| Nf4Error::Pattern {
+                field,
+                pattern: text.into(),
+                message: error.to_string(),
+            })
+        };
+        // By itself first: the error then says at which position of the setting.
+        compile(text)?;
+        let regex = compile(regex)?;
         Ok(Self {
             field,
             text: text.into(),

@@ -74,7 +74,9 @@ pub struct Merged {
 /// One tensor is in memory at a time.
 ///
 /// Where the head is the embedding and the adapter changes one of the two, the result has a weight
-/// for each, and `config.json` says so (`tie_word_embeddings` is `false`).
+/// for each, and `config.json` says so (`tie_word_embeddings` is `false`). The two are one where
+/// `….model.embed_tokens` is stored and `….lm_head` is not, or where two weights are stored with the same
+/// bits, unless `tie_word_embeddings` is `false`.
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::Checkpoint;
@@ -98,7 +100,8 @@ pub struct Merged {
 /// - [`Nf4Error::NonFinite`] for a weight, merged or not, that is NaN, infinite or too large for
 ///   its dtype
 /// - [`Nf4Error::Config`] for an adapter with two different weights for two that the base model
-///   ties, and for writing into the base model's folder
+///   ties, for one that changes an embedding (or a head) where nothing tells whether the model has
+///   a head (or an embedding) that is the same, and for writing into the base model's folder
 /// - the first of [`Checkpoint::faults`], as for a base model that another method quantized
 /// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4),
 ///   [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
@@ -152,8 +155,9 @@ fn merge(
 ) -> Result<Merged, Nf4Error> {
     check_source(base)?;
     let mut model_config = ModelConfig::read(base)?;
-    let names = BaseNames::of(base, model_config.as_ref())?;
+    let mut names = BaseNames::of(base, model_config.as_ref())?;
     adapter.check_fits(&names)?;
+    names.find_tie(base, adapter, model_config.as_ref())?;
     if !options.allow_missing {
         adapter.check_complete(names.modules(), names.parameters())?;
     }
@@ -188,7 +192,7 @@ fn merge(
     copy_other_files(&mut writer, base)?;
     if let Some(config) = &mut model_config {
         if unties {
-            config.set_untied();
+            config.set_tied(false);
         }
         if let Target::Float(dtype) = target {
             config.set_dense();

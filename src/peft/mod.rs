@@ -65,6 +65,7 @@ mod setting;
 mod tensor;
 
 pub use adapter::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraModule};
+pub(crate) use base::is_tied_by_name;
 pub use config::LoraConfig;
 pub(crate) use keys::is_saved_unasked;
 pub use matcher::ModuleMatcher;

@@ -195,6 +195,115 @@ fn all_that_does_not_fit_is_listed_by_its_name_in_the_checkpoint() {
     ] {
         assert!(text.contains(expected), "{expected}: {text}");
     }
+    // A layer takes either form; what does not fit is the shape.
+    assert!(!text.contains("for a dense tensor"), "{text}");
+}
+
+/// A mistyped remapping gives a key that is missing and one that is unexpected: both sides are told.
+#[test]
+fn an_unexpected_tensor_is_told_with_its_place_in_the_module() {
+    let folder = model(false);
+    let toy = Toy::new(&stored::config_of(folder.path()), &Device::default());
+    let store = CheckpointStore::open(folder.path())
+        .and_then(|store| store.with_key_remapping("mlp", "ffn"))
+        .expect("valid");
+    let text = misfits(toy.load_checkpoint(store));
+    let expected = "`model.layers.0.mlp.up_proj.weight`, in the module \
+                    `model.layers.0.ffn.up_proj.weight`, is unexpected";
+    assert!(text.contains(expected), "{text}");
+    assert!(text.contains("`model.layers.0.mlp.up_proj.weight` is missing"));
+}
+
+/// They have other parameters than a folder has names for, or others than they compute with.
+#[rstest]
+fn a_model_with_reparameterizations_is_saved_once_they_are_materialized(
+    #[values("apply_lora", "apply_qlora", "reparameterize_linears")] how: &str,
+    #[values(false, true)] with_lora: bool,
+) {
+    use burn::module::{Lora, ParamGroup, QLora, Quantizer};
+    use burn::tensor::quantization::Calibration;
+
+    let device = Device::default();
+    let toy = Toy::open(model(false).path(), &device);
+    let toy = match how {
+        "apply_lora" => toy.apply_lora(Lora::new(2, 4.0)),
+        "apply_qlora" => {
+            let scheme = device.settings().quantization.scheme;
+            let quantizer = Quantizer::new(Calibration::MinMax, scheme);
+            toy.apply_qlora(QLora::new(Lora::new(2, 4.0), quantizer))
+        }
+        _ => {
+            let group = ParamGroup::all();
+            burn_nf4::nn::reparameterize_linears(toy, QuantConfig::default(), group)
+                .expect("finite")
+        }
+    };
+    let out = TempDir::new().expect("a folder");
+    let lora = LoraConfig::new(TargetModules::AllLinear);
+    let act = |toy: Toy| match with_lora {
+        true => toy.with_lora(&lora, &device).map(|_| ()),
+        false => toy
+            .save_folder(out.path(), &SaveFolder::default())
+            .map(|_| ()),
+    };
+    match act(toy.clone()) {
+        Err(Nf4Error::Config {
+            field,
+            expected,
+            given,
+        }) => {
+            assert_eq!(field, "model");
+            assert!(expected.contains("materialize"), "{expected}");
+            assert!(given.contains("weight`"), "{given}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(stored::file_names(out.path()).is_empty());
+    if how != "apply_qlora" {
+        act(toy.materialize()).expect("it is of floats");
+    }
+}
+
+/// Its bits are in a form that safetensors has not, its values are not.
+#[test]
+fn what_burn_has_quantized_is_saved_as_floats_of_its_values() {
+    use burn::module::Quantizer;
+    use burn::tensor::quantization::Calibration;
+
+    let device = Device::default();
+    let scheme = device.settings().quantization.scheme;
+    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
+    let folder = fixture("hf/f32/model");
+    let toy = Toy::open(&folder, &device).quantize_weights(&mut quantizer);
+    let table = &toy.embed_tokens.weight;
+    assert!(matches!(table.dtype(), burn::tensor::DType::QFloat(_)));
+    let out = TempDir::new().expect("a folder");
+    let source = Checkpoint::open(&folder).expect("valid");
+    let options = SaveFolder {
+        source: Some(&source),
+        ..SaveFolder::default()
+    };
+    toy.save_folder(out.path(), &options)
+        .expect("it can be written");
+    let again = Toy::open(out.path(), &device).embed_tokens.weight.val();
+    assert_eq!(again.into_data(), table.val().dequantize().into_data());
+}
+
+/// A tied model says so, whatever the entries that it is given.
+#[rstest]
+fn the_tie_is_written_down(#[values(false, true)] is_tied: bool) {
+    let toy = Toy::open(model(is_tied).path(), &Device::default());
+    let out = TempDir::new().expect("a folder");
+    let entries = BTreeMap::from([("tie_word_embeddings".to_string(), json!(!is_tied))]);
+    let options = SaveFolder {
+        model_config: Some(entries.into_iter().collect()),
+        ..SaveFolder::default()
+    };
+    toy.save_folder(out.path(), &options)
+        .expect("it can be written");
+    let config = stored::config_of(out.path());
+    assert_eq!(config["tie_word_embeddings"], json!(is_tied));
+    assert_eq!(tensors(out.path()).contains_key(HEAD), !is_tied);
 }
 
 #[test]

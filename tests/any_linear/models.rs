@@ -75,7 +75,15 @@ fn layers_are_quantized_but_for_those_to_skip(
 fn a_wrong_pattern_and_a_weight_that_is_not_finite_are_named() {
     let device = Device::default();
     let error = toy(false, &device).quantize(&quantize(&["("], false));
-    assert!(matches!(error, Err(Nf4Error::Pattern { pattern, .. }) if pattern == "("));
+    match error {
+        Err(Nf4Error::Pattern {
+            pattern, message, ..
+        }) => {
+            assert_eq!(pattern, "(");
+            assert!(message.contains("position 1"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
 
     let broken = toy(false, &device).try_map_linears(|name, layer| match layer {
         AnyLinear::Dense(mut layer) if name.ends_with("up_proj") => {
@@ -161,6 +169,190 @@ fn branches_go_where_the_settings_say(#[case] targets: TargetModules, #[case] ex
         .map(|name| format!("model.layers.0.{name}"))
         .collect();
     assert_eq!(adapted, expected);
+}
+
+/// A second adapter over a first would keep what the first put in the place of other parameters.
+#[test]
+fn a_model_with_branches_takes_no_others() {
+    let device = Device::default();
+    let case = crate::peft_cases::Case::open("plain");
+    let adapter = burn_nf4::peft::Adapter::open(case.folder().path()).expect("valid");
+    let adapted = toy(false, &device).apply_adapter(&adapter, &device);
+    let adapted = adapted.expect("it fits");
+    let fresh = lora(TargetModules::AllLinear);
+    let results = [
+        adapted.clone().apply_adapter(&adapter, &device).map(|_| ()),
+        adapted
+            .clone()
+            .apply_partial_adapter(&adapter, &device)
+            .map(|_| ()),
+        adapted.clone().with_lora(&fresh, &device).map(|_| ()),
+        PeftModel::with_adapter(adapted.clone(), adapter.clone(), &device).map(|_| ()),
+        PeftModel::new(adapted.clone(), fresh, &device).map(|_| ()),
+    ];
+    for result in results {
+        match result {
+            Err(Nf4Error::Config { field, given, .. }) => {
+                assert_eq!(field, "model");
+                assert!(given.contains("`model.layers.0.self_attn."), "{given}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let base = adapted.without_branches().expect("nothing fails");
+    assert!(base.apply_adapter(&adapter, &device).is_ok());
+}
+
+/// The weights before they were quantized are of one type, and the model is loaded in another.
+#[rstest]
+fn a_merged_layer_is_of_the_type_of_the_model(
+    #[values("f32", "bf16")] stored: &str,
+    #[values(FloatType::F32, FloatType::BF16)] dtype: FloatType,
+) {
+    let device = Device::default();
+    let folder = crate::toy::fixture(&format!("hf/{stored}/model"));
+    let store = burn_nf4::checkpoint::CheckpointStore::open(&folder).expect("valid");
+    let toy = Toy::new(&crate::stored::config_of(&folder), &device);
+    let toy = toy
+        .load_checkpoint(store.with_dtype(dtype))
+        .expect("it fits");
+    let adapter = crate::toy::fixture("hf/f32/adapter_final");
+    let adapter = burn_nf4::peft::Adapter::open(adapter).expect("PEFT wrote it");
+    let mut model = PeftModel::with_adapter(toy, adapter, &device).expect("it fits");
+    let expected = model.model().logits(&IDS, [1, IDS.len()], &device);
+    model.merge(None).expect("finite");
+    assert_eq!(model.model().linear(Q_PROJ).dtype(), Ok(dtype));
+    let merged = model.into_model();
+    let logits = merged.logits(&IDS, [1, IDS.len()], &device);
+    // Weights rounded to 8 bits, through two layers.
+    let tolerance = match dtype {
+        FloatType::F32 => 1e-3,
+        _ => 0.2,
+    };
+    let difference = max_difference(&logits, &expected);
+    assert!(difference < tolerance, "{difference}");
+}
+
+const Q_PROJ: &str = "model.layers.0.self_attn.q_proj";
+
+#[test]
+fn an_adapter_that_is_off_is_not_merged() {
+    let device = Device::default();
+    let config = lora(TargetModules::AllLinear);
+    let mut model = PeftModel::new(toy(false, &device), config, &device).expect("it fits");
+    model.disable();
+    for result in [model.merge(None), model.merge_4bit()] {
+        assert!(matches!(
+            result,
+            Err(Nf4Error::Config {
+                field: "enabled",
+                ..
+            })
+        ));
+        assert!(!model.is_enabled() && !model.is_merged());
+    }
+    model.enable();
+    model.merge(None).expect("finite");
+    model.disable();
+    assert!(!model.is_merged() && model.merge(None).is_err());
+}
+
+#[test]
+fn an_error_about_a_layer_names_it() {
+    let device = Device::default();
+    let config = lora(TargetModules::AllLinear);
+    let model = toy(false, &device).with_lora(&config, &device);
+    let model = model.expect("it fits");
+    let off = model
+        .clone()
+        .with_branches_enabled(false)
+        .expect("nothing fails");
+    let other = LoraConfig {
+        lora_alpha: 32.0,
+        ..config
+    };
+    let dora = LoraConfig {
+        use_dora: true,
+        ..other.clone()
+    };
+    let errors = [
+        off.merge(None).map(|_| ()),
+        model.extract_adapter(&other).map(|_| ()),
+        model.extract_adapter(&dora).map(|_| ()),
+    ];
+    for error in errors {
+        let text = error.expect_err("it is refused").to_string();
+        assert!(text.contains(&format!("for `{Q_PROJ}`")), "{text}");
+    }
+}
+
+#[rstest]
+#[case("upproj")]
+#[case("model.layers.7")]
+fn an_entry_that_skips_nothing_is_refused(#[case] entry: &str) {
+    let model = toy(false, &Device::default());
+    match model.quantize(&quantize(&["down_proj", entry], false)) {
+        Err(Nf4Error::Config { field, given, .. }) => {
+            assert_eq!(field, "skip_modules");
+            assert!(given.contains(&format!("`{entry}`")), "{given}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // What is there and is in floats anyway is no mistake.
+    let kept = ["lm_head", "embed_tokens", "norm"];
+    for is_tied in [false, true] {
+        let model = toy(is_tied, &Device::default());
+        assert!(model.quantize(&quantize(&kept, false)).is_ok());
+    }
+}
+
+/// The settings that leave nothing are named, each by itself or together.
+#[test]
+fn settings_that_select_no_layer_say_which_of_them_leaves_none() {
+    use burn_nf4::peft::{ModuleNames, OneOrMany};
+
+    let device = Device::default();
+    let excluded = |names: &[&str]| {
+        let names = names.iter().map(|name| name.to_string()).collect();
+        Some(ModuleNames::List(names))
+    };
+    let base = || lora(TargetModules::list(["q_proj"]));
+    let cases = [
+        (
+            LoraConfig {
+                exclude_modules: excluded(&["q_proj"]),
+                ..base()
+            },
+            "beside `exclude_modules`,",
+        ),
+        (
+            LoraConfig {
+                layers_to_transform: Some(OneOrMany::Many(vec![5])),
+                ..base()
+            },
+            "beside `layers_to_transform`,",
+        ),
+        (
+            LoraConfig {
+                exclude_modules: excluded(&["q_proj"]),
+                layers_to_transform: Some(OneOrMany::Many(vec![5])),
+                ..base()
+            },
+            "beside `exclude_modules` and `layers_to_transform`,",
+        ),
+        (
+            LoraConfig {
+                exclude_modules: excluded(&["k_proj"]),
+                ..lora(TargetModules::list(["nothing"]))
+            },
+            "which select none,",
+        ),
+    ];
+    for (config, expected) in cases {
+        let error = toy(false, &device).with_lora(&config, &device);
+        let text = error.expect_err("it is refused").to_string();
+        assert!(text.contains(expected), "{text}");
+    }
 }
 
 fn named(config: LoraConfig, is_tied: bool, in_4bit: bool) -> String {
@@ -258,6 +450,23 @@ fn a_layer_that_is_not_handed_out_is_an_error() {
     }
 }
 
+#[derive(Module, Debug)]
+struct Plain {
+    proj: burn::nn::Linear,
+}
+
+linear_layers!(Plain {});
+
+/// A module without such layers can be a field like any other.
+#[test]
+fn a_module_may_have_no_layer() {
+    let device = Device::default();
+    let proj = LinearConfig::new(8, 8).init(&device);
+    let model = Plain { proj };
+    assert!(model.linears().is_empty());
+    assert!(model.quantize(&quantize(&[], false)).is_ok());
+}
+
 fn ids(device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(IDS.to_vec(), [1, IDS.len()]), device)
 }
@@ -353,7 +562,18 @@ fn a_merge_is_undone_to_the_bit() {
     assert_eq!(logits(&model), adapted);
     model.merge_4bit().expect("finite");
     assert_eq!(quantized(model.model()).len(), 6);
-    model.unmerge();
+    // Alone it is what there is to compute with, in each state.
+    let alone = |model: &PeftModel<Toy>| {
+        let toy = model.clone().into_model();
+        assert_eq!(toy.logits(&IDS, [1, IDS.len()], &device), logits(model));
+        toy.linears().iter().any(|(_, layer)| layer.has_branch())
+    };
+    assert!(!alone(&model));
+    model.enable();
+    assert!(alone(&model));
+    model.disable();
+    assert!(!alone(&model));
+    model.enable();
     assert_eq!(logits(&model), adapted);
 }
 

@@ -185,7 +185,8 @@ impl Attention {
         };
         let (k, v) = (repeated(k), repeated(v));
         let scores = q.matmul(k.transpose()) / (self.head_dim as f64).sqrt();
-        let mask = Tensor::<2>::ones([length, length], &scores.device()).triu(1) * -1e30;
+        let options = (&scores.device(), scores.dtype());
+        let mask = Tensor::<2>::ones([length, length], options).triu(1) * -1e30;
         let y = softmax(scores + mask.unsqueeze(), 3).matmul(v);
         let [_, count, ..] = y.dims();
         let y = y
@@ -206,7 +207,8 @@ fn rotated(x: Tensor<4>) -> Tensor<4> {
         let values: Vec<f32> = (0..length)
             .flat_map(|position| (0..size).map(move |index| of(angle(position, index % half))))
             .collect();
-        Tensor::<4>::from_data(TensorData::new(values, [1, 1, length, size]), &x.device())
+        let table = TensorData::new(values, [1, 1, length, size]);
+        Tensor::<4>::from_data(table, (&x.device(), x.dtype()))
     };
     let (cos, sin) = (table(f32::cos), table(f32::sin));
     let (first, second) = (

@@ -145,12 +145,12 @@ impl ModelConfig {
         flag(&self.entries).or_else(|| parts.find_map(flag))
     }
 
-    /// Says that the output head has a weight of its own.
-    pub fn set_untied(&mut self) {
+    /// Says whether the output head is the embedding, or has a weight of its own.
+    pub fn set_tied(&mut self, is_tied: bool) {
         for_each_part(&mut self.entries, &mut |part| {
-            part.entry(TIED).and_modify(|tied| *tied = false.into());
+            part.entry(TIED).and_modify(|tied| *tied = is_tied.into());
         });
-        self.entries.insert(TIED.into(), false.into());
+        self.entries.insert(TIED.into(), is_tied.into());
         self.changed = true;
     }
 

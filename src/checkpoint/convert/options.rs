@@ -17,7 +17,7 @@ pub struct QuantizeOptions {
     /// routers), each with the meaning that transformers 5.24 gives to an entry of
     /// `llm_int8_skip_modules`: the end of a module's path, or a regular expression that matches
     /// from its beginning up to a dot or the end. So `model.layers.1` keeps layer 1 and not
-    /// layer 10.
+    /// layer 10. One that fits no module is an error.
     ///
     /// They are written to `config.json` as they are given, where older versions read them in
     /// their own way: transformers 5.17 lets the expression end within a name, so that it expects

@@ -39,7 +39,8 @@ use crate::host;
 /// - the first of [`Checkpoint::faults`], as for a source that another method quantized
 /// - [`Nf4Error::Config`] for a source that is quantized already, for models that store their
 ///   linear weights the other way round (GPT-2's `Conv1D`), for a source without the head or the
-///   embeddings that are to be quantized, and for writing into the source
+///   embeddings that are to be quantized, for an entry of `skip_modules` that fits no module, and for
+///   writing into the source
 /// - [`Nf4Error::Pattern`] for an entry of `skip_modules` that is no regular expression
 /// - [`Nf4Error::ModelConfig`] for a malformed `config.json`
 /// - [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
@@ -53,7 +54,7 @@ pub fn quantize_checkpoint(
         return Err(Nf4Error::Config {
             field: "source",
             expected: "a checkpoint of float weights",
-            given: format!("one in which `{key}` is quantized"),
+            given: format!("quantized already (`{key}`)"),
         });
     }
     check_source(source)?;
@@ -105,7 +106,7 @@ pub fn quantize_checkpoint(
         }
         // transformers would put the embedding into a head that it takes for tied.
         if selection.quantizes_head() && tied != Some(false) {
-            config.set_untied();
+            config.set_tied(false);
         }
         if let Some(dtype) = options.dtype {
             config.set_dtype(dtype);

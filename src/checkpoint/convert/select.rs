@@ -71,19 +71,23 @@ impl Selection {
     /// is known.
     ///
     /// # Errors
-    /// [`Nf4Error::Config`] if a head or embeddings are to be quantized and there are none,
-    /// [`Nf4Error::Pattern`], [`Nf4Error::Dtype`].
+    /// [`Nf4Error::Config`] if a head or embeddings are to be quantized and there are none, or if an entry
+    /// of `skip_modules` fits no module, [`Nf4Error::Pattern`], [`Nf4Error::Dtype`].
     pub fn new(
         source: &Checkpoint,
         parameters: &[&str],
         options: &QuantizeOptions,
         tied: Option<bool>,
     ) -> Result<Self, Nf4Error> {
-        let patterns = options
-            .skip_modules
-            .iter()
-            .map(|pattern| SkipPattern::new(pattern))
-            .collect::<Result<Vec<_>, _>>()?;
+        let patterns = SkipPattern::all(&options.skip_modules)?;
+        let modules = parameters.iter().map(|key| match key.rsplit_once('.') {
+            Some((module, "weight" | "bias")) => module,
+            _ => key,
+        });
+        // A head that is the embedding has no parameter of its own.
+        let heads = HEADS_KNOWN_TO_TRANSFORMERS.into_iter();
+        let heads = heads.filter(|_| tied != Some(false));
+        check_used(&patterns, &modules.chain(heads).collect::<Vec<_>>())?;
         let mut quantized = BTreeSet::new();
         let mut kept = Vec::new();
         let (mut any_head, mut any_embedding) = (false, false);
@@ -151,7 +155,19 @@ pub(crate) struct SkipPattern<'a> {
 }
 
 impl<'a> SkipPattern<'a> {
-    pub fn new(text: &'a str) -> Result<Self, Nf4Error> {
+    /// The entries of a list.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Pattern`].
+    pub fn all(entries: &'a [String]) -> Result<Vec<Self>, Nf4Error> {
+        entries.iter().map(|text| Self::new(text)).collect()
+    }
+
+    fn new(text: &'a str) -> Result<Self, Nf4Error> {
+        // By itself first: the error then says at which position of the entry.
+        if let Err(error) = Regex::new(text) {
+            return Err(fault(text, &error));
+        }
         match Regex::new(&format!(r"^(?:{text})(?:(?<=\.)|(?=\.|$))")) {
             Ok(regex) => Ok(Self { text, regex }),
             Err(error) => Err(fault(text, &error)),
@@ -162,6 +178,27 @@ impl<'a> SkipPattern<'a> {
         let from_start = self.regex.is_match(module);
         Ok(module.ends_with(self.text) || from_start.map_err(|error| fault(self.text, &error))?)
     }
+}
+
+/// Checks that every entry fits a module: one that is mistyped would be passed over in silence.
+///
+/// # Errors
+/// [`Nf4Error::Config`], [`Nf4Error::Pattern`] for an entry that takes too long to match.
+pub(crate) fn check_used(patterns: &[SkipPattern<'_>], modules: &[&str]) -> Result<(), Nf4Error> {
+    for pattern in patterns {
+        let mut is_used = false;
+        for module in modules {
+            is_used = is_used || pattern.matches(module)?;
+        }
+        if !is_used {
+            return Err(Nf4Error::Config {
+                field: "skip_modules",
+                expected: "the end of a module's path, or a regular expression for its beginning",
+                given: format!("`{}`, which fits no module", pattern.text),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn fault(pattern: &str, error: &fancy_regex::Error) -> Nf4Error {

@@ -58,7 +58,7 @@ impl<'a> Plan<'a> {
         let mut left_out = None;
         if let Some(ends) = &names.ends {
             if ends.are_one && !separate(ends, adapter, &mut changes)? {
-                left_out = Some(&ends.other);
+                left_out = Some(&ends.other).filter(|_| !ends.are_both_stored);
             } else {
                 let changed = [&ends.stored, &ends.other];
                 unties = changed.into_iter().any(|key| changes.contains_key(key))
@@ -66,7 +66,7 @@ impl<'a> Plan<'a> {
             }
         }
         let source = |key: &str| match &names.ends {
-            Some(ends) if ends.are_one && ends.other == key => ends.stored.clone(),
+            Some(ends) if !ends.are_both_stored && ends.other == key => ends.stored.clone(),
             _ => key.to_string(),
         };
         let outputs = names
@@ -151,7 +151,7 @@ fn separate<'a>(
     let (stored, other) = (get(changes, &ends.stored), get(changes, &ends.other));
     let are_two =
         stored.branch.is_some() || other.branch.is_some() || stored.replace != other.replace;
-    if !are_two {
+    if !are_two && !ends.are_both_stored {
         changes.remove(&ends.other);
     }
     Ok(are_two)
