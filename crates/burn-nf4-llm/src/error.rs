@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use burn_nf4::Nf4Error;
 
 /// An error, for people to read.
+#[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The library could not read or build something.
@@ -56,9 +57,24 @@ pub enum ModelError {
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// An argument, or a combination of them, that cannot be served.
-    #[error("{0}")]
-    Argument(String),
+    /// A setting, or a combination of them, that cannot be served.
+    #[error("{name} is {given}, expected {expected}")]
+    Setting {
+        /// The setting's name.
+        name: String,
+        /// What was given.
+        given: String,
+        /// What would do.
+        expected: String,
+    },
+    /// A device that does not answer.
+    #[error("{device}: {message}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What it says.
+        message: String,
+    },
     /// A checkpoint of a training run that cannot be read or continued.
     #[error("{}: {message}", path.display())]
     Resume {
@@ -78,6 +94,19 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// A setting that cannot be served.
+    pub fn setting(
+        name: impl Into<String>,
+        given: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Setting {
+            name: name.into(),
+            given: given.to_string(),
+            expected: expected.into(),
+        }
+    }
+
     /// Wraps an error of the file system with the path it concerns.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();

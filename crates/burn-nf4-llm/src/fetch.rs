@@ -29,9 +29,11 @@ pub fn folder(name: &str) -> Result<PathBuf, ModelError> {
             .iter()
             .any(|part| part.is_empty() || part.starts_with('.'))
     {
-        return Err(ModelError::Argument(format!(
-            "`{name}` is neither a folder nor a repository `org/name`"
-        )));
+        return Err(ModelError::setting(
+            "the model",
+            format!("`{name}`"),
+            "a folder that is there, or a repository `org/name`",
+        ));
     }
     fetch(name)
 }

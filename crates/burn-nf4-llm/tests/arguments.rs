@@ -24,8 +24,12 @@ fn run(arguments: &[&str]) -> Result<(), String> {
 }
 
 fn fixture(path: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    root.join("tests/fixtures").join(path)
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let fixtures = match path.starts_with("hf/") {
+        true => package.join("../../tests/fixtures"),
+        false => package.join("tests/fixtures"),
+    };
+    fixtures.join(path)
 }
 
 /// A model with a tokenizer and two texts to train on.
@@ -68,8 +72,14 @@ fn folder() -> TempDir {
 #[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "top-p is 0")]
 #[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "top-p is 1.1")]
 #[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "top-p is NaN")]
-#[case::top_p_greedy("generate --prompt a --top-p 0.9", "takes a temperature above 0")]
-#[case::top_k_greedy("generate --prompt a --top-k 5", "takes a temperature above 0")]
+#[case::top_p_greedy(
+    "generate --prompt a --top-p 0.9",
+    "the temperature is 0, expected above 0"
+)]
+#[case::top_k_greedy(
+    "generate --prompt a --top-k 5",
+    "the temperature is 0, expected above 0"
+)]
 #[case::top_k_negative("generate --prompt a --top-k=-1", "--top-k")]
 #[case::batch_small(
     "generate --prompt a --prompt b --batch 1",
@@ -215,6 +225,101 @@ fn a_run_is_resumed_with_more_steps() {
     assert!(error.contains("has 3 steps already"), "{error}");
     let error = finetune(folder.path(), "--steps 4 --lr 1 --resume").unwrap_err();
     assert!(error.contains("schedule.peak"), "{error}");
+}
+
+/// A new run beside the checkpoints of an old one would let the old one go on later.
+#[test]
+fn a_run_does_not_write_over_another() {
+    let folder = folder();
+    let out = folder.path().join("out");
+    finetune(folder.path(), "--steps 3 --save-every 3").unwrap();
+    fs::write(out.join("notes.txt"), "mine").unwrap();
+    let before = fs::read(out.join("adapter_model.safetensors")).unwrap();
+    let error = finetune(folder.path(), "--steps 1 --seed 7").unwrap_err();
+    assert!(error.contains("--output is"), "{error}");
+    assert!(error.contains("--overwrite"), "{error}");
+    let after = fs::read(out.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(before, after);
+    assert!(out.join("checkpoint-3").exists());
+
+    finetune(folder.path(), "--steps 1 --seed 7 --overwrite").unwrap();
+    assert!(!out.join("checkpoint-3").exists());
+    assert!(out.join("notes.txt").exists());
+    let error = finetune(folder.path(), "--steps 4 --resume").unwrap_err();
+    assert!(error.contains("holds no checkpoint"), "{error}");
+    let error = finetune(folder.path(), "--resume --overwrite").unwrap_err();
+    assert!(error.contains("cannot be used with"), "{error}");
+}
+
+/// The weights are damaged: what is missing beside them is told before they are read.
+#[test]
+fn what_is_missing_is_told_before_the_model_is_loaded() {
+    let folder = folder();
+    fs::write(folder.path().join("model.safetensors"), "damaged").unwrap();
+    let model = folder.path().to_str().unwrap();
+    let generate = |further: &[&str]| {
+        let mut all = vec!["generate", "--model", model, "--prompt", "a"];
+        all.extend(further);
+        run(&all).unwrap_err()
+    };
+    let error = generate(&[]);
+    assert!(error.contains("not a valid safetensors file"), "{error}");
+    let error = generate(&["--adapter", "no/such/adapter"]);
+    assert!(error.contains("no/such/adapter"), "{error}");
+    let error = generate(&["--chat", "--chat-template", "no/such.jinja"]);
+    assert!(error.contains("`no/such.jinja`"), "{error}");
+    let error = generate(&["--chat"]);
+    assert!(error.contains("chat_template.jinja"), "{error}");
+    let error = run(&["chat", "--model", model, "--adapter", "no/such/adapter"]).unwrap_err();
+    assert!(error.contains("no/such/adapter"), "{error}");
+
+    let error = finetune(folder.path(), "--target-modules q_proj,qkv_proj").unwrap_err();
+    assert!(error.contains("`qkv_proj`"), "{error}");
+    let error = finetune(folder.path(), "--resume").unwrap_err();
+    assert!(error.contains("holds no checkpoint"), "{error}");
+    fs::remove_file(folder.path().join("data.jsonl")).unwrap();
+    let error = finetune(folder.path(), "").unwrap_err();
+    assert!(error.contains("data.jsonl"), "{error}");
+}
+
+/// One list of names for all commands, and a device for each feature.
+#[rstest]
+#[case("bfloat16")]
+#[case("bf16")]
+fn float_types_have_both_names_everywhere(#[case] dtype: &str) {
+    let folder = folder();
+    let model = folder.path().to_str().unwrap();
+    let out = folder.path().join("dense");
+    run(&["dequantize", model, out.to_str().unwrap(), "--dtype", dtype]).unwrap();
+    let limit = ["--max-tokens", "1"];
+    let generate = [
+        "generate", "--model", model, "--prompt", "a", "--dtype", dtype,
+    ];
+    run(&[&generate[..], &limit].concat()).unwrap();
+}
+
+#[rstest]
+#[case("cuda", cfg!(feature = "cuda"))]
+#[case("rocm", cfg!(feature = "rocm"))]
+#[case("wgpu", cfg!(feature = "wgpu"))]
+#[case("cubecl-cpu", cfg!(feature = "cpu"))]
+fn a_device_that_is_not_compiled_in_names_its_feature(
+    #[case] device: &str,
+    #[case] is_there: bool,
+) {
+    if is_there {
+        return;
+    }
+    let error = run(&[
+        "generate", "--model", "none", "--prompt", "a", "--device", device,
+    ]);
+    let error = error.unwrap_err();
+    let feature = device.strip_prefix("cubecl-").unwrap_or(device);
+    assert!(error.contains(&format!("--device is {device}")), "{error}");
+    assert!(
+        error.contains(&format!("cargo feature `{feature}`")),
+        "{error}"
+    );
 }
 
 #[test]

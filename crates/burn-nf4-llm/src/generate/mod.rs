@@ -7,6 +7,7 @@ pub use sample::Sampling;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
+use burn_nf4::Nf4Error;
 
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
@@ -37,22 +38,22 @@ impl Request {
     fn check(&self, vocabulary: usize) -> Result<(), ModelError> {
         self.sampling.check()?;
         let rows = self.prompts.len();
-        if rows == 0 || self.max_tokens == 0 {
-            return Err(ModelError::Argument(format!(
-                "{rows} prompts and up to {} tokens, expected at least one of each",
-                self.max_tokens
-            )));
+        for (name, count) in [
+            ("the number of prompts", rows),
+            ("max_tokens", self.max_tokens),
+        ] {
+            if count == 0 {
+                return Err(ModelError::setting(name, count, "at least 1"));
+            }
         }
-        if let Some(row) = self.prompts.iter().position(Vec::is_empty) {
-            return Err(ModelError::Argument(format!("prompt {row} has no tokens")));
+        for (row, prompt) in self.prompts.iter().enumerate() {
+            let name = format!("prompt {row}");
+            if prompt.is_empty() {
+                return Err(ModelError::setting(name, "empty", "at least one token"));
+            }
+            check_ids(&name, prompt, vocabulary)?;
         }
-        let mut ids = self.prompts.iter().flatten();
-        match ids.find(|&&id| id as usize >= vocabulary) {
-            None => Ok(()),
-            Some(id) => Err(ModelError::Argument(format!(
-                "token {id} is not in the vocabulary of {vocabulary}"
-            ))),
-        }
+        Ok(())
     }
 }
 
@@ -160,11 +161,38 @@ fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
     let finite = logits.clone().is_finite().all();
     match finite.into_scalar::<bool>() {
         true => Ok(()),
-        false => Err(ModelError::Argument(format!(
-            "the model gives logits that are infinite or NaN: its weights are damaged, or \
-             {:?} is too small for them",
-            logits.dtype()
-        ))),
+        false => {
+            // Which comes of damaged weights, or of a dtype that is too small for them.
+            let name = format!("logits of the model in {:?}", logits.dtype());
+            let values = logits.to_data();
+            let mut values = values.iter::<f32>().enumerate();
+            let (index, given) = values
+                .find(|(_, value)| !value.is_finite())
+                .unwrap_or((0, f32::NAN));
+            Err(Nf4Error::NonFinite {
+                tensor: name,
+                index,
+                given,
+            }
+            .into())
+        }
+    }
+}
+
+/// Refuses tokens that a model does not know.
+///
+/// # Errors
+/// [`Nf4Error::IdRange`].
+pub(crate) fn check_ids(name: &str, ids: &[u32], vocabulary: usize) -> Result<(), ModelError> {
+    match ids.iter().position(|&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(index) => Err(Nf4Error::IdRange {
+            tensor: name.into(),
+            index,
+            given: ids[index].into(),
+            rows: vocabulary,
+        }
+        .into()),
     }
 }
 

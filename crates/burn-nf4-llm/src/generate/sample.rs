@@ -38,17 +38,17 @@ impl Sampling {
             top_p,
             ..
         } = *self;
-        let message = if !temperature.is_finite() || temperature < 0.0 {
-            format!("the temperature is {temperature}, expected a number of at least 0")
+        let (name, given, expected) = if !temperature.is_finite() || temperature < 0.0 {
+            ("the temperature", temperature, "a number of at least 0")
         } else if !(top_p > 0.0 && top_p <= 1.0) {
-            format!("top-p is {top_p}, expected more than 0 and at most 1")
+            ("top-p", top_p, "more than 0 and at most 1")
         } else if temperature == 0.0 && (top_k > 0 || top_p < 1.0) {
-            "top-k and top-p choose among tokens that are drawn, which takes a temperature above 0"
-                .into()
+            let expected = "above 0 with top-k and top-p, which choose among tokens that are drawn";
+            ("the temperature", temperature, expected)
         } else {
             return Ok(());
         };
-        Err(ModelError::Argument(message))
+        Err(ModelError::setting(name, given, expected))
     }
 
     fn is_greedy(&self) -> bool {

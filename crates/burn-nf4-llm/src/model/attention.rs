@@ -8,9 +8,9 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_nf4::linear_layers;
 use burn_nf4::nn::AnyLinear;
 
+use crate::model::Rotation;
 use crate::model::cache::LayerCache;
 use crate::model::config::LlamaConfig;
-use crate::model::rotation::Rotation;
 
 /// Added to the score of a position that must not be seen. Finite, so that a row of padding, which
 /// sees nothing, gives no NaN.

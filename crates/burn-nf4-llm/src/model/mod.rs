@@ -7,11 +7,12 @@ mod init;
 mod load;
 pub mod rope;
 mod rope_fields;
-pub mod rotation;
+mod rotation;
 
 pub use config::LlamaConfig;
 pub use init::random;
 pub use load::load;
+pub use rotation::{RopeTables, Rotation};
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
@@ -23,7 +24,6 @@ use burn_nf4::op::{MatmulOptions, matmul};
 
 use crate::model::attention::{Attention, Pass};
 use crate::model::cache::{KvCache, LayerCache, element_bytes};
-use crate::model::rotation::RopeTables;
 
 /// The path of the embedding in a checkpoint.
 pub const EMBEDDING: &str = "model.embed_tokens";

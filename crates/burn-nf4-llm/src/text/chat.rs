@@ -101,11 +101,11 @@ impl Chat {
     pub fn choose(&mut self, name: &str) -> Result<(), ModelError> {
         if !self.templates.contains_key(name) {
             if !Path::new(name).is_file() {
-                return Err(ModelError::Argument(format!(
-                    "there is no chat template `{name}`, neither of the model, which has {}, nor as \
-                     a file",
-                    self.names()
-                )));
+                return Err(ModelError::setting(
+                    "the chat template",
+                    format!("`{name}`, which is no file"),
+                    format!("a file, or one that the model has: {}", self.names()),
+                ));
             }
             let template = Template::new(&plain_text::read(Path::new(name))?, self.now);
             self.templates.insert(name.into(), template);

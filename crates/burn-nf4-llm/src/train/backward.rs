@@ -5,8 +5,8 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use crate::model::RopeTables;
 use crate::model::attention::Pass;
-use crate::model::rotation::RopeTables;
 use crate::model::{DecoderLayer, Llama};
 use crate::train::data::Batch;
 

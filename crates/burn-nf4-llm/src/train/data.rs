@@ -7,6 +7,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use crate::error::ModelError;
+use crate::generate::check_ids;
 use crate::text::Text;
 use crate::text::chat::Ending;
 use crate::text::plain_text::{self, with_unix_lines};
@@ -48,17 +49,20 @@ impl Dataset {
         length: usize,
     ) -> Result<Self, ModelError> {
         if length < 2 {
-            return Err(ModelError::Argument(
-                "the sequence length must be at least 2".into(),
+            return Err(ModelError::setting(
+                "the sequence length",
+                length,
+                "at least 2",
             ));
         }
         let extension = path.extension().and_then(|extension| extension.to_str());
         let extension = extension.unwrap_or_default().to_lowercase();
         if !["txt", "jsonl", "json"].contains(&extension.as_str()) {
-            return Err(ModelError::Argument(format!(
-                "{}: expected a .txt, .jsonl or .json file",
-                path.display()
-            )));
+            return Err(ModelError::setting(
+                "the data",
+                path.display(),
+                "a .txt, .jsonl or .json file",
+            ));
         }
         let content = plain_text::read(path)?;
         if extension == "txt" {
@@ -93,8 +97,10 @@ impl Dataset {
         let given = examples.len();
         examples.retain(|example| example.len() >= 2);
         if examples.is_empty() {
-            return Err(ModelError::Argument(
-                "the data holds no example of two tokens or more".into(),
+            return Err(ModelError::setting(
+                "the data",
+                format!("{given} examples, none of two tokens or more"),
+                "at least one such",
             ));
         }
         Ok(Self {
@@ -111,17 +117,10 @@ impl Dataset {
 
     /// Refuses tokens that a model of this vocabulary does not know.
     pub fn check_vocabulary(&self, size: usize) -> Result<(), ModelError> {
-        match self
-            .examples
-            .iter()
-            .flatten()
-            .find(|&&id| id as usize >= size)
-        {
-            None => Ok(()),
-            Some(id) => Err(ModelError::Argument(format!(
-                "the tokenizer gives token {id}, the model has a vocabulary of {size}"
-            ))),
+        for (index, example) in self.examples.iter().enumerate() {
+            check_ids(&format!("example {index}"), example, size)?;
         }
+        Ok(())
     }
 
     /// Whether there is none, which [`new`](Self::new) refuses.

@@ -1,6 +1,6 @@
 //! A training run: its steps, and the folders it can be continued from.
 
-pub mod backward;
+mod backward;
 pub mod data;
 pub mod optimizer;
 mod records;
@@ -14,15 +14,15 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, ModuleOptimizer};
 use burn::tensor::Tensor;
 use burn_nf4::model::LinearLayers;
-use burn_nf4::peft::{Adapter, LoraConfig};
+use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
 use crate::json::files::read_json;
 use crate::model::Llama;
+use crate::model::RopeTables;
 use crate::model::config::LlamaConfig;
-use crate::model::rotation::RopeTables;
 use crate::train::backward::{PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::{Loaded, adamw};
@@ -156,6 +156,8 @@ struct State {
 const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.bpk";
 const CHECKPOINT_PREFIX: &str = "checkpoint-";
+/// Of one that is being written.
+const PART_PREFIX: &str = "part-";
 
 impl Trainer {
     /// A run from the start, of a model with its branches on.
@@ -235,7 +237,7 @@ impl Trainer {
     pub fn save_checkpoint(&self, output: &Path) -> Result<PathBuf, ModelError> {
         let folder = output.join(format!("{CHECKPOINT_PREFIX}{}", self.step));
         // Under another name until it is whole, so that an interrupted write is not taken up.
-        let part = output.join(format!("part-{}", self.step));
+        let part = output.join(format!("{PART_PREFIX}{}", self.step));
         for stale in [&part, &folder] {
             if stale.exists() {
                 fs::remove_dir_all(stale).map_err(ModelError::io(stale))?;
@@ -264,7 +266,8 @@ impl Trainer {
             .map_err(|message| resume_error(folder, message))?;
         let device = self.model.device();
         let adapter = Adapter::open(folder)?;
-        self.model = self.model.apply_adapter(&adapter, &device)?;
+        let base = self.model.without_branches()?;
+        self.model = base.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
         self.optimizer = self
             .optimizer
@@ -311,25 +314,45 @@ impl ModuleVisitor for Trained {
 
 /// The checkpoint of a folder that was saved last.
 pub fn latest_checkpoint(output: &Path) -> Result<Option<PathBuf>, ModelError> {
-    if !output.exists() {
-        return Ok(None);
-    }
-    let entries = fs::read_dir(output).map_err(ModelError::io(output))?;
-    let mut latest = None;
-    for entry in entries {
-        let entry = entry.map_err(ModelError::io(output))?;
-        let name = entry.file_name();
-        let step: Option<usize> = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(CHECKPOINT_PREFIX))
-            .and_then(|step| step.parse().ok());
-        if let Some(step) = step
-            && latest.as_ref().is_none_or(|&(last, _)| step > last)
-        {
-            latest = Some((step, entry.path()));
+    let checkpoints = checkpoints(output, CHECKPOINT_PREFIX)?;
+    let latest = checkpoints.into_iter().max_by_key(|&(step, _)| step);
+    Ok(latest.map(|(_, path)| path))
+}
+
+/// Removes what a run has left in a folder: its checkpoints and its adapter. All else stays.
+///
+/// # Errors
+/// [`ModelError::Io`].
+pub fn remove_run(output: &Path) -> Result<(), ModelError> {
+    for prefix in [CHECKPOINT_PREFIX, PART_PREFIX] {
+        for (_, path) in checkpoints(output, prefix)? {
+            fs::remove_dir_all(&path).map_err(ModelError::io(&path))?;
         }
     }
-    Ok(latest.map(|(_, path)| path))
+    for name in [ADAPTER_FILE, CONFIG_FILE] {
+        let path = output.join(name);
+        if path.exists() {
+            fs::remove_file(&path).map_err(ModelError::io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The folders of a run whose names are a prefix and a step.
+fn checkpoints(output: &Path, prefix: &str) -> Result<Vec<(usize, PathBuf)>, ModelError> {
+    if !output.exists() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(output).map_err(ModelError::io(output))? {
+        let entry = entry.map_err(ModelError::io(output))?;
+        let name = entry.file_name();
+        let name = name.to_str().and_then(|name| name.strip_prefix(prefix));
+        if let Some(step) = name.and_then(|step| step.parse().ok()) {
+            found.push((step, entry.path()));
+        }
+    }
+    Ok(found)
 }
 
 fn resume_error(path: &Path, message: impl ToString) -> ModelError {

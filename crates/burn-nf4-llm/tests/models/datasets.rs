@@ -105,8 +105,12 @@ fn conversations_go_through_the_chat_template() {
 fn a_bad_line_is_named() {
     let error = read("a.jsonl", "{\"text\": \"abc\"}\n{\"txt\": 1}\n").unwrap_err();
     assert!(error.to_string().contains("line 2"), "{error}");
-    assert!(matches!(read("a.csv", "a"), Err(ModelError::Argument(_))));
-    assert!(matches!(read("a.txt", "a"), Err(ModelError::Argument(_))));
+    let refused = |name, field: &str| match read(name, "a") {
+        Err(ModelError::Setting { name, .. }) => assert_eq!(name, field),
+        other => panic!("{other:?}"),
+    };
+    refused("a.csv", "the data");
+    refused("a.txt", "the data");
 }
 
 /// Git LFS leaves a text in the place of a file that it has not fetched: nothing to train on.
@@ -124,7 +128,12 @@ fn a_git_lfs_pointer_is_no_data(#[values("a.txt", "a.jsonl", "a.json")] name: &s
 fn tokens_outside_of_the_vocabulary_are_refused() {
     let data = read("a.jsonl", "{\"text\": \"abc\"}").unwrap();
     assert!(data.check_vocabulary(257).is_ok());
-    assert!(data.check_vocabulary(256).is_err());
+    match data.check_vocabulary(256) {
+        Err(ModelError::Nf4(Nf4Error::IdRange { tensor, rows, .. })) => {
+            assert_eq!((tensor.as_str(), rows), ("example 0", 256));
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Padding comes last and is not a target.

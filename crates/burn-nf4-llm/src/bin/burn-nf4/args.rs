@@ -4,6 +4,7 @@ use burn_nf4::checkpoint::Dtype;
 use burn_nf4::format::{FloatType, QuantType};
 use clap::ValueEnum;
 
+/// A float type, by transformers' name or Burn's.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum FloatArg {
     #[value(alias = "f16")]
@@ -26,9 +27,13 @@ impl From<FloatArg> for FloatType {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum StorageArg {
+    #[value(alias = "u8")]
     Uint8,
+    #[value(alias = "f16")]
     Float16,
+    #[value(alias = "bf16")]
     Bfloat16,
+    #[value(alias = "f32")]
     Float32,
 }
 

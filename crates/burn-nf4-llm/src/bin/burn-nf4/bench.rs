@@ -15,7 +15,8 @@ use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
 use clap::{Args, ValueEnum};
 
-use crate::device::{DTypeName, DeviceName};
+use crate::args::FloatArg;
+use crate::device::DeviceName;
 use crate::model_args::at_least;
 
 /// Tokens of the prompt.
@@ -62,7 +63,7 @@ pub struct BenchArgs {
     pub device: DeviceName,
     /// The type to compute in: f32 on the CPU, elsewhere bf16.
     #[arg(long, value_enum)]
-    pub dtype: Option<DTypeName>,
+    pub dtype: Option<FloatArg>,
 }
 
 /// `4x2048`.

@@ -8,7 +8,7 @@ use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message};
 use clap::Args;
 
-use crate::model_args::{AdapterArgs, ModelArgs, SamplingArgs};
+use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
 
 #[derive(Args, Debug)]
 pub struct ChatArgs {
@@ -30,12 +30,17 @@ impl ChatArgs {
     /// Answers each line of stdin, until it ends.
     pub fn run(&self) -> Result<(), ModelError> {
         let sampling = self.sampling.check()?;
-        let mut opened = self.model.open(false)?;
+        let adapter = self.adapter.read()?;
+        let mut prepared = self.model.prepare(false)?;
         if let Some(name) = &self.chat_template {
-            opened.text.chat.choose(name)?;
+            prepared.text.chat.choose(name)?;
         }
-        let model = self.adapter.apply(opened.model)?;
-        let (config, text) = (opened.config, opened.text);
+        let Opened {
+            model,
+            config,
+            text,
+        } = prepared.load()?;
+        let model = self.adapter.apply(adapter, model)?;
         let system = self
             .system
             .iter()

@@ -138,7 +138,7 @@ pub struct Quantization {
     /// 4-bit type
     #[arg(long, default_value = "nf4")]
     quant_type: QuantArg,
-    /// Weights a scale
+    /// Weights per scale
     #[arg(long, default_value_t = 64)]
     block_size: u64,
     /// Keep the scales in f32

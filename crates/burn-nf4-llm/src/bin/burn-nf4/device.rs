@@ -1,28 +1,47 @@
 //! Where to run and in which type.
 
 use burn::tensor::{DType, Device};
+use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
 use clap::ValueEnum;
 
 use burn_nf4_llm::error::ModelError;
 
-/// Devices other than the CPU need the cargo feature of their name.
+use crate::args::FloatArg;
+
+/// Each needs a cargo feature to be on, the first the one that is on by default.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub enum DeviceName {
+    /// The CPU, by Flex (feature `flex`).
     Cpu,
+    /// An NVIDIA GPU (feature `cuda`).
     Cuda,
+    /// An AMD GPU (feature `rocm`).
+    Rocm,
+    /// A GPU through wgpu (feature `wgpu`, `vulkan` or `metal`).
     Wgpu,
-}
-
-/// The type to compute in.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-pub enum DTypeName {
-    F16,
-    Bf16,
-    F32,
+    /// The CPU, by CubeCL's runtime (feature `cpu`).
+    CubeclCpu,
 }
 
 impl DeviceName {
+    /// The cargo feature that it needs.
+    fn feature(self) -> &'static str {
+        match self {
+            Self::Cpu => "flex",
+            Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
+            Self::Wgpu => "wgpu",
+            Self::CubeclCpu => "cpu",
+        }
+    }
+
+    /// The name as it is given.
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().into())
+    }
+
     /// The device, if its feature is compiled in.
     pub fn open(self) -> Result<Device, ModelError> {
         match self {
@@ -32,10 +51,19 @@ impl DeviceName {
             Self::Cuda => Ok(Device::cuda(0)),
             #[cfg(feature = "wgpu")]
             Self::Wgpu => Ok(Device::wgpu(Default::default())),
+            #[cfg(feature = "rocm")]
+            Self::Rocm => Ok(Device::rocm(0)),
+            #[cfg(feature = "cpu")]
+            Self::CubeclCpu => Ok(Device::cpu()),
             #[allow(unreachable_patterns, reason = "some features may be off")]
-            _ => Err(ModelError::Argument(format!(
-                "{self:?} needs the cargo feature of its name"
-            ))),
+            _ => Err(ModelError::setting(
+                "--device",
+                self.name(),
+                format!(
+                    "a device of this build, or a build with the cargo feature `{}`",
+                    self.feature()
+                ),
+            )),
         }
     }
 
@@ -43,22 +71,22 @@ impl DeviceName {
     /// has it.
     pub fn dtype(
         self,
-        asked: Option<DTypeName>,
+        asked: Option<FloatArg>,
         of_model: FloatType,
         device: &Device,
     ) -> Result<FloatType, ModelError> {
         let dtype = match (asked, self) {
-            (Some(DTypeName::F16), _) => FloatType::F16,
-            (Some(DTypeName::Bf16), _) => FloatType::BF16,
-            (Some(DTypeName::F32), _) | (None, Self::Cpu) => FloatType::F32,
+            (Some(asked), _) => asked.into(),
+            (None, Self::Cpu | Self::CubeclCpu) => FloatType::F32,
             (None, _) if device.supports_dtype(DType::from(of_model)) => of_model,
             (None, _) => FloatType::F32,
         };
         if !device.supports_dtype(DType::from(dtype)) {
-            return Err(ModelError::Argument(format!(
-                "{self:?} has no {} here",
-                dtype.name()
-            )));
+            return Err(Nf4Error::DeviceDtype {
+                device: self.name(),
+                dtype: dtype.name().into(),
+            }
+            .into());
         }
         Ok(dtype)
     }

@@ -1,5 +1,6 @@
 //! The command `finetune`.
 
+use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{HEAD, Llama};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint, remove_run};
 use clap::Args;
 
 use crate::model_args::{ModelArgs, Opened, at_least};
@@ -85,6 +86,9 @@ pub struct FinetuneArgs {
     /// Go on from the last checkpoint in the output folder.
     #[arg(long)]
     pub resume: bool,
+    /// Replace the run in the output folder: its adapter and its checkpoints are removed.
+    #[arg(long, conflicts_with = "resume")]
+    pub overwrite: bool,
     /// Print lines even in a terminal.
     #[arg(long)]
     pub no_tui: bool,
@@ -113,21 +117,48 @@ impl FinetuneArgs {
             ),
         ] {
             if !fine || !given.is_finite() {
-                return Err(ModelError::Argument(format!(
-                    "{name} is {given}, expected {expected}"
-                )));
+                return Err(ModelError::setting(name, given, expected));
             }
         }
-        Ok(self.lora().check()?)
+        self.lora().check()?;
+        self.check_output()
+    }
+
+    /// Refuses to write over another run, or to leave its checkpoints beside those of this one.
+    fn check_output(&self) -> Result<(), ModelError> {
+        if self.resume || self.overwrite || !self.output.exists() {
+            return Ok(());
+        }
+        let mut entries = fs::read_dir(&self.output).map_err(ModelError::io(&self.output))?;
+        match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(ModelError::setting(
+                "--output",
+                format!("{}, which is not empty", self.output.display()),
+                "an empty folder, --resume to go on with the run in it, or --overwrite to replace it",
+            )),
+        }
+    }
+
+    /// The checkpoint to go on from, if there is to be one.
+    fn checkpoint(&self) -> Result<Option<PathBuf>, ModelError> {
+        if !self.resume {
+            return Ok(None);
+        }
+        match latest_checkpoint(&self.output)? {
+            Some(folder) => Ok(Some(folder)),
+            None => Err(ModelError::Resume {
+                path: self.output.clone(),
+                message: "holds no checkpoint".into(),
+            }),
+        }
     }
 
     pub fn run(&self) -> Result<(), ModelError> {
         self.check()?;
-        let Opened {
-            model,
-            config,
-            text,
-        } = self.model.open(true)?;
+        let checkpoint = self.checkpoint()?;
+        let prepared = self.model.prepare(true)?;
+        let (config, text) = (&prepared.config, &prepared.text);
         if config.attention_dropout != 0.0 {
             return Err(ModelError::Unsupported {
                 path: "config.json".into(),
@@ -136,9 +167,10 @@ impl FinetuneArgs {
                 supported: "0 in training".into(),
             });
         }
-        self.check_targets(&model)?;
+        // Of the sizes of the model, without its weights.
+        self.check_targets(&config.init(&prepared.device))?;
         let eos = text.eos.or(config.eos_token_ids.first().copied());
-        let data = Dataset::read(&self.data, &text, eos, self.seq_len)?;
+        let data = Dataset::read(&self.data, text, eos, self.seq_len)?;
         data.check_vocabulary(config.vocab_size)?;
         if let Some(warning) = config.warn_of_length("the longest example", data.longest()) {
             eprintln!("{warning}");
@@ -154,24 +186,18 @@ impl FinetuneArgs {
 
         let lora = self.lora();
         let settings = self.settings(&lora, &data, total)?;
+        let Opened { model, config, .. } = prepared.load()?;
         let device = model.device();
         device.seed(self.seed);
         let model = model.with_lora(&lora, &device)?;
         let checkpointing = self.gradient_checkpointing;
         let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing);
-        if self.resume {
-            trainer = match latest_checkpoint(&self.output)? {
-                Some(folder) => {
-                    eprintln!("going on from {}", folder.display());
-                    trainer.resume(&folder)?
-                }
-                None => {
-                    return Err(ModelError::Resume {
-                        path: self.output.clone(),
-                        message: "holds no checkpoint".into(),
-                    });
-                }
-            };
+        if let Some(folder) = checkpoint {
+            eprintln!("going on from {}", folder.display());
+            trainer = trainer.resume(&folder)?;
+        }
+        if self.overwrite {
+            remove_run(&self.output)?;
         }
         let mut notes = String::new();
         for (count, what) in [
@@ -183,8 +209,13 @@ impl FinetuneArgs {
             }
         }
         eprintln!(
-            "{} examples{notes}; {total} steps, {per_epoch} an epoch",
-            data.len()
+            "{} {}{notes}; {total} steps, {per_epoch} an epoch",
+            data.len(),
+            if data.len() == 1 {
+                "example"
+            } else {
+                "examples"
+            },
         );
         self.train(&mut trainer, &data, total)?;
 
@@ -213,10 +244,11 @@ impl FinetuneArgs {
                 tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
             })?;
             if !loss.is_finite() {
-                return Err(ModelError::Argument(format!(
-                    "the loss of step {} is {loss}: lower the learning rate",
-                    trainer.step
-                )));
+                return Err(ModelError::setting(
+                    format!("the loss of step {}", trainer.step),
+                    loss,
+                    "a finite number: lower the learning rate",
+                ));
             }
             if self
                 .save_every
@@ -254,9 +286,11 @@ impl FinetuneArgs {
         for name in names {
             let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
             if !paths.iter().any(has_it) {
-                return Err(ModelError::Argument(format!(
-                    "--target-modules: no layer of the model is named `{name}`"
-                )));
+                return Err(ModelError::setting(
+                    "--target-modules",
+                    format!("`{name}`, which no layer of the model is named"),
+                    "ends of the paths of layers",
+                ));
             }
         }
         Ok(())

@@ -49,9 +49,11 @@ impl GenerateArgs {
         let sampling = self.sampling.check()?;
         let prompts = self.prompt.len();
         match self.batch {
-            Some(batch) if batch < prompts => Err(ModelError::Argument(format!(
-                "--batch is {batch}, expected at least as many rows as prompts, which are {prompts}"
-            ))),
+            Some(batch) if batch < prompts => Err(ModelError::setting(
+                "--batch",
+                batch,
+                format!("at least as many rows as prompts, which are {prompts}"),
+            )),
             _ => Ok(sampling),
         }
     }
@@ -59,20 +61,22 @@ impl GenerateArgs {
     /// Prints the texts.
     pub fn run(&self) -> Result<(), ModelError> {
         let sampling = self.check()?;
-        let Opened {
-            model,
-            config,
-            mut text,
-        } = self.model.open(false)?;
+        let adapter = self.adapter.read()?;
+        let mut prepared = self.model.prepare(false)?;
         if let Some(name) = &self.chat_template {
-            text.chat.choose(name)?;
+            prepared.text.chat.choose(name)?;
         }
-        let model = self.adapter.apply(model)?;
         let prompts: Vec<Vec<u32>> = self
             .prompt
             .iter()
-            .map(|prompt| self.encode(&text, prompt))
+            .map(|prompt| self.encode(&prepared.text, prompt))
             .collect::<Result<_, _>>()?;
+        let Opened {
+            model,
+            config,
+            text,
+        } = prepared.load()?;
+        let model = self.adapter.apply(adapter, model)?;
         let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),

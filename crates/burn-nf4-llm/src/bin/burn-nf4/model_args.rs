@@ -16,7 +16,8 @@ use burn_nf4_llm::model::{Llama, LlamaConfig, load};
 use burn_nf4_llm::text::Text;
 use clap::Args;
 
-use crate::device::{DTypeName, DeviceName};
+use crate::args::FloatArg;
+use crate::device::DeviceName;
 use crate::progress::{Bar, mebibytes, seconds};
 
 /// Which model, where, and in which type.
@@ -30,7 +31,7 @@ pub struct ModelArgs {
     pub device: DeviceName,
     /// The type to compute in: f32 on the CPU, elsewhere the model's own.
     #[arg(long, value_enum)]
-    pub dtype: Option<DTypeName>,
+    pub dtype: Option<FloatArg>,
 }
 
 /// A model with all that belongs to it.
@@ -40,21 +41,52 @@ pub struct Opened {
     pub text: Text,
 }
 
+/// All of a model but its weights, so that what does not fit it is told before they are loaded.
+pub struct Prepared {
+    folder: PathBuf,
+    name: DeviceName,
+    pub device: Device,
+    dtype: FloatType,
+    pub config: LlamaConfig,
+    pub text: Text,
+}
+
 impl ModelArgs {
-    /// Fetches the model if need be and loads it, to an autodiff device if it is to be trained.
-    pub fn open(&self, train: bool) -> Result<Opened, ModelError> {
+    /// Fetches the model if need be and opens it, for an autodiff device if it is to be trained.
+    pub fn prepare(&self, train: bool) -> Result<Prepared, ModelError> {
         let device = self.device.open()?;
         let folder = fetch::folder(&self.model)?;
         let config = LlamaConfig::from_folder(&folder)?;
         let text = Text::from_folder(&folder)?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
-        let device = if train { device.autodiff() } else { device };
+        Ok(Prepared {
+            folder,
+            name: self.device,
+            device: if train { device.autodiff() } else { device },
+            dtype,
+            config,
+            text,
+        })
+    }
+}
 
+impl Prepared {
+    /// Loads the weights.
+    pub fn load(self) -> Result<Opened, ModelError> {
+        let Self {
+            folder,
+            name,
+            device,
+            dtype,
+            config,
+            text,
+        } = self;
         let start = Instant::now();
         let model = load_model(&folder, &config, dtype, &device)?;
-        device
-            .sync()
-            .map_err(|error| ModelError::Argument(format!("{device:?}: {error}")))?;
+        device.sync().map_err(|error| ModelError::Device {
+            device: format!("{device:?}"),
+            message: error.to_string(),
+        })?;
         if config.tie_word_embeddings && model.lm_head.is_some() {
             eprintln!(
                 "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
@@ -63,9 +95,8 @@ impl ModelArgs {
         }
         let (packed, dense) = model.size_bytes();
         eprintln!(
-            "loaded in {} on {:?} ({}): {} of packed weights, {} of float weights",
+            "loaded in {} on {name:?} ({}): {} of packed weights, {} of float weights",
             seconds(start.elapsed()),
-            self.device,
             dtype.name(),
             mebibytes(packed as u64),
             mebibytes(dense as u64),
@@ -101,13 +132,18 @@ pub struct AdapterArgs {
 }
 
 impl AdapterArgs {
-    /// The model with the adapter, if there is one.
-    pub fn apply(&self, model: Llama) -> Result<Llama, ModelError> {
-        let Some(folder) = &self.adapter else {
+    /// Reads the adapter, if there is one.
+    pub fn read(&self) -> Result<Option<Adapter>, ModelError> {
+        let adapter = self.adapter.as_ref().map(Adapter::open_partial);
+        Ok(adapter.transpose()?)
+    }
+
+    /// The model with the adapter that was read.
+    pub fn apply(&self, adapter: Option<Adapter>, model: Llama) -> Result<Llama, ModelError> {
+        let (Some(adapter), Some(folder)) = (adapter, &self.adapter) else {
             return Ok(model);
         };
         let device = model.device();
-        let adapter = Adapter::open_partial(folder)?;
         if self.allow_missing {
             return Ok(model.apply_partial_adapter(&adapter, &device)?);
         }
@@ -119,10 +155,11 @@ impl AdapterArgs {
 /// An error of an adapter, with what to do about it if it lacks something.
 pub fn lacking(folder: &Path, error: Nf4Error) -> ModelError {
     match error {
-        Nf4Error::AdapterLacks { .. } => ModelError::Argument(format!(
-            "{}: {error}; --allow-missing applies it without",
-            folder.display()
-        )),
+        Nf4Error::AdapterLacks { missing } => ModelError::setting(
+            "the adapter",
+            format!("{}, without [{}]", folder.display(), missing.join(", ")),
+            "all that its settings ask for, or --allow-missing to apply it without",
+        ),
         other => other.into(),
     }
 }
@@ -165,9 +202,11 @@ impl SamplingArgs {
 /// Refuses a number that is too small.
 pub fn at_least(least: usize, name: &str, given: usize) -> Result<(), ModelError> {
     match given < least {
-        true => Err(ModelError::Argument(format!(
-            "{name} is {given}, expected at least {least}"
-        ))),
+        true => Err(ModelError::setting(
+            name,
+            given,
+            format!("at least {least}"),
+        )),
         false => Ok(()),
     }
 }
