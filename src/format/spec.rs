@@ -146,9 +146,9 @@ impl From<BlockSize> for usize {
 pub struct QuantConfig {
     /// The 4-bit data type.
     pub quant_type: QuantType,
-    /// Weights a scale.
+    /// Weights per scale.
     pub block_size: BlockSize,
-    /// Scales a nested scale where the scales are quantized to 8 bit too ("double quantization",
+    /// Scales per nested scale where the scales are quantized to 8 bit too ("double quantization",
     /// `bnb_4bit_use_double_quant`), `None` where they stay f32.
     pub nested_block_size: Option<BlockSize>,
 }

@@ -178,7 +178,7 @@ impl Nf4Tensor {
         &self.shape
     }
 
-    /// Weights a scale.
+    /// Weights per scale.
     pub fn block_size(&self) -> BlockSize {
         self.block_size
     }

@@ -4,9 +4,8 @@
 //! # Which way a product goes
 //!
 //! For few rows of `x`, as when a model generates, the weight is read as 4 bits and never written out.
-//! Which way is fastest depends on the sizes and the device, so CubeCL's autotuner measures the ways that
-//! come into question when a product of its kind is first computed, and keeps the result
-//! ([`MatmulStrategy::Auto`]):
+//! Which way is fastest depends on the sizes and the device, so CubeCL's autotuner measures the candidates
+//! when a product of its kind is first computed, and keeps the result ([`MatmulStrategy::Auto`]):
 //!
 //! | rows of `x` | NVIDIA GPU, f16 or bf16 | other GPUs, f32 | CPU (Flex) |
 //! |---|---|---|---|
