@@ -13,7 +13,7 @@ use super::names::{
     Change, ModelNames, OtherFloat, change_floats, model_dtype, of_linear, other_floats,
 };
 use crate::error::Nf4Error;
-use crate::format::{check_finite, check_shape};
+use crate::format::{FloatType, check_finite, check_shape};
 use crate::nn::AnyLinear;
 use crate::peft::{Adapter, DenseTensor, LoraModule, is_saved_unasked};
 
@@ -152,6 +152,7 @@ fn replace_parameters<M: LinearLayers>(
         };
         let name = &other.name;
         check_rows(name, &other.shape, tensor)?;
+        FloatType::from_dtype(other.dtype, name)?;
         let shape = &other.shape;
         let value = on_device(tensor, shape, name, (&other.device, other.dtype))?;
         let change = Change {

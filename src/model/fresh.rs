@@ -10,6 +10,7 @@ use super::layers::{LinearLayers, named};
 use super::names::{Change, ModelNames, OtherFloat, change_floats, of_linear, other_floats};
 use crate::checkpoint::convert::is_embedding;
 use crate::error::Nf4Error;
+use crate::format::FloatType;
 use crate::nn::AnyLinear;
 use crate::peft::{Adapter, LoraBias, LoraConfig, TargetModules};
 
@@ -61,9 +62,15 @@ pub(super) fn fresh<M: LinearLayers>(
             ),
         });
     }
-    let trained = others
+    let trained: Vec<OtherFloat> = others
         .into_iter()
-        .filter(|other| is_trained_whole(&other.name, &adapter));
+        .filter(|other| is_trained_whole(&other.name, &adapter))
+        .collect();
+    for other in &trained {
+        // An adapter has no other, and what Burn has quantized cannot be trained.
+        FloatType::from_dtype(other.dtype, &other.name)?;
+    }
+    let trained = trained.into_iter();
     let changes: BTreeMap<String, Change> = trained
         .map(|other| {
             let change = Change {

@@ -287,6 +287,16 @@ fn what_burn_has_quantized_is_saved_as_floats_of_its_values() {
         .expect("it can be written");
     let again = Toy::open(out.path(), &device).embed_tokens.weight.val();
     assert_eq!(again.into_data(), table.val().dequantize().into_data());
+
+    // A table that is no longer of floats is not trained, nor replaced.
+    let lora = LoraConfig {
+        modules_to_save: Some(vec!["embed_tokens".into()]),
+        ..LoraConfig::new(TargetModules::AllLinear)
+    };
+    match toy.with_lora(&lora, &device) {
+        Err(Nf4Error::Dtype { tensor, .. }) => assert_eq!(tensor, TABLE),
+        other => panic!("{other:?}"),
+    }
 }
 
 /// A tied model says so, whatever the entries that it is given.
@@ -318,6 +328,7 @@ fn an_embedding_in_4_bit_is_refused() {
     let toy = Toy::new(&stored::config_of(model(false).path()), &Device::default());
     let store = CheckpointStore::open(folder.path()).expect("valid");
     let text = misfits(toy.load_checkpoint(store));
+    assert!(text.contains("1 tensor does not fit"), "{text}");
     assert!(text.contains("`model.embed_tokens.weight`"), "{text}");
     assert!(
         text.contains("a quantized weight for a dense tensor"),
