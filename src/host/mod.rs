@@ -20,12 +20,17 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod attention;
 mod dequantize;
 mod embedding;
 mod matmul;
 mod quantize;
 mod simd;
 
+pub use attention::{
+    AttentionSettings, Heads, attention, attention_backward, attention_backward_with,
+    attention_with,
+};
 pub use dequantize::{dequantize, dequantize_with};
 pub use embedding::embedding;
 pub use matmul::{matmul, matmul_with};

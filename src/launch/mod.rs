@@ -1,5 +1,6 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
+mod attention;
 #[cfg(feature = "cublaslt")]
 mod dense;
 mod dequantize;
@@ -13,6 +14,10 @@ mod tensor_core;
 mod tile;
 mod tune_key;
 
+pub use attention::{
+    AttentionOperands, AttentionPlan, AttentionProblem, AttentionResults, AttentionVariant,
+    TokenMajor,
+};
 #[cfg(feature = "cublaslt")]
 pub use dense::{
     CUBLASLT_VARIABLE, DenseOperands, DensePlan, DenseProduct, MatrixLayout, set_cublaslt_path,

@@ -229,7 +229,7 @@ pub(super) fn group_rows(m: usize) -> usize {
 
 /// Whether the device has the instruction, and the kernel knows its layout of fragments: NVIDIA's.
 /// Low-rank branches always need bf16.
-fn has_fragments(client: &Client, elem: ElemType) -> bool {
+pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
     let mma = &client.properties().features.matmul.mma;
     let has = |elem| {
         mma.contains(&MmaConfig {
@@ -253,7 +253,7 @@ pub(crate) fn has_tensor_cores(client: &Client, dtype: FloatType, k: usize) -> b
 }
 
 /// Whether what one cube writes can be made visible to another in the same launch.
-fn has_device_scope(client: &Client) -> bool {
+pub(super) fn has_device_scope(client: &Client) -> bool {
     client.properties().features.device_memory_scope
 }
 
@@ -292,7 +292,7 @@ const MAX_STREAMS: usize = 64;
 
 /// Counters that are zero, one buffer for each stream of a device, here that of `parts`: launches in
 /// a stream follow each other, and each leaves zeros behind.
-fn counters(client: &Client, parts: &Handle) -> Handle {
+pub(super) fn counters(client: &Client, parts: &Handle) -> Handle {
     type Key = (DeviceId, TypeId, u64);
     static BUFFERS: Mutex<VecDeque<(Key, Handle)>> = Mutex::new(VecDeque::new());
     let service = parts.service;

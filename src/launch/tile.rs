@@ -110,7 +110,7 @@ impl TensorCoreTile {
     }
 }
 
-fn multiprocessors(client: &Client) -> usize {
+pub(super) fn multiprocessors(client: &Client) -> usize {
     let hardware = &client.properties().hardware;
     hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
 }

@@ -24,11 +24,17 @@
 //! and another kernel rounds otherwise: [`set_reproducible`] has all products of the process follow a
 //! rule instead. Gradients always go over the decoded weight.
 
+mod attention;
 mod backends;
 mod base;
 mod reproducible;
 mod tensor;
 
+#[doc(hidden)]
+pub use attention::{AttentionBackend, AttentionSpec};
+pub use attention::{
+    AttentionMask, AttentionOptions, KeyRanges, MAX_HEAD_DIM, attention, attention_with_lse,
+};
 pub use base::MatmulStrategy;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.

@@ -1,5 +1,6 @@
 //! The operations on each backend. Fusion's are made by Burn's macro.
 
+mod attention;
 mod autodiff;
 #[cfg(feature = "cube")]
 pub(super) mod cube;

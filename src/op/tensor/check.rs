@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Tensor};
 use crate::error::Nf4Error;
 
 /// Checks that a tensor is of one of the dtypes that fit another.
-pub(super) fn check_dtype<const D: usize>(
+pub(in crate::op) fn check_dtype<const D: usize>(
     name: &str,
     tensor: &Tensor<D>,
     how: &str,
@@ -22,7 +22,11 @@ pub(super) fn check_dtype<const D: usize>(
 }
 
 /// Checks that a tensor lies on a device, with a graph or without.
-pub(super) fn check_device(name: &str, given: &Device, expected: &Device) -> Result<(), Nf4Error> {
+pub(in crate::op) fn check_device(
+    name: &str,
+    given: &Device,
+    expected: &Device,
+) -> Result<(), Nf4Error> {
     if given == expected {
         return Ok(());
     }

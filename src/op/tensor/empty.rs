@@ -14,6 +14,6 @@ pub(crate) fn connect_empty<const D: usize>(
 }
 
 /// The sum of a tensor that can have a graph.
-pub(super) fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
+pub(in crate::op) fn tracked_sum<const D: usize>(tensor: Tensor<D>) -> Option<Tensor<1>> {
     tensor.device().is_autodiff().then(|| tensor.sum())
 }

@@ -1,0 +1,198 @@
+//! Attention that never holds its scores.
+
+mod base;
+mod ranges;
+
+pub(super) use base::of_heads;
+pub use base::{AttentionBackend, AttentionSpec};
+pub use ranges::{AttentionMask, KeyRanges};
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Shape, Tensor};
+
+use super::tensor::{check_device, check_dtype, connect_empty, tracked_sum};
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+
+/// The most elements that a head may have.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// How [`attention`] makes scores.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct AttentionOptions {
+    /// The factor of scores; `1 / sqrt(head_dim)` if none.
+    pub scale: Option<f32>,
+    /// `c` of `c tanh(score / c)`, in place of the score, as Gemma 2 has it.
+    pub softcap: Option<f32>,
+}
+
+/// `softmax(scale q kᵀ) v` for each head, over the keys that each query sees. Neither scores nor
+/// probabilities are ever held: memory is linear in the number of tokens, in the backward pass too, which
+/// computes them again.
+///
+/// Heads of queries share those of keys and values in groups (grouped-query attention): head `i` has the
+/// keys of head `i / (heads / kv_heads)`. Sums and the softmax are in f32. A query that sees no key gets
+/// zeros. The gradient flows to all tensors, and is the same from run to run on the same device.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_nf4::op::{AttentionMask, AttentionOptions, KeyRanges, attention};
+///
+/// let device = Device::default();
+/// let [q, k, v] = [8, 2, 2]
+///     .map(|heads| Tensor::<4>::random([1, heads, 10, 64], Distribution::Default, &device));
+/// let ranges = KeyRanges::new(&AttentionMask::causal(), 10, 10, &device)?;
+/// let y = attention(q, k, v, &ranges, None, AttentionOptions::default())?;
+/// assert_eq!(y.dims(), [1, 8, 10, 64]);
+/// # Ok::<(), burn_nf4::Nf4Error>(())
+/// ```
+///
+/// # Shapes
+/// - `q`: `[batch, heads, queries, head_dim]`
+/// - `k`, `v`: `[batch, kv_heads, keys, head_dim]`; views with gaps, such as the filled part of a cache,
+///   are read where they lie
+/// - `sinks`: `[heads]`: a score for each head that takes its part of every softmax and has no value
+/// - returns the shape of `q`
+///
+/// # Errors
+/// [`Nf4Error::Shape`] for shapes that do not fit, [`Nf4Error::Config`] for a head of more than
+/// [`MAX_HEAD_DIM`] elements, for heads that the heads of keys do not divide, and for a scale or cap that
+/// is no positive number, [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32 (sinks may be
+/// f32), [`Nf4Error::Device`] unless all are on one device.
+pub fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    ranges: &KeyRanges,
+    sinks: Option<Tensor<1>>,
+    options: AttentionOptions,
+) -> Result<Tensor<4>, Nf4Error> {
+    Ok(attention_with_lse(q, k, v, ranges, sinks, options)?.0)
+}
+
+/// [`attention`], and for each query the logarithm of the denominator of its softmax: to put attention over
+/// several parts of the keys together.
+///
+/// # Shapes
+/// - returns the output, and the log-sum-exp `[batch, heads, queries]`, f32, `-inf` for a query that sees
+///   nothing. No gradient flows through it.
+///
+/// # Errors
+/// Those of [`attention`].
+pub fn attention_with_lse(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    ranges: &KeyRanges,
+    sinks: Option<Tensor<1>>,
+    options: AttentionOptions,
+) -> Result<(Tensor<4>, Tensor<3>), Nf4Error> {
+    let spec = check(&q, &k, &v, ranges, sinks.as_ref(), options)?;
+    let device = q.device();
+    let sinks = sinks.map(|sinks| sinks.cast(DType::F32));
+    if spec.query_shape().num_elements() == 0 || spec.keys == 0 {
+        let y = Tensor::zeros(q.shape(), (&device, q.dtype()));
+        let of_sinks = sinks.clone().and_then(tracked_sum);
+        let sums = [tracked_sum(q), tracked_sum(k), tracked_sum(v), of_sinks];
+        let y = connect_empty(y, sums.into_iter().flatten());
+        let lse = match sinks {
+            Some(sinks) => sinks.detach().reshape([1, spec.heads, 1]),
+            None => Tensor::full([1, 1, 1], f32::NEG_INFINITY, (&device, DType::F32)),
+        };
+        return Ok((y, lse.expand(spec.lse_shape())));
+    }
+    let [q, k, v] = [q, k, v].map(|tensor| tensor.swap_dims(1, 2).into_dispatch());
+    let ranges = ranges.tensor().clone().into_dispatch();
+    let (output, lse) = match sinks {
+        None => <Dispatch as AttentionBackend>::attention_forward(q, k, v, ranges, spec),
+        Some(sinks) => {
+            let sinks = sinks.into_dispatch();
+            <Dispatch as AttentionBackend>::attention_sinks(q, k, v, ranges, sinks, spec)
+        }
+    };
+    let output: Tensor<4> = Tensor::from_dispatch(output);
+    Ok((output.swap_dims(1, 2), Tensor::from_dispatch(lse)))
+}
+
+fn check(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    ranges: &KeyRanges,
+    sinks: Option<&Tensor<1>>,
+    options: AttentionOptions,
+) -> Result<AttentionSpec, Nf4Error> {
+    let dtype = FloatType::from_dtype(q.dtype(), "q")?;
+    let device = q.device();
+    for (name, tensor) in [("k", k), ("v", v)] {
+        check_dtype(name, tensor, "as q", &[q.dtype()])?;
+        check_device(name, &tensor.device(), &device)?;
+    }
+    check_device("key ranges", &ranges.tensor().device(), &device)?;
+    let [batch, heads, queries, head_dim] = q.dims();
+    let [_, kv_heads, keys, _] = k.dims();
+    let shape = |tensor: &str, expected: Vec<usize>, given: Vec<usize>| match expected == given {
+        true => Ok(()),
+        false => Err(Nf4Error::Shape {
+            tensor: tensor.into(),
+            expected,
+            given,
+        }),
+    };
+    shape("k", vec![batch, kv_heads, keys, head_dim], k.dims().into())?;
+    shape("v", k.dims().into(), v.dims().into())?;
+    let rows = if ranges.rows() == 1 { 1 } else { batch };
+    let given = vec![ranges.rows(), ranges.queries(), ranges.keys()];
+    shape("key ranges", vec![rows, queries, keys], given)?;
+    if let Some(sinks) = sinks {
+        check_dtype("sinks", sinks, "as q, or f32", &[q.dtype(), DType::F32])?;
+        check_device("sinks", &sinks.device(), &device)?;
+        shape("sinks", vec![heads], sinks.dims().into())?;
+    }
+    let config = |field, expected, given: String| {
+        Err(Nf4Error::Config {
+            field,
+            expected,
+            given,
+        })
+    };
+    if head_dim == 0 || head_dim > MAX_HEAD_DIM {
+        return config("head_dim", "1 to 256 elements", head_dim.to_string());
+    }
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let given = format!("{kv_heads} for {heads} heads of queries");
+        return config("kv_heads", "a divisor of the heads of queries", given);
+    }
+    let scale = options.scale.unwrap_or((head_dim as f32).powf(-0.5));
+    for (field, number) in [("scale", Some(scale)), ("softcap", options.softcap)] {
+        if let Some(number) = number
+            && !(number.is_finite() && number > 0.0)
+        {
+            return config(field, "a positive number", number.to_string());
+        }
+    }
+    let spec = AttentionSpec {
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        scale,
+        softcap: options.softcap,
+        dtype,
+    };
+    let elems = |shape: Shape| {
+        shape
+            .iter()
+            .try_fold(1usize, |all, &dim| all.checked_mul(dim))
+    };
+    let fits = |shape: Shape| elems(shape).is_some_and(|elems| elems <= isize::MAX as usize / 4);
+    match fits(spec.query_shape()) && fits(spec.key_shape()) {
+        true => Ok(spec),
+        false => Err(Nf4Error::ElementCount {
+            tensor: "an attention".into(),
+            shape: vec![batch, heads, queries.max(keys), head_dim],
+        }),
+    }
+}
