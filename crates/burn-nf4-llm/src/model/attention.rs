@@ -1,37 +1,27 @@
 //! Grouped-query attention.
 
-use std::ops::Range;
-
 use burn::module::Module;
-use burn::tensor::activation::softmax;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::linear_layers;
 use burn_nf4::nn::AnyLinear;
+use burn_nf4::op::{AttentionMask, AttentionOptions, KeyRanges, attention};
 
 use crate::model::Rotation;
 use crate::model::cache::LayerCache;
 use crate::model::config::LlamaConfig;
-
-/// Added to the score of a position that must not be seen. Finite, so that a row of padding, which
-/// sees nothing, gives no NaN.
-const HIDDEN: f32 = -1e30;
-
-/// Scores are computed for at most this many positions at a time, so that a long prompt does not
-/// hold the whole square of them.
-const QUERY_CHUNK: usize = 1024;
 
 /// What the layers of one forward pass share.
 #[derive(Debug, Clone)]
 pub struct Pass {
     /// Cosines and sines of the positions.
     pub rotation: Rotation,
-    /// One mask for each chunk of queries, none if everything is seen.
-    masks: Vec<Tensor<5>>,
+    /// The keys that each query sees.
+    ranges: KeyRanges,
 }
 
 impl Pass {
-    /// The masks for `length` queries after `start` earlier positions: causal, within the window,
-    /// and without the padding at the start of each row.
+    /// Of `length` queries after `start` earlier positions: causal, within the window, and without the
+    /// padding at the start of each row.
     pub fn new(
         rotation: Rotation,
         start: usize,
@@ -40,63 +30,20 @@ impl Pass {
         window: Option<usize>,
         device: &Device,
     ) -> Self {
-        let end = start + length;
-        let padded = padding.iter().any(|&pad| pad > 0);
-        let windowed = window.is_some_and(|window| end > window);
-        if length == 1 && !padded && !windowed {
-            return Self {
-                rotation,
-                masks: Vec::new(),
-            };
+        let starts = padding.iter().any(|&pad| pad > 0).then(|| {
+            let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
+            Tensor::<1, Int>::from_data(TensorData::new(starts, [padding.len()]), device)
+        });
+        let mask = AttentionMask {
+            starts,
+            ..AttentionMask::causal().with_window(window)
+        };
+        let ranges = KeyRanges::new(&mask, length, start + length, device);
+        Self {
+            rotation,
+            ranges: ranges.expect("a window of the config is not zero"),
         }
-        let padding = if padded { padding } else { &[0] };
-        let masks = chunks(length)
-            .map(|chunk| {
-                let queries = start + chunk.start..start + chunk.end;
-                mask(queries, end, padding, window, device)
-            })
-            .collect();
-        Self { rotation, masks }
     }
-}
-
-/// The chunks of `0..length`.
-fn chunks(length: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..length)
-        .step_by(QUERY_CHUNK)
-        .map(move |start| start..length.min(start + QUERY_CHUNK))
-}
-
-/// What to add to the scores, `[batch or 1, 1, 1, queries, keys]`.
-fn mask(
-    queries: Range<usize>,
-    keys: usize,
-    padding: &[usize],
-    window: Option<usize>,
-    device: &Device,
-) -> Tensor<5> {
-    let rows = queries.len();
-    let shape = [padding.len(), rows, keys];
-    let query = Tensor::<1, Int>::arange(queries.start as i64..queries.end as i64, device)
-        .reshape([1, rows, 1])
-        .expand(shape);
-    let key = Tensor::<1, Int>::arange(0..keys as i64, device)
-        .reshape([1, 1, keys])
-        .expand(shape);
-    let mut hidden = key.clone().greater(query.clone());
-    if let Some(window) = window {
-        let reach = key.clone() + window as i64;
-        hidden = hidden.bool_or(reach.lower_equal(query));
-    }
-    if padding != [0] {
-        let pads: Vec<i64> = padding.iter().map(|&pad| pad as i64).collect();
-        let pads = Tensor::<1, Int>::from_data(TensorData::new(pads, [padding.len()]), device)
-            .reshape([padding.len(), 1, 1])
-            .expand(shape);
-        hidden = hidden.bool_or(key.lower(pads));
-    }
-    let bias = hidden.float().cast(DType::F32) * HIDDEN;
-    bias.reshape([padding.len(), 1, 1, rows, keys])
 }
 
 /// The attention block of a layer.
@@ -156,48 +103,11 @@ impl Attention {
             None => (k, v),
         };
 
-        let mut outputs: Vec<Tensor<4>> = chunks(length)
-            .enumerate()
-            .map(|(index, chunk)| {
-                let q = q.clone().narrow(2, chunk.start, chunk.len());
-                self.attend(q, k.clone(), v.clone(), pass.masks.get(index))
-            })
-            .collect();
-        let y = match outputs.len() {
-            1 => outputs.remove(0),
-            _ => Tensor::cat(outputs, 2),
-        };
+        let options = AttentionOptions::default();
+        let y = attention(q, k, v, &pass.ranges, None, options).expect("the shapes fit");
         let y = y
             .swap_dims(1, 2)
             .reshape([batch, length, self.num_heads * self.head_dim]);
         self.o_proj.forward(y)
-    }
-
-    /// The queries that share a head of keys are the rows of one product, so that keys and values
-    /// are not repeated. Scores and softmax are in f32, as in transformers.
-    fn attend(
-        &self,
-        q: Tensor<4>,
-        k: Tensor<4>,
-        v: Tensor<4>,
-        mask: Option<&Tensor<5>>,
-    ) -> Tensor<4> {
-        let [batch, _, rows, head_dim] = q.dims();
-        let keys = k.dims()[2];
-        let dtype = q.dtype();
-        let groups = self.num_heads / self.num_kv_heads;
-        let grouped = [batch, self.num_kv_heads, groups * rows, head_dim];
-
-        let scores = q.reshape(grouped).matmul(k.swap_dims(2, 3));
-        let mut scores = scores.cast(DType::F32) * (head_dim as f64).powf(-0.5);
-        if let Some(mask) = mask {
-            scores = (scores.reshape([batch, self.num_kv_heads, groups, rows, keys])
-                + mask.clone())
-            .reshape([batch, self.num_kv_heads, groups * rows, keys]);
-        }
-        softmax(scores, 3)
-            .cast(dtype)
-            .matmul(v)
-            .reshape([batch, self.num_heads, rows, head_dim])
     }
 }
