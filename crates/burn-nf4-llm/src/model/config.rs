@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use burn_nf4::format::FloatType;
+use burn_nf4::op::MAX_HEAD_DIM;
 use serde_json::Value;
 
 use crate::error::ModelError;
@@ -110,8 +111,9 @@ impl LlamaConfig {
         let head_dim = fields
             .nullable("head_dim")?
             .unwrap_or(hidden_size / num_attention_heads);
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            return Err(fields.unsupported("head_dim", head_dim, "a positive even number"));
+        if !head_dim.is_multiple_of(2) || !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+            let supported = format!("an even number from 2 to {MAX_HEAD_DIM}");
+            return Err(fields.unsupported("head_dim", head_dim, supported));
         }
         let sliding_window = sliding_window(&fields, family)?;
         check_layer_types(&fields, num_hidden_layers, sliding_window)?;

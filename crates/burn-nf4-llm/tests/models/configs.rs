@@ -87,6 +87,8 @@ fn rotary_frequencies_are_those_of_transformers() {
 #[case::partial(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
 #[case::heads(json!({"num_key_value_heads": 3}), "num_key_value_heads")]
 #[case::odd_head(json!({"head_dim": 7}), "head_dim")]
+#[case::no_head(json!({"head_dim": 0}), "head_dim")]
+#[case::long_head(json!({"head_dim": 258}), "head_dim")]
 #[case::no_layers(json!({"num_hidden_layers": 0}), "num_hidden_layers")]
 #[case::no_positions(json!({"max_position_embeddings": null}), "max_position_embeddings")]
 #[case::text_for_a_number(json!({"num_attention_heads": "4"}), "num_attention_heads")]
