@@ -7,7 +7,7 @@
 mod reference;
 mod tensors;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
 use burn_nf4::op::{
@@ -755,6 +755,32 @@ fn tracked_and_plain_tensors_mix(device: &Device) {
 }
 
 /// The output alone is that with the log-sum-exp beside it.
+/// Keys past those of the ranges, as in a cache that is longer than what it holds: NaN here.
+fn a_cache_may_be_longer_than_the_ranges(device: &Device) {
+    for (queries, keys) in [(1, 40), (7, 40), (40, 40)] {
+        let dims = |heads, tokens| [2, heads, tokens, 32];
+        let random = |heads, tokens| {
+            Tensor::<4>::random(
+                dims(heads, tokens),
+                Distribution::Default,
+                (device, DType::F32),
+            )
+        };
+        let (q, k, v) = (random(4, queries), random(2, keys), random(2, keys));
+        let ranges = KeyRanges::new(&AttentionMask::causal(), queries, keys, device);
+        let ranges = ranges.expect("valid");
+        let longer = |x: &Tensor<4>| {
+            let rest = Tensor::full(dims(2, 9), f32::NAN, (device, DType::F32));
+            Tensor::cat(vec![x.clone(), rest], 2)
+        };
+        let call = |k: Tensor<4>, v: Tensor<4>| {
+            let options = AttentionOptions::default();
+            values(&attention(q.clone(), k, v, &ranges, None, options).expect("fits"))
+        };
+        assert_near(&call(longer(&k), longer(&v)), &call(k, v), 1e-6, "output");
+    }
+}
+
 fn attention_is_the_output_alone(device: &Device) {
     for case in varied_cases() {
         let (inputs, _) = case.inputs(FloatType::F32);
@@ -873,7 +899,7 @@ fn what_does_not_fit_is_named(device: &Device) {
     for other in [[2, 1, 9, 32], [2, 2, 8, 32], [2, 2, 9, 16]] {
         assert_eq!(of_shapes(q, k, other, [5, 9]), shape("v", &k, &other));
     }
-    for [queries, keys] in [[4, 9], [5, 8]] {
+    for [queries, keys] in [[4, 9], [5, 10]] {
         assert_eq!(
             of_shapes(q, k, k, [queries, keys]),
             shape("key ranges", &[1, 5, 9], &[1, queries, keys]),
@@ -1154,6 +1180,7 @@ macro_rules! device_tests {
                 checkpointing_changes_nothing
                 gradients_are_of_what_is_tracked
                 tracked_and_plain_tensors_mix
+                a_cache_may_be_longer_than_the_ranges
                 attention_is_the_output_alone
                 sinks_have_either_dtype
                 nothing_gives_nothing

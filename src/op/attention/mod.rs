@@ -49,8 +49,9 @@ pub struct AttentionOptions {
 ///
 /// # Shapes
 /// - `q`: `[batch, heads, queries, head_dim]`
-/// - `k`, `v`: `[batch, kv_heads, keys, head_dim]`; views with gaps, such as the filled part of a cache,
-///   are read where they lie
+/// - `k`, `v`: `[batch, kv_heads, keys, head_dim]`; views with gaps are read where they lie, and there may
+///   be more keys than those of the ranges, as in a cache that is longer than what it holds: they are not
+///   read
 /// - `sinks`: `[heads]`: a score for each head that takes its part of every softmax and has no value
 /// - returns the shape of `q`
 ///
@@ -143,7 +144,9 @@ fn check(
     shape("v", k.dims().into(), v.dims().into())?;
     let rows = if ranges.rows() == 1 { 1 } else { batch };
     let given = vec![ranges.rows(), ranges.queries(), ranges.keys()];
-    shape("key ranges", vec![rows, queries, keys], given)?;
+    // A cache may be longer than what it holds.
+    let ranged = keys.min(ranges.keys());
+    shape("key ranges", vec![rows, queries, ranged], given)?;
     if let Some(sinks) = sinks {
         check_dtype("sinks", sinks, "as q, or f32", &[q.dtype(), DType::F32])?;
         check_device("sinks", &sinks.device(), &device)?;

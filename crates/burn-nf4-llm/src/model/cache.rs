@@ -69,7 +69,8 @@ impl KvCache {
 }
 
 impl LayerCache {
-    /// Adds keys and values, `[batch, kv_heads, positions, head_dim]`, and returns all so far.
+    /// Adds keys and values, `[batch, kv_heads, positions, head_dim]`, and returns all so far, with room for
+    /// more behind them.
     pub fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let start = self.length;
         self.length += keys.dims()[2];
@@ -79,7 +80,7 @@ impl LayerCache {
     }
 }
 
-/// Writes positions `start..end` and returns positions `0..end`.
+/// Writes positions `start..end` and returns the whole buffer: a part of it may be a copy.
 fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, end: usize) -> Tensor<4> {
     let [batch, heads, _, head_dim] = new.dims();
     let held = match slot.take() {
@@ -98,7 +99,7 @@ fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, end: usize)
         }
     };
     let held = held.slice_assign([0..batch, 0..heads, start..end, 0..head_dim], new);
-    slot.insert(held).clone().narrow(2, 0, end)
+    slot.insert(held).clone()
 }
 
 /// Bytes of one element.
