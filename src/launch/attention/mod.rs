@@ -9,6 +9,7 @@ use cubecl::server::Handle;
 use super::{Buffer, check_dtype};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
+use tensor_core::Blueprints;
 
 /// The kernels of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -248,14 +249,21 @@ pub struct AttentionResults {
 pub struct AttentionPlan {
     client: Client,
     problem: AttentionProblem,
-    variant: AttentionVariant,
+    kernels: Kernels,
+}
+
+/// The kernels of a plan.
+#[derive(Clone, Copy)]
+enum Kernels {
+    Rows,
+    TensorCore(Blueprints),
 }
 
 impl std::fmt::Debug for AttentionPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("AttentionPlan")
             .field("problem", &self.problem)
-            .field("variant", &self.variant)
+            .field("variant", &self.variant())
             .finish_non_exhaustive()
     }
 }
@@ -275,33 +283,40 @@ impl AttentionPlan {
     ) -> Result<Self, Nf4Error> {
         problem.check()?;
         check_dtype(client, problem.dtype)?;
-        let variant = match variant {
-            Some(variant) => variant,
-            None if tensor_core::check(client, &problem).is_ok() => AttentionVariant::TensorCore,
-            None => AttentionVariant::Rows,
+        let blueprints = || Blueprints::new(client, &problem);
+        let blueprints = match variant {
+            None => blueprints().ok(),
+            Some(AttentionVariant::Rows) => None,
+            Some(AttentionVariant::TensorCore) => Some(blueprints()?),
         };
-        match variant {
-            AttentionVariant::Rows => plain::check(&problem)?,
-            AttentionVariant::TensorCore => tensor_core::check(client, &problem)?,
-        }
+        let kernels = match blueprints {
+            Some(blueprints) => Kernels::TensorCore(blueprints),
+            None => {
+                plain::check(&problem)?;
+                Kernels::Rows
+            }
+        };
         Ok(Self {
             client: client.clone(),
             problem,
-            variant,
+            kernels,
         })
     }
 
     /// Strides of all tensors are to be multiples of so many elements.
     pub fn stride_multiple(&self) -> usize {
-        match self.variant {
-            AttentionVariant::Rows => 1,
-            AttentionVariant::TensorCore => tensor_core::PIECE,
+        match self.kernels {
+            Kernels::Rows => 1,
+            Kernels::TensorCore(_) => tensor_core::PIECE,
         }
     }
 
     /// The kernels.
     pub fn variant(&self) -> AttentionVariant {
-        self.variant
+        match self.kernels {
+            Kernels::Rows => AttentionVariant::Rows,
+            Kernels::TensorCore(_) => AttentionVariant::TensorCore,
+        }
     }
 
     /// The sizes.
@@ -328,15 +343,17 @@ impl AttentionPlan {
         operands.check(problem)?;
         check_bytes("output", &out, problem.query_bytes())?;
         check_bytes("log-sum-exp", &lse, problem.lse_bytes())?;
-        match self.variant {
+        match &self.kernels {
             // SAFETY: the problem and all buffers have been checked, here and in `new`.
-            AttentionVariant::Rows => unsafe {
+            Kernels::Rows => unsafe {
                 plain::forward(&self.client, problem, operands, out, lse);
             },
-            AttentionVariant::TensorCore => {
+            Kernels::TensorCore(blueprints) => {
                 tensor_core::check_strides(&operands.tensors(problem))?;
                 // SAFETY: as above, and the strides.
-                unsafe { tensor_core::forward(&self.client, problem, operands, out, lse) }
+                unsafe {
+                    tensor_core::forward(&self.client, blueprints, problem, operands, out, lse)
+                }
             }
         }
         Ok(())
@@ -365,23 +382,32 @@ impl AttentionPlan {
         check_bytes("gradient of q", dq, problem.query_bytes())?;
         check_bytes("gradient of k", dk, problem.key_bytes())?;
         check_bytes("gradient of v", dv, problem.key_bytes())?;
-        match self.variant {
+        match &self.kernels {
             // SAFETY: the problem and all buffers have been checked, here and in `new`.
-            AttentionVariant::Rows => unsafe {
+            Kernels::Rows => unsafe {
                 plain::backward(&self.client, problem, operands, results, grads);
             },
-            AttentionVariant::TensorCore => {
+            Kernels::TensorCore(blueprints) => {
                 tensor_core::check_strides(&operands.tensors(problem))?;
                 tensor_core::check_strides(&[(&results.grad, dims)])?;
                 let contiguous = TokenMajor::contiguous(results.output.handle.clone(), dims);
                 if results.output.steps(dims) != contiguous.steps(dims) {
                     return Err(Nf4Error::Variant {
-                        variant: self.variant.name(),
+                        variant: self.variant().name(),
                         reason: "the output is not contiguous".into(),
                     });
                 }
                 // SAFETY: as above, and the strides.
-                unsafe { tensor_core::backward(&self.client, problem, operands, results, grads) }
+                unsafe {
+                    tensor_core::backward(
+                        &self.client,
+                        blueprints,
+                        problem,
+                        operands,
+                        results,
+                        grads,
+                    )
+                }
             }
         }
         Ok(())

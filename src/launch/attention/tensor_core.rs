@@ -111,46 +111,51 @@ fn dkv_blueprint(client: &Client, problem: &AttentionProblem) -> Option<FlashBlu
     tiling(client, problem, FlashBlueprint::backward_bytes, tilings)
 }
 
-/// Checks that the device has the instructions, and that the sizes suit them.
-///
-/// # Errors
-/// [`Nf4Error::Variant`] if not.
-pub(super) fn check(client: &Client, problem: &AttentionProblem) -> Result<(), Nf4Error> {
-    let fail = |reason: String| {
-        Err(Nf4Error::Variant {
-            variant: "tensor_core",
-            reason,
-        })
-    };
-    let AttentionProblem {
-        head_dim, dtype, ..
-    } = *problem;
-    if dtype == FloatType::F32 || !has_fragments(client, elem_type(dtype)) {
-        return fail(format!(
-            "the device has no m16n8k16 tensor core instruction for {}",
-            dtype.name()
-        ));
+/// What the kernels of a problem are compiled for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Blueprints {
+    forward: FlashBlueprint,
+    dq: FlashBlueprint,
+    dkv: FlashBlueprint,
+}
+
+impl Blueprints {
+    /// # Errors
+    /// [`Nf4Error::Variant`] if the device has not the instructions, or the sizes do not suit them.
+    pub fn new(client: &Client, problem: &AttentionProblem) -> Result<Self, Nf4Error> {
+        let fail = |reason: String| {
+            Err(Nf4Error::Variant {
+                variant: "tensor_core",
+                reason,
+            })
+        };
+        let AttentionProblem {
+            head_dim, dtype, ..
+        } = *problem;
+        if dtype == FloatType::F32 || !has_fragments(client, elem_type(dtype)) {
+            return fail(format!(
+                "the device has no m16n8k16 tensor core instruction for {}",
+                dtype.name()
+            ));
+        }
+        if !head_dim.is_multiple_of(16) {
+            return fail(format!(
+                "a head of {head_dim} elements is no multiple of 16"
+            ));
+        }
+        let all = [forward_blueprint, dq_blueprint, dkv_blueprint];
+        let [Some(forward), Some(dq), Some(dkv)] = all.map(|of| of(client, problem)) else {
+            return fail(format!("a head of {head_dim} elements is too long"));
+        };
+        // The grid's second dimension.
+        if problem.batch * problem.kv_heads > u16::MAX as usize {
+            return fail(format!(
+                "{} heads of keys in a batch of {} are more than a grid has",
+                problem.kv_heads, problem.batch
+            ));
+        }
+        Ok(Self { forward, dq, dkv })
     }
-    if !head_dim.is_multiple_of(16) {
-        return fail(format!(
-            "a head of {head_dim} elements is no multiple of 16"
-        ));
-    }
-    let all = [forward_blueprint, dq_blueprint, dkv_blueprint];
-    if all
-        .iter()
-        .any(|blueprint| blueprint(client, problem).is_none())
-    {
-        return fail(format!("a head of {head_dim} elements is too long"));
-    }
-    // The grid's second dimension.
-    if problem.batch * problem.kv_heads > u16::MAX as usize {
-        return fail(format!(
-            "{} heads of keys in a batch of {} are more than a grid has",
-            problem.kv_heads, problem.batch
-        ));
-    }
-    Ok(())
 }
 
 /// Checks that tensors can be read eight elements at a time.
@@ -193,10 +198,11 @@ fn address(problem: &AttentionProblem, tensors: &[(&TokenMajor, [usize; 4])]) ->
 }
 
 /// # Safety
-/// The problem, the operands, and the sizes of `out` and `lse` have been checked, and by [`check`] and
-/// [`check_strides`].
+/// The blueprints are those of the problem; this, the operands, and the sizes of `out` and `lse` have been
+/// checked, and by [`check_strides`].
 pub(super) unsafe fn forward(
     client: &Client,
+    blueprints: &Blueprints,
     problem: &AttentionProblem,
     operands: &AttentionOperands,
     out: Handle,
@@ -267,7 +273,7 @@ pub(super) unsafe fn forward(
         }
         return;
     }
-    let blueprint = forward_blueprint(client, problem).expect("it was checked");
+    let blueprint = blueprints.forward;
     let cubes = rows.div_ceil(blueprint.rows());
     // SAFETY: the caller's; the kernel clamps rows and keys to those that there are.
     unsafe {
@@ -291,10 +297,11 @@ pub(super) unsafe fn forward(
 }
 
 /// # Safety
-/// The problem, the operands, the results, and the sizes of `grads` have been checked, and by [`check`]
-/// and [`check_strides`]; the output is contiguous.
+/// The blueprints are those of the problem; this, the operands, the results, and the sizes of `grads` have
+/// been checked, and by [`check_strides`]; the output is contiguous.
 pub(super) unsafe fn backward(
     client: &Client,
+    blueprints: &Blueprints,
     problem: &AttentionProblem,
     operands: &AttentionOperands,
     results: &AttentionResults,
@@ -322,7 +329,7 @@ pub(super) unsafe fn backward(
     let ranges = || unsafe { BufferArg::from_raw_parts(ranges.clone(), range_elems) };
     let [dq, dk, dv] = grads;
 
-    let blueprint = dq_blueprint(client, problem).expect("it was checked");
+    let blueprint = blueprints.dq;
     let cubes = rows.div_ceil(blueprint.rows());
     // SAFETY: the caller's; the kernel clamps rows and keys to those that there are.
     unsafe {
@@ -348,7 +355,7 @@ pub(super) unsafe fn backward(
         );
     }
 
-    let blueprint = dkv_blueprint(client, problem).expect("it was checked");
+    let blueprint = blueprints.dkv;
     let cubes = problem.keys.div_ceil(blueprint.rows());
     // SAFETY: the caller's; the kernel clamps keys to those that there are, and walks over queries that
     // there are whatever the ranges hold.
