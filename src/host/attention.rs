@@ -244,13 +244,7 @@ pub fn attention_with<T: FloatElement>(
         let blocks = out.par_chunks_mut(tile * heads * head_dim);
         let blocks = blocks.zip(lse.par_chunks_mut(tile * heads));
         blocks.enumerate().for_each(|(i, (out, lse))| {
-            let first = i * tile;
-            let block = |kv_head| Block {
-                row,
-                kv_head,
-                first,
-                queries: tile.min(queries - first),
-            };
+            let block = |kv_head| problem.block(row, kv_head, i);
             let keys = problem.bounds(row, block(0).range()).seen;
             let parts = match queries <= tile {
                 true => keys.len().div_ceil(PART_KEYS).max(1),
@@ -375,13 +369,7 @@ pub fn attention_backward_with<T: FloatElement>(
         let tile = problem.tile_queries();
         let blocks = dq.par_chunks_mut(tile * heads * head_dim).enumerate();
         blocks.for_each(|(i, dq)| {
-            let first = i * tile;
-            let block = |kv_head| Block {
-                row,
-                kv_head,
-                first,
-                queries: tile.min(queries - first),
-            };
+            let block = |kv_head| problem.block(row, kv_head, i);
             let keys = problem.bounds(row, block(0).range()).seen;
             let sums: Vec<Vec<f32>> = (0..kv_heads)
                 .into_par_iter()
@@ -535,7 +523,19 @@ impl<'a, T: FloatElement> Problem<'a, T> {
         self.settings.heads / self.settings.kv_heads
     }
 
-    /// Queries of a block.
+    /// Block `i` of the queries of a row.
+    fn block(&self, row: usize, kv_head: usize, i: usize) -> Block {
+        let tile = self.tile_queries();
+        let first = i * tile;
+        Block {
+            row,
+            kv_head,
+            first,
+            queries: tile.min(self.settings.queries - first),
+        }
+    }
+
+    /// Queries of a block, but for the last.
     fn tile_queries(&self) -> usize {
         (TILE_ROWS / self.group()).clamp(1, TILE_QUERIES)
     }

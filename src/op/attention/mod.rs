@@ -12,7 +12,7 @@ use burn::tensor::{DType, Shape, Tensor};
 
 use super::tensor::{check_device, check_dtype, connect_empty, tracked_sum};
 use crate::error::Nf4Error;
-use crate::format::FloatType;
+use crate::format::{FloatType, check_shape};
 
 /// The most elements that a head may have.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -132,25 +132,17 @@ fn check(
     check_device("key ranges", &ranges.tensor().device(), &device)?;
     let [batch, heads, queries, head_dim] = q.dims();
     let [_, kv_heads, keys, _] = k.dims();
-    let shape = |tensor: &str, expected: Vec<usize>, given: Vec<usize>| match expected == given {
-        true => Ok(()),
-        false => Err(Nf4Error::Shape {
-            tensor: tensor.into(),
-            expected,
-            given,
-        }),
-    };
-    shape("k", vec![batch, kv_heads, keys, head_dim], k.dims().into())?;
-    shape("v", k.dims().into(), v.dims().into())?;
+    check_shape("k", &[batch, kv_heads, keys, head_dim], &k.dims())?;
+    check_shape("v", &k.dims(), &v.dims())?;
     let rows = if ranges.rows() == 1 { 1 } else { batch };
-    let given = vec![ranges.rows(), ranges.queries(), ranges.keys()];
+    let given = [ranges.rows(), ranges.queries(), ranges.keys()];
     // A cache may be longer than what it holds.
     let ranged = keys.min(ranges.keys());
-    shape("key ranges", vec![rows, queries, ranged], given)?;
+    check_shape("key ranges", &[rows, queries, ranged], &given)?;
     if let Some(sinks) = sinks {
         check_dtype("sinks", sinks, "as q, or f32", &[q.dtype(), DType::F32])?;
         check_device("sinks", &sinks.device(), &device)?;
-        shape("sinks", vec![heads], sinks.dims().into())?;
+        check_shape("sinks", &[heads], &sinks.dims())?;
     }
     let config = |field, expected, given: String| {
         Err(Nf4Error::Config {

@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 
 use crate::error::Nf4Error;
+use crate::format::check_shape;
 
 /// What decides which keys a query sees. All of it together: a key is seen if nothing hides it.
 ///
@@ -131,14 +132,8 @@ fn check(mask: &AttentionMask, queries: usize, keys: usize) -> Result<(), Nf4Err
     let [starts, lengths] = batches.map(|dims| dims.map(|[batch]| batch));
     let expected = starts.or(lengths).or(of_ends);
     for (tensor, batch) in [("lengths", lengths), ("sequence_ends", of_ends)] {
-        if let (Some(expected), Some(given)) = (expected, batch)
-            && expected != given
-        {
-            return Err(Nf4Error::Shape {
-                tensor: tensor.into(),
-                expected: vec![expected],
-                given: vec![given],
-            });
+        if let (Some(expected), Some(given)) = (expected, batch) {
+            check_shape(tensor, &[expected], &[given])?;
         }
     }
     let Some(rows) = &mask.sequence_ends else {
