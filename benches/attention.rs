@@ -7,34 +7,10 @@
 //!
 //! Every result is compared with sums in f64 before it is timed.
 
-#[path = "timing.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with another bench, which uses all of it")]
+mod measure;
+#[allow(dead_code, reason = "as above")]
 mod timing;
-
-/// What `timing.rs` reports.
-#[allow(dead_code)]
-mod report {
-    #[derive(Clone, Copy, Debug)]
-    pub enum Method {
-        Graph,
-        Queued,
-        HostLaunches,
-    }
-
-    pub struct Timing {
-        pub median_us: f64,
-        pub method: Method,
-    }
-
-    impl Timing {
-        /// Sorts samples. There must be some.
-        pub fn of(mut samples_us: Vec<f64>, method: Method) -> Self {
-            samples_us.sort_by(f64::total_cmp);
-            let median_us = samples_us[samples_us.len() / 2];
-            Self { median_us, method }
-        }
-    }
-}
 
 use std::collections::HashMap;
 use std::error::Error;

@@ -25,6 +25,7 @@ mod lora;
 mod many_rows;
 #[cfg(feature = "cube")]
 mod matmul;
+mod measure;
 #[cfg(feature = "cube")]
 mod peer;
 mod problems;

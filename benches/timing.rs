@@ -6,7 +6,7 @@ use cubecl::future::block_on;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::report::{Method, Timing};
+use crate::measure::{Method, Timing};
 
 /// Windows that are timed, after two that warm up caches and clocks.
 const SAMPLES: usize = 15;
