@@ -20,7 +20,8 @@ use crate::nn::REPARAMETERIZATION;
 pub(super) fn check_model<M: LinearLayers>(model: &M) -> Result<(), Nf4Error> {
     check_handed_out(model)?;
     check_names(model)?;
-    check_materialized(model, Some(ANY_LINEAR))
+    let found = Walk::of(model).reparameterized.into_iter();
+    refuse_reparameterized(found.filter(|(_, is_linear)| *is_linear))
 }
 
 /// Checks that a model hands out every [`AnyLinear`](crate::nn::AnyLinear) that it has, under the path
@@ -106,18 +107,17 @@ pub(super) fn check_names<M: LinearLayers>(model: &M) -> Result<(), Nf4Error> {
     }
 }
 
-/// Checks that no parameter has a reparameterization of Burn's; `within` is the type of the modules to
-/// look into, all without it. Such a parameter has another value than the one that it stores, and often
-/// another shape.
+/// Checks that no parameter has a reparameterization of Burn's, in linear layers or elsewhere.
 ///
 /// # Errors
 /// [`Nf4Error::Config`].
-pub(super) fn check_materialized<M: LinearLayers>(
-    model: &M,
-    within: Option<&str>,
-) -> Result<(), Nf4Error> {
-    let found = Walk::of(model).reparameterized.into_iter();
-    let mut found = found.filter(|(_, is_linear)| within.is_none() || *is_linear);
+pub(super) fn check_materialized<M: LinearLayers>(model: &M) -> Result<(), Nf4Error> {
+    refuse_reparameterized(Walk::of(model).reparameterized.into_iter())
+}
+
+/// A parameter with a reparameterization has another value than the one that it stores, and often another
+/// shape.
+fn refuse_reparameterized(mut found: impl Iterator<Item = (String, bool)>) -> Result<(), Nf4Error> {
     match found.next() {
         None => Ok(()),
         Some((path, _)) => Err(Nf4Error::unmaterialized("model", &path)),

@@ -246,9 +246,9 @@ pub trait LinearLayers: Module {
     /// its own. The parameters that are trained have ids that follow from their names.
     ///
     /// # Errors
-    /// - [`Nf4Error::Config`] for a model that has branches already, if the settings select no layer, or something that is not trained here: a
-    ///   branch on an embedding or on a matrix that is no [`AnyLinear`], a module to save that is not
-    ///   there or is in 4 bit
+    /// - [`Nf4Error::Config`] for a model that has branches already, if the settings select no layer, or
+    ///   something that is not trained here: a branch on an embedding or on a matrix that is no
+    ///   [`AnyLinear`], a module to save that is not there or is in 4 bit
     /// - those of [`Adapter::new`] and [`AnyLinear::with_lora`]
     fn with_lora(self, lora: &LoraConfig, device: &Device) -> Result<Self, Nf4Error> {
         fresh::fresh(self, lora, device)

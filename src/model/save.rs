@@ -66,7 +66,7 @@ pub(super) fn save<M: LinearLayers>(
     options: &SaveFolder<'_>,
 ) -> Result<Written, Nf4Error> {
     check_model(model)?;
-    check_materialized(model, None)?;
+    check_materialized(model)?;
     refuse_branches(model, "to save: merge it, or take it off")?;
     let mut config = match (&options.model_config, options.source) {
         (Some(entries), _) => Some(ModelConfig::from_entries(entries.clone())),

@@ -80,7 +80,8 @@ impl LayerCache {
     }
 }
 
-/// Writes positions `start..end` and returns the whole buffer: a part of it may be a copy.
+/// Writes positions `start..end` and returns the whole buffer, as a view of its filled part could be a
+/// copy.
 fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, end: usize) -> Tensor<4> {
     let [batch, heads, _, head_dim] = new.dims();
     let held = match slot.take() {
