@@ -23,9 +23,6 @@ pub(super) const PIECE: usize = 8;
 /// Rows up to which the kernel for a few queries is used: one tile or two of them.
 const FEW_ROWS: usize = 2 * FewBlueprint::ROWS;
 
-/// Cubes that share the keys of a row at most.
-const MAX_SPLITS: usize = 64;
-
 /// How the kernels cut up their work, by the length of a head: planes of a cube, tiles of 16 rows of a
 /// plane, and keys of a tile. Measured on an H100, see `benches/NOTES.md`.
 #[derive(Debug, Clone, Copy)]
@@ -234,16 +231,21 @@ pub(super) unsafe fn forward(
         // to put together.
         let wanted = 2 * multiprocessors(client) / targets;
         let mut splits = wanted.min(problem.keys.div_ceil(few.keys()));
-        splits = splits.clamp(1, MAX_SPLITS);
+        splits = splits.clamp(1, FewBlueprint::MAX_SPLITS);
         if targets > MAX_COUNTERS || !has_device_scope(client) {
             splits = 1;
         }
         few.shared = splits > 1;
         let part_elems = match few.shared {
-            true => targets * splits * few.part(),
-            false => 1,
+            true => 4 * targets * splits * few.part(),
+            false => 4,
         };
         let parts = client.empty(part_elems * 4);
+        let stat_elems = match few.shared {
+            true => 2 * targets * splits * FewBlueprint::ROWS,
+            false => 2,
+        };
+        let part_stats = client.empty(stat_elems * 4);
         let (counters, counter_elems) = match few.shared {
             true => (counters(client, &parts), MAX_COUNTERS),
             false => (parts.clone(), 1),
@@ -263,6 +265,7 @@ pub(super) unsafe fn forward(
                 BufferArg::from_raw_parts(out, out_elems),
                 BufferArg::from_raw_parts(lse, problem.lse_elems()),
                 BufferArg::from_raw_parts(parts, part_elems),
+                BufferArg::from_raw_parts(part_stats, stat_elems),
                 BufferArg::from_raw_parts(counters, counter_elems),
                 all_strides(problem, operands),
                 view(problem),

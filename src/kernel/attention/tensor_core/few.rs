@@ -40,6 +40,9 @@ impl FewBlueprint {
     /// Rows of a cube.
     pub const ROWS: usize = ROWS;
 
+    /// Cubes that share the keys of a row at most: two for each lane.
+    pub const MAX_SPLITS: usize = 64;
+
     /// Keys that a cube takes at a time.
     pub fn keys(&self) -> usize {
         KEYS * self.planes
@@ -55,14 +58,26 @@ impl FewBlueprint {
         self.head_dim.div_ceil(64)
     }
 
-    /// Numbers of a cube's rows that cubes share: sums, highest scores and totals.
+    /// Fours of neighbouring elements of a head.
+    fn quads(&self) -> usize {
+        self.head_dim / 4
+    }
+
+    /// Sums of a cube's rows, in fours.
     pub fn part(&self) -> usize {
-        ROWS * (self.head_dim + 2)
+        ROWS * self.quads()
+    }
+
+    /// Numbers in shared memory: sums, highest scores and totals of each plane, and later the factors of
+    /// the parts.
+    fn shared_numbers(&self) -> usize {
+        let planes = self.planes * ROWS * (self.head_dim + 2);
+        planes.max(ROWS * Self::MAX_SPLITS)
     }
 
     /// Bytes of shared memory.
     pub fn shared_bytes(&self) -> usize {
-        4 * self.planes * self.part() + 4
+        4 * self.shared_numbers() + 4
     }
 }
 
@@ -70,8 +85,9 @@ impl FewBlueprint {
 ///
 /// - Cubes along x share the keys of a row, those along y have a head of keys of a row of the batch and
 ///   16 rows.
-/// - `parts`: `[cubes along y, splits, part]`, and `counters`, one for each cube along y, zero before and
-///   after; unused unless `blueprint.shared`
+/// - `parts`: `[cubes along y, splits, part]`; `part_stats`: `[cubes along y, splits, 16]` of the highest
+///   score and the total; `counters`: one for each cube along y, zero before and after; all unused unless
+///   `blueprint.shared`
 #[cube(launch_unchecked, address_type = "dynamic")]
 // One `if` is the compiler's, the other the kernel's.
 #[allow(clippy::too_many_arguments, clippy::collapsible_if)]
@@ -80,9 +96,10 @@ pub fn attention_few_kernel<F: Float>(
     k: &[Vector<u32, Const<4>>],
     v: &[Vector<u32, Const<4>>],
     ranges: &[i32],
-    out: &mut [F],
+    out: &mut [Vector<F, Const<4>>],
     lse: &mut [f32],
-    parts: &mut [f32],
+    parts: &mut [Vector<f32, Const<4>>],
+    part_stats: &mut [Vector<f32, Const<2>>],
     counters: &[Atomic<u32>],
     strides: FlashStrides,
     view: AttentionView,
@@ -125,7 +142,7 @@ pub fn attention_few_kernel<F: Float>(
     let start = first_key as usize + split * each;
     let end = usize::min(start + each, first_key as usize + length);
 
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(planes * blueprint.part()));
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(blueprint.shared_numbers()));
     let mut arrived = Shared::<u32>::new();
 
     // A lane has pieces `member`, `member + 4`, … of rows `line` and `line + 8`.
@@ -326,49 +343,60 @@ pub fn attention_few_kernel<F: Float>(
         }
     }
     sync_cube();
-    let heads = view.kv_heads * group;
+    let quads = comptime!(blueprint.quads());
     let units = comptime!(32 * planes);
     let here = last_row + 1 - first_row;
-    let part = comptime!(blueprint.part());
-    let of_part = (target * splits + split) * part;
+    let mut alone = true.runtime();
+    if comptime!(blueprint.shared) {
+        alone = busy == 1;
+    }
+    let place = Place {
+        batch,
+        kv_head,
+        first_row,
+    };
+    let part = target * splits + split;
     let mut i = UNIT_POS as usize;
-    while i < here * head_dim {
-        let (row, column) = (i / head_dim, i % head_dim);
+    while i < here * quads {
+        let (row, quad) = (i / quads, i % quads);
         let mut high = f32::new(LOWEST);
         #[unroll]
         for p in 0..planes {
             high = f32::max(high, shared[highs_at + row + comptime!(p * ROWS)]);
         }
         let mut total = 0.0f32.runtime();
-        let mut sum = 0.0f32.runtime();
+        let mut sum = Vector::<f32, Const<4>>::new(0.0f32);
         #[unroll]
         for p in 0..planes {
             let other = row + comptime!(p * ROWS);
             let factor = f32::exp(shared[highs_at + other] - high);
             total += shared[totals_at + other] * factor;
-            sum += shared[other * head_dim + column] * factor;
+            let mut four = Vector::<f32, Const<4>>::new(0.0f32);
+            #[unroll]
+            for e in 0..4usize {
+                four.insert(e, shared[other * head_dim + 4 * quad + e]);
+            }
+            sum += four * Vector::new(factor);
         }
-        let mut done = true.runtime();
-        if comptime!(blueprint.shared) {
-            done = busy == 1;
-        }
-        if done {
-            let row = first_row + row;
-            let (query, head) = (row / group, kv_head * group + row % group);
-            store_row::<F>(
-                out, lse, batch, query, head, heads, column, sum, total, high, &view, head_dim,
-            );
+        if alone {
+            let (log, inverse) = closed(high, total, &view);
+            let to = place.row(row, &view, group) * quads + quad;
+            out[to] = Vector::cast_from(sum * Vector::new(inverse));
+            if quad == 0 {
+                lse[place.number(row, &view, group)] = log;
+            }
         } else {
-            parts[of_part + i] = sum;
-            if column == 0 {
-                parts[of_part + comptime!(ROWS * head_dim) + row] = high;
-                parts[of_part + comptime!(ROWS * (head_dim + 1)) + row] = total;
+            parts[part * comptime!(blueprint.part()) + i] = sum;
+            if quad == 0 {
+                let mut stats = Vector::<f32, Const<2>>::new(high);
+                stats.insert(1usize, total);
+                part_stats[part * ROWS + row] = stats;
             }
         }
         i += units;
     }
     if comptime!(blueprint.shared) {
-        if busy > 1 {
+        if !alone {
             sync_storage();
             if UNIT_POS == 0 {
                 *arrived = counters[target].fetch_add(1u32);
@@ -376,28 +404,70 @@ pub fn attention_few_kernel<F: Float>(
             sync_cube();
             if *arrived == busy as u32 - 1 {
                 sync_storage();
-                let first_part = target * splits * part;
-                let mut i = UNIT_POS as usize;
-                while i < here * head_dim {
-                    let (row, column) = (i / head_dim, i % head_dim);
-                    let of_high = first_part + comptime!(ROWS * head_dim) + row;
+                let first_part = target * splits;
+                // A plane has a row, a lane two of its parts: the factor of each.
+                let mut row = plane;
+                while row < here {
                     let mut high = f32::new(LOWEST);
-                    for s in 0..busy {
-                        high = f32::max(high, parts[of_high + s * part]);
+                    let mut highs = Array::<f32>::new(2usize);
+                    let mut totals = Array::<f32>::new(2usize);
+                    #[unroll]
+                    for j in 0..2usize {
+                        highs[j] = f32::new(LOWEST);
+                        totals[j] = 0.0f32;
+                        let s = lane + comptime!(32 * j);
+                        if s < busy {
+                            let stats = part_stats[(first_part + s) * ROWS + row];
+                            highs[j] = stats.extract(0usize);
+                            totals[j] = stats.extract(1usize);
+                        }
+                        high = f32::max(high, highs[j]);
                     }
+                    high = plane_max(high);
                     let mut total = 0.0f32.runtime();
-                    let mut sum = 0.0f32.runtime();
-                    for s in 0..busy {
-                        let factor = f32::exp(parts[of_high + s * part] - high);
-                        total += parts[of_high + ROWS + s * part] * factor;
-                        sum += parts[first_part + s * part + i] * factor;
+                    #[unroll]
+                    for j in 0..2usize {
+                        highs[j] = f32::exp(highs[j] - high);
+                        total += highs[j] * totals[j];
                     }
-                    let row = first_row + row;
-                    let (query, head) = (row / group, kv_head * group + row % group);
-                    store_row::<F>(
-                        out, lse, batch, query, head, heads, column, sum, total, high, &view,
-                        head_dim,
-                    );
+                    total = plane_sum(total);
+                    let (log, inverse) = closed(high, total, &view);
+                    #[unroll]
+                    for j in 0..2usize {
+                        let to = row * comptime!(FewBlueprint::MAX_SPLITS) + lane;
+                        shared[to + comptime!(32 * j)] = highs[j] * inverse;
+                    }
+                    if lane == 0 {
+                        lse[place.number(row, &view, group)] = log;
+                    }
+                    row += planes;
+                }
+                sync_cube();
+                let mut i = UNIT_POS as usize;
+                while i < here * quads {
+                    let (row, quad) = (i / quads, i % quads);
+                    let mut sum = Vector::<f32, Const<4>>::new(0.0f32);
+                    let mut at = 0usize.runtime();
+                    while at < busy {
+                        // Their loads are on their way together.
+                        let mut loaded = Array::<Vector<f32, Const<4>>>::new(TOGETHER);
+                        #[unroll]
+                        for j in 0..TOGETHER {
+                            let s = first_part + usize::min(at + j, busy - 1);
+                            loaded[j] = parts[s * comptime!(blueprint.part()) + i];
+                        }
+                        #[unroll]
+                        for j in 0..TOGETHER {
+                            let mut factor = 0.0f32.runtime();
+                            if at + j < busy {
+                                factor = shared[row * comptime!(FewBlueprint::MAX_SPLITS) + at + j];
+                            }
+                            sum += loaded[j] * Vector::new(factor);
+                        }
+                        at += TOGETHER;
+                    }
+                    let to = place.row(row, &view, group) * quads + quad;
+                    out[to] = Vector::cast_from(sum);
                     i += units;
                 }
                 if UNIT_POS == 0 {
@@ -408,31 +478,42 @@ pub fn attention_few_kernel<F: Float>(
     }
 }
 
-/// Writes an element of the output, and with the first of a row its log-sum-exp.
+/// Parts that a unit loads at once.
+const TOGETHER: usize = 16;
+
+/// The log-sum-exp of a row, and what its sums are multiplied with.
 #[cube]
-#[allow(clippy::too_many_arguments)]
-fn store_row<F: Float>(
-    out: &mut [F],
-    lse: &mut [f32],
-    batch: usize,
-    query: usize,
-    head: usize,
-    heads: usize,
-    column: usize,
-    sum: f32,
-    total: f32,
-    high: f32,
-    view: &AttentionView,
-    #[comptime] head_dim: usize,
-) {
-    let mut value = 0.0f32.runtime();
+fn closed(high: f32, total: f32, view: &AttentionView) -> (f32, f32) {
     let mut log = view.nothing;
+    let mut inverse = 0.0f32.runtime();
     if total > 0.0 {
-        value = sum / total;
         log = high + total.ln();
+        inverse = 1.0 / total;
     }
-    out[((batch * view.queries + query) * heads + head) * head_dim + column] = F::cast_from(value);
-    if column == 0 {
-        lse[(batch * heads + head) * view.queries + query] = log;
+    (log, inverse)
+}
+
+/// The rows of a cube.
+#[derive(CubeType)]
+struct Place {
+    batch: usize,
+    kv_head: usize,
+    first_row: usize,
+}
+
+#[cube]
+impl Place {
+    /// Which of `[batch, queries, heads]` a row is.
+    fn row(&self, row: usize, view: &AttentionView, #[comptime] group: usize) -> usize {
+        let row = self.first_row + row;
+        let token = self.batch * view.queries + row / group;
+        (token * view.kv_heads + self.kv_head) * group + row % group
+    }
+
+    /// Which of `[batch, heads, queries]`.
+    fn number(&self, row: usize, view: &AttentionView, #[comptime] group: usize) -> usize {
+        let row = self.first_row + row;
+        let head = (self.batch * view.kv_heads + self.kv_head) * group + row % group;
+        head * view.queries + row / group
     }
 }
