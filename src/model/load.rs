@@ -66,11 +66,12 @@ pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<
 /// What is missing, by the name that the checkpoint would have for it.
 fn with_names(mut error: Nf4Error, names: &BTreeMap<String, String>) -> Nf4Error {
     if let Nf4Error::Misfit { tensors, .. } = &mut error {
-        for TensorMisfit { key, given, .. } in tensors {
+        for TensorMisfit { key, given, .. } in &mut *tensors {
             if let (None, Some(name)) = (&given, names.get(key)) {
                 key.clone_from(name);
             }
         }
+        tensors.sort_by(|a, b| a.key.cmp(&b.key));
     }
     error
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use burn_nf4::format::FloatType;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
-use burn_nf4_llm::model::{LlamaConfig, random};
+use burn_nf4_llm::model::{DecoderConfig, random};
 
 /// The sizes of SmolLM2-135M, with fewer layers.
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
@@ -20,7 +20,7 @@ const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_siz
     "tie_word_embeddings": true, "torch_dtype": "float32"}"#;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let config = LlamaConfig::from_json(CONFIG.as_bytes(), "config.json".as_ref())?;
+    let config = DecoderConfig::from_json(CONFIG.as_bytes(), "config.json".as_ref())?;
     let model = random(&config, FloatType::F32, None, &Device::flex())?;
     for (rows, prompt, tokens) in [(1, 16, 64), (16, 16, 32), (1, 256, 1)] {
         let request = Request {

@@ -13,7 +13,7 @@ use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
-use burn_nf4_llm::model::{LlamaConfig, load};
+use burn_nf4_llm::model::{DecoderConfig, load};
 use burn_nf4_llm::text::Text;
 use burn_nf4_llm::train::data::Dataset;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: finetune FOLDER TEXT OUTPUT".into());
     };
     let folder = Path::new(folder);
-    let config = LlamaConfig::from_folder(folder)?;
+    let config = DecoderConfig::from_folder(folder)?;
     let text = Text::from_folder(folder)?;
     let device = Device::flex().autodiff();
     let model = load(

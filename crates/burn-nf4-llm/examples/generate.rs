@@ -11,7 +11,7 @@ use burn::tensor::Device;
 use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
-use burn_nf4_llm::model::{LlamaConfig, load};
+use burn_nf4_llm::model::{DecoderConfig, load};
 use burn_nf4_llm::text::Text;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: generate FOLDER PROMPT".into());
     };
     let folder = Path::new(folder);
-    let config = LlamaConfig::from_folder(folder)?;
+    let config = DecoderConfig::from_folder(folder)?;
     let text = Text::from_folder(folder)?;
     let device = Device::flex();
     let model = load(

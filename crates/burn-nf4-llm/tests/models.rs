@@ -1,4 +1,4 @@
-//! Models of the Llama family: held to what transformers and PEFT give for tiny ones.
+//! Models of all families: held to what transformers and PEFT give for tiny ones.
 
 #[path = "../../../tests/peft_cases/mod.rs"]
 mod peft_cases;
@@ -13,6 +13,8 @@ mod chats;
 mod configs;
 #[path = "models/datasets.rs"]
 mod datasets;
+#[path = "models/families.rs"]
+mod families;
 #[path = "models/fixtures.rs"]
 mod fixtures;
 #[path = "models/generation.rs"]

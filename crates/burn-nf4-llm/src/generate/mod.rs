@@ -11,9 +11,10 @@ use burn_nf4::Nf4Error;
 
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::model::cache::KvCache;
-use crate::model::config::LlamaConfig;
+use crate::model::config::DecoderConfig;
+use crate::model::rope::RopeConfig;
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -81,8 +82,8 @@ pub struct Report {
 /// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
 /// gets each token as it comes, with its row.
 pub fn generate(
-    model: &Llama,
-    config: &LlamaConfig,
+    model: &Decoder,
+    config: &DecoderConfig,
     request: &Request,
     mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
 ) -> Result<Report, ModelError> {
@@ -103,7 +104,9 @@ pub fn generate(
     let ids = TensorData::new(ids, [rows, longest]);
     let mut ids = Tensor::<2, Int>::from_data(ids, &model.device());
     let mut rope = model.rope_tables(config);
-    let mut cache = KvCache::new(config.num_hidden_layers, padding);
+    let empty_cache = || KvCache::new(config.layers.len(), padding.clone());
+    let mut cache = empty_cache();
+    let mut texts = Texts::new(config);
     let mut sampler = Sampler::new(request.sampling, rows);
 
     let mut tokens = vec![Vec::new(); rows];
@@ -113,6 +116,12 @@ pub fn generate(
     let mut step_times = Vec::new();
     let mut step_start = start;
     for _ in 0..request.max_tokens {
+        let held = cache.len();
+        let sequence = held + ids.dims()[1];
+        texts.push(&ids);
+        if texts.invalidates_keys(held, sequence) {
+            (ids, cache) = (texts.all(), empty_cache());
+        }
         let logits = model.next_logits(ids, &mut rope, &mut cache);
         if prompt_time.is_none() {
             check_finite(&logits)?;
@@ -154,6 +163,41 @@ pub fn generate(
             .unwrap_or_default(),
         cache_bytes: cache.size_bytes(),
     })
+}
+
+/// All tokens so far, for models whose keys are to be computed again when a text gets long. None are kept
+/// for others.
+struct Texts<'a> {
+    ropes: Vec<&'a RopeConfig>,
+    parts: Vec<Tensor<2, Int>>,
+}
+
+impl<'a> Texts<'a> {
+    fn new(config: &'a DecoderConfig) -> Self {
+        let ropes = config.ropes.iter();
+        Self {
+            ropes: ropes.filter(|rope| rope.recomputes_keys()).collect(),
+            parts: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, ids: &Tensor<2, Int>) {
+        if !self.ropes.is_empty() {
+            self.parts.push(ids.clone());
+        }
+    }
+
+    /// Whether the keys of the first `held` tokens are not those of a text of `sequence` tokens.
+    fn invalidates_keys(&self, held: usize, sequence: usize) -> bool {
+        let mut ropes = self.ropes.iter();
+        held > 0 && ropes.any(|rope| rope.regime(held) != rope.regime(sequence))
+    }
+
+    fn all(&mut self) -> Tensor<2, Int> {
+        let all = Tensor::cat(std::mem::take(&mut self.parts), 1);
+        self.parts.push(all.clone());
+        all
+    }
 }
 
 /// Refuses logits that are not finite: some token would be chosen by them all the same.

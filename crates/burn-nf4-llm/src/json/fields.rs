@@ -74,6 +74,22 @@ impl FieldType for Vec<String> {
     }
 }
 
+impl FieldType for Vec<f64> {
+    const NAME: &'static str = "a list of finite numbers";
+
+    fn read(value: &Value) -> Option<Self> {
+        value.as_array()?.iter().map(f64::read).collect()
+    }
+}
+
+impl FieldType for Vec<usize> {
+    const NAME: &'static str = "a list of whole numbers";
+
+    fn read(value: &Value) -> Option<Self> {
+        value.as_array()?.iter().map(usize::read).collect()
+    }
+}
+
 impl FieldType for Map<String, Value> {
     const NAME: &'static str = "an object";
 

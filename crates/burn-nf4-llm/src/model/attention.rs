@@ -1,113 +1,150 @@
-//! Grouped-query attention.
+//! Grouped-query attention (arXiv 2305.13245).
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
 use burn_nf4::nn::AnyLinear;
-use burn_nf4::op::{AttentionMask, AttentionOptions, KeyRanges, attention};
+use burn_nf4::op::{AttentionOptions, attention};
 
-use crate::model::Rotation;
 use crate::model::cache::LayerCache;
-use crate::model::config::LlamaConfig;
-
-/// What the layers of one forward pass share.
-#[derive(Debug, Clone)]
-pub struct Pass {
-    /// Cosines and sines of the positions.
-    pub rotation: Rotation,
-    /// The keys that each query sees.
-    ranges: KeyRanges,
-}
-
-impl Pass {
-    /// Of `length` queries after `start` earlier positions: causal, within the window, and without the
-    /// padding at the start of each row.
-    pub fn new(
-        rotation: Rotation,
-        start: usize,
-        length: usize,
-        padding: &[usize],
-        window: Option<usize>,
-        device: &Device,
-    ) -> Self {
-        let starts = padding.iter().any(|&pad| pad > 0).then(|| {
-            let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
-            Tensor::<1, Int>::from_data(TensorData::new(starts, [padding.len()]), device)
-        });
-        let mask = AttentionMask {
-            starts,
-            ..AttentionMask::causal().with_window(window)
-        };
-        let ranges = KeyRanges::new(&mask, length, start + length, device);
-        Self {
-            rotation,
-            ranges: ranges.expect("a window of the config is not zero"),
-        }
-    }
-}
+use crate::model::norm::RmsNorm;
+use crate::model::pass::Pass;
+use crate::model::variants::linear_variants;
 
 /// The attention block of a layer.
 #[derive(Module, Debug)]
 pub struct Attention {
-    /// To the queries.
-    pub q_proj: AnyLinear,
-    /// To the keys.
-    pub k_proj: AnyLinear,
-    /// To the values.
-    pub v_proj: AnyLinear,
+    /// The projections to queries, keys and values.
+    pub qkv: QkvProjections,
     /// Back to the hidden size.
     pub o_proj: AnyLinear,
+    /// The norm of the queries before they are rotated, if there is one: over each head, or over all heads
+    /// together, as its size says.
+    pub q_norm: Option<RmsNorm>,
+    /// The norm of the keys, in the same way.
+    pub k_norm: Option<RmsNorm>,
     /// Heads of queries.
     pub num_heads: usize,
     /// Heads of keys and values.
     pub num_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// How many positions a token sees, itself included; all before it if none.
+    pub window: Option<usize>,
+    /// Which of the model's rotary embeddings it has, if any.
+    pub rope: Option<usize>,
+    /// The scale of the scores, and their cap.
+    #[module(skip)]
+    pub options: AttentionOptions,
 }
 
-linear_layers!(Attention {
+/// The projections to queries, keys and values, as the checkpoints of a family have them.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a model has few, and nearly all are of the larger kind"
+)]
+#[derive(Module, Debug)]
+pub enum QkvProjections {
+    /// A matrix each.
+    Separate(SeparateQkv),
+    /// One for all.
+    Fused(FusedQkv),
+}
+
+/// A projection each.
+#[derive(Module, Debug)]
+pub struct SeparateQkv {
+    /// To the queries.
+    pub q_proj: AnyLinear,
+    /// To the keys.
+    pub k_proj: AnyLinear,
+    /// To the values.
+    pub v_proj: AnyLinear,
+}
+
+/// One projection, with the rows of queries, keys and values in this order.
+#[derive(Module, Debug)]
+pub struct FusedQkv {
+    /// To all of them.
+    pub qkv_proj: AnyLinear,
+}
+
+linear_layers!(SeparateQkv {
     q_proj,
     k_proj,
-    v_proj,
-    o_proj
+    v_proj
 });
+linear_layers!(FusedQkv { qkv_proj });
+linear_variants!(QkvProjections { Separate, Fused });
+linear_layers!(Attention { qkv, o_proj });
 
 impl Attention {
-    /// A block of projections with the heads of a model.
-    pub fn new([q, k, v, o]: [AnyLinear; 4], config: &LlamaConfig) -> Self {
-        Self {
-            q_proj: q,
-            k_proj: k,
-            v_proj: v,
-            o_proj: o,
-            num_heads: config.num_attention_heads,
-            num_kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-        }
-    }
-
+    /// Attention to what `x` and the cache hold.
+    ///
     /// # Shapes
     /// - `x`: `[batch, length, hidden_size]`, and so the result
     pub fn forward(&self, x: Tensor<3>, pass: &Pass, cache: Option<&mut LayerCache>) -> Tensor<3> {
         let [batch, length, _] = x.dims();
+        let [q, k, v] = self.project(x);
         let heads = |x: Tensor<3>, count: usize| {
             x.reshape([batch, length, count, self.head_dim])
                 .swap_dims(1, 2)
         };
-        let q = heads(self.q_proj.forward(x.clone()), self.num_heads);
-        let k = heads(self.k_proj.forward(x.clone()), self.num_kv_heads);
-        let v = heads(self.v_proj.forward(x), self.num_kv_heads);
-        let (q, k) = (pass.rotation.apply(q), pass.rotation.apply(k));
+        let q = heads(normalised(&self.q_norm, q), self.num_heads);
+        let k = heads(normalised(&self.k_norm, k), self.num_kv_heads);
+        let v = heads(v, self.num_kv_heads);
+        let (q, k) = match self.rope {
+            Some(rope) => {
+                let rotation = pass.rotation(rope);
+                (rotation.apply(q), rotation.apply(k))
+            }
+            None => (q, k),
+        };
         let (k, v) = match cache {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
 
-        let options = AttentionOptions::default();
-        let y = attention(q, k, v, &pass.ranges, None, options).expect("the shapes fit");
+        let ranges = pass.ranges(self.window);
+        let y = attention(q, k, v, ranges, None, self.options).expect("the shapes fit");
         let y = y
             .swap_dims(1, 2)
             .reshape([batch, length, self.num_heads * self.head_dim]);
         self.o_proj.forward(y)
     }
+
+    /// Queries, keys and values, `[batch, length, heads * head_dim]` each.
+    fn project(&self, x: Tensor<3>) -> [Tensor<3>; 3] {
+        match &self.qkv {
+            QkvProjections::Separate(SeparateQkv {
+                q_proj,
+                k_proj,
+                v_proj,
+            }) => [
+                q_proj.forward(x.clone()),
+                k_proj.forward(x.clone()),
+                v_proj.forward(x),
+            ],
+            QkvProjections::Fused(FusedQkv { qkv_proj }) => {
+                let all = qkv_proj.forward(x);
+                let [of_q, of_kv] = [self.num_heads, self.num_kv_heads].map(|n| n * self.head_dim);
+                [
+                    all.clone().narrow(2, 0, of_q),
+                    all.clone().narrow(2, of_q, of_kv),
+                    all.narrow(2, of_q + of_kv, of_kv),
+                ]
+            }
+        }
+    }
+}
+
+/// Normalises each group of as many elements as the norm has weights: a head, or all heads.
+fn normalised(norm: &Option<RmsNorm>, x: Tensor<3>) -> Tensor<3> {
+    let Some(norm) = norm else {
+        return x;
+    };
+    let [batch, length, width] = x.dims();
+    let size = norm.weight.dims()[0];
+    let groups = x.reshape([batch, length, width / size, size]);
+    norm.forward(groups).reshape([batch, length, width])
 }

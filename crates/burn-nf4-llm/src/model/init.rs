@@ -6,50 +6,153 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
+use burn_nf4::op::AttentionOptions;
 
 use crate::error::ModelError;
-use crate::model::attention::Attention;
-use crate::model::{DecoderLayer, HEAD, Llama, LlamaConfig, Mlp, RmsNorm};
+use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
+use crate::model::config::{DecoderConfig, LayerConfig, NormPlacement, QkNorm};
+use crate::model::decoder::{Decoder, HEAD};
+use crate::model::layer::{DecoderLayer, LayerNorms, PostNorms, PreNorms, SandwichNorms};
+use crate::model::mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
+use crate::model::norm::RmsNorm;
 
-impl LlamaConfig {
+impl DecoderConfig {
     /// A model of these sizes with fresh f32 weights, each made when it is first asked for. One to
     /// load a checkpoint into, therefore, is made at no cost.
-    pub fn init(&self, device: &Device) -> Llama {
-        let hidden = self.hidden_size;
-        let norm = || RmsNorm {
-            weight: Initializer::Ones.init([hidden], device),
-            eps: self.rms_norm_eps,
-        };
-        let linear = |d_input, d_output, bias| -> AnyLinear {
-            let config = LinearConfig::new(d_input, d_output).with_bias(bias);
-            config.init(device).into()
-        };
-        let inner = self.intermediate_size;
-        let layer = |_| DecoderLayer {
-            input_layernorm: norm(),
-            self_attn: {
-                let q = self.num_attention_heads * self.head_dim;
-                let kv = self.num_key_value_heads * self.head_dim;
-                let bias = self.attention_bias;
-                let [q_proj, o_proj] = [linear(hidden, q, bias), linear(q, hidden, bias)];
-                let [k_proj, v_proj] = [0, 1].map(|_| linear(hidden, kv, bias));
-                Attention::new([q_proj, k_proj, v_proj, o_proj], self)
-            },
-            post_attention_layernorm: norm(),
-            mlp: Mlp {
-                gate_proj: linear(hidden, inner, self.mlp_bias),
-                up_proj: linear(hidden, inner, self.mlp_bias),
-                down_proj: linear(inner, hidden, self.mlp_bias),
-            },
-        };
-        let [mean, std] = [0.0, 0.02];
-        Llama {
-            embed_tokens: Initializer::Normal { mean, std }.init([self.vocab_size, hidden], device),
-            layers: (0..self.num_hidden_layers).map(layer).collect(),
-            norm: norm(),
-            lm_head: (!self.tie_word_embeddings).then(|| linear(hidden, self.vocab_size, false)),
-            sliding_window: self.sliding_window,
+    pub fn init(&self, device: &Device) -> Decoder {
+        let value = self.norm_form.neutral_weight();
+        let weight = |size| Initializer::Constant { value }.init([size], device);
+        Parts {
+            config: self,
+            device,
+            norm_weight: &weight,
         }
+        .decoder()
+    }
+}
+
+/// Makes the parts of a model.
+struct Parts<'a> {
+    config: &'a DecoderConfig,
+    device: &'a Device,
+    /// The weight of a norm of this size.
+    norm_weight: &'a dyn Fn(usize) -> Param<Tensor<1>>,
+}
+
+impl Parts<'_> {
+    fn decoder(&self) -> Decoder {
+        let config = self.config;
+        let [vocabulary, hidden] = [config.vocab_size, config.hidden_size];
+        let [mean, std] = [0.0, 0.02];
+        let layers = config.layers.iter();
+        Decoder {
+            embed_tokens: Initializer::Normal { mean, std }.init([vocabulary, hidden], self.device),
+            layers: layers.map(|layer| self.layer(layer)).collect(),
+            norm: self.norm(hidden),
+            lm_head: (!config.tie_word_embeddings).then(|| self.linear(hidden, vocabulary, false)),
+            embedding_scale: config.embedding_scale,
+            logits_scaling: config.logits_scaling,
+            logits_softcap: config.logits_softcap,
+        }
+    }
+
+    fn layer(&self, layer: &LayerConfig) -> DecoderLayer {
+        DecoderLayer {
+            norms: self.norms(),
+            self_attn: self.attention(layer),
+            mlp: self.mlp(),
+            residual_multiplier: self.config.residual_multiplier,
+        }
+    }
+
+    fn norms(&self) -> LayerNorms {
+        let norm = || self.norm(self.config.hidden_size);
+        match self.config.norm_placement {
+            NormPlacement::Pre => LayerNorms::Pre(PreNorms {
+                input_layernorm: norm(),
+                post_attention_layernorm: norm(),
+            }),
+            NormPlacement::Sandwich => LayerNorms::Sandwich(SandwichNorms {
+                input_layernorm: norm(),
+                post_attention_layernorm: norm(),
+                pre_feedforward_layernorm: norm(),
+                post_feedforward_layernorm: norm(),
+            }),
+            NormPlacement::Post => LayerNorms::Post(PostNorms {
+                post_attention_layernorm: norm(),
+                post_feedforward_layernorm: norm(),
+            }),
+        }
+    }
+
+    fn attention(&self, layer: &LayerConfig) -> Attention {
+        let config = self.config;
+        let [num_heads, num_kv_heads] = [config.num_attention_heads, config.num_key_value_heads];
+        let head_dim = config.head_dim;
+        let [of_q, of_kv] = [num_heads, num_kv_heads].map(|heads| heads * head_dim);
+        let projection = |size| self.linear(config.hidden_size, size, config.biases.qkv);
+        let qk_norm = |of_all| {
+            config.qk_norm.map(|qk_norm| match qk_norm {
+                QkNorm::Head => self.norm(head_dim),
+                QkNorm::Projection => self.norm(of_all),
+            })
+        };
+        Attention {
+            qkv: match config.fused_projections {
+                false => QkvProjections::Separate(SeparateQkv {
+                    q_proj: projection(of_q),
+                    k_proj: projection(of_kv),
+                    v_proj: projection(of_kv),
+                }),
+                true => QkvProjections::Fused(FusedQkv {
+                    qkv_proj: projection(of_q + 2 * of_kv),
+                }),
+            },
+            o_proj: self.linear(of_q, config.hidden_size, config.biases.output),
+            q_norm: qk_norm(of_q),
+            k_norm: qk_norm(of_kv),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            window: layer.window,
+            rope: layer.rope,
+            options: AttentionOptions {
+                scale: config.attention_scale.map(|scale| scale as f32),
+                softcap: config.attention_softcap.map(|cap| cap as f32),
+            },
+        }
+    }
+
+    fn mlp(&self) -> GatedMlp {
+        let config = self.config;
+        let [hidden, inner] = [config.hidden_size, config.intermediate_size];
+        let linear = |d_input, d_output| self.linear(d_input, d_output, config.biases.mlp);
+        GatedMlp {
+            gate_up: match config.fused_projections {
+                false => GateUpProjections::Separate(SeparateGateUp {
+                    gate_proj: linear(hidden, inner),
+                    up_proj: linear(hidden, inner),
+                }),
+                true => GateUpProjections::Fused(FusedGateUp {
+                    gate_up_proj: linear(hidden, 2 * inner),
+                }),
+            },
+            down_proj: linear(inner, hidden),
+            activation: config.activation,
+        }
+    }
+
+    fn norm(&self, size: usize) -> RmsNorm {
+        RmsNorm {
+            weight: (self.norm_weight)(size),
+            eps: self.config.rms_norm_eps,
+            form: self.config.norm_form,
+        }
+    }
+
+    fn linear(&self, d_input: usize, d_output: usize, bias: bool) -> AnyLinear {
+        let config = LinearConfig::new(d_input, d_output).with_bias(bias);
+        config.init(self.device).into()
     }
 }
 
@@ -60,22 +163,23 @@ impl LlamaConfig {
 /// # Errors
 /// Those of [`QLoraLinearConfig::init`] for the rank.
 pub fn random(
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     dtype: FloatType,
     rank: Option<usize>,
     device: &Device,
-) -> Result<Llama, ModelError> {
+) -> Result<Decoder, ModelError> {
     let options = (device, DType::from(dtype));
     let small = Distribution::Normal(0.0, 0.02);
     let matrix = |dims: [usize; 2]| Param::from_tensor(Tensor::<2>::random(dims, small, options));
-    let mut model = config.init(device);
-    model.embed_tokens = matrix([config.vocab_size, config.hidden_size]);
-    let ones = || Param::from_tensor(Tensor::ones([config.hidden_size], options));
-    model.norm.weight = ones();
-    for layer in &mut model.layers {
-        layer.input_layernorm.weight = ones();
-        layer.post_attention_layernorm.weight = ones();
+    let value = config.norm_form.neutral_weight();
+    let norm_weight = |size| Param::from_tensor(Tensor::full([size], value, options));
+    let mut model = Parts {
+        config,
+        device,
+        norm_weight: &norm_weight,
     }
+    .decoder();
+    model.embed_tokens = matrix([config.vocab_size, config.hidden_size]);
     let model = model.try_map_linears(|name, layer| {
         let [d_output, d_input] = layer.dims();
         let dense = Linear {

@@ -7,7 +7,7 @@ use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 
 use crate::error::ModelError;
-use crate::model::{Llama, LlamaConfig};
+use crate::model::{Decoder, DecoderConfig};
 
 /// Buffers that old checkpoints hold and transformers does not read either.
 const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
@@ -16,7 +16,7 @@ const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. Where the config ties the head to the table and the checkpoint holds two different
-/// ones, the model has both, as in transformers: see [`Llama::lm_head`].
+/// ones, the model has both, as in transformers: see [`Decoder::lm_head`].
 ///
 /// # Errors
 /// - [`Nf4Error::Misfit`](burn_nf4::Nf4Error::Misfit) with all that is missing, unexpected or of
@@ -25,10 +25,10 @@ const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
 ///   something else of
 pub fn load(
     store: CheckpointStore,
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     dtype: FloatType,
     device: &Device,
-) -> Result<Llama, ModelError> {
+) -> Result<Decoder, ModelError> {
     let store = store.with_dtype(dtype).ignore(NOT_READ)?;
     Ok(config.init(device).load_checkpoint(store)?.no_grad())
 }

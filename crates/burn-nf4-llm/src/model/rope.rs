@@ -10,8 +10,8 @@ use std::f64::consts::PI;
 pub struct RopeConfig {
     pub(crate) scaling: RopeScaling,
     pub(crate) theta: f64,
-    /// Elements of a head.
-    pub head_dim: usize,
+    /// Elements of a head that are rotated, from the first on.
+    pub rotary_dim: usize,
     /// Positions that the model was made for.
     pub max_positions: usize,
 }
@@ -41,36 +41,57 @@ pub(crate) enum RopeScaling {
         original_positions: f64,
         truncate: bool,
     },
+    /// arXiv 2402.13753: a factor for each pair of channels, of one list up to the original positions and
+    /// of another beyond.
+    LongRope {
+        short_factors: Vec<f64>,
+        long_factors: Vec<f64>,
+        attention_factor: f64,
+        original_positions: f64,
+    },
 }
 
 impl RopeConfig {
-    /// Whether the angles of a position depend on the length of the sequence.
-    pub fn is_dynamic(&self) -> bool {
-        matches!(self.scaling, RopeScaling::Dynamic { .. })
+    /// A number for the angles that the positions of a sequence of this length have: two lengths with the
+    /// same number have the same angles.
+    pub fn regime(&self, sequence: usize) -> usize {
+        match &self.scaling {
+            RopeScaling::Dynamic { .. } => sequence.max(self.max_positions),
+            RopeScaling::LongRope {
+                original_positions, ..
+            } => usize::from(sequence as f64 > *original_positions),
+            _ => 0,
+        }
+    }
+
+    /// Whether the keys in a cache are to be computed again when the [regime](Self::regime) of their
+    /// sequence changes, as transformers does with LongRoPE. With dynamic scaling it leaves them as they
+    /// are.
+    pub fn recomputes_keys(&self) -> bool {
+        matches!(self.scaling, RopeScaling::LongRope { .. })
     }
 
     /// The angle of one position per pair of channels, for a sequence of this length.
     pub fn inverse_frequencies(&self, sequence: usize) -> Vec<f32> {
-        let dim = self.head_dim;
-        let frequencies = |theta: f64| -> Vec<f32> {
+        let dim = self.rotary_dim;
+        let powers = |theta: f64| {
             (0..dim)
                 .step_by(2)
-                .map(|channel| 1.0 / (theta as f32).powf(channel as f32 / dim as f32))
-                .collect()
+                .map(move |channel| (theta as f32).powf(channel as f32 / dim as f32))
         };
-        match self.scaling {
-            RopeScaling::Default => frequencies(self.theta),
-            RopeScaling::Linear { factor } => frequencies(self.theta)
-                .into_iter()
+        let frequencies = |theta: f64| powers(theta).map(|power| 1.0 / power);
+        match &self.scaling {
+            RopeScaling::Default => frequencies(self.theta).collect(),
+            &RopeScaling::Linear { factor } => frequencies(self.theta)
                 .map(|frequency| frequency / factor as f32)
                 .collect(),
-            RopeScaling::Dynamic { factor } => {
+            &RopeScaling::Dynamic { factor } => {
                 let max = self.max_positions as f64;
                 let stretch = factor * (sequence as f64).max(max) / max - (factor - 1.0);
                 let exponent = dim as f64 / (dim as f64 - 2.0);
-                frequencies(self.theta * stretch.powf(exponent))
+                frequencies(self.theta * stretch.powf(exponent)).collect()
             }
-            RopeScaling::Llama3 {
+            &RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
@@ -91,9 +112,23 @@ impl RopeConfig {
                         (1.0 - smooth) * frequency / factor as f32 + smooth * frequency
                     }
                 };
-                frequencies(self.theta).into_iter().map(scale).collect()
+                frequencies(self.theta).map(scale).collect()
             }
             RopeScaling::Yarn { .. } => self.yarn_frequencies(),
+            RopeScaling::LongRope {
+                short_factors,
+                long_factors,
+                ..
+            } => {
+                let factors = match self.regime(sequence) {
+                    0 => short_factors,
+                    _ => long_factors,
+                };
+                let scaled = powers(self.theta).zip(factors);
+                scaled
+                    .map(|(power, &factor)| 1.0 / (factor as f32 * power))
+                    .collect()
+            }
         }
     }
 
@@ -109,7 +144,7 @@ impl RopeConfig {
         else {
             return Vec::new();
         };
-        let dim = self.head_dim as f64;
+        let dim = self.rotary_dim as f64;
         // The channel that turns this many times within the original positions.
         let channel = |turns: f64| {
             dim * (original_positions / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
@@ -122,9 +157,9 @@ impl RopeConfig {
         if low == high {
             high += 0.001;
         }
-        (0..self.head_dim / 2)
+        (0..self.rotary_dim / 2)
             .map(|pair| {
-                let position = (self.theta as f32).powf(2.0 * pair as f32 / self.head_dim as f32);
+                let position = (self.theta as f32).powf(2.0 * pair as f32 / self.rotary_dim as f32);
                 let ramp = ((pair as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 let keep = 1.0 - ramp;
                 1.0 / (factor as f32 * position) * (1.0 - keep) + 1.0 / position * keep
@@ -136,6 +171,9 @@ impl RopeConfig {
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
+                attention_factor, ..
+            }
+            | RopeScaling::LongRope {
                 attention_factor, ..
             } => attention_factor,
             _ => 1.0,

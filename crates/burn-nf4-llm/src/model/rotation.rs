@@ -4,24 +4,28 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::model::rope::RopeConfig;
 
+/// The tables of all rotary embeddings of a model.
+#[derive(Debug)]
+pub struct RopeTables(Vec<RopeTable>);
+
 /// Cosines and sines of the positions used so far, on the device.
 ///
 /// The sine table carries the sign of the rotation, so that a rotation is
 /// `x cos + swap_halves(x) sin`. As in transformers, angles are in f32 and the tables are cast to the
 /// type of the model at the end.
 #[derive(Debug)]
-pub struct RopeTables {
+struct RopeTable {
     config: RopeConfig,
     device: Device,
     dtype: DType,
-    /// Length of the sequence that the tables are for; matters to the dynamic variant alone.
-    sequence: usize,
+    /// That of the sequence that the tables are for: see [`RopeConfig::regime`].
+    regime: usize,
     rows: usize,
     cos: Option<Tensor<2>>,
     sin: Option<Tensor<2>>,
 }
 
-/// The two tables at the positions of one forward pass: `[batch or 1, 1, length, head_dim]`.
+/// The two tables at the positions of one forward pass: `[batch or 1, 1, length, rotary_dim]`.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cos: Tensor<4>,
@@ -33,29 +37,49 @@ const ROWS_STEP: usize = 1024;
 
 impl RopeTables {
     /// Tables that grow as positions are asked for.
-    pub fn new(config: RopeConfig, device: &Device, dtype: DType) -> Self {
+    pub fn new(configs: &[RopeConfig], device: &Device, dtype: DType) -> Self {
+        let tables = configs.iter().cloned();
+        Self(
+            tables
+                .map(|config| RopeTable::new(config, device, dtype))
+                .collect(),
+        )
+    }
+
+    /// The rotations of positions `start..start + length`, one for each rotary embedding, each row of the
+    /// batch shifted left by its padding.
+    pub fn rotations(&mut self, start: usize, length: usize, padding: &[usize]) -> Vec<Rotation> {
+        let tables = self.0.iter_mut();
+        tables
+            .map(|table| table.rotation(start, length, padding))
+            .collect()
+    }
+}
+
+impl RopeTable {
+    fn new(config: RopeConfig, device: &Device, dtype: DType) -> Self {
         Self {
             config,
             device: device.clone(),
             dtype,
-            sequence: 0,
+            regime: 0,
             rows: 0,
             cos: None,
             sin: None,
         }
     }
 
-    /// The rotation of positions `start..start + length`, each row of the batch shifted left by its
-    /// padding.
-    pub fn rotation(&mut self, start: usize, length: usize, padding: &[usize]) -> Rotation {
+    fn rotation(&mut self, start: usize, length: usize, padding: &[usize]) -> Rotation {
         let end = start + length;
-        let (cos, sin) = self.tables(end);
-        let head_dim = self.config.head_dim;
+        // The longest row is the sequence.
+        let sequence = end - padding.iter().min().copied().unwrap_or(0).min(end);
+        let (cos, sin) = self.tables(end, sequence);
+        let rotary_dim = self.config.rotary_dim;
         if padding.iter().all(|&pad| pad == 0) {
             let rows = |table: Tensor<2>| {
                 table
-                    .slice([start..end, 0..head_dim])
-                    .reshape([1, 1, length, head_dim])
+                    .slice([start..end, 0..rotary_dim])
+                    .reshape([1, 1, length, rotary_dim])
             };
             return Rotation {
                 cos: rows(cos),
@@ -72,7 +96,7 @@ impl RopeTables {
         let rows = |table: Tensor<2>| {
             table
                 .select(0, positions.clone())
-                .reshape([batch, 1, length, head_dim])
+                .reshape([batch, 1, length, rotary_dim])
         };
         Rotation {
             cos: rows(cos),
@@ -81,18 +105,18 @@ impl RopeTables {
     }
 
     /// Tables of at least `end` positions.
-    fn tables(&mut self, end: usize) -> (Tensor<2>, Tensor<2>) {
-        let stale = self.config.is_dynamic() && self.sequence != end.max(self.config.max_positions);
+    fn tables(&mut self, end: usize, sequence: usize) -> (Tensor<2>, Tensor<2>) {
+        let regime = self.config.regime(sequence);
         if let (Some(cos), Some(sin)) = (&self.cos, &self.sin)
             && self.rows >= end
-            && !stale
+            && self.regime == regime
         {
             return (cos.clone(), sin.clone());
         }
         let rows = end.div_ceil(ROWS_STEP) * ROWS_STEP;
-        self.sequence = end.max(self.config.max_positions);
+        self.regime = regime;
         self.rows = rows;
-        let frequencies = self.config.inverse_frequencies(self.sequence);
+        let frequencies = self.config.inverse_frequencies(sequence);
         let factor = self.config.attention_factor() as f32;
         let angles: Vec<f32> = (0..rows)
             .flat_map(|position| {
@@ -124,10 +148,20 @@ impl RopeTables {
 }
 
 impl Rotation {
-    /// Rotates queries or keys, `[batch, heads, length, head_dim]`.
+    /// Rotates queries or keys, `[batch, heads, length, head_dim]`, or the first elements of each.
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
         let [.., head_dim] = x.dims();
-        let half = head_dim / 2;
+        let [.., rotary_dim] = self.cos.dims();
+        if rotary_dim == head_dim {
+            return self.rotate(x);
+        }
+        let rotated = self.rotate(x.clone().narrow(3, 0, rotary_dim));
+        let rest = x.narrow(3, rotary_dim, head_dim - rotary_dim);
+        Tensor::cat(vec![rotated, rest], 3)
+    }
+
+    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
+        let half = x.dims()[3] / 2;
         let swapped = Tensor::cat(
             vec![
                 x.clone().narrow(3, half, half),

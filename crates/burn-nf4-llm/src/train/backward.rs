@@ -5,9 +5,9 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use crate::model::Pass;
 use crate::model::RopeTables;
-use crate::model::attention::Pass;
-use crate::model::{DecoderLayer, Llama};
+use crate::model::{Decoder, DecoderLayer};
 use crate::train::data::Batch;
 
 /// How a pass through the layers is made.
@@ -24,12 +24,12 @@ pub struct PassOptions {
 /// The loss is the mean cross-entropy, in f32, if `targets` are those of this batch; with those of
 /// all batches of a step, the sum over the batches is the mean over the step.
 pub fn backward(
-    model: &Llama,
+    model: &Decoder,
     rope: &mut RopeTables,
     batch: &Batch,
     targets: usize,
     options: PassOptions,
-    grads: &mut GradientsAccumulator<Llama>,
+    grads: &mut GradientsAccumulator<Decoder>,
 ) -> Tensor<1> {
     let device = model.device();
     let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);
@@ -88,7 +88,7 @@ fn forward(
 
 /// The cross-entropy of every token given those before it, summed, over `targets`.
 fn loss(
-    model: &Llama,
+    model: &Decoder,
     x: Tensor<3>,
     ids: Tensor<2, Int>,
     batch: &Batch,

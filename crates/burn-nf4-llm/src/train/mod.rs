@@ -20,9 +20,9 @@ use serde_json::{Map, Value};
 
 use crate::error::ModelError;
 use crate::json::files::read_json;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::model::RopeTables;
-use crate::model::config::LlamaConfig;
+use crate::model::config::DecoderConfig;
 use crate::train::backward::{PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::{Loaded, adamw};
@@ -133,7 +133,7 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
 /// A run under way.
 pub struct Trainer {
     /// What is trained.
-    pub model: Llama,
+    pub model: Decoder,
     optimizer: ModuleOptimizer,
     loaded: Loaded,
     rope: RopeTables,
@@ -162,8 +162,8 @@ const PART_PREFIX: &str = "part-";
 impl Trainer {
     /// A run from the start, of a model with its branches on.
     pub fn new(
-        model: Llama,
-        config: &LlamaConfig,
+        model: Decoder,
+        config: &DecoderConfig,
         lora: LoraConfig,
         settings: Settings,
         checkpointing: bool,

@@ -11,27 +11,31 @@ use burn_nf4::peft::{
     merge_4bit, merge_16bit,
 };
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::Decoder;
+use burn_nf4_llm::model::config::DecoderConfig;
 use rstest::rstest;
 use tempfile::TempDir;
 
 use crate::fixtures::{logits, max_difference, open_folder};
 use crate::peft_cases::{self, Case, IDS, PREFIX, model};
 
-fn apply(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, ModelError> {
+fn apply(model: Decoder, adapter: &Adapter, device: &Device) -> Result<Decoder, ModelError> {
     Ok(model.apply_adapter(adapter, device)?)
 }
 
-fn apply_partial(model: Llama, adapter: &Adapter, device: &Device) -> Result<Llama, ModelError> {
+fn apply_partial(
+    model: Decoder,
+    adapter: &Adapter,
+    device: &Device,
+) -> Result<Decoder, ModelError> {
     Ok(model.apply_partial_adapter(adapter, device)?)
 }
 
-fn logits_of(model: &Llama, config: &LlamaConfig) -> Vec<f32> {
+fn logits_of(model: &Decoder, config: &DecoderConfig) -> Vec<f32> {
     logits(model, config, &IDS, &[1, IDS.len()])
 }
 
-fn opened(folder: &TempDir) -> (Llama, LlamaConfig) {
+fn opened(folder: &TempDir) -> (Decoder, DecoderConfig) {
     open_folder(folder.path(), None, &Device::default())
 }
 
@@ -109,7 +113,7 @@ fn nothing_of_an_adapter_is_lost_on_its_way_through_the_model() {
     }
 }
 
-fn lacks(result: Result<Llama, ModelError>) -> Vec<String> {
+fn lacks(result: Result<Decoder, ModelError>) -> Vec<String> {
     match result {
         Err(ModelError::Nf4(Nf4Error::AdapterLacks { missing })) => missing,
         Err(other) => panic!("{other}"),
@@ -144,7 +148,7 @@ fn what_an_adapter_lacks_of_the_model_is_listed_and_can_be_allowed(
 }
 
 /// The base model with its layers in 4 bit or as they are.
-fn base_in(in_4bit: bool, device: &Device) -> (Llama, LlamaConfig) {
+fn base_in(in_4bit: bool, device: &Device) -> (Decoder, DecoderConfig) {
     let folder = model(false);
     let (model, config) = open_folder(folder.path(), None, device);
     let model = model.try_map_linears(|_, layer| match layer {

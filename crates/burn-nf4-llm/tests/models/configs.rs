@@ -9,7 +9,7 @@ use burn_nf4::checkpoint::{
 };
 use burn_nf4::{Nf4Error, TensorMisfit};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::config::{Biases, DecoderConfig};
 use burn_nf4_llm::model::load;
 use burn_nf4_llm::model::rope::RopeConfig;
 use rstest::rstest;
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use crate::fixtures::{fixture, open};
 
 /// A small config with some fields set, or with `null` taken out.
-pub fn config(fields: Value) -> Result<LlamaConfig, ModelError> {
+pub fn config(fields: Value) -> Result<DecoderConfig, ModelError> {
     let mut config = json!({
         "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
         "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -27,7 +27,7 @@ pub fn config(fields: Value) -> Result<LlamaConfig, ModelError> {
     for (key, value) in fields.as_object().unwrap() {
         config[key] = value.clone();
     }
-    LlamaConfig::from_json(
+    DecoderConfig::from_json(
         &serde_json::to_vec(&config).unwrap(),
         Path::new("config.json"),
     )
@@ -74,7 +74,7 @@ fn rotary_frequencies_are_those_of_transformers() {
     for case in cases {
         let mut fields = case.config;
         fields["head_dim"] = case.head_dim.into();
-        let rope = config(fields).unwrap().rope;
+        let rope = config(fields).unwrap().ropes.remove(0);
         case.rope.assert_is(&rope, case.sequence, &case.name);
     }
 }
@@ -151,7 +151,7 @@ fn what_changes_nothing_is_read(#[case] fields: Value) {
 fn fields_left_out_have_the_defaults_of_transformers() {
     let llama = config(json!({})).unwrap();
     assert_eq!((llama.num_key_value_heads, llama.head_dim), (4, 16));
-    assert_eq!((llama.rms_norm_eps, llama.rope.max_positions), (1e-6, 2048));
+    assert_eq!((llama.rms_norm_eps, llama.max_positions), (1e-6, 2048));
     assert!(!llama.tie_word_embeddings);
     assert_eq!(llama.eos_token_ids, [2]);
     assert!(
@@ -163,22 +163,19 @@ fn fields_left_out_have_the_defaults_of_transformers() {
 
     let window = json!({"sliding_window": 4096, "eos_token_id": [2, 5], "head_dim": 32});
     let llama = config(window.clone()).unwrap();
-    assert_eq!(llama.sliding_window, None, "Llama has no window");
+    assert_eq!(llama.layers[0].window, None, "Llama has no window");
     assert_eq!((llama.eos_token_ids, llama.head_dim), (vec![2, 5], 32));
     let mut mistral = window;
     mistral["model_type"] = "mistral".into();
     mistral["num_key_value_heads"] = 2.into();
-    assert_eq!(config(mistral).unwrap().sliding_window, Some(4096));
+    assert_eq!(config(mistral).unwrap().layers[1].window, Some(4096));
     let path = Path::new("config.json");
-    let llama = LlamaConfig::from_json(br#"{"model_type": "llama"}"#, path).unwrap();
+    let llama = DecoderConfig::from_json(br#"{"model_type": "llama"}"#, path).unwrap();
     assert_eq!(
         (llama.vocab_size, llama.hidden_size, llama.intermediate_size),
         (32_000, 4096, 11_008)
     );
-    assert_eq!(
-        (llama.num_hidden_layers, llama.num_attention_heads),
-        (32, 32)
-    );
+    assert_eq!((llama.layers.len(), llama.num_attention_heads), (32, 32));
 }
 
 /// Mistral's class has defaults of its own; a `null` is not the same as nothing.
@@ -192,33 +189,36 @@ fn mistral_has_its_own_defaults() {
     let heads = json!({"num_attention_heads": 16, "hidden_size": 128});
     let nothing = mistral(heads.clone());
     assert_eq!(
-        (nothing.num_key_value_heads, nothing.sliding_window),
+        (nothing.num_key_value_heads, nothing.layers[0].window),
         (8, Some(4096))
     );
-    assert_eq!(nothing.rope.max_positions, 131_072);
+    assert_eq!(nothing.max_positions, 131_072);
     let mut null = heads;
     null["num_key_value_heads"] = Value::Null;
     null["sliding_window"] = Value::Null;
     null["attention_bias"] = true.into();
     let null = mistral(null);
-    assert_eq!((null.num_key_value_heads, null.sliding_window), (16, None));
-    assert!(!null.attention_bias, "its layers have no biases");
+    assert_eq!(
+        (null.num_key_value_heads, null.layers[0].window),
+        (16, None)
+    );
+    assert_eq!(null.biases, Biases::default(), "its layers have no biases");
 }
 
 /// `Infinity` and integers beyond 64 bits, as Python writes them.
 #[test]
 fn json_of_python_is_read() {
     let text = br#"{"model_type": "llama", "a": NaN, "b": [-Infinity], "c": 1000000000000000019884624838656}"#;
-    LlamaConfig::from_json(text, Path::new("config.json")).unwrap();
+    DecoderConfig::from_json(text, Path::new("config.json")).unwrap();
 }
 
 #[test]
 fn all_faults_of_a_checkpoint_are_listed_at_once() {
     let folder = fixture("hf/f32/model");
-    let mut config = LlamaConfig::from_folder(&folder).unwrap();
-    config.attention_bias = true;
+    let mut config = DecoderConfig::from_folder(&folder).unwrap();
+    config.biases = Biases::of(true, false);
     config.intermediate_size += 32;
-    config.num_hidden_layers = 1;
+    config.layers.truncate(1);
     let store = CheckpointStore::open(&folder).unwrap();
     let result = load(store, &config, config.dtype, &Device::default());
     let Err(ModelError::Nf4(Nf4Error::Misfit { tensors, .. })) = result else {
@@ -264,7 +264,7 @@ fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
         None => config["quantization_config"] = claim,
     }
     std::fs::write(written.join("config.json"), config.to_string()).unwrap();
-    let config = LlamaConfig::from_folder(&written).unwrap();
+    let config = DecoderConfig::from_folder(&written).unwrap();
     let store = CheckpointStore::open(&written).unwrap();
     let result = load(store, &config, config.dtype, &Device::default());
     let Err(error) = result else {
@@ -277,7 +277,7 @@ fn a_checkpoint_that_is_not_what_its_config_says_is_refused(
 #[test]
 fn a_load_reports_every_parameter() {
     let folder = fixture("hf/f32_sharded/model");
-    let config = LlamaConfig::from_folder(&folder).unwrap();
+    let config = DecoderConfig::from_folder(&folder).unwrap();
     let done = Arc::new(Mutex::new(Vec::new()));
     let told = done.clone();
     let store = CheckpointStore::open(&folder)

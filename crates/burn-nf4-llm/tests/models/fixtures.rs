@@ -8,8 +8,8 @@ use burn_nf4::format::FloatType;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::Decoder;
+use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::model::load;
 
 /// A file or folder of the fixtures: those of models and adapters are the workspace's.
@@ -23,7 +23,7 @@ pub fn fixture(path: &str) -> PathBuf {
 }
 
 /// A model in its own dtype, or another.
-pub fn open(folder: &str, dtype: Option<FloatType>, device: &Device) -> (Llama, LlamaConfig) {
+pub fn open(folder: &str, dtype: Option<FloatType>, device: &Device) -> (Decoder, DecoderConfig) {
     open_folder(&fixture(folder), dtype, device)
 }
 
@@ -32,8 +32,8 @@ pub fn open_folder(
     folder: &Path,
     dtype: Option<FloatType>,
     device: &Device,
-) -> (Llama, LlamaConfig) {
-    let config = LlamaConfig::from_folder(folder).unwrap();
+) -> (Decoder, DecoderConfig) {
+    let config = DecoderConfig::from_folder(folder).unwrap();
     let store = CheckpointStore::open(folder).unwrap();
     let dtype = dtype.unwrap_or(config.dtype);
     let model = load(store, &config, dtype, device).unwrap();
@@ -79,7 +79,7 @@ pub fn write_io(path: &Path, ids: &[i64], shape: &[usize], logits: &[f32]) {
 }
 
 /// The logits of every position.
-pub fn logits(model: &Llama, config: &LlamaConfig, ids: &[i64], shape: &[usize]) -> Vec<f32> {
+pub fn logits(model: &Decoder, config: &DecoderConfig, ids: &[i64], shape: &[usize]) -> Vec<f32> {
     let ids = TensorData::new(ids.to_vec(), shape.to_vec());
     let ids = Tensor::<2, Int>::from_data(ids, &model.device());
     let mut rope = model.rope_tables(config);

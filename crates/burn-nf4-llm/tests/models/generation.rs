@@ -5,9 +5,9 @@ use burn_nf4::Nf4Error;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::sample::Sampling;
 use burn_nf4_llm::generate::{Request, generate};
-use burn_nf4_llm::model::Llama;
+use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::config::DecoderConfig;
 use rstest::rstest;
 
 use crate::fixtures::{floats, io, logits, max_difference, open};
@@ -23,10 +23,16 @@ fn tokens(ids: &[i64], device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), device)
 }
 
+fn set_window(model: &mut Decoder, window: Option<usize>) {
+    for layer in &mut model.layers {
+        layer.self_attn.window = window;
+    }
+}
+
 /// The logits of the last positions of a text, taken token by token after a prompt.
-fn decoded(model: &Llama, config: &LlamaConfig, ids: &[i64], prompt: usize) -> Vec<f32> {
+fn decoded(model: &Decoder, config: &DecoderConfig, ids: &[i64], prompt: usize) -> Vec<f32> {
     let mut rope = model.rope_tables(config);
-    let mut cache = KvCache::new(config.num_hidden_layers, vec![0]);
+    let mut cache = KvCache::new(config.layers.len(), vec![0]);
     let device = model.device();
     let mut all = floats(model.next_logits(tokens(&ids[..prompt], &device), &mut rope, &mut cache));
     for id in &ids[prompt..] {
@@ -48,7 +54,7 @@ fn decoding_with_a_cache_is_a_full_forward(
     #[case] window: Option<usize>,
 ) {
     let (mut model, config) = open("hf/f32/model", None, &Device::default());
-    model.sliding_window = window;
+    set_window(&mut model, window);
     let ids: Vec<i64> = (0..length as i64).map(|i| (i * 37 + i * i) % 256).collect();
     let whole = logits(&model, &config, &ids, &[1, length]);
     let ours = decoded(&model, &config, &ids, prompt);
@@ -61,7 +67,7 @@ fn decoding_with_a_cache_is_a_full_forward(
 #[test]
 fn a_sliding_window_hides_what_lies_before_it() {
     let (mut model, config) = open("hf/f32/model", None, &Device::default());
-    let last = |model: &Llama, first: i64| {
+    let last = |model: &Decoder, first: i64| {
         let mut ids: Vec<i64> = (10..40).collect();
         ids[0] = first;
         let logits = logits(model, &config, &ids, &[1, 30]);
@@ -69,7 +75,7 @@ fn a_sliding_window_hides_what_lies_before_it() {
     };
     assert!(max_difference(&last(&model, 1), &last(&model, 2)) > 1e-4);
     // Two layers reach back twice the window.
-    model.sliding_window = Some(10);
+    set_window(&mut model, Some(10));
     assert_eq!(max_difference(&last(&model, 1), &last(&model, 2)), 0.0);
 }
 
@@ -243,7 +249,7 @@ fn logits_that_are_no_numbers_are_refused(#[values(f32::NAN, f32::INFINITY)] wei
 #[test]
 fn a_text_beyond_the_positions_is_warned_of() {
     let (_, config) = open("hf/f32/model", None, &Device::default());
-    let positions = config.rope.max_positions;
+    let positions = config.max_positions;
     assert_eq!(config.warn_of_length("the prompt", positions), None);
     let warning = config.warn_of_length("the prompt", positions + 1).unwrap();
     let both = [positions, positions + 1].map(|number| number.to_string());

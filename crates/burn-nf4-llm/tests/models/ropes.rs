@@ -26,7 +26,7 @@ fn every_spelling_is_resolved_as_in_transformers() {
         let mut fields = case.config;
         fields["max_position_embeddings"] = 64.into();
         let rope = match config(fields) {
-            Ok(config) => config.rope,
+            Ok(config) => config.ropes[0].clone(),
             Err(error) => panic!("{}: {error}", case.name),
         };
         case.rope.assert_is(&rope, 1, &case.name);
@@ -118,6 +118,6 @@ fn a_form_that_is_not_understood_is_refused(#[case] fields: Value, #[case] name:
             assert!(field == name || object == name, "{field}");
         }
         Err(other) => panic!("{other}"),
-        Ok(config) => panic!("{:?}", config.rope),
+        Ok(config) => panic!("{:?}", config.ropes),
     }
 }

@@ -10,8 +10,8 @@ use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::{Nf4Error, TensorMisfit};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::Llama;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::Decoder;
+use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::model::load as load_model;
 use rstest::rstest;
 use serde::Deserialize;
@@ -62,15 +62,15 @@ fn load(
     folder: &Path,
     config: &Value,
     tensors: &Tensors,
-) -> Result<(Llama, LlamaConfig), ModelError> {
+) -> Result<(Decoder, DecoderConfig), ModelError> {
     stored::write(folder, tensors);
-    let config = LlamaConfig::from_json(config.to_string().as_bytes(), Path::new("config.json"))?;
+    let config = DecoderConfig::from_json(config.to_string().as_bytes(), Path::new("config.json"))?;
     let store = CheckpointStore::open(folder)?;
     let model = load_model(store, &config, config.dtype, &Device::default())?;
     Ok((model, config))
 }
 
-fn misfits(result: Result<(Llama, LlamaConfig), ModelError>) -> Vec<TensorMisfit> {
+fn misfits(result: Result<(Decoder, DecoderConfig), ModelError>) -> Vec<TensorMisfit> {
     match result {
         Err(ModelError::Nf4(Nf4Error::Misfit { tensors, .. })) => tensors,
         Err(other) => panic!("{other}"),

@@ -11,7 +11,7 @@ use burn_nf4::model::LinearLayers;
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::peft::{Adapter, LoraConfig};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::config::LlamaConfig;
+use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
@@ -60,7 +60,7 @@ fn settings(lr: f64, weight_decay: f32, total: usize) -> Settings {
 }
 
 /// A run from PEFT's first adapter.
-fn from_init(settings: Settings, checkpointing: bool) -> (Trainer, LlamaConfig) {
+fn from_init(settings: Settings, checkpointing: bool) -> (Trainer, DecoderConfig) {
     let device = Device::default().autodiff();
     let (model, config) = open("hf/f32/model", None, &device);
     let adapter = Adapter::open(fixture("hf/f32/adapter_init")).unwrap();

@@ -9,7 +9,7 @@ use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Llama, LlamaConfig, random};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -131,7 +131,8 @@ impl BenchArgs {
             at_least(1, "--prefill", *tokens)?;
         }
         at_least(1, "--rank", self.rank.unwrap_or(1))?;
-        let config = LlamaConfig::from_json(self.size.config().as_bytes(), "config.json".as_ref())?;
+        let config =
+            DecoderConfig::from_json(self.size.config().as_bytes(), "config.json".as_ref())?;
         let device = self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
         let asked = !(self.prefill.is_empty() && self.train.is_empty());
@@ -182,7 +183,12 @@ impl BenchArgs {
         Ok(())
     }
 
-    fn decode(&self, model: &Llama, config: &LlamaConfig, rows: usize) -> Result<(), ModelError> {
+    fn decode(
+        &self,
+        model: &Decoder,
+        config: &DecoderConfig,
+        rows: usize,
+    ) -> Result<(), ModelError> {
         let request = Request {
             prompts: vec![vec![1; PROMPT]; rows],
             // The first token is that of the prompt.
@@ -210,7 +216,7 @@ impl BenchArgs {
     }
 
     /// The training of all linear layers but the head.
-    fn trainer(&self, model: Llama, config: &LlamaConfig) -> Result<Trainer, ModelError> {
+    fn trainer(&self, model: Decoder, config: &DecoderConfig) -> Result<Trainer, ModelError> {
         let lora = LoraConfig {
             r: self.rank.unwrap_or(RANK),
             lora_alpha: 2.0 * self.rank.unwrap_or(RANK) as f64,
@@ -233,7 +239,7 @@ impl BenchArgs {
 }
 
 /// Tokens that differ.
-fn tokens(count: usize, config: &LlamaConfig) -> Vec<i64> {
+fn tokens(count: usize, config: &DecoderConfig) -> Vec<i64> {
     let vocabulary = config.vocab_size as i64;
     (0..count as i64)
         .map(|index| (index * 7919 + 13) % vocabulary)
@@ -241,13 +247,13 @@ fn tokens(count: usize, config: &LlamaConfig) -> Vec<i64> {
 }
 
 /// Times the pass over a prompt, up to the logits of its last token on the host.
-fn prefill(model: &Llama, config: &LlamaConfig, length: usize) -> Result<(), ModelError> {
+fn prefill(model: &Decoder, config: &DecoderConfig, length: usize) -> Result<(), ModelError> {
     let mut rope = model.rope_tables(config);
     let mut times = Vec::new();
     for pass in 0..PASSES + 2 {
         let ids = TensorData::new(tokens(length, config), [1, length]);
         let ids = Tensor::<2, Int>::from_data(ids, &model.device());
-        let mut cache = KvCache::new(config.num_hidden_layers, vec![0]);
+        let mut cache = KvCache::new(config.layers.len(), vec![0]);
         let start = Instant::now();
         let logits = model.next_logits(ids, &mut rope, &mut cache).into_data();
         if pass >= 2 {
@@ -265,7 +271,7 @@ fn prefill(model: &Llama, config: &LlamaConfig, length: usize) -> Result<(), Mod
 }
 
 /// Times steps of training.
-fn train(trainer: &mut Trainer, config: &LlamaConfig, [rows, length]: [usize; 2]) {
+fn train(trainer: &mut Trainer, config: &DecoderConfig, [rows, length]: [usize; 2]) {
     let batch = Batch {
         ids: tokens(rows * length, config),
         rows,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::{HEAD, Llama};
+use burn_nf4_llm::model::{Decoder, HEAD};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint, remove_run};
@@ -159,13 +159,18 @@ impl FinetuneArgs {
         let checkpoint = self.checkpoint()?;
         let prepared = self.model.prepare(true)?;
         let (config, text) = (&prepared.config, &prepared.text);
-        if config.attention_dropout != 0.0 {
-            return Err(ModelError::Unsupported {
-                path: "config.json".into(),
-                field: "attention_dropout".into(),
-                given: config.attention_dropout.to_string(),
-                supported: "0 in training".into(),
-            });
+        for (field, dropout) in [
+            ("attention_dropout", config.attention_dropout),
+            ("resid_pdrop", config.residual_dropout),
+        ] {
+            if dropout != 0.0 {
+                return Err(ModelError::Unsupported {
+                    path: "config.json".into(),
+                    field: field.into(),
+                    given: dropout.to_string(),
+                    supported: "0 in training".into(),
+                });
+            }
         }
         // Of the sizes of the model, without its weights.
         self.check_targets(&config.init(&prepared.device))?;
@@ -272,7 +277,7 @@ impl FinetuneArgs {
 
     /// Refuses a target that no layer has. Training itself only needs a layer that some target
     /// selects.
-    fn check_targets(&self, model: &Llama) -> Result<(), ModelError> {
+    fn check_targets(&self, model: &Decoder) -> Result<(), ModelError> {
         let TargetModules::List(names) = self.lora().target_modules else {
             return Ok(());
         };

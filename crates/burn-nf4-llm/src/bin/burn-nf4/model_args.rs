@@ -12,7 +12,7 @@ use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
 use burn_nf4_llm::generate::Sampling;
-use burn_nf4_llm::model::{Llama, LlamaConfig, load};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, load};
 use burn_nf4_llm::text::Text;
 use clap::Args;
 
@@ -36,8 +36,8 @@ pub struct ModelArgs {
 
 /// A model with all that belongs to it.
 pub struct Opened {
-    pub model: Llama,
-    pub config: LlamaConfig,
+    pub model: Decoder,
+    pub config: DecoderConfig,
     pub text: Text,
 }
 
@@ -47,7 +47,7 @@ pub struct Prepared {
     name: DeviceName,
     pub device: Device,
     dtype: FloatType,
-    pub config: LlamaConfig,
+    pub config: DecoderConfig,
     pub text: Text,
 }
 
@@ -56,7 +56,7 @@ impl ModelArgs {
     pub fn prepare(&self, train: bool) -> Result<Prepared, ModelError> {
         let device = self.device.open()?;
         let folder = fetch::folder(&self.model)?;
-        let config = LlamaConfig::from_folder(&folder)?;
+        let config = DecoderConfig::from_folder(&folder)?;
         let text = Text::from_folder(&folder)?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
         Ok(Prepared {
@@ -111,10 +111,10 @@ impl Prepared {
 
 fn load_model(
     folder: &Path,
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     dtype: FloatType,
     device: &Device,
-) -> Result<Llama, ModelError> {
+) -> Result<Decoder, ModelError> {
     let bar = Bar::new("load");
     let store = CheckpointStore::open(folder)?.on_progress(move |progress| bar.show(progress));
     load(store, config, dtype, device)
@@ -139,7 +139,7 @@ impl AdapterArgs {
     }
 
     /// The model with the adapter that was read.
-    pub fn apply(&self, adapter: Option<Adapter>, model: Llama) -> Result<Llama, ModelError> {
+    pub fn apply(&self, adapter: Option<Adapter>, model: Decoder) -> Result<Decoder, ModelError> {
         let (Some(adapter), Some(folder)) = (adapter, &self.adapter) else {
             return Ok(model);
         };

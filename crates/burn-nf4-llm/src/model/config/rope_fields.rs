@@ -24,27 +24,59 @@ const COMMON_KEYS: [&str; 6] = [
 
 const TYPES: &str = "default, linear, dynamic, llama3, yarn";
 
+/// What a family's class says of its rotary embeddings, where `config.json` does not.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RopeDefaults {
+    /// The base.
+    pub theta: f64,
+    /// Elements of a head that are rotated.
+    pub rotary_dim: usize,
+    /// Positions of the model.
+    pub max_positions: usize,
+    /// Positions before a scaling, where the class knows them.
+    pub original_positions: Option<f64>,
+}
+
 impl RopeConfig {
-    /// Reads the parameters of a model.
-    pub fn read(
+    /// Reads the parameters of a model whose layers have one rotary embedding.
+    pub(crate) fn read(config: &Fields, defaults: RopeDefaults) -> Result<Self, ModelError> {
+        Self::from_parameters(config, &parameters(config)?, defaults)
+    }
+
+    /// Reads parameters; `config` is where a base, and the positions before a scaling, are looked for too.
+    pub(crate) fn from_parameters(
         config: &Fields,
-        max_positions: usize,
-        head_dim: usize,
+        parameters: &Fields,
+        defaults: RopeDefaults,
     ) -> Result<Self, ModelError> {
-        let parameters = parameters(config)?;
-        let name = match parameters.value("rope_type") {
-            Some(_) => parameters.required::<String>("rope_type")?,
-            None => parameters.get("type")?.unwrap_or("default".into()),
-        };
-        for fields in [config, &parameters] {
+        let name = type_name(parameters)?;
+        for fields in [config, parameters] {
             if let Some(factor) = fields.nullable::<f64>("partial_rotary_factor")?
                 && factor != 1.0
             {
                 return Err(fields.unsupported("partial_rotary_factor", factor, "1"));
             }
         }
-        let keys: &[&str] = match name.as_str() {
-            "default" => &[],
+        if !TYPES.split(", ").any(|known| known == name) {
+            return Err(parameters.unsupported("rope_type", name, TYPES));
+        }
+        Self::of_type(&name, config, parameters, defaults)
+    }
+
+    /// As [`from_parameters`](Self::from_parameters), of a type that the caller has chosen. A part of a
+    /// head may be rotated, which is the caller's matter too.
+    pub(crate) fn of_type(
+        name: &str,
+        config: &Fields,
+        parameters: &Fields,
+        defaults: RopeDefaults,
+    ) -> Result<Self, ModelError> {
+        let RopeDefaults {
+            rotary_dim,
+            max_positions,
+            ..
+        } = defaults;
+        let keys: &[&str] = match name {
             "linear" | "dynamic" => &["factor"],
             "llama3" => &["factor", "low_freq_factor", "high_freq_factor"],
             "yarn" => &[
@@ -56,42 +88,55 @@ impl RopeConfig {
                 "mscale_all_dim",
                 "truncate",
             ],
-            _ => return Err(parameters.unsupported("rope_type", name, TYPES)),
+            "longrope" => &["factor", "attention_factor", "short_factor", "long_factor"],
+            _ => &[],
         };
-        check_keys(&parameters, &name, keys)?;
-        let theta = theta(config, &parameters)?;
-        let scaling = match name.as_str() {
+        check_keys(parameters, name, keys)?;
+        let theta = theta(config, parameters, defaults.theta)?;
+        let scaling = match name {
             "linear" => RopeScaling::Linear {
-                factor: factor(&parameters)?,
+                factor: factor(parameters)?,
             },
-            "dynamic" if head_dim == 2 => {
+            "dynamic" if rotary_dim == 2 => {
                 return Err(config.unsupported("head_dim", 2, "4 or more with dynamic scaling"));
             }
             "dynamic" => RopeScaling::Dynamic {
-                factor: factor(&parameters)?,
+                factor: factor(parameters)?,
             },
-            "llama3" => llama3(&parameters, original(config, &parameters, max_positions)?)?,
+            "llama3" => llama3(parameters, original(config, parameters, defaults)?)?,
             "yarn" if theta == 1.0 => {
                 return Err(parameters.unsupported("rope_theta", theta, "another with yarn"));
             }
             "yarn" => {
-                let original = original(config, &parameters, max_positions)?;
-                yarn(&parameters, original, max_positions as f64)?
+                let original = original(config, parameters, defaults)?;
+                yarn(parameters, original, max_positions as f64)?
+            }
+            "longrope" => {
+                let original = original(config, parameters, defaults)?;
+                longrope(parameters, original, defaults)?
             }
             _ => RopeScaling::Default,
         };
         Ok(Self {
             scaling,
             theta,
-            head_dim,
+            rotary_dim,
             max_positions,
         })
     }
 }
 
+/// The type, as it is spelled.
+pub(crate) fn type_name(parameters: &Fields) -> Result<String, ModelError> {
+    match parameters.value("rope_type") {
+        Some(_) => parameters.required("rope_type"),
+        None => Ok(parameters.get("type")?.unwrap_or("default".into())),
+    }
+}
+
 /// `rope_scaling`, the older name, has precedence over `rope_parameters`, all of it; an empty object
 /// counts as absent.
-fn parameters(config: &Fields) -> Result<Fields, ModelError> {
+pub(crate) fn parameters(config: &Fields) -> Result<Fields, ModelError> {
     let mut found = None;
     for name in ["rope_scaling", "rope_parameters"] {
         let fields = config.object(name)?;
@@ -135,14 +180,19 @@ fn check_keys(parameters: &Fields, name: &str, keys: &[&str]) -> Result<(), Mode
 }
 
 /// The base: of the parameters, else of the config around them.
-fn theta(config: &Fields, parameters: &Fields) -> Result<f64, ModelError> {
+fn theta(config: &Fields, parameters: &Fields, default: f64) -> Result<f64, ModelError> {
     let fields = match parameters.value("rope_theta") {
         Some(_) => parameters,
         None => config,
     };
-    match fields.get("rope_theta")?.unwrap_or(10_000.0) {
+    base(fields, "rope_theta", default)
+}
+
+/// A base.
+pub(crate) fn base(fields: &Fields, name: &str, default: f64) -> Result<f64, ModelError> {
+    match fields.get(name)?.unwrap_or(default) {
         theta if theta > 0.0 => Ok(theta),
-        theta => Err(fields.unsupported("rope_theta", theta, "a positive number")),
+        theta => Err(fields.unsupported(name, theta, "a positive number")),
     }
 }
 
@@ -153,14 +203,19 @@ fn factor(parameters: &Fields) -> Result<f64, ModelError> {
     }
 }
 
-/// The positions before the scaling. The config's own field has precedence.
-fn original(config: &Fields, parameters: &Fields, max_positions: usize) -> Result<f64, ModelError> {
+/// The positions before the scaling. The config's own field has precedence, and its class.
+fn original(
+    config: &Fields,
+    parameters: &Fields,
+    defaults: RopeDefaults,
+) -> Result<f64, ModelError> {
     const NAME: &str = "original_max_position_embeddings";
-    let fields = match config.value(NAME) {
-        Some(_) => config,
-        None => parameters,
+    let fields = match (config.value(NAME), defaults.original_positions) {
+        (Some(_), _) => config,
+        (None, Some(positions)) => return Ok(positions),
+        (None, None) => parameters,
     };
-    match fields.get(NAME)?.unwrap_or(max_positions as f64) {
+    match fields.get(NAME)?.unwrap_or(defaults.max_positions as f64) {
         original if original > 0.0 => Ok(original),
         original => Err(fields.unsupported(NAME, original, "a positive number")),
     }
@@ -237,5 +292,43 @@ fn yarn(
         beta_slow,
         original_positions,
         truncate,
+    })
+}
+
+fn longrope(
+    parameters: &Fields,
+    original_positions: f64,
+    defaults: RopeDefaults,
+) -> Result<RopeScaling, ModelError> {
+    let pairs = defaults.rotary_dim / 2;
+    let factors = |name| -> Result<Vec<f64>, ModelError> {
+        let factors: Vec<f64> = parameters.required(name)?;
+        match factors.len() == pairs && factors.iter().all(|&factor| factor > 0.0) {
+            true => Ok(factors),
+            false => {
+                let given = parameters.value(name).map(spelled).unwrap_or_default();
+                let supported = format!("{pairs} positive numbers");
+                Err(parameters.unsupported(name, given, supported))
+            }
+        }
+    };
+    let factor = match parameters.value("factor") {
+        None | Some(Value::Null) => defaults.max_positions as f64 / original_positions,
+        Some(_) => factor(parameters)?,
+    };
+    let inferred = match factor <= 1.0 {
+        true => 1.0,
+        false => (1.0 + factor.ln() / original_positions.ln()).sqrt(),
+    };
+    let attention_factor = parameters.nullable("attention_factor")?.unwrap_or(inferred);
+    if !(attention_factor >= 0.0 && attention_factor.is_finite()) {
+        let supported = "a number of at least 0";
+        return Err(parameters.unsupported("attention_factor", attention_factor, supported));
+    }
+    Ok(RopeScaling::LongRope {
+        short_factors: factors("short_factor")?,
+        long_factors: factors("long_factor")?,
+        attention_factor,
+        original_positions,
     })
 }

@@ -1,0 +1,217 @@
+//! The fields that all families have.
+
+use burn_nf4::format::FloatType;
+use burn_nf4::op::MAX_HEAD_DIM;
+use serde_json::Value;
+
+use crate::error::ModelError;
+use crate::json::fields::Fields;
+use crate::model::config::rope_fields::RopeDefaults;
+use crate::model::config::{Biases, DecoderConfig, LayerConfig, NormPlacement, TokenIds};
+use crate::model::mlp::Activation;
+use crate::model::norm::NormForm;
+use crate::model::rope::RopeConfig;
+
+/// The values of a family's class for fields that `config.json` leaves out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Defaults {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// As many as heads if none.
+    pub num_key_value_heads: Option<usize>,
+    /// The hidden size over the heads if none.
+    pub head_dim: Option<usize>,
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub eos_token_id: Option<u32>,
+    pub tie_word_embeddings: bool,
+    /// The field that names the activation, and what it is.
+    pub activation: (&'static str, Activation),
+}
+
+impl Defaults {
+    /// A Llama with these fields: one rotary embedding, pre-norm, and nothing that only some families have.
+    /// The caller adds what its family has.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`].
+    pub fn read(&self, fields: &Fields) -> Result<DecoderConfig, ModelError> {
+        self.read_with_ropes(fields, |fields, defaults| {
+            Ok(vec![RopeConfig::read(fields, defaults)?])
+        })
+    }
+
+    /// As [`read`](Self::read), with other rotary embeddings. All layers have the first of them.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`].
+    pub fn read_with_ropes(
+        &self,
+        fields: &Fields,
+        ropes: impl FnOnce(&Fields, RopeDefaults) -> Result<Vec<RopeConfig>, ModelError>,
+    ) -> Result<DecoderConfig, ModelError> {
+        let activation = activation(fields, self.activation)?;
+        let hidden_size = size(fields, "hidden_size", self.hidden_size)?;
+        let num_hidden_layers = size(fields, "num_hidden_layers", self.num_hidden_layers)?;
+        let (num_attention_heads, num_key_value_heads) = self.heads(fields)?;
+        let head_dim = match self.head_dim {
+            Some(head_dim) => size(fields, "head_dim", head_dim)?,
+            None => fields
+                .nullable("head_dim")?
+                .unwrap_or(hidden_size / num_attention_heads),
+        };
+        if !head_dim.is_multiple_of(2) || !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+            let supported = format!("an even number from 2 to {MAX_HEAD_DIM}");
+            return Err(fields.unsupported("head_dim", head_dim, supported));
+        }
+        let max_positions = self.max_position_embeddings;
+        let max_positions = size(fields, "max_position_embeddings", max_positions)?;
+        let eos_token_ids = match fields.value("eos_token_id") {
+            None => self.eos_token_id.into_iter().collect(),
+            Some(_) => fields
+                .nullable("eos_token_id")?
+                .map_or_else(Vec::new, |TokenIds(ids)| ids),
+        };
+        let layer = LayerConfig {
+            window: None,
+            rope: Some(0),
+        };
+        Ok(DecoderConfig {
+            vocab_size: size(fields, "vocab_size", self.vocab_size)?,
+            hidden_size,
+            intermediate_size: size(fields, "intermediate_size", self.intermediate_size)?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            layers: vec![layer; num_hidden_layers],
+            ropes: ropes(
+                fields,
+                RopeDefaults {
+                    theta: self.rope_theta,
+                    rotary_dim: head_dim,
+                    max_positions,
+                    original_positions: None,
+                },
+            )?,
+            max_positions,
+            norm_placement: NormPlacement::Pre,
+            norm_form: NormForm::CastThenWeight,
+            rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(self.rms_norm_eps),
+            qk_norm: None,
+            activation,
+            biases: Biases::default(),
+            fused_projections: false,
+            attention_scale: None,
+            attention_softcap: None,
+            embedding_scale: None,
+            residual_multiplier: 1.0,
+            logits_scaling: 1.0,
+            logits_softcap: None,
+            tie_word_embeddings: fields
+                .get("tie_word_embeddings")?
+                .unwrap_or(self.tie_word_embeddings),
+            dtype: dtype(fields)?,
+            eos_token_ids,
+            attention_dropout: fields.nullable("attention_dropout")?.unwrap_or(0.0),
+            residual_dropout: 0.0,
+        })
+    }
+
+    /// The heads of the queries, and of the keys and values.
+    fn heads(&self, fields: &Fields) -> Result<(usize, usize), ModelError> {
+        let heads = size(fields, "num_attention_heads", self.num_attention_heads)?;
+        let kv_heads = match (
+            fields.value("num_key_value_heads"),
+            self.num_key_value_heads,
+        ) {
+            (None, Some(kv_heads)) => kv_heads,
+            (None | Some(Value::Null), _) => heads,
+            (Some(_), _) => size(fields, "num_key_value_heads", heads)?,
+        };
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(fields.unsupported(
+                "num_key_value_heads",
+                format!("{kv_heads} for {heads} heads"),
+                "a divisor of num_attention_heads",
+            ));
+        }
+        Ok((heads, kv_heads))
+    }
+}
+
+/// A size of the model.
+pub(crate) fn size(fields: &Fields, name: &str, default: usize) -> Result<usize, ModelError> {
+    match fields.get(name)?.unwrap_or(default) {
+        0 => Err(fields.unsupported(name, 0, "a positive number")),
+        size => Ok(size),
+    }
+}
+
+/// A size that may be `null`, which is none.
+pub(crate) fn nullable_size(
+    fields: &Fields,
+    name: &str,
+    default: Option<usize>,
+) -> Result<Option<usize>, ModelError> {
+    match fields.value(name) {
+        None => Ok(default),
+        Some(Value::Null) => Ok(None),
+        Some(_) => size(fields, name, 0).map(Some),
+    }
+}
+
+/// A flag, false if left out.
+pub(crate) fn flag(fields: &Fields, name: &str) -> Result<bool, ModelError> {
+    Ok(fields.get(name)?.unwrap_or(false))
+}
+
+/// A number above zero.
+pub(crate) fn positive(fields: &Fields, name: &str, default: f64) -> Result<f64, ModelError> {
+    match fields.get(name)?.unwrap_or(default) {
+        number if number > 0.0 => Ok(number),
+        number => Err(fields.unsupported(name, number, "a positive number")),
+    }
+}
+
+/// A number above zero that may be `null`, which is none.
+pub(crate) fn nullable_positive(
+    fields: &Fields,
+    name: &str,
+    default: Option<f64>,
+) -> Result<Option<f64>, ModelError> {
+    match fields.value(name) {
+        None => Ok(default),
+        Some(Value::Null) => Ok(None),
+        Some(_) => positive(fields, name, 0.0).map(Some),
+    }
+}
+
+/// The activation, by its names in transformers' table.
+fn activation(
+    fields: &Fields,
+    (name, default): (&str, Activation),
+) -> Result<Activation, ModelError> {
+    match fields.get::<String>(name)?.as_deref() {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+        Some(other) => Err(fields.unsupported(name, other, "silu, gelu_pytorch_tanh")),
+    }
+}
+
+/// The type to compute in: `dtype`, or `torch_dtype` of older files.
+fn dtype(fields: &Fields) -> Result<FloatType, ModelError> {
+    for name in ["dtype", "torch_dtype"] {
+        if let Some(dtype) = fields.nullable::<String>(name)? {
+            return Ok(FloatType::from_name(
+                &dtype,
+                &format!("config.json: {name}"),
+            )?);
+        }
+    }
+    Ok(FloatType::F32)
+}

@@ -1,0 +1,183 @@
+//! The whole model.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor};
+use burn_nf4::linear_layers;
+use burn_nf4::model::{LinearLayers, TiedHead};
+use burn_nf4::nn::AnyLinear;
+use burn_nf4::op::{MatmulOptions, matmul};
+
+use crate::model::cache::{KvCache, element_bytes};
+use crate::model::config::DecoderConfig;
+use crate::model::layer::DecoderLayer;
+use crate::model::norm::RmsNorm;
+use crate::model::pass::Pass;
+use crate::model::rotation::RopeTables;
+use crate::model::scale::{EmbeddingScale, scaled, soft_capped};
+
+/// The path of the embedding in a checkpoint.
+pub const EMBEDDING: &str = "model.embed_tokens";
+
+/// The path of the head.
+pub const HEAD: &str = "lm_head";
+
+/// The model: an embedding, a stack of layers and a head.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// `[vocab_size, hidden_size]`; the head too, where that is tied to it.
+    pub embed_tokens: Param<Tensor<2>>,
+    /// The layers, from the embedding on.
+    pub layers: Vec<DecoderLayer>,
+    /// The norm before the head.
+    pub norm: RmsNorm,
+    /// None where the head is tied to the embeddings. A checkpoint that holds another head than the
+    /// table has its own, even if its config says that they are tied.
+    pub lm_head: Option<AnyLinear>,
+    /// The factor of the embeddings, if there is one.
+    #[module(skip)]
+    pub embedding_scale: Option<EmbeddingScale>,
+    /// Logits are divided by it.
+    pub logits_scaling: f64,
+    /// `c` of `c tanh(logit / c)`, in place of the logit.
+    pub logits_softcap: Option<f64>,
+}
+
+/// Fields that are no part of a name in checkpoints: what they hold belongs to the module around them.
+const UNNAMED: [&str; 3] = [".norms.", ".qkv.", ".gate_up."];
+
+linear_layers!(Decoder { layers, lm_head } {
+    fn checkpoint_name(path: &str) -> String {
+        match path {
+            "embed_tokens" => format!("{EMBEDDING}.weight"),
+            path if path.starts_with(HEAD) => path.into(),
+            path => {
+                let path = UNNAMED.iter().fold(path.to_string(), |path, part| path.replace(part, "."));
+                format!("model.{path}")
+            }
+        }
+    }
+
+    fn tied_head(&self) -> Option<TiedHead> {
+        self.lm_head.is_none().then(|| TiedHead {
+            head: HEAD.into(),
+            embedding: EMBEDDING.into(),
+        })
+    }
+
+    fn untie_head(mut self) -> Self {
+        if self.lm_head.is_none() {
+            self.lm_head = Some(AnyLinear::from_weight(self.embed_tokens.val(), None));
+        }
+        self
+    }
+});
+
+impl Decoder {
+    /// Tables for this model on its device.
+    pub fn rope_tables(&self, config: &DecoderConfig) -> RopeTables {
+        let device = self.device();
+        RopeTables::new(&config.ropes, &device, self.embed_tokens.dtype())
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.val().device()
+    }
+
+    /// What the layers share when they see `length` tokens after what the cache holds.
+    pub fn pass(&self, length: usize, rope: &mut RopeTables, cache: Option<&KvCache>) -> Pass {
+        let (start, padding) = cache.map_or((0, &[][..]), |cache| (cache.len(), cache.padding()));
+        let rotations = rope.rotations(start, length, padding);
+        let windows = self.layers.iter().map(|layer| layer.self_attn.window);
+        Pass::new(rotations, windows, start, length, padding, &self.device())
+    }
+
+    /// The embeddings of tokens.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, length]`
+    /// - returns `[batch, length, hidden_size]`
+    pub fn embed(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, length] = ids.dims();
+        let table = self.embed_tokens.val();
+        let hidden_size = table.dims()[1];
+        let x =
+            table
+                .select(0, ids.reshape([batch * length]))
+                .reshape([batch, length, hidden_size]);
+        match self.embedding_scale {
+            Some(scale) => scale.apply(x),
+            None => x,
+        }
+    }
+
+    /// The output of the last layer, before the last norm.
+    ///
+    /// A cache must not be carried on where [`recomputes_keys`](crate::model::rope::RopeConfig::recomputes_keys) holds and the
+    /// [regime](crate::model::rope::RopeConfig::regime) of the text changes: [`generate`](crate::generate::generate) begins
+    /// another one there.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, length]`
+    /// - returns `[batch, length, hidden_size]`
+    pub fn hidden(
+        &self,
+        ids: Tensor<2, Int>,
+        rope: &mut RopeTables,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let length = ids.dims()[1];
+        let pass = self.pass(length, rope, cache.as_deref());
+        let mut x = self.embed(ids);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let layer_cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
+            x = layer.forward(x, &pass, layer_cache);
+        }
+        if let Some(cache) = cache {
+            cache.advance(length);
+        }
+        x
+    }
+
+    /// The logits of every position of `x`, in the dtype of the model.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, length, hidden_size]`, as [`hidden`](Self::hidden) returns it
+    /// - returns `[batch, length, vocab_size]`
+    pub fn head(&self, x: Tensor<3>) -> Tensor<3> {
+        let x = self.norm.forward(x);
+        let logits = match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => {
+                let table = self.embed_tokens.val().unsqueeze();
+                matmul(x, table, None, MatmulOptions::TRANSPOSE_RHS).expect("the table fits")
+            }
+        };
+        soft_capped(
+            scaled(logits, 1.0 / self.logits_scaling),
+            self.logits_softcap,
+        )
+    }
+
+    /// The logits of the last position, `[batch, vocab_size]`.
+    pub fn next_logits(
+        &self,
+        ids: Tensor<2, Int>,
+        rope: &mut RopeTables,
+        cache: &mut KvCache,
+    ) -> Tensor<2> {
+        let hidden = self.hidden(ids, rope, Some(cache));
+        let [_, length, _] = hidden.dims();
+        self.head(hidden.narrow(1, length - 1, 1)).squeeze_dim(1)
+    }
+
+    /// Bytes of packed weights and of float weights on the device.
+    pub fn size_bytes(&self) -> (usize, usize) {
+        let embedding = self.embed_tokens.val();
+        let embedding = embedding.shape().num_elements() * element_bytes(embedding.dtype());
+        let linears = self.linears();
+        let packed = linears.iter().map(|(_, layer)| layer.packed_bytes());
+        let float = linears.iter().map(|(_, layer)| layer.float_bytes());
+        (packed.sum(), embedding + float.sum::<usize>())
+    }
+}

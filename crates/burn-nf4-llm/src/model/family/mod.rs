@@ -1,0 +1,54 @@
+//! The families of models, and how the `config.json` of each is read.
+//!
+//! A family is one file and a line of the table here. The fields and defaults are those of its
+//! configuration class in transformers 5.24.0; a field that the class does not read is not read here.
+
+mod gemma2;
+mod gemma3;
+mod granite;
+mod llama;
+mod mistral;
+mod olmo2;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod smollm3;
+
+use crate::error::ModelError;
+use crate::json::fields::Fields;
+use crate::model::config::DecoderConfig;
+
+/// Reads the `config.json` of a family.
+type Reader = fn(&Fields) -> Result<DecoderConfig, ModelError>;
+
+/// The families, by the `model_type` of their configs.
+const FAMILIES: [(&str, Reader); 10] = [
+    ("gemma2", gemma2::read),
+    ("gemma3_text", gemma3::read),
+    ("granite", granite::read),
+    ("llama", llama::read),
+    ("mistral", mistral::read),
+    ("olmo2", olmo2::read),
+    ("phi3", phi3::read),
+    ("qwen2", qwen2::read),
+    ("qwen3", qwen3::read),
+    ("smollm3", smollm3::read),
+];
+
+/// The values of `model_type` that are known.
+pub fn model_types() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|(model_type, _)| *model_type)
+}
+
+/// The reader of the family that `model_type` names.
+pub(super) fn reader(fields: &Fields) -> Result<Reader, ModelError> {
+    let given: String = fields.required("model_type")?;
+    let mut families = FAMILIES.iter();
+    match families.find(|(model_type, _)| *model_type == given) {
+        Some((_, read)) => Ok(*read),
+        None => {
+            let known: Vec<&str> = model_types().collect();
+            Err(fields.unsupported("model_type", given, known.join(", ")))
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! One layer: attention and a feed-forward block, each added to what came in.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use burn_nf4::linear_layers;
+
+use crate::model::attention::Attention;
+use crate::model::cache::LayerCache;
+use crate::model::mlp::GatedMlp;
+use crate::model::norm::RmsNorm;
+use crate::model::pass::Pass;
+use crate::model::scale::scaled;
+
+/// One layer.
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// The norms of attention and the MLP.
+    pub norms: LayerNorms,
+    /// Attention.
+    pub self_attn: Attention,
+    /// The MLP.
+    pub mlp: GatedMlp,
+    /// The output of attention and of the MLP is multiplied by it before it is added.
+    pub residual_multiplier: f64,
+}
+
+linear_layers!(DecoderLayer { self_attn, mlp });
+
+/// The norms of a layer, under the names that checkpoints have for them.
+#[derive(Module, Debug)]
+pub enum LayerNorms {
+    /// Before attention and the MLP.
+    Pre(PreNorms),
+    /// Before and after each.
+    Sandwich(SandwichNorms),
+    /// After each.
+    Post(PostNorms),
+}
+
+/// The input of attention and of the MLP is normalised (arXiv 2002.04745).
+#[derive(Module, Debug)]
+pub struct PreNorms {
+    /// Before attention.
+    pub input_layernorm: RmsNorm,
+    /// Before the MLP.
+    pub post_attention_layernorm: RmsNorm,
+}
+
+/// Input and output of attention and of the MLP are normalised (arXiv 2408.00118).
+#[derive(Module, Debug)]
+pub struct SandwichNorms {
+    /// Before attention.
+    pub input_layernorm: RmsNorm,
+    /// After attention.
+    pub post_attention_layernorm: RmsNorm,
+    /// Before the MLP.
+    pub pre_feedforward_layernorm: RmsNorm,
+    /// After the MLP.
+    pub post_feedforward_layernorm: RmsNorm,
+}
+
+/// The output of attention and of the MLP is normalised (arXiv 2501.00656).
+#[derive(Module, Debug)]
+pub struct PostNorms {
+    /// After attention.
+    pub post_attention_layernorm: RmsNorm,
+    /// After the MLP.
+    pub post_feedforward_layernorm: RmsNorm,
+}
+
+/// The norms of attention, or of the MLP.
+struct BlockNorms<'a> {
+    before: Option<&'a RmsNorm>,
+    after: Option<&'a RmsNorm>,
+}
+
+impl LayerNorms {
+    fn of_attention(&self) -> BlockNorms<'_> {
+        let (before, after) = match self {
+            Self::Pre(norms) => (Some(&norms.input_layernorm), None),
+            Self::Sandwich(norms) => (
+                Some(&norms.input_layernorm),
+                Some(&norms.post_attention_layernorm),
+            ),
+            Self::Post(norms) => (None, Some(&norms.post_attention_layernorm)),
+        };
+        BlockNorms { before, after }
+    }
+
+    fn of_mlp(&self) -> BlockNorms<'_> {
+        let (before, after) = match self {
+            Self::Pre(norms) => (Some(&norms.post_attention_layernorm), None),
+            Self::Sandwich(norms) => (
+                Some(&norms.pre_feedforward_layernorm),
+                Some(&norms.post_feedforward_layernorm),
+            ),
+            Self::Post(norms) => (None, Some(&norms.post_feedforward_layernorm)),
+        };
+        BlockNorms { before, after }
+    }
+}
+
+impl BlockNorms<'_> {
+    /// The output of a block for `x`, with the norms that it has.
+    fn around(&self, x: Tensor<3>, block: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
+        let norm = |norm: Option<&RmsNorm>, x| match norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
+        let y = block(norm(self.before, x));
+        norm(self.after, y)
+    }
+}
+
+impl DecoderLayer {
+    /// Attention, then the MLP, each added to its input.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, length, hidden_size]`, and so the result
+    pub fn forward(&self, x: Tensor<3>, pass: &Pass, cache: Option<&mut LayerCache>) -> Tensor<3> {
+        let norms = self.norms.of_attention();
+        let y = norms.around(x.clone(), |x| self.self_attn.forward(x, pass, cache));
+        let x = x + scaled(y, self.residual_multiplier);
+        let norms = self.norms.of_mlp();
+        let y = norms.around(x.clone(), |x| self.mlp.forward(x));
+        x + scaled(y, self.residual_multiplier)
+    }
+}

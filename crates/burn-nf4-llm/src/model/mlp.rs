@@ -1,0 +1,106 @@
+//! The feed-forward block of a layer.
+
+use burn::module::Module;
+use burn::tensor::activation::{gelu_approximate, silu};
+use burn::tensor::{DType, Tensor};
+use burn_nf4::linear_layers;
+use burn_nf4::nn::AnyLinear;
+
+use crate::model::variants::linear_variants;
+
+/// The activation of a gate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// The tanh approximation of GELU (arXiv 1606.08415), PyTorch's `approximate="tanh"`.
+    GeluTanh,
+}
+
+impl Activation {
+    fn apply(self, x: Tensor<3>) -> Tensor<3> {
+        match self {
+            Self::Silu => silu(x),
+            Self::GeluTanh => {
+                // PyTorch computes it in f32 and rounds once.
+                let dtype = x.dtype();
+                gelu_approximate(x.cast(DType::F32)).cast(dtype)
+            }
+        }
+    }
+}
+
+/// `down(activation(gate(x)) up(x))` (arXiv 2002.05202).
+#[derive(Module, Debug)]
+pub struct GatedMlp {
+    /// To the gate and to what it is multiplied by.
+    pub gate_up: GateUpProjections,
+    /// Back to the hidden size.
+    pub down_proj: AnyLinear,
+    /// The activation of the gate.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+/// The projections to gate and up, as the checkpoints of a family have them.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a model has few, and nearly all are of the larger kind"
+)]
+#[derive(Module, Debug)]
+pub enum GateUpProjections {
+    /// A matrix each.
+    Separate(SeparateGateUp),
+    /// One for both.
+    Fused(FusedGateUp),
+}
+
+/// A projection each.
+#[derive(Module, Debug)]
+pub struct SeparateGateUp {
+    /// To the gate.
+    pub gate_proj: AnyLinear,
+    /// To what the gate is multiplied by.
+    pub up_proj: AnyLinear,
+}
+
+/// One projection, with the rows of gate and up in this order.
+#[derive(Module, Debug)]
+pub struct FusedGateUp {
+    /// To both.
+    pub gate_up_proj: AnyLinear,
+}
+
+linear_layers!(SeparateGateUp { gate_proj, up_proj });
+linear_layers!(FusedGateUp { gate_up_proj });
+linear_variants!(GateUpProjections { Separate, Fused });
+linear_layers!(GatedMlp { gate_up, down_proj });
+
+impl GatedMlp {
+    /// The output for `x`.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, length, hidden_size]`, and so the result
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let [gate, up] = self.gate_up.forward(x);
+        self.down_proj.forward(self.activation.apply(gate) * up)
+    }
+}
+
+impl GateUpProjections {
+    fn forward(&self, x: Tensor<3>) -> [Tensor<3>; 2] {
+        match self {
+            Self::Separate(SeparateGateUp { gate_proj, up_proj }) => {
+                [gate_proj.forward(x.clone()), up_proj.forward(x)]
+            }
+            Self::Fused(FusedGateUp { gate_up_proj }) => {
+                let both = gate_up_proj.forward(x);
+                let inner = both.dims()[2] / 2;
+                [
+                    both.clone().narrow(2, 0, inner),
+                    both.narrow(2, inner, inner),
+                ]
+            }
+        }
+    }
+}

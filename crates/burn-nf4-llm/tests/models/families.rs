@@ -1,0 +1,462 @@
+//! Every family against transformers: `fixtures/families` holds a tiny model of each, in NF4, and what
+//! transformers computes with it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
+use burn_nf4::format::FloatType;
+use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4::peft::{Adapter, LoraConfig, TargetModules};
+use burn_nf4_llm::error::ModelError;
+use burn_nf4_llm::generate::{Request, Sampling, generate};
+use burn_nf4_llm::model::cache::KvCache;
+use burn_nf4_llm::model::family::model_types;
+use burn_nf4_llm::model::{Decoder, DecoderConfig};
+use burn_nf4_llm::train::data::Batch;
+use burn_nf4_llm::train::schedule::{Decay, Schedule};
+use burn_nf4_llm::train::{Settings, Trainer};
+
+use rstest::rstest;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::fixtures::{fixture, floats, ints, logits, max_difference, open, open_folder};
+use crate::stored;
+
+/// Logits are about 1 and pass through sums of up to 192 products in f32.
+const TOLERANCE: f32 = 2e-5;
+
+/// Tokens of the prompt of the generated text.
+const PROMPT: usize = 8;
+
+struct Family {
+    folder: PathBuf,
+    model: Decoder,
+    config: DecoderConfig,
+    theirs: SafetensorsFile,
+}
+
+impl Family {
+    fn open(name: &str) -> Self {
+        let folder = format!("families/{name}");
+        let (model, config) = open(&format!("{folder}/model"), None, &Device::default());
+        let theirs = SafetensorsFile::open(fixture(&format!("{folder}/io.safetensors"))).unwrap();
+        Self {
+            folder: fixture(&folder),
+            model,
+            config,
+            theirs,
+        }
+    }
+
+    fn assert_near(&self, ours: &[f32], key: &str) {
+        let (theirs, _) = self.theirs.load_float::<f32>(key).unwrap();
+        let difference = max_difference(ours, &theirs);
+        assert!(difference < TOLERANCE, "{key}: {difference:e}");
+    }
+
+    fn tokens(&self, ids: Vec<i64>, shape: [usize; 2]) -> Tensor<2, Int> {
+        Tensor::from_data(TensorData::new(ids, shape), &self.model.device())
+    }
+}
+
+fn has_the_logits(family: &Family) {
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    let ours = logits(&family.model, &family.config, &ids, &shape);
+    family.assert_near(&ours, "logits");
+}
+
+/// Past the window of those that have one: 12 tokens.
+fn has_them_in_two_parts_with_a_cache(family: &Family) {
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    let [rows, length] = [shape[0], shape[1]];
+    let ids = family.tokens(ids, [rows, length]);
+    let mut rope = family.model.rope_tables(&family.config);
+    let mut cache = KvCache::new(family.config.layers.len(), vec![0; rows]);
+    let first = 17;
+    let parts = [(0, first), (first, length - first)].map(|(start, length)| {
+        let ids = ids.clone().narrow(1, start, length);
+        let hidden = family.model.hidden(ids, &mut rope, Some(&mut cache));
+        family.model.head(hidden)
+    });
+    let ours = floats(Tensor::cat(parts.into(), 1));
+    family.assert_near(&ours, "logits");
+}
+
+fn has_those_of_a_padded_batch(family: &Family) {
+    let (ids, shape) = ints(&family.theirs, "padded_ids");
+    let (mask, _) = ints(&family.theirs, "padded_mask");
+    let [rows, length] = [shape[0], shape[1]];
+    let padding = mask.chunks(length).map(|row| {
+        let pad = row.iter().position(|&seen| seen == 1).unwrap();
+        assert!(row[pad..].iter().all(|&seen| seen == 1));
+        pad
+    });
+    let padding: Vec<usize> = padding.collect();
+    assert!(padding.iter().any(|&pad| pad > 0));
+    let mut rope = family.model.rope_tables(&family.config);
+    let mut cache = KvCache::new(family.config.layers.len(), padding);
+    let ids = family.tokens(ids, [rows, length]);
+    let ours = floats(family.model.next_logits(ids, &mut rope, &mut cache));
+    family.assert_near(&ours, "padded_logits");
+}
+
+fn generates_the_same_text(family: &Family) {
+    let as_tokens = |key: &str| -> Vec<u32> {
+        let (ids, _) = ints(&family.theirs, key);
+        ids.iter().map(|&id| id as u32).collect()
+    };
+    let prompt = as_tokens("input_ids")[..PROMPT].to_vec();
+    let expected = as_tokens("generated");
+    let request = Request {
+        prompts: vec![prompt],
+        max_tokens: expected.len(),
+        sampling: Sampling::greedy(),
+        eos: Vec::new(),
+    };
+    let report = generate(&family.model, &family.config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.tokens[0], expected);
+}
+
+/// Under the names that it had.
+fn is_saved_as_it_was(family: &Family) {
+    let source = Checkpoint::open(family.folder.join("model")).unwrap();
+    let options = SaveFolder {
+        source: Some(&source),
+        ..SaveFolder::default()
+    };
+    let out = tempfile::tempdir().unwrap();
+    let folder = out.path().join("saved");
+    family.model.save_folder(&folder, &options).unwrap();
+    let saved = Checkpoint::open(&folder).unwrap();
+    assert_eq!(saved.parameters(), source.parameters());
+    let (model, config) = open_folder(&folder, None, &Device::default());
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    family.assert_near(&logits(&model, &config, &ids, &shape), "logits");
+}
+
+/// A few steps of QLoRA lessen the loss, and the adapter gives the same logits on the model and in it.
+fn learns_an_adapter(family: &Family) {
+    let device = Device::default().autodiff();
+    let folder = family.folder.join("model");
+    let lora = LoraConfig::new(TargetModules::AllLinear);
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    let rows: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+    let batch = Batch::new(&rows.chunks(shape[1]).collect::<Vec<_>>());
+    let [mut kept, mut again] = [false, true].map(|checkpointing| {
+        let (model, config) = open_folder(&folder, None, &device);
+        device.seed(3);
+        let model = model.with_lora(&lora, &device).unwrap();
+        let schedule = Schedule {
+            peak: 1e-2,
+            decay: Decay::Constant,
+            warmup: 0,
+            total: 3,
+        };
+        let settings = Settings::new(schedule, &lora).unwrap();
+        Trainer::new(model, &config, lora.clone(), settings, checkpointing)
+    });
+    let losses = [(); 3].map(|()| kept.step(std::slice::from_ref(&batch)));
+    assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
+    // Computed twice, each layer has the gradients that it has at once.
+    for loss in &losses[..2] {
+        let difference = (again.step(std::slice::from_ref(&batch)) - loss).abs();
+        assert!(difference < 1e-5, "{difference:e}");
+    }
+
+    let out = tempfile::tempdir().unwrap();
+    kept.save_adapter(out.path()).unwrap();
+    let adapter = Adapter::open(out.path()).unwrap();
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    for (name, _) in adapter.modules() {
+        assert!(checkpoint.is_quantized(&format!("{name}.weight")), "{name}");
+    }
+    let (base, config) = open_folder(&folder, None, &Device::default());
+    let model = base.apply_adapter(&adapter, &Device::default()).unwrap();
+    let adapted = logits(&model, &config, &ids, &shape);
+    let trained = logits(&kept.model.valid(), &config, &ids, &shape);
+    assert_eq!(max_difference(&adapted, &trained), 0.0);
+    let merged = model.merge(None).unwrap();
+    let difference = max_difference(&logits(&merged, &config, &ids, &shape), &adapted);
+    // The branch is summed apart or within the weight.
+    assert!(difference < 1e-4, "{difference:e}");
+}
+
+macro_rules! families {
+    ($($name:ident)*) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn logits() {
+                has_the_logits(&Family::open(stringify!($name)));
+            }
+
+            #[test]
+            fn two_parts() {
+                has_them_in_two_parts_with_a_cache(&Family::open(stringify!($name)));
+            }
+
+            #[test]
+            fn padded() {
+                has_those_of_a_padded_batch(&Family::open(stringify!($name)));
+            }
+
+            #[test]
+            fn saved() {
+                is_saved_as_it_was(&Family::open(stringify!($name)));
+            }
+
+            #[test]
+            fn trained() {
+                learns_an_adapter(&Family::open(stringify!($name)));
+            }
+
+            #[test]
+            fn generated() {
+                generates_the_same_text(&Family::open(stringify!($name)));
+            }
+        }
+    )*};
+}
+
+families! {
+    gemma2 gemma3_text granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
+    smollm3
+}
+
+#[derive(Deserialize)]
+struct Variants {
+    ids: Vec<i64>,
+    variants: Vec<Variant>,
+}
+
+#[derive(Deserialize)]
+struct Variant {
+    name: String,
+    config: Value,
+    generated: Vec<u32>,
+}
+
+/// `variants.json` comes from transformers, see `make_variants.py`: what the models above do not have, and
+/// older spellings. Texts of 20 tokens, past windows of 5, and past the 12 where long factors begin.
+struct Checked {
+    ids: Vec<i64>,
+    variants: Vec<Variant>,
+    file: SafetensorsFile,
+}
+
+impl Checked {
+    fn open() -> Self {
+        let text = std::fs::read(fixture("families/variants.json")).unwrap();
+        let Variants { ids, variants } = serde_json::from_slice(&text).unwrap();
+        let file = SafetensorsFile::open(fixture("families/variants.safetensors")).unwrap();
+        Self {
+            ids,
+            variants,
+            file,
+        }
+    }
+
+    fn model(&self, variant: &Variant, dtype: FloatType) -> (Decoder, DecoderConfig) {
+        let prefix = format!("{}/", variant.name);
+        let held = stored::read(&self.file);
+        let tensors = held.into_iter().filter_map(|(key, tensor)| {
+            let key = key.strip_prefix(&prefix)?;
+            (!key.starts_with("logits")).then(|| (key.to_string(), tensor))
+        });
+        let folder = tempfile::tempdir().unwrap();
+        stored::write(folder.path(), &tensors.collect());
+        let config = variant.config.to_string();
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        open_folder(folder.path(), Some(dtype), &Device::default())
+    }
+
+    fn theirs(&self, variant: &Variant, key: &str) -> Vec<f32> {
+        let key = format!("{}/{key}", variant.name);
+        self.file.load_float::<f32>(&key).unwrap().0
+    }
+}
+
+#[test]
+fn configs_that_say_something_else_have_the_logits_of_transformers() {
+    let checked = Checked::open();
+    for variant in &checked.variants {
+        let (model, config) = checked.model(variant, FloatType::F32);
+        let ours = logits(&model, &config, &checked.ids, &[1, checked.ids.len()]);
+        let theirs = checked.theirs(variant, "logits");
+        let difference = max_difference(&ours, &theirs);
+        let largest = max_difference(&theirs, &vec![0.0; ours.len()]);
+        let name = &variant.name;
+        // Sums of up to 32 products, relative to the largest logit.
+        assert!(
+            difference < 2e-5 * largest.max(1.0),
+            "{name}: {difference:e}"
+        );
+    }
+}
+
+#[test]
+fn configs_that_say_something_else_have_the_texts_of_transformers() {
+    let checked = Checked::open();
+    for variant in &checked.variants {
+        let (model, config) = checked.model(variant, FloatType::F32);
+        let prompt = checked.ids[..PROMPT].iter().map(|&id| id as u32).collect();
+        let request = Request {
+            prompts: vec![prompt],
+            max_tokens: variant.generated.len(),
+            sampling: Sampling::greedy(),
+            eos: Vec::new(),
+        };
+        let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+        assert_eq!(report.tokens[0], variant.generated, "{}", variant.name);
+    }
+}
+
+#[derive(Deserialize)]
+struct Defaults {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    tie_word_embeddings: bool,
+    eos_token_id: Option<u32>,
+    head_dim: usize,
+    windows: Vec<Option<usize>>,
+    thetas: Vec<Option<f32>>,
+}
+
+/// `defaults.json` comes from transformers, see `make_variants.py`.
+#[test]
+fn fields_left_out_have_the_defaults_of_the_family() {
+    let text = std::fs::read(fixture("families/defaults.json")).unwrap();
+    let all: BTreeMap<String, Defaults> = serde_json::from_slice(&text).unwrap();
+    assert!(all.keys().map(String::as_str).eq(model_types()));
+    for (name, theirs) in all {
+        let ours = config(json!({ "model_type": name })).unwrap();
+        assert_eq!(ours.vocab_size, theirs.vocab_size, "{name}");
+        assert_eq!(ours.hidden_size, theirs.hidden_size, "{name}");
+        assert_eq!(ours.intermediate_size, theirs.intermediate_size, "{name}");
+        let heads = [ours.num_attention_heads, ours.num_key_value_heads];
+        let expected = [theirs.num_attention_heads, theirs.num_key_value_heads];
+        assert_eq!(heads, expected, "{name}");
+        assert_eq!(ours.head_dim, theirs.head_dim, "{name}");
+        let positions = theirs.max_position_embeddings;
+        assert_eq!(ours.max_positions, positions, "{name}");
+        assert_eq!(ours.rms_norm_eps, theirs.rms_norm_eps, "{name}");
+        let (tied, eos) = (theirs.tie_word_embeddings, theirs.eos_token_id);
+        assert_eq!(ours.tie_word_embeddings, tied, "{name}");
+        assert!(ours.eos_token_ids.into_iter().eq(eos), "{name}");
+        let windows: Vec<_> = ours.layers.iter().map(|layer| layer.window).collect();
+        assert_eq!(windows, theirs.windows, "{name}");
+        let theta = |rope: usize| {
+            // The second pair of channels turns by theta^(-2 / dim).
+            let rope = &ours.ropes[rope];
+            rope.inverse_frequencies(1)[1].powf(rope.rotary_dim as f32 / -2.0)
+        };
+        for (layer, expected) in ours.layers.iter().zip(theirs.thetas) {
+            let ours = layer.rope.map(theta);
+            let is_near = match (ours, expected) {
+                (Some(ours), Some(expected)) => (ours / expected - 1.0).abs() < 1e-4,
+                (ours, expected) => ours == expected,
+            };
+            assert!(is_near, "{name}: {ours:?} and {expected:?}");
+        }
+    }
+}
+
+fn config(fields: Value) -> Result<DecoderConfig, ModelError> {
+    DecoderConfig::from_json(fields.to_string().as_bytes(), Path::new("config.json"))
+}
+
+/// Of 4 pairs of channels.
+fn longrope(name: &str, value: Value) -> Value {
+    let mut fields = json!({
+        "type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 2.0, 3.0, 4.0],
+    });
+    fields[name] = value;
+    json!({"hidden_size": 64, "num_attention_heads": 8, "rope_scaling": fields})
+}
+
+/// What a family has that is not implemented, and what makes no sense: transformers stops at some of it,
+/// and reads other of it without effect.
+#[rstest]
+#[case::gemma2_both_ways("gemma2", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention")]
+#[case::gemma2_cap("gemma2", json!({"attn_logit_softcapping": 0.0}), "attn_logit_softcapping")]
+#[case::gemma2_final_cap("gemma2", json!({"final_logit_softcapping": -1.0}), "final_logit_softcapping")]
+#[case::gemma2_scalar("gemma2", json!({"query_pre_attn_scalar": 0}), "query_pre_attn_scalar")]
+#[case::gemma2_scalar_null("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar")]
+#[case::gemma2_activation("gemma2", json!({"hidden_activation": "gelu"}), "hidden_activation")]
+#[case::gemma2_head("gemma2", json!({"head_dim": null}), "head_dim")]
+#[case::gemma2_no_window("gemma2", json!({"sliding_window": null}), "layer_types")]
+#[case::gemma2_window("gemma2", json!({"sliding_window": 0}), "sliding_window")]
+#[case::gemma2_types("gemma2", json!({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}), "layer_types")]
+#[case::gemma2_few_types("gemma2", json!({"layer_types": ["full_attention"]}), "layer_types")]
+#[case::gemma2_ropes(
+    "gemma2",
+    json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}),
+    "rope_parameters.full_attention"
+)]
+#[case::gemma3_both_ways("gemma3_text", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention")]
+#[case::gemma3_cap("gemma3_text", json!({"attn_logit_softcapping": 50.0}), "attn_logit_softcapping")]
+#[case::gemma3_pattern("gemma3_text", json!({"sliding_window_pattern": 0}), "sliding_window_pattern")]
+#[case::gemma3_rope_of_all("gemma3_text", json!({"rope_parameters": {"rope_theta": 1e6}}), "rope_parameters.rope_theta")]
+#[case::gemma3_rope_kind(
+    "gemma3_text",
+    json!({"rope_parameters": {"sliding_attention": {"rope_type": "longrope"}}}),
+    "rope_parameters.sliding_attention.rope_type"
+)]
+#[case::gemma3_scaling("gemma3_text", json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor")]
+#[case::gemma3_base("gemma3_text", json!({"rope_local_base_freq": 0}), "rope_local_base_freq")]
+#[case::gemma3_vision("gemma3", json!({}), "model_type")]
+#[case::granite_scaling("granite", json!({"logits_scaling": 0}), "logits_scaling")]
+#[case::granite_scores("granite", json!({"attention_multiplier": null}), "attention_multiplier")]
+#[case::granite_types("granite", json!({"layer_types": ["sliding_attention"]}), "layer_types")]
+#[case::olmo2_activation("olmo2", json!({"hidden_act": "relu"}), "hidden_act")]
+#[case::phi3_odd_part("phi3", json!({"partial_rotary_factor": 0.1}), "rope_parameters.partial_rotary_factor")]
+#[case::phi3_no_part("phi3", json!({"partial_rotary_factor": 0.0}), "rope_parameters.partial_rotary_factor")]
+#[case::phi3_more_than_all("phi3", json!({"partial_rotary_factor": 2.0}), "rope_parameters.partial_rotary_factor")]
+#[case::phi3_linear("phi3", json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), "rope_scaling.rope_type")]
+#[case::phi3_few_factors("phi3", longrope("short_factor", json!([1.0])), "rope_scaling.short_factor")]
+#[case::phi3_no_factors(
+    "phi3",
+    longrope("long_factor", Value::Null),
+    "rope_scaling.long_factor"
+)]
+#[case::phi3_factor_zero("phi3", longrope("long_factor", json!([1.0, 1.0, 0.0, 1.0])), "rope_scaling.long_factor")]
+#[case::phi3_factor_text("phi3", longrope("long_factor", json!(["1", 1.0, 1.0, 1.0])), "rope_scaling.long_factor")]
+#[case::phi3_scale("phi3", longrope("attention_factor", json!(-1.0)), "rope_scaling.attention_factor")]
+#[case::phi3_other_key("phi3", longrope("short_mscale", json!(1.0)), "rope_scaling.short_mscale")]
+#[case::qwen2_window_unused(
+    "qwen2",
+    json!({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}),
+    "layer_types"
+)]
+#[case::qwen2_part("qwen2", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
+#[case::qwen3_head("qwen3", json!({"head_dim": 7}), "head_dim")]
+#[case::qwen3_long_head("qwen3", json!({"head_dim": 258}), "head_dim")]
+#[case::qwen3_experts("qwen3_moe", json!({}), "model_type")]
+#[case::smollm3_list("smollm3", json!({"no_rope_layers": [1, 0]}), "no_rope_layers")]
+#[case::smollm3_flags("smollm3", json!({"no_rope_layers": [true, false]}), "no_rope_layers")]
+#[case::smollm3_window_unused(
+    "smollm3",
+    json!({"num_hidden_layers": 1, "sliding_window": 8, "layer_types": ["sliding_attention"]}),
+    "layer_types"
+)]
+fn what_a_family_has_and_is_not_implemented_is_refused_by_name(
+    #[case] family: &str,
+    #[case] mut fields: Value,
+    #[case] name: &str,
+) {
+    fields["model_type"] = family.into();
+    match config(fields) {
+        Err(ModelError::Unsupported { field, .. }) => assert_eq!(field, name),
+        other => panic!("{other:?}"),
+    }
+}
