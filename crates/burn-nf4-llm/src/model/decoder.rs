@@ -1,7 +1,7 @@
 //! The whole model.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
@@ -75,8 +75,11 @@ linear_layers!(Decoder { layers, lm_head } {
 impl Decoder {
     /// Tables for this model on its device.
     pub fn rope_tables(&self, config: &DecoderConfig) -> RopeTables {
-        let device = self.device();
-        RopeTables::new(&config.ropes, &device, self.embed_tokens.dtype())
+        let dtype = match config.rotates_in_f32 {
+            true => DType::F32,
+            false => self.embed_tokens.dtype(),
+        };
+        RopeTables::new(&config.ropes, &self.device(), dtype)
     }
 
     /// The device of the weights.

@@ -11,8 +11,8 @@ pub struct RopeTables(Vec<RopeTable>);
 /// Cosines and sines of the positions used so far, on the device.
 ///
 /// The sine table carries the sign of the rotation, so that a rotation is
-/// `x cos + swap_halves(x) sin`. As in transformers, angles are in f32 and the tables are cast to the
-/// type of the model at the end.
+/// `x cos + swap_halves(x) sin`. As in transformers, angles are in f32 and the tables are cast at the
+/// end.
 #[derive(Debug)]
 struct RopeTable {
     config: RopeConfig,
@@ -36,7 +36,7 @@ pub struct Rotation {
 const ROWS_STEP: usize = 1024;
 
 impl RopeTables {
-    /// Tables that grow as positions are asked for.
+    /// Tables of this type that grow as positions are asked for.
     pub fn new(configs: &[RopeConfig], device: &Device, dtype: DType) -> Self {
         let tables = configs.iter().cloned();
         Self(
@@ -148,8 +148,15 @@ impl RopeTable {
 }
 
 impl Rotation {
-    /// Rotates queries or keys, `[batch, heads, length, head_dim]`, or the first elements of each.
+    /// Rotates queries or keys, `[batch, heads, length, head_dim]`, or the first elements of each, in the
+    /// type of the tables.
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+        let dtype = x.dtype();
+        self.rotate_first(x.cast(self.cos.dtype())).cast(dtype)
+    }
+
+    /// Rotates as many elements of each head as the tables have.
+    fn rotate_first(&self, x: Tensor<4>) -> Tensor<4> {
         let [.., head_dim] = x.dims();
         let [.., rotary_dim] = self.cos.dims();
         if rotary_dim == head_dim {

@@ -13,8 +13,9 @@ use burn_nf4::peft::{Adapter, LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
+use burn_nf4_llm::model::config::Biases;
 use burn_nf4_llm::model::family::model_types;
-use burn_nf4_llm::model::{Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Activation, Decoder, DecoderConfig};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -275,6 +276,12 @@ impl Checked {
         open_folder(folder.path(), Some(dtype), &Device::default())
     }
 
+    fn logits(&self, variant: &Variant, dtype: FloatType) -> (Vec<f32>, DecoderConfig) {
+        let (model, config) = self.model(variant, dtype);
+        let ours = logits(&model, &config, &self.ids, &[1, self.ids.len()]);
+        (ours, config)
+    }
+
     fn theirs(&self, variant: &Variant, key: &str) -> Vec<f32> {
         let key = format!("{}/{key}", variant.name);
         self.file.load_float::<f32>(&key).unwrap().0
@@ -285,8 +292,7 @@ impl Checked {
 fn configs_that_say_something_else_have_the_logits_of_transformers() {
     let checked = Checked::open();
     for variant in &checked.variants {
-        let (model, config) = checked.model(variant, FloatType::F32);
-        let ours = logits(&model, &config, &checked.ids, &[1, checked.ids.len()]);
+        let (ours, _) = checked.logits(variant, FloatType::F32);
         let theirs = checked.theirs(variant, "logits");
         let difference = max_difference(&ours, &theirs);
         let largest = max_difference(&theirs, &vec![0.0; ours.len()]);
@@ -314,6 +320,41 @@ fn configs_that_say_something_else_have_the_texts_of_transformers() {
         let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
         assert_eq!(report.tokens[0], variant.generated, "{}", variant.name);
     }
+}
+
+/// Rounded where transformers rounds, with the scores of attention in f32 as its flash kernels have them.
+/// The measure is how far the rounding takes transformers from its own logits in f32.
+#[test]
+fn bf16_is_rounded_as_in_transformers() {
+    let checked = Checked::open();
+    for variant in &checked.variants {
+        let (ours, config) = checked.logits(variant, FloatType::BF16);
+        let theirs = checked.theirs(variant, "logits_bf16");
+        let exact = checked.theirs(variant, "logits");
+        let rounding = root_mean_square(&theirs, &exact);
+        let difference = root_mean_square(&ours, &theirs) / rounding;
+        let bound = match (config.biases == Biases::default(), config.activation) {
+            // The same operations in the same types: sums in another order are left.
+            (true, Activation::GeluTanh) => 0.1,
+            // Burn rounds the sigmoid of SiLU too.
+            (true, Activation::Silu) => 1.0,
+            // PyTorch adds a bias before it rounds the product. Two independent roundings would be the
+            // square root of two apart.
+            (false, _) => 1.42,
+        };
+        let name = &variant.name;
+        assert!(difference <= bound, "{name}: {difference}");
+        assert_ne!(
+            root_mean_square(&ours, &exact),
+            0.0,
+            "{name}: in another type"
+        );
+    }
+}
+
+fn root_mean_square(a: &[f32], b: &[f32]) -> f64 {
+    let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+    (squares.sum::<f64>() / a.len() as f64).sqrt()
 }
 
 #[derive(Deserialize)]

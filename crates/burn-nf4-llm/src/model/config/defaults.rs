@@ -97,6 +97,7 @@ impl Defaults {
                     original_positions: None,
                 },
             )?,
+            rotates_in_f32: false,
             max_positions,
             norm_placement: NormPlacement::Pre,
             norm_form: NormForm::CastThenWeight,

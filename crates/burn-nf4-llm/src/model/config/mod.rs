@@ -42,6 +42,8 @@ pub struct DecoderConfig {
     pub layers: Vec<LayerConfig>,
     /// The rotary embeddings of the model: [`LayerConfig::rope`] says which one a layer has.
     pub ropes: Vec<RopeConfig>,
+    /// Whether queries and keys are rotated in f32, whatever the type of the model.
+    pub rotates_in_f32: bool,
     /// Positions that the model was made for.
     pub max_positions: usize,
     /// Where a layer has its norms.

@@ -14,12 +14,14 @@ const DEFAULTS: Defaults = Defaults {
     ..llama::DEFAULTS
 };
 
-/// As Llama, with post-norm, and norms of the queries and of the keys over all heads of a token.
+/// As Llama, with post-norm, norms of the queries and of the keys over all heads of a token, and rotation
+/// in f32.
 pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let olmo = DecoderConfig {
         norm_placement: NormPlacement::Post,
         norm_form: NormForm::WeightThenCast,
         qk_norm: Some(QkNorm::Projection),
+        rotates_in_f32: true,
         biases: Biases::of(flag(fields, "attention_bias")?, false),
         ..DEFAULTS.read(fields)?
     };
