@@ -33,6 +33,12 @@ pub(crate) struct Defaults {
     pub activation: (&'static str, Activation),
 }
 
+/// The largest size of a model: more than any has.
+const MAX_SIZE: usize = i32::MAX as usize;
+
+/// The most layers of a model: more than any has.
+const MAX_LAYERS: usize = 65_536;
+
 impl Defaults {
     /// A Llama with these fields: one rotary embedding, pre-norm, and nothing that only some families have.
     /// The caller adds what its family has.
@@ -57,6 +63,10 @@ impl Defaults {
         let activation = activation(fields, self.activation)?;
         let hidden_size = size(fields, "hidden_size", self.hidden_size)?;
         let num_hidden_layers = size(fields, "num_hidden_layers", self.num_hidden_layers)?;
+        if num_hidden_layers > MAX_LAYERS {
+            let supported = format!("at most {MAX_LAYERS}");
+            return Err(fields.unsupported("num_hidden_layers", num_hidden_layers, supported));
+        }
         let (num_attention_heads, num_key_value_heads) = self.heads(fields)?;
         let head_dim = match self.head_dim {
             Some(head_dim) => size(fields, "head_dim", head_dim)?,
@@ -144,11 +154,14 @@ impl Defaults {
     }
 }
 
-/// A size of the model.
+/// A size of the model. Products of a few of them are counted without overflow.
 pub(crate) fn size(fields: &Fields, name: &str, default: usize) -> Result<usize, ModelError> {
     match fields.get(name)?.unwrap_or(default) {
-        0 => Err(fields.unsupported(name, 0, "a positive number")),
-        size => Ok(size),
+        size if (1..=MAX_SIZE).contains(&size) => Ok(size),
+        size => {
+            let supported = format!("a number from 1 to {MAX_SIZE}");
+            Err(fields.unsupported(name, size, supported))
+        }
     }
 }
 
@@ -170,11 +183,11 @@ pub(crate) fn flag(fields: &Fields, name: &str) -> Result<bool, ModelError> {
     Ok(fields.get(name)?.unwrap_or(false))
 }
 
-/// A number above zero.
+/// A number above zero, also in f32.
 pub(crate) fn positive(fields: &Fields, name: &str, default: f64) -> Result<f64, ModelError> {
     match fields.get(name)?.unwrap_or(default) {
-        number if number > 0.0 => Ok(number),
-        number => Err(fields.unsupported(name, number, "a positive number")),
+        number if number as f32 > 0.0 && (number as f32).is_finite() => Ok(number),
+        number => Err(fields.unsupported(name, number, "a positive number of f32")),
     }
 }
 
