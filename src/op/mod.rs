@@ -27,6 +27,7 @@
 mod attention;
 mod backends;
 mod base;
+mod graphs;
 mod reproducible;
 mod tensor;
 
@@ -36,6 +37,7 @@ pub use attention::{
     AttentionMask, AttentionOptions, KeyRanges, MAX_HEAD_DIM, attention, attention_with_lse,
 };
 pub use base::MatmulStrategy;
+pub use graphs::has_graphs;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]

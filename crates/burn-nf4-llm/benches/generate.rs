@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             max_tokens: tokens + 1,
             sampling: Sampling::greedy(),
             eos: Vec::new(),
+            capture: true,
         };
         // The first warms up.
         generate(&model, &config, &request, |_, _| Ok(()))?;

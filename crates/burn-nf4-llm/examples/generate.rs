@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_tokens: 64,
         sampling: Sampling::greedy(),
         eos: config.eos_token_ids.clone(),
+        capture: true,
     };
     let report = generate(&model, &config, &request, |_row, _token| Ok(()))?;
     println!("{prompt}{}", text.decode(&report.tokens[0])?);

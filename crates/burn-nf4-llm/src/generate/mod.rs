@@ -1,20 +1,20 @@
 //! Continuing texts token by token.
 
+mod replay;
 pub mod sample;
+mod steps;
 
 pub use sample::Sampling;
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
+use crate::generate::steps::Steps;
 use crate::model::Decoder;
-use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
-use crate::model::rope::RopeConfig;
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -27,6 +27,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Tokens that end a row.
     pub eos: Vec<u32>,
+    /// Whether a step may be recorded in a graph that the device replays, where that is faster.
+    pub capture: bool,
 }
 
 impl Request {
@@ -75,6 +77,8 @@ pub struct Report {
     pub step_time: Duration,
     /// Bytes of the keys and values held at the end.
     pub cache_bytes: usize,
+    /// Why the host launched each step anew, if the device did not replay a recorded one.
+    pub eager: Option<&'static str>,
 }
 
 /// Continues every prompt until its row ends or `max_tokens` are there.
@@ -88,25 +92,10 @@ pub fn generate(
     mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
 ) -> Result<Report, ModelError> {
     let rows = request.prompts.len();
-    let longest = request.longest_prompt();
     request.check(config.vocab_size)?;
 
     let start = Instant::now();
-    let padding: Vec<usize> = request.prompts.iter().map(|p| longest - p.len()).collect();
-    let ids: Vec<i64> = request
-        .prompts
-        .iter()
-        .zip(&padding)
-        .flat_map(|(prompt, &pad)| {
-            std::iter::repeat_n(0, pad).chain(prompt.iter().map(|&id| i64::from(id)))
-        })
-        .collect();
-    let ids = TensorData::new(ids, [rows, longest]);
-    let mut ids = Tensor::<2, Int>::from_data(ids, &model.device());
-    let mut rope = model.rope_tables(config);
-    let empty_cache = || KvCache::new(config.layers.len(), padding.clone());
-    let mut cache = empty_cache();
-    let mut texts = Texts::new(config);
+    let mut steps = Steps::new(model, config, request);
     let mut sampler = Sampler::new(request.sampling, rows);
 
     let mut tokens = vec![Vec::new(); rows];
@@ -116,24 +105,14 @@ pub fn generate(
     let mut step_times = Vec::new();
     let mut step_start = start;
     for _ in 0..request.max_tokens {
-        let held = cache.len();
-        let sequence = held + ids.dims()[1];
-        texts.push(&ids);
-        if texts.invalidates_keys(held, sequence) {
-            (ids, cache) = (texts.all(), empty_cache());
-        }
-        let logits = model.next_logits(ids, &mut rope, &mut cache);
-        if prompt_time.is_none() {
-            check_finite(&logits)?;
-        }
-        let (next, host) = sampler.next(logits);
+        let chosen = steps.next(&mut sampler)?;
         if prompt_time.is_some() {
             decoded_tokens += open.iter().filter(|&&open| open).count();
             step_times.push(step_start.elapsed());
         }
         prompt_time.get_or_insert_with(|| start.elapsed());
         step_start = Instant::now();
-        for (row, &id) in host.iter().enumerate() {
+        for (row, &id) in chosen.iter().enumerate() {
             if !open[row] {
                 continue;
             }
@@ -147,7 +126,6 @@ pub fn generate(
         if !open.contains(&true) {
             break;
         }
-        ids = next;
     }
     let prompt_time = prompt_time.unwrap_or_default();
     step_times.sort_unstable();
@@ -161,66 +139,9 @@ pub fn generate(
             .get(step_times.len() / 2)
             .copied()
             .unwrap_or_default(),
-        cache_bytes: cache.size_bytes(),
+        cache_bytes: steps.cache_bytes(),
+        eager: steps.why_eager(),
     })
-}
-
-/// All tokens so far, for models whose keys are to be computed again when a text gets long. None are kept
-/// for others.
-struct Texts<'a> {
-    ropes: Vec<&'a RopeConfig>,
-    parts: Vec<Tensor<2, Int>>,
-}
-
-impl<'a> Texts<'a> {
-    fn new(config: &'a DecoderConfig) -> Self {
-        let ropes = config.ropes.iter();
-        Self {
-            ropes: ropes.filter(|rope| rope.recomputes_keys()).collect(),
-            parts: Vec::new(),
-        }
-    }
-
-    fn push(&mut self, ids: &Tensor<2, Int>) {
-        if !self.ropes.is_empty() {
-            self.parts.push(ids.clone());
-        }
-    }
-
-    /// Whether the keys of the first `held` tokens are not those of a text of `sequence` tokens.
-    fn invalidates_keys(&self, held: usize, sequence: usize) -> bool {
-        let mut ropes = self.ropes.iter();
-        held > 0 && ropes.any(|rope| rope.regime(held) != rope.regime(sequence))
-    }
-
-    fn all(&mut self) -> Tensor<2, Int> {
-        let all = Tensor::cat(std::mem::take(&mut self.parts), 1);
-        self.parts.push(all.clone());
-        all
-    }
-}
-
-/// Refuses logits that are not finite: some token would be chosen by them all the same.
-fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
-    let finite = logits.clone().is_finite().all();
-    match finite.into_scalar::<bool>() {
-        true => Ok(()),
-        false => {
-            // Which comes of damaged weights, or of a dtype that is too small for them.
-            let name = format!("logits of the model in {:?}", logits.dtype());
-            let values = logits.to_data();
-            let mut values = values.iter::<f32>().enumerate();
-            let (index, given) = values
-                .find(|(_, value)| !value.is_finite())
-                .unwrap_or((0, f32::NAN));
-            Err(Nf4Error::NonFinite {
-                tensor: name,
-                index,
-                given,
-            }
-            .into())
-        }
-    }
 }
 
 /// Refuses tokens that a model does not know.

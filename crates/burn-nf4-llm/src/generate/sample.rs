@@ -76,6 +76,11 @@ impl Sampler {
         }
     }
 
+    /// Whether each token is the likeliest.
+    pub fn is_greedy(&self) -> bool {
+        self.sampling.is_greedy()
+    }
+
     /// One token for each row of `[batch, vocab_size]` logits, on the device as `[batch, 1]` and on
     /// the host. The device is read once.
     pub fn next(&mut self, logits: Tensor<2>) -> (Tensor<2, Int>, Vec<u32>) {

@@ -101,7 +101,10 @@ impl Attention {
             None => (q, k),
         };
         let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
+            Some(cache) => match pass.position() {
+                Some(position) => cache.put(k, v, position),
+                None => cache.append(k, v),
+            },
             None => (k, v),
         };
 

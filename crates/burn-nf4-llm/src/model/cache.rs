@@ -1,6 +1,6 @@
 //! The keys and values of the tokens seen so far.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
 /// Keys and values of every layer, for a batch whose rows were padded on the left to one length.
 #[derive(Debug)]
@@ -19,19 +19,36 @@ pub struct LayerCache {
     keys: Option<Tensor<4>>,
     values: Option<Tensor<4>>,
     length: usize,
+    /// Positions to allocate at first.
+    reserved: usize,
 }
 
 /// The cache grows by this many positions at a time.
 const POSITIONS_STEP: usize = 256;
 
 impl KvCache {
-    /// An empty cache.
+    /// An empty cache that grows.
     pub fn new(layers: usize, padding: Vec<usize>) -> Self {
+        Self::with_capacity(layers, padding, 0)
+    }
+
+    /// An empty cache that has room for so many positions from the first token on, and grows beyond them.
+    pub fn with_capacity(layers: usize, padding: Vec<usize>, capacity: usize) -> Self {
+        let layer = || LayerCache {
+            reserved: capacity,
+            ..LayerCache::default()
+        };
         Self {
-            layers: (0..layers).map(|_| LayerCache::default()).collect(),
+            layers: (0..layers).map(|_| layer()).collect(),
             padding,
             length: 0,
         }
+    }
+
+    /// Positions that there is room for now.
+    pub fn room(&self) -> usize {
+        let keys = self.layers.first().and_then(|layer| layer.keys.as_ref());
+        keys.map_or(0, |keys| keys.dims()[2])
     }
 
     /// Whether it holds no token yet.
@@ -52,6 +69,9 @@ impl KvCache {
     /// Notes that every layer has got this many positions more.
     pub fn advance(&mut self, positions: usize) {
         self.length += positions;
+        for layer in &mut self.layers {
+            layer.length = self.length;
+        }
     }
 
     /// Bytes allocated.
@@ -74,20 +94,41 @@ impl LayerCache {
     pub fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let start = self.length;
         self.length += keys.dims()[2];
-        let keys = store(&mut self.keys, keys, start, self.length);
-        let values = store(&mut self.values, values, start, self.length);
+        let end = self.length.max(self.reserved);
+        let keys = store(&mut self.keys, keys, start, end);
+        let values = store(&mut self.values, values, start, end);
         (keys, values)
+    }
+
+    /// Writes keys and values of one token, `[batch, kv_heads, 1, head_dim]`, to the position `at`, `[1]`,
+    /// which may be known on the device only, and returns all that is allocated.
+    ///
+    /// # Panics
+    /// If nothing is allocated yet.
+    pub fn put(
+        &mut self,
+        keys: Tensor<4>,
+        values: Tensor<4>,
+        at: &Tensor<1, Int>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        let put = |slot: &mut Option<Tensor<4>>, new| {
+            let held = slot.take().expect("a prompt came before");
+            let held = held.select_assign(2, at.clone(), new, IndexingUpdateOp::Assign);
+            slot.insert(held).clone()
+        };
+        (put(&mut self.keys, keys), put(&mut self.values, values))
     }
 }
 
-/// Writes positions `start..end` and returns the whole buffer, as a view of its filled part could be a
-/// copy.
-fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, end: usize) -> Tensor<4> {
-    let [batch, heads, _, head_dim] = new.dims();
+/// Writes `new` from the position `start` on into room for at least `room` positions, and returns the
+/// whole buffer, as a view of its filled part could be a copy.
+fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, room: usize) -> Tensor<4> {
+    let [batch, heads, positions, head_dim] = new.dims();
+    let end = start + positions;
     let held = match slot.take() {
-        Some(held) if held.dims()[2] >= end => held,
+        Some(held) if held.dims()[2] >= room => held,
         held => {
-            let capacity = end.div_ceil(POSITIONS_STEP) * POSITIONS_STEP;
+            let capacity = room.div_ceil(POSITIONS_STEP) * POSITIONS_STEP;
             let shape = [batch, heads, capacity, head_dim];
             let grown = Tensor::zeros(shape, (&new.device(), new.dtype()));
             match held {

@@ -131,15 +131,57 @@ impl Decoder {
     ) -> Tensor<3> {
         let length = ids.dims()[1];
         let pass = self.pass(length, rope, cache.as_deref());
-        let mut x = self.embed(ids);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let layer_cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
-            x = layer.forward(x, &pass, layer_cache);
-        }
+        let x = self.through_layers(ids, &pass, cache.as_deref_mut());
         if let Some(cache) = cache {
             cache.advance(length);
         }
         x
+    }
+
+    /// The output of the last layer for tokens whose [`Pass`] is made.
+    fn through_layers(
+        &self,
+        ids: Tensor<2, Int>,
+        pass: &Pass,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let mut x = self.embed(ids);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let layer_cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
+            x = layer.forward(x, pass, layer_cache);
+        }
+        x
+    }
+
+    /// The logits of one token a row, `[batch, vocab_size]`, at a position that the device alone may know.
+    /// The shapes are the same at every position, and the host reads and writes nothing: what it takes to
+    /// capture a step in a graph. The cache is not [advanced](KvCache::advance).
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, 1]`
+    /// - `position`: `[1]`, the positions that the cache holds
+    /// - `starts`: `[batch]`, the padding of each row, if there is any
+    ///
+    /// # Panics
+    /// If `rope` was not [reserved](RopeTables::reserve), or the cache has no room reserved and filled.
+    pub fn next_logits_at(
+        &self,
+        ids: Tensor<2, Int>,
+        position: Tensor<1, Int>,
+        starts: Option<Tensor<1, Int>>,
+        rope: &RopeTables,
+        cache: &mut KvCache,
+    ) -> Tensor<2> {
+        let rows = ids.dims()[0];
+        let positions = match &starts {
+            Some(starts) => position.clone().expand([rows]) - starts.clone(),
+            None => position.clone(),
+        };
+        let rotations = rope.rotations_at(&positions);
+        let windows = self.layers.iter().map(|layer| layer.self_attn.window);
+        let pass = Pass::at(position, rotations, windows, starts, rows, cache.room());
+        let hidden = self.through_layers(ids, &pass, Some(cache));
+        self.head(hidden).squeeze_dim(1)
     }
 
     /// The logits of every position of `x`, in the dtype of the model.

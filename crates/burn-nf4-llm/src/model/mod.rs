@@ -27,5 +27,6 @@ pub use load::load;
 pub use mlp::{Activation, FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::{NormForm, RmsNorm};
 pub use pass::Pass;
+pub(crate) use pass::row_starts;
 pub use rotation::{RopeTables, Rotation};
 pub use scale::EmbeddingScale;

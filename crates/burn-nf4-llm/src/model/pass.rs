@@ -12,6 +12,8 @@ pub struct Pass {
     rotations: Vec<Rotation>,
     /// One for each window that layers of the model have.
     ranges: Vec<(Option<usize>, KeyRanges)>,
+    /// `[1]`: where the cache gets the keys and values, if the device alone knows.
+    position: Option<Tensor<1, Int>>,
 }
 
 impl Pass {
@@ -28,23 +30,49 @@ impl Pass {
         padding: &[usize],
         device: &Device,
     ) -> Self {
-        let starts = padding.iter().any(|&pad| pad > 0).then(|| {
-            let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
-            Tensor::<1, Int>::from_data(TensorData::new(starts, [padding.len()]), device)
-        });
-        let mut ranges: Vec<(Option<usize>, KeyRanges)> = Vec::new();
-        for window in windows {
-            if ranges.iter().any(|(known, _)| *known == window) {
-                continue;
-            }
-            let mask = AttentionMask {
-                starts: starts.clone(),
-                ..AttentionMask::causal().with_window(window)
-            };
-            let of_window = KeyRanges::new(&mask, length, start + length, device);
-            ranges.push((window, of_window.expect("a window is not zero")));
+        let mask = AttentionMask {
+            starts: row_starts(padding, device),
+            ..AttentionMask::causal()
+        };
+        Self {
+            rotations,
+            ranges: ranges_of(windows, &mask, length, start + length, device),
+            position: None,
         }
-        Self { rotations, ranges }
+    }
+
+    /// Of one query a row at a position that the device alone may know.
+    ///
+    /// - `position`: `[1]`, the positions that the cache holds before
+    /// - `starts`: `[batch]`, the padding of each row, if there is any
+    /// - `capacity`: positions that the cache has room for
+    ///
+    /// # Panics
+    /// For a window of zero, which no config has.
+    pub fn at(
+        position: Tensor<1, Int>,
+        rotations: Vec<Rotation>,
+        windows: impl IntoIterator<Item = Option<usize>>,
+        starts: Option<Tensor<1, Int>>,
+        rows: usize,
+        capacity: usize,
+    ) -> Self {
+        let device = position.device();
+        let mask = AttentionMask {
+            lengths: Some((position.clone() + 1).expand([rows])),
+            starts,
+            ..AttentionMask::causal()
+        };
+        Self {
+            rotations,
+            ranges: ranges_of(windows, &mask, 1, capacity, &device),
+            position: Some(position),
+        }
+    }
+
+    /// `[1]`: where the cache gets the keys and values, if that is not at its end.
+    pub(super) fn position(&self) -> Option<&Tensor<1, Int>> {
+        self.position.as_ref()
     }
 
     /// The rotation by one of the model's rotary embeddings.
@@ -58,4 +86,32 @@ impl Pass {
         let found = ranges.find(|(known, _)| *known == window);
         &found.expect("the pass is of this model").1
     }
+}
+
+/// The first token of each row, `[batch]`, if any row is padded.
+pub fn row_starts(padding: &[usize], device: &Device) -> Option<Tensor<1, Int>> {
+    padding.iter().any(|&pad| pad > 0).then(|| {
+        let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
+        Tensor::from_data(TensorData::new(starts, [padding.len()]), device)
+    })
+}
+
+/// What queries see under each of the windows.
+fn ranges_of(
+    windows: impl IntoIterator<Item = Option<usize>>,
+    mask: &AttentionMask,
+    queries: usize,
+    keys: usize,
+    device: &Device,
+) -> Vec<(Option<usize>, KeyRanges)> {
+    let mut ranges: Vec<(Option<usize>, KeyRanges)> = Vec::new();
+    for window in windows {
+        if ranges.iter().any(|(known, _)| *known == window) {
+            continue;
+        }
+        let mask = mask.clone().with_window(window);
+        let of_window = KeyRanges::new(&mask, queries, keys, device);
+        ranges.push((window, of_window.expect("a window is not zero")));
+    }
+    ranges
 }

@@ -54,6 +54,34 @@ impl RopeTables {
             .map(|table| table.rotation(start, length, padding))
             .collect()
     }
+
+    /// Makes the tables of so many positions, as they are for a sequence of this length.
+    pub fn reserve(&mut self, positions: usize, sequence: usize) {
+        for table in &mut self.0 {
+            table.tables(positions, sequence);
+        }
+    }
+
+    /// The rotations of one token of each row, at positions, `[batch or 1]`, that may be known on the
+    /// device only.
+    ///
+    /// # Panics
+    /// If the tables were not [reserved](Self::reserve).
+    pub fn rotations_at(&self, positions: &Tensor<1, Int>) -> Vec<Rotation> {
+        let [rows] = positions.dims();
+        let tables = self.0.iter();
+        tables
+            .map(|table| {
+                let [cos, sin] = [&table.cos, &table.sin].map(|table| {
+                    let table = table.clone().expect("the tables were reserved");
+                    let rotary_dim = table.dims()[1];
+                    let at = table.select(0, positions.clone());
+                    at.reshape([rows, 1, 1, rotary_dim])
+                });
+                Rotation { cos, sin }
+            })
+            .collect()
+    }
 }
 
 impl RopeTable {

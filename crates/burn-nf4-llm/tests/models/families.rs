@@ -117,6 +117,7 @@ fn generates_the_same_text(family: &Family) {
         max_tokens: expected.len(),
         sampling: Sampling::greedy(),
         eos: Vec::new(),
+        capture: true,
     };
     let report = generate(&family.model, &family.config, &request, |_, _| Ok(())).unwrap();
     assert_eq!(report.tokens[0], expected);
@@ -316,6 +317,7 @@ fn configs_that_say_something_else_have_the_texts_of_transformers() {
             max_tokens: variant.generated.len(),
             sampling: Sampling::greedy(),
             eos: Vec::new(),
+            capture: true,
         };
         let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
         assert_eq!(report.tokens[0], variant.generated, "{}", variant.name);

@@ -85,6 +85,7 @@ fn request(prompts: Vec<Vec<u32>>, sampling: Sampling) -> Request {
         max_tokens: 12,
         sampling,
         eos: Vec::new(),
+        capture: true,
     }
 }
 

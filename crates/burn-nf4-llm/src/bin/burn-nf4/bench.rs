@@ -17,6 +17,7 @@ use clap::{Args, ValueEnum};
 
 use crate::args::FloatArg;
 use crate::device::DeviceName;
+use crate::generate::how_steps_were_made;
 use crate::model_args::at_least;
 
 /// Tokens of the prompt.
@@ -58,6 +59,9 @@ pub struct BenchArgs {
     /// Who computes products of many rows.
     #[arg(long, value_enum, default_value_t = ProviderName::Auto)]
     pub provider: ProviderName,
+    /// Launch each step of decoding anew, also where the device could replay a recorded one.
+    #[arg(long)]
+    pub eager: bool,
     /// Where to run.
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     pub device: DeviceName,
@@ -200,6 +204,7 @@ impl BenchArgs {
                 seed: 42,
             },
             eos: Vec::new(),
+            capture: !self.eager,
         };
         // The first time a graphics card compiles kernels and measures which are fastest.
         let start = Instant::now();
@@ -208,9 +213,10 @@ impl BenchArgs {
         let report = generate(model, config, &request, |_, _| Ok(()))?;
         println!(
             "batch {rows:3}: {:8.1} tokens/s of all rows, median {:.2} ms a step \
-             ({first:.1} s the first time)",
+             ({first:.1} s the first time), {}",
             report.decode_rate(),
-            milliseconds(report.step_time)
+            milliseconds(report.step_time),
+            how_steps_were_made(&report)
         );
         Ok(())
     }

@@ -77,6 +77,7 @@ impl ChatArgs {
                 max_tokens: self.sampling.max_tokens,
                 sampling,
                 eos: config.eos_token_ids.clone(),
+                capture: true,
             };
             let mut stream = text.tokenizer.decode_stream(true);
             let report = generate(&model, &config, &request, |_, id| {

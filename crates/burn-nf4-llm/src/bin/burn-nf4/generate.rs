@@ -41,6 +41,9 @@ pub struct GenerateArgs {
     /// Go on to the last token even where the model ends its text: for timing.
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Launch each step anew, also where the device could replay a recorded one.
+    #[arg(long)]
+    pub eager: bool,
 }
 
 impl GenerateArgs {
@@ -86,6 +89,7 @@ impl GenerateArgs {
                 true => Vec::new(),
                 false => config.eos_token_ids.clone(),
             },
+            capture: !self.eager,
         };
         let longest = request.longest_prompt();
         let of_prompt = config.warn_of_length("the longest prompt", longest);
@@ -159,13 +163,21 @@ impl GenerateArgs {
     }
 }
 
+/// For people.
+pub fn how_steps_were_made(report: &Report) -> String {
+    match report.eager {
+        None => "replayed".into(),
+        Some(why) => format!("launched each time: {why}"),
+    }
+}
+
 fn print_report(report: &Report, rows: usize) {
     let mut err = stderr().lock();
     // Nothing to be done if stderr is gone.
     let _ = writeln!(
         err,
         "prompt: {} tokens in {}, {:.1} tokens/s\n\
-         decode: {} tokens in {}, {:.1} tokens/s ({rows} rows), median {:.2} ms a step\n\
+         decode: {} tokens in {}, {:.1} tokens/s ({rows} rows), median {:.2} ms a step, {}\n\
          KV cache: {}; peak memory of the process: {}",
         report.prompt_tokens,
         seconds(report.prompt_time),
@@ -174,6 +186,7 @@ fn print_report(report: &Report, rows: usize) {
         seconds(report.decode_time),
         report.decode_rate(),
         report.step_time.as_secs_f64() * 1e3,
+        how_steps_were_made(report),
         mebibytes(report.cache_bytes as u64),
         peak_memory_bytes().map_or_else(|| "unknown".into(), mebibytes),
     );
