@@ -3,6 +3,7 @@
 pub mod chat;
 mod jinja;
 pub mod message;
+mod methods;
 pub mod pipeline;
 pub(crate) mod plain_text;
 mod python;
