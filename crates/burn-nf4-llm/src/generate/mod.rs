@@ -1,9 +1,14 @@
 //! Continuing texts token by token.
 
 pub mod sample;
+pub mod session;
+pub mod text;
 
 pub use sample::Sampling;
+pub use session::Session;
+pub use text::{TextReport, generate_text};
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
@@ -61,10 +66,12 @@ impl Request {
 /// How it went.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// The tokens generated for each row, without the one that ended it.
+    /// The tokens generated for each row, without the one of [`Request::eos`] that ended it.
     pub tokens: Vec<Vec<u32>>,
-    /// Tokens of all prompts.
+    /// Tokens of all prompts that were processed.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt that a [`Session`] held and that were not processed again.
+    pub reused_tokens: usize,
     /// Time up to the first token.
     pub prompt_time: Duration,
     /// Tokens after the first of each row, of all rows.
@@ -77,21 +84,42 @@ pub struct Report {
     pub cache_bytes: usize,
 }
 
+/// What a callback wants of a row: `()` goes on, a [`ControlFlow`] may end it.
+pub trait RowFlow {
+    /// Whether the row ends with this token.
+    fn ends_row(&self) -> bool;
+}
+
+impl RowFlow for () {
+    fn ends_row(&self) -> bool {
+        false
+    }
+}
+
+impl RowFlow for ControlFlow<()> {
+    fn ends_row(&self) -> bool {
+        self.is_break()
+    }
+}
+
 /// Continues every prompt until its row ends or `max_tokens` are there.
 ///
 /// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
-/// gets each token as it comes, with its row.
-pub fn generate(
+/// gets each token as it comes, with its row; where it returns [`ControlFlow::Break`] the row ends with this
+/// token.
+///
+/// # Errors
+/// For a request for nothing, tokens that the model does not know, logits that are not finite, and those of
+/// `on_token`.
+pub fn generate<F: RowFlow>(
     model: &Decoder,
     config: &DecoderConfig,
     request: &Request,
-    mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
+    on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<Report, ModelError> {
     let rows = request.prompts.len();
     let longest = request.longest_prompt();
     request.check(config.vocab_size)?;
-
-    let start = Instant::now();
     let padding: Vec<usize> = request.prompts.iter().map(|p| longest - p.len()).collect();
     let ids: Vec<i64> = request
         .prompts
@@ -102,11 +130,25 @@ pub fn generate(
         })
         .collect();
     let ids = TensorData::new(ids, [rows, longest]);
-    let mut ids = Tensor::<2, Int>::from_data(ids, &model.device());
+    let ids = Tensor::<2, Int>::from_data(ids, &model.device());
+    let mut cache = KvCache::new(config.layers.len(), padding);
+    let start = (ids, Texts::new(config), &mut cache);
+    run(model, config, request, start, on_token)
+}
+
+/// Continues the prompts of a checked request, of which `ids` are left to be processed: what is before them is
+/// in the cache, and in `texts`.
+fn run<F: RowFlow>(
+    model: &Decoder,
+    config: &DecoderConfig,
+    request: &Request,
+    (mut ids, mut texts, cache): (Tensor<2, Int>, Texts, &mut KvCache),
+    mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
+) -> Result<Report, ModelError> {
+    let start = Instant::now();
+    let rows = request.prompts.len();
+    let reused_tokens = cache.len();
     let mut rope = model.rope_tables(config);
-    let empty_cache = || KvCache::new(config.layers.len(), padding.clone());
-    let mut cache = empty_cache();
-    let mut texts = Texts::new(config);
     let mut sampler = Sampler::new(request.sampling, rows);
 
     let mut tokens = vec![Vec::new(); rows];
@@ -120,9 +162,10 @@ pub fn generate(
         let sequence = held + ids.dims()[1];
         texts.push(&ids);
         if texts.invalidates_keys(held, sequence) {
-            (ids, cache) = (texts.all(), empty_cache());
+            ids = texts.all();
+            cache.truncate(0);
         }
-        let logits = model.next_logits(ids, &mut rope, &mut cache);
+        let logits = model.next_logits(ids, &mut rope, cache);
         if prompt_time.is_none() {
             check_finite(&logits)?;
         }
@@ -142,7 +185,7 @@ pub fn generate(
                 continue;
             }
             tokens[row].push(id);
-            on_token(row, id)?;
+            open[row] = !on_token(row, id)?.ends_row();
         }
         if !open.contains(&true) {
             break;
@@ -153,7 +196,8 @@ pub fn generate(
     step_times.sort_unstable();
     Ok(Report {
         tokens,
-        prompt_tokens: request.prompts.iter().map(Vec::len).sum(),
+        prompt_tokens: request.prompts.iter().map(Vec::len).sum::<usize>() - reused_tokens,
+        reused_tokens,
         prompt_time,
         decoded_tokens,
         decode_time: start.elapsed().saturating_sub(prompt_time),

@@ -54,6 +54,14 @@ impl KvCache {
         self.length += positions;
     }
 
+    /// Forgets all positions but the first ones. What was allocated for the others is used again.
+    pub fn truncate(&mut self, positions: usize) {
+        self.length = self.length.min(positions);
+        for layer in &mut self.layers {
+            layer.length = layer.length.min(positions);
+        }
+    }
+
     /// Bytes allocated.
     pub fn size_bytes(&self) -> usize {
         let bytes = |tensor: &Option<Tensor<4>>| {
