@@ -207,13 +207,13 @@ fn rows_stop_by_themselves() {
     })
     .unwrap();
     assert_eq!(given.texts, shown);
-    for row in 0..3 {
-        let expected = whole[row].split(&stop).next().unwrap();
+    for (row, whole) in whole.iter().enumerate() {
+        let expected = whole.split(&stop).next().unwrap();
         assert_eq!(given.texts[row], expected);
         // The tokens hold the stop string, as those of transformers do.
         let tokens = &given.report.tokens[row];
         assert_eq!(tokens, &free.tokens[row][..tokens.len()]);
-        let stopped = whole[row].contains(&stop);
+        let stopped = whole.contains(&stop);
         assert_eq!(text.decode(tokens).unwrap().ends_with(&stop), stopped);
     }
     assert!(given.texts[1].len() < whole[1].len());
