@@ -10,9 +10,9 @@ use std::path::Path;
 use burn::tensor::Device;
 use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
-use burn_nf4_llm::generate::{Request, Sampling, generate};
+use burn_nf4_llm::generate::{Request, Sampling, generate_text};
 use burn_nf4_llm::model::{DecoderConfig, load};
-use burn_nf4_llm::text::Text;
+use burn_nf4_llm::text::{StopStrings, Text};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -34,11 +34,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         prompts: vec![text.encode(prompt)?],
         max_tokens: 64,
         sampling: Sampling::greedy(),
-        eos: config.eos_token_ids.clone(),
+        eos: text.ends(&config, false),
         capture: true,
     };
-    let report = generate(&model, &config, &request, |_row, _token| Ok(()))?;
-    println!("{prompt}{}", text.decode(&report.tokens[0])?);
-    eprintln!("{:.1} tokens/s", report.decode_rate());
+    print!("{prompt}");
+    let stop = StopStrings::none();
+    let given = generate_text(&model, &config, &text, &request, &stop, |_row, piece| {
+        print!("{piece}");
+        Ok(())
+    })?;
+    println!();
+    eprintln!("{:.1} tokens/s", given.report.decode_rate());
     Ok(())
 }

@@ -90,6 +90,7 @@ fn folder() -> TempDir {
     "generate --prompt a --max-tokens 0",
     "--max-tokens is 0, expected at least 1"
 )]
+#[case::stop_empty("generate --prompt a --stop=", "a stop string is empty")]
 #[case::system_alone("generate --prompt a --system b", "--chat")]
 #[case::template_alone("generate --prompt a --chat-template b", "--chat")]
 #[case::prefill_alone("generate --prompt a --prefill b", "--chat")]
@@ -153,6 +154,51 @@ fn a_text_is_continued(#[case] arguments: &str) {
         argument => argument,
     }));
     run(&all).unwrap();
+}
+
+/// The program's own output, with and without a stop string that the text has; one row and two.
+#[rstest]
+fn a_text_ends_before_a_stop_string(#[values("1", "2")] rows: &str) {
+    let folder = folder();
+    let shown = |further: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args([
+                "generate",
+                "--prompt",
+                "ab",
+                "--max-tokens",
+                "40",
+                "--seed",
+                "4",
+            ])
+            .args([
+                "--temperature",
+                "1.5",
+                "--batch",
+                rows,
+                "--ignore-eos",
+                "--model",
+            ])
+            .arg(folder.path())
+            .args(further)
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let free = shown(&[]);
+    let letters: Vec<char> = free.chars().collect();
+    let is_plain = |letters: &[char]| letters.iter().all(char::is_ascii_alphanumeric);
+    // Behind the number of a row.
+    let at = (6..letters.len() - 1).find(|&at| is_plain(&letters[at..at + 2]));
+    let stop: String = letters[at.unwrap()..][..2].iter().collect();
+    let given = shown(&["--stop", "never\\n", "--stop", &stop]);
+    let first = free.split(&stop).next().unwrap();
+    let ends = |rest: &str| rest.starts_with("\n[1] ") || rest == "\n";
+    assert!(
+        given.strip_prefix(first).is_some_and(ends),
+        "{given:?} {free:?} {stop}"
+    );
 }
 
 #[test]

@@ -25,6 +25,10 @@ mod optimizers;
 mod parity;
 #[path = "models/ropes.rs"]
 mod ropes;
+#[path = "models/sessions.rs"]
+mod sessions;
+#[path = "models/streams.rs"]
+mod streams;
 #[path = "models/ties.rs"]
 mod ties;
 #[path = "models/tokenizer_flags.rs"]

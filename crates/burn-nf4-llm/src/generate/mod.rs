@@ -2,18 +2,24 @@
 
 mod replay;
 pub mod sample;
+pub mod session;
 mod steps;
+pub mod text;
 
 pub use sample::Sampling;
+pub use session::Session;
+pub use text::{TextReport, generate_text};
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn_nf4::Nf4Error;
 
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
-use crate::generate::steps::Steps;
+use crate::generate::steps::{Start, Steps};
 use crate::model::Decoder;
+use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 
 /// What to generate.
@@ -63,10 +69,12 @@ impl Request {
 /// How it went.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// The tokens generated for each row, without the one that ended it.
+    /// The tokens generated for each row, without the one of [`Request::eos`] that ended it.
     pub tokens: Vec<Vec<u32>>,
-    /// Tokens of all prompts.
+    /// Tokens of all prompts that were processed.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt that a [`Session`] held and that were not processed again.
+    pub reused_tokens: usize,
     /// Time up to the first token.
     pub prompt_time: Duration,
     /// Tokens after the first of each row, of all rows.
@@ -81,21 +89,57 @@ pub struct Report {
     pub eager: Option<&'static str>,
 }
 
+/// What a callback wants of a row: `()` goes on, a [`ControlFlow`] may end it.
+pub trait RowFlow {
+    /// Whether the row ends with this token.
+    fn ends_row(&self) -> bool;
+}
+
+impl RowFlow for () {
+    fn ends_row(&self) -> bool {
+        false
+    }
+}
+
+impl RowFlow for ControlFlow<()> {
+    fn ends_row(&self) -> bool {
+        self.is_break()
+    }
+}
+
 /// Continues every prompt until its row ends or `max_tokens` are there.
 ///
 /// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
-/// gets each token as it comes, with its row.
-pub fn generate(
+/// gets each token as it comes, with its row; where it returns [`ControlFlow::Break`] the row ends with this
+/// token.
+///
+/// # Errors
+/// For a request for nothing, tokens that the model does not know, logits that are not finite, and those of
+/// `on_token`.
+pub fn generate<F: RowFlow>(
     model: &Decoder,
     config: &DecoderConfig,
     request: &Request,
-    mut on_token: impl FnMut(usize, u32) -> Result<(), ModelError>,
+    on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<Report, ModelError> {
-    let rows = request.prompts.len();
     request.check(config.vocab_size)?;
+    let start = Start::of_prompts(model, config, request);
+    let (report, _) = run(model, config, request, start, on_token)?;
+    Ok(report)
+}
 
+/// Continues the prompts of a checked request, and gives back the cache.
+fn run<F: RowFlow>(
+    model: &Decoder,
+    config: &DecoderConfig,
+    request: &Request,
+    prompts: Start,
+    mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
+) -> Result<(Report, KvCache), ModelError> {
     let start = Instant::now();
-    let mut steps = Steps::new(model, config, request);
+    let rows = request.prompts.len();
+    let reused_tokens = prompts.held();
+    let mut steps = Steps::new(model, config, request, prompts);
     let mut sampler = Sampler::new(request.sampling, rows);
 
     let mut tokens = vec![Vec::new(); rows];
@@ -121,7 +165,7 @@ pub fn generate(
                 continue;
             }
             tokens[row].push(id);
-            on_token(row, id)?;
+            open[row] = !on_token(row, id)?.ends_row();
         }
         if !open.contains(&true) {
             break;
@@ -129,9 +173,12 @@ pub fn generate(
     }
     let prompt_time = prompt_time.unwrap_or_default();
     step_times.sort_unstable();
-    Ok(Report {
+    let eager = steps.why_eager();
+    let cache = steps.into_cache();
+    let report = Report {
         tokens,
-        prompt_tokens: request.prompts.iter().map(Vec::len).sum(),
+        prompt_tokens: request.prompts.iter().map(Vec::len).sum::<usize>() - reused_tokens,
+        reused_tokens,
         prompt_time,
         decoded_tokens,
         decode_time: start.elapsed().saturating_sub(prompt_time),
@@ -139,9 +186,10 @@ pub fn generate(
             .get(step_times.len() / 2)
             .copied()
             .unwrap_or_default(),
-        cache_bytes: steps.cache_bytes(),
-        eager: steps.why_eager(),
-    })
+        cache_bytes: cache.size_bytes(),
+        eager,
+    };
+    Ok((report, cache))
 }
 
 /// Refuses tokens that a model does not know.

@@ -19,9 +19,12 @@ use crate::model::{RopeTables, row_starts};
 /// Positions that the runs before the recording write to, past those that the cache holds.
 pub(super) const WARM_UP: usize = 4;
 
+/// What is recorded.
+type Step<'a> = Box<dyn FnMut() -> Output + 'a>;
+
 /// A recorded step.
 pub(super) struct Replay<'a> {
-    graph: Graph<Output, Box<dyn FnMut() -> Output + 'a>>,
+    graph: Graph<Output, Step<'a>>,
     state: Rc<RefCell<State>>,
     device: Device,
     /// What the next replay is to read: the tokens of the rows, and the position.
@@ -113,14 +116,10 @@ impl<'a> Replay<'a> {
             cache,
         }));
         let of_graph = state.clone();
-        let step: Box<dyn FnMut() -> Output> =
-            Box::new(move || of_graph.borrow_mut().step(model, &rope));
+        let step: Step = Box::new(move || of_graph.borrow_mut().step(model, &rope));
         let graph = capture(&device, step);
         if !graph.is_hardware() {
-            // The closure holds the state too.
-            drop(graph);
-            let state = Rc::into_inner(state).expect("the graph is gone");
-            return Err(state.into_inner().cache);
+            return Err(cache_of(graph, state));
         }
         state.borrow_mut().write(ids, start);
         Ok(Self {
@@ -173,8 +172,16 @@ impl<'a> Replay<'a> {
         Ok(chosen)
     }
 
-    /// Bytes of the cache.
-    pub fn cache_bytes(&self) -> usize {
-        self.state.borrow().cache.size_bytes()
+    /// The cache.
+    pub fn into_cache(self) -> KvCache {
+        cache_of(self.graph, self.state)
     }
+}
+
+/// The cache of a step whose graph is not needed any more.
+fn cache_of(graph: Graph<Output, Step<'_>>, state: Rc<RefCell<State>>) -> KvCache {
+    // Its closure holds the state too.
+    drop(graph);
+    let state = Rc::into_inner(state).expect("nobody else holds it");
+    state.into_inner().cache
 }

@@ -24,27 +24,19 @@ pub(super) enum Steps<'a> {
     Replayed(Replay<'a>),
 }
 
-/// Steps that the host launches each time.
-pub(super) struct Eager<'a> {
-    model: &'a Decoder,
-    config: &'a DecoderConfig,
-    padding: Vec<usize>,
-    /// Positions that the cache has room for from the start.
-    room: usize,
-    rope: RopeTables,
-    cache: KvCache,
-    texts: Texts<'a>,
-    /// `[rows, tokens]`: what the next step reads.
+/// Where a generation begins.
+pub(super) struct Start<'a> {
+    /// `[rows, tokens]`: what is left of the prompts to be processed.
     ids: Tensor<2, Int>,
-    /// The last token of each row.
-    chosen: Vec<u32>,
-    /// Why no step is recorded, if it is not.
-    why: Option<&'static str>,
+    /// What was before, in case that its keys are needed anew.
+    texts: Texts<'a>,
+    /// The keys and values of what was before.
+    cache: KvCache,
 }
 
-impl<'a> Steps<'a> {
-    /// The steps of a request, none of them made yet. The prompts are padded on the left to one length.
-    pub fn new(model: &'a Decoder, config: &'a DecoderConfig, request: &Request) -> Self {
+impl<'a> Start<'a> {
+    /// With prompts of which nothing is processed, padded on the left to one length.
+    pub fn of_prompts(model: &Decoder, config: &'a DecoderConfig, request: &Request) -> Self {
         let longest = request.longest_prompt();
         let padding = request.prompts.iter().map(|p| longest - p.len());
         let padding: Vec<usize> = padding.collect();
@@ -54,22 +46,75 @@ impl<'a> Steps<'a> {
             std::iter::repeat_n(0, pad).chain(prompt)
         });
         let ids = TensorData::new(ids.collect(), [padding.len(), longest]);
+        Self {
+            ids: Tensor::from_data(ids, &model.device()),
+            texts: Texts::new(config),
+            cache: KvCache::new(config.layers.len(), padding),
+        }
+    }
+
+    /// With the tokens `ids` of one row, after those that the cache holds, which are `before`.
+    pub fn after(
+        before: Option<Tensor<2, Int>>,
+        ids: Tensor<2, Int>,
+        cache: KvCache,
+        config: &'a DecoderConfig,
+    ) -> Self {
+        let mut texts = Texts::new(config);
+        if let Some(before) = before {
+            texts.push(&before);
+        }
+        Self { ids, texts, cache }
+    }
+
+    /// Positions that are processed already.
+    pub fn held(&self) -> usize {
+        self.cache.len()
+    }
+}
+
+/// Steps that the host launches each time.
+pub(super) struct Eager<'a> {
+    model: &'a Decoder,
+    config: &'a DecoderConfig,
+    rope: RopeTables,
+    cache: KvCache,
+    texts: Texts<'a>,
+    /// `[rows, tokens]`: what the next step reads.
+    ids: Tensor<2, Int>,
+    /// The last token of each row; none before the prompts are processed.
+    chosen: Vec<u32>,
+    /// Why no step is recorded, if it is not.
+    why: Option<&'static str>,
+}
+
+impl<'a> Steps<'a> {
+    /// The steps of a request, none of them made yet.
+    pub fn new(
+        model: &'a Decoder,
+        config: &'a DecoderConfig,
+        request: &Request,
+        start: Start<'a>,
+    ) -> Self {
+        let Start {
+            ids,
+            texts,
+            mut cache,
+        } = start;
         let why = why_eager(model, config, request);
-        let room = match why {
-            None => longest + request.max_tokens + WARM_UP,
-            Some(_) => 0,
-        };
+        if why.is_none() {
+            // A recorded step writes to the buffers that it was recorded with.
+            cache.reserve(request.longest_prompt() + request.max_tokens + WARM_UP);
+        }
         Self::Eager(Eager {
             model,
             config,
-            room,
             rope: model.rope_tables(config),
-            cache: KvCache::with_capacity(config.layers.len(), padding.clone(), room),
-            texts: Texts::new(config),
-            ids: Tensor::from_data(ids, &model.device()),
+            cache,
+            texts,
+            ids,
             chosen: Vec::new(),
             why,
-            padding,
         })
     }
 
@@ -81,7 +126,7 @@ impl<'a> Steps<'a> {
     pub fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
         if let Self::Eager(eager) = self
             && eager.why.is_none()
-            && !eager.cache.is_empty()
+            && !eager.chosen.is_empty()
         {
             match eager.record() {
                 Some(replay) => *self = Self::Replayed(replay),
@@ -102,11 +147,11 @@ impl<'a> Steps<'a> {
         }
     }
 
-    /// Bytes of the cache.
-    pub fn cache_bytes(&self) -> usize {
+    /// The cache, which holds all tokens but the last of each row.
+    pub fn into_cache(self) -> KvCache {
         match self {
-            Self::Eager(eager) => eager.cache.size_bytes(),
-            Self::Replayed(replay) => replay.cache_bytes(),
+            Self::Eager(eager) => eager.cache,
+            Self::Replayed(replay) => replay.into_cache(),
         }
     }
 }
@@ -136,11 +181,11 @@ impl<'a> Eager<'a> {
         self.texts.push(&self.ids);
         if self.texts.invalidates_keys(held, sequence) {
             self.ids = self.texts.all();
-            self.cache = self.empty_cache();
+            self.cache.truncate(0);
         }
         let ids = self.ids.clone();
         let logits = self.model.next_logits(ids, &mut self.rope, &mut self.cache);
-        if held == 0 {
+        if self.chosen.is_empty() {
             check_finite(&logits)?;
         }
         let (next, chosen) = sampler.next(logits);
@@ -149,14 +194,9 @@ impl<'a> Eager<'a> {
         Ok(chosen)
     }
 
-    fn empty_cache(&self) -> KvCache {
-        KvCache::with_capacity(self.config.layers.len(), self.padding.clone(), self.room)
-    }
-
     /// Records the next step, and hands the cache to it.
     fn record(&mut self) -> Option<Replay<'a>> {
-        let empty = self.empty_cache();
-        let cache = std::mem::replace(&mut self.cache, empty);
+        let cache = std::mem::take(&mut self.cache);
         match Replay::record(self.model, self.config, cache, &self.chosen) {
             Ok(replay) => Some(replay),
             Err(cache) => {

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
 /// Keys and values of every layer, for a batch whose rows were padded on the left to one length.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct KvCache {
     /// One for each layer.
     pub layers: Vec<LayerCache>,
@@ -19,7 +19,7 @@ pub struct LayerCache {
     keys: Option<Tensor<4>>,
     values: Option<Tensor<4>>,
     length: usize,
-    /// Positions to allocate at first.
+    /// Positions to allocate at least.
     reserved: usize,
 }
 
@@ -27,21 +27,19 @@ pub struct LayerCache {
 const POSITIONS_STEP: usize = 256;
 
 impl KvCache {
-    /// An empty cache that grows.
+    /// An empty cache.
     pub fn new(layers: usize, padding: Vec<usize>) -> Self {
-        Self::with_capacity(layers, padding, 0)
-    }
-
-    /// An empty cache that has room for so many positions from the first token on, and grows beyond them.
-    pub fn with_capacity(layers: usize, padding: Vec<usize>, capacity: usize) -> Self {
-        let layer = || LayerCache {
-            reserved: capacity,
-            ..LayerCache::default()
-        };
         Self {
-            layers: (0..layers).map(|_| layer()).collect(),
+            layers: (0..layers).map(|_| LayerCache::default()).collect(),
             padding,
             length: 0,
+        }
+    }
+
+    /// Has the next tokens allocate room for so many positions in all, so that it does not grow before.
+    pub fn reserve(&mut self, positions: usize) {
+        for layer in &mut self.layers {
+            layer.reserved = layer.reserved.max(positions);
         }
     }
 
@@ -71,6 +69,14 @@ impl KvCache {
         self.length += positions;
         for layer in &mut self.layers {
             layer.length = self.length;
+        }
+    }
+
+    /// Forgets all positions but the first ones. What was allocated for the others is used again.
+    pub fn truncate(&mut self, positions: usize) {
+        self.length = self.length.min(positions);
+        for layer in &mut self.layers {
+            layer.length = layer.length.min(positions);
         }
     }
 

@@ -211,6 +211,18 @@ impl Chat {
         Value::from_pairs(tokens.chain(further).chain(own))
     }
 
+    /// What stands behind an answer that is the last message.
+    pub fn behind_an_answer(&self) -> Option<String> {
+        const ANSWER: &str = "ANSWER_OF_THE_MODEL";
+        let conversation = Conversation {
+            messages: vec![Message::new("user", "a"), Message::new("assistant", ANSWER)],
+            ..Conversation::default()
+        };
+        let text = self.render(&conversation, Ending::Whole).ok()?;
+        let (_, behind) = text.rsplit_once(ANSWER)?;
+        Some(behind.into())
+    }
+
     /// Whether a template shows the text of content in parts as it does plain text.
     fn shows_parts(&self, template: &Template) -> bool {
         const TEXT: &str = "a text";

@@ -6,11 +6,14 @@ use std::fmt::Write;
 use chrono::{DateTime, Local};
 use fancy_regex::Regex;
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja_contrib::filters::striptags;
+use minijinja_contrib::globals::{cycler, joiner};
 
+use crate::text::methods::method;
 use crate::text::plain_text::with_unix_lines;
-use crate::text::python::tojson;
+use crate::text::python::{escape, int, tojson};
 
 /// The name of a template within its environment.
 const NAME: &str = "chat_template";
@@ -37,8 +40,21 @@ impl Template {
             .build()
             .map_err(|error| describe(&error))?;
         environment.set_syntax(syntax);
-        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.add_filter("tojson", tojson);
+        environment.add_filter("int", int);
+        environment.add_filter("escape", escape);
+        environment.add_filter("e", escape);
+        environment.add_filter("striptags", striptags);
+        environment.add_function("cycler", |items: Rest<Value>| cycler(items.0));
+        environment.add_function("joiner", joiner);
+        // Texts have a length and indices as well.
+        environment.add_test("sequence", |value: &Value| {
+            matches!(
+                value.kind(),
+                ValueKind::Seq | ValueKind::String | ValueKind::Map
+            )
+        });
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", move |format: &str| strftime(now(), format));
         environment
@@ -80,9 +96,16 @@ fn raise_exception(message: &Value) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
 }
 
+/// As of a time that knows no zone and counts microseconds.
 fn strftime(now: DateTime<Local>, format: &str) -> Result<String, Error> {
     let mut text = String::new();
-    write!(text, "{}", now.format(format)).map_err(|_| {
+    let own = |part: &str| {
+        let part = part.replace("%z", "").replace("%Z", "");
+        part.replace("%f", "%6f")
+    };
+    let own: Vec<String> = format.split("%%").map(own).collect();
+    let own = own.join("%%");
+    write!(text, "{}", now.format(&own)).map_err(|_| {
         let message = format!("strftime_now does not know all of `{format}`");
         Error::new(ErrorKind::InvalidOperation, message)
     })?;

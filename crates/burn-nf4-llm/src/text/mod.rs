@@ -3,20 +3,26 @@
 pub mod chat;
 mod jinja;
 pub mod message;
+mod methods;
 pub mod pipeline;
 pub(crate) mod plain_text;
 mod python;
 pub mod special_tokens;
+pub mod stream;
+mod token_bytes;
 
 pub use chat::{Chat, Conversation};
 pub use message::Message;
+pub use stream::{StopStrings, TextStream};
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use tokenizers::Tokenizer;
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
+use crate::model::config::DecoderConfig;
 use crate::text::chat::Ending;
 use crate::text::pipeline::Class;
 use crate::text::special_tokens::SpecialTokens;
@@ -29,6 +35,8 @@ pub struct Text {
     pub chat: Chat,
     /// The token that ends a text, if the tokenizer names one.
     pub eos: Option<u32>,
+    /// Tokens that no text shows.
+    special: HashSet<u32>,
 }
 
 impl Text {
@@ -42,7 +50,10 @@ impl Text {
         let eos = tokens
             .get("eos_token")
             .and_then(|eos| tokenizer.token_to_id(eos));
+        let special = tokenizer.get_added_tokens_decoder().into_iter();
+        let special = special.filter(|(_, token)| token.special);
         Ok(Self {
+            special: special.map(|(id, _)| id).collect(),
             tokenizer,
             chat: Chat::from_folder(folder, &config, tokens.named)?,
             eos,
@@ -70,6 +81,40 @@ impl Text {
     pub fn decode(&self, tokens: &[u32]) -> Result<String, ModelError> {
         let decoded = self.tokenizer.decode(tokens, true);
         decoded.map_err(|error| ModelError::Tokenizer(error.to_string()))
+    }
+
+    /// Whether a token is special: texts do not show it.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.special.contains(&token)
+    }
+
+    /// The text of tokens as they come: see [`TextStream`].
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`].
+    pub fn stream<'a>(&'a self, stop: &'a StopStrings) -> Result<TextStream<'a>, ModelError> {
+        TextStream::new(self, stop)
+    }
+
+    /// The special token that the chat template puts behind an answer, if there is one.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        let behind = self.chat.behind_an_answer()?;
+        let first = *self.encode_with(behind.trim_start(), false).ok()?.first()?;
+        self.is_special(first).then_some(first)
+    }
+
+    /// All tokens that end a text: those of the model, which are the ones at which `generate` of transformers
+    /// ends, and that of the tokenizer, which a tuned model's config may not name; in a chat the token behind
+    /// an answer as well.
+    pub fn ends(&self, config: &DecoderConfig, chat: bool) -> Vec<u32> {
+        let mut ends = config.eos_token_ids.clone();
+        let of_chat = chat.then(|| self.end_of_turn()).flatten();
+        for id in self.eos.into_iter().chain(of_chat) {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        ends
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {

@@ -58,6 +58,44 @@ pub fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Res
     Ok(Value::from(text))
 }
 
+/// The filter `int` of Jinja, which has a default for what is no number.
+pub fn int(value: &Value, default: Option<Value>) -> Value {
+    let number = match value.as_str() {
+        Some(text) => text.trim().replace('_', "").parse().ok().or_else(|| {
+            let float: f64 = text.trim().parse().ok()?;
+            float.is_finite().then_some(float as i64)
+        }),
+        None if value.kind() == ValueKind::Bool => Some(i64::from(value.is_true())),
+        None => match i64::try_from(value.clone()) {
+            Ok(number) => Some(number),
+            Err(_) => f64::try_from(value.clone()).ok().map(|float| float as i64),
+        },
+    };
+    match number {
+        Some(number) => number.into(),
+        None => default.unwrap_or_else(|| 0.into()),
+    }
+}
+
+/// The filter `escape` of MarkupSafe.
+pub fn escape(value: &Value) -> Value {
+    if value.is_safe() {
+        return value.clone();
+    }
+    let mut text = String::new();
+    for letter in value.to_string().chars() {
+        match letter {
+            '&' => text.push_str("&amp;"),
+            '<' => text.push_str("&lt;"),
+            '>' => text.push_str("&gt;"),
+            '"' => text.push_str("&#34;"),
+            '\'' => text.push_str("&#39;"),
+            letter => text.push(letter),
+        }
+    }
+    Value::from_safe_string(text)
+}
+
 impl Layout {
     fn write(&self, value: &Value, depth: usize, text: &mut String) -> Result<(), Error> {
         match value.kind() {

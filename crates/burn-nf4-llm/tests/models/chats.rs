@@ -78,6 +78,37 @@ fn templates_render_as_in_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+#[derive(Deserialize)]
+struct Expressions {
+    messages: Vec<Message>,
+    cases: Vec<Expression>,
+}
+
+#[derive(Deserialize)]
+struct Expression {
+    template: String,
+    text: Option<String>,
+}
+
+/// What templates consist of, each construct for itself.
+#[test]
+fn expressions_render_as_in_transformers() {
+    let text = fs::read(fixture("chat/expressions.json")).unwrap();
+    let Expressions { messages, cases } = serde_json::from_slice(&text).unwrap();
+    let conversation = Conversation {
+        messages,
+        ..Conversation::default()
+    };
+    let mut wrong = Vec::new();
+    for Expression { template, text } in cases {
+        let given = chat(&[("default", &template)]).render(&conversation, Ending::Whole);
+        if given.as_ref().ok() != text.as_ref() {
+            wrong.push(format!("{template}\n  {given:?}\n  {text:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 fn user() -> Conversation {
     Conversation {
         messages: vec![Message::new("user", "Hi")],

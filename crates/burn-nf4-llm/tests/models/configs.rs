@@ -1,5 +1,6 @@
 //! What a `config.json` may say, and what a checkpoint must hold.
 
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -145,6 +146,32 @@ fn what_is_not_implemented_is_refused_by_name(#[case] fields: Value, #[case] nam
 #[case::floats_of_python(json!({"time_step_limit": [0.0, {"$python::number": "Infinity"}]}))]
 fn what_changes_nothing_is_read(#[case] fields: Value) {
     config(fields).unwrap();
+}
+
+/// As `generate` of transformers 5.24.0 has it, but for the last two: there it would never end.
+#[rstest]
+#[case::one(json!(3), None, &[3])]
+#[case::several(json!([3, 4]), None, &[3, 4])]
+#[case::none(Value::Null, None, &[])]
+#[case::generation(json!(3), Some(json!({"eos_token_id": 5})), &[5])]
+#[case::several_of_generation(json!([3, 4]), Some(json!({"eos_token_id": [5, 6]})), &[5, 6])]
+#[case::generation_alone(Value::Null, Some(json!({"eos_token_id": 5})), &[5])]
+#[case::generation_without(json!(3), Some(json!({"temperature": 0.6})), &[3])]
+#[case::generation_null(json!([3, 4]), Some(json!({"eos_token_id": null})), &[3, 4])]
+fn the_tokens_that_end_a_text_are_those_of_generation(
+    #[case] config: Value,
+    #[case] generation: Option<Value>,
+    #[case] expected: &[u32],
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "llama", "eos_token_id": config});
+    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    if let Some(generation) = generation {
+        let path = folder.path().join("generation_config.json");
+        fs::write(path, generation.to_string()).unwrap();
+    }
+    let config = DecoderConfig::from_folder(folder.path()).unwrap();
+    assert_eq!(config.eos_token_ids, expected);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use burn_nf4_llm::json::fields::Fields;
+use burn_nf4_llm::model::DecoderConfig;
 use burn_nf4_llm::text::Text;
 use burn_nf4_llm::text::chat::{Conversation, Ending};
 use burn_nf4_llm::text::message::Message;
@@ -132,4 +133,29 @@ fn a_tokenizer_that_is_none_is_an_error(
     )
     .unwrap();
     assert!(Text::from_folder(folder.path()).is_err());
+}
+
+/// The model's, the tokenizer's, and in a chat the special token behind an answer.
+#[rstest]
+#[case::of_the_model("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", &[7, 1], &[7, 1])]
+#[case::of_the_turn("{% for m in messages %}{{ m.content }} <|im_end|>\n{% endfor %}", &[7, 1], &[7, 1, 2])]
+#[case::text("{% for m in messages %}{{ m.content }} END<|im_end|>\n{% endfor %}", &[7, 1], &[7, 1])]
+#[case::not_shown("no messages", &[7, 1], &[7, 1])]
+#[case::no_template("{{ raise_exception('no') }}", &[7, 1], &[7, 1])]
+fn all_places_say_what_ends_a_text(
+    #[case] template: &str,
+    #[case] of_text: &[u32],
+    #[case] of_chat: &[u32],
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    fs::copy(fixture("tokenizers/bytes.json"), file("tokenizer.json")).unwrap();
+    let config = json!({"eos_token": "</s>", "chat_template": template});
+    fs::write(file("tokenizer_config.json"), config.to_string()).unwrap();
+    let config = json!({"model_type": "llama", "eos_token_id": 7});
+    fs::write(file("config.json"), config.to_string()).unwrap();
+    let config = DecoderConfig::from_folder(folder.path()).unwrap();
+    let text = Text::from_folder(folder.path()).unwrap();
+    assert_eq!(text.ends(&config, false), of_text);
+    assert_eq!(text.ends(&config, true), of_chat);
 }

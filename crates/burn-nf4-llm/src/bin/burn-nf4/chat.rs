@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
 
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{Request, generate};
+use burn_nf4_llm::generate::{Request, Session};
 use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message};
 use clap::Args;
@@ -29,7 +29,7 @@ pub struct ChatArgs {
 impl ChatArgs {
     /// Answers each line of stdin, until it ends.
     pub fn run(&self) -> Result<(), ModelError> {
-        let sampling = self.sampling.check()?;
+        let (sampling, stop) = self.sampling.check()?;
         let adapter = self.adapter.read()?;
         let mut prepared = self.model.prepare(false)?;
         if let Some(name) = &self.chat_template {
@@ -49,6 +49,8 @@ impl ChatArgs {
             messages: system.collect(),
             ..Conversation::default()
         };
+        let ends = text.ends(&config, true);
+        let mut session = Session::new(&model, &config);
         let prompts = stdin().is_terminal();
         let mut warned = false;
         loop {
@@ -76,18 +78,13 @@ impl ChatArgs {
                 prompts: vec![prompt],
                 max_tokens: self.sampling.max_tokens,
                 sampling,
-                eos: config.eos_token_ids.clone(),
+                eos: ends.clone(),
                 capture: true,
             };
-            let mut stream = text.tokenizer.decode_stream(true);
-            let report = generate(&model, &config, &request, |_, id| {
-                let piece = stream.step(id);
-                let piece = piece.map_err(|error| ModelError::Tokenizer(error.to_string()))?;
-                piece.map_or(Ok(()), |piece| show(&piece))
-            })?;
+            let given = session.generate_text(&text, &request, &stop, |_, piece| show(piece))?;
             show("\n")?;
-            let answer = text.decode(&report.tokens[0])?;
-            let answer = Message::new("assistant", &answer);
+            let answer = &given.texts[0];
+            let answer = Message::new("assistant", answer);
             conversation.messages.push(answer);
         }
     }

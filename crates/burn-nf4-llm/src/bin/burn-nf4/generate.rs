@@ -3,9 +3,9 @@
 use std::io::{Write, stderr, stdout};
 
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{Report, Request, Sampling, generate};
+use burn_nf4_llm::generate::{Report, Request, Sampling, TextReport, generate_text};
 use burn_nf4_llm::text::chat::Ending;
-use burn_nf4_llm::text::{Conversation, Message, Text};
+use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use clap::Args;
 
 use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
@@ -48,8 +48,8 @@ pub struct GenerateArgs {
 
 impl GenerateArgs {
     /// Refuses what cannot be served, before a model is loaded.
-    fn check(&self) -> Result<Sampling, ModelError> {
-        let sampling = self.sampling.check()?;
+    fn check(&self) -> Result<(Sampling, StopStrings), ModelError> {
+        let checked = self.sampling.check()?;
         let prompts = self.prompt.len();
         match self.batch {
             Some(batch) if batch < prompts => Err(ModelError::setting(
@@ -57,13 +57,13 @@ impl GenerateArgs {
                 batch,
                 format!("at least as many rows as prompts, which are {prompts}"),
             )),
-            _ => Ok(sampling),
+            _ => Ok(checked),
         }
     }
 
     /// Prints the texts.
     pub fn run(&self) -> Result<(), ModelError> {
-        let sampling = self.check()?;
+        let (sampling, stop) = self.check()?;
         let adapter = self.adapter.read()?;
         let mut prepared = self.model.prepare(false)?;
         if let Some(name) = &self.chat_template {
@@ -87,7 +87,7 @@ impl GenerateArgs {
             sampling,
             eos: match self.ignore_eos {
                 true => Vec::new(),
-                false => config.eos_token_ids.clone(),
+                false => text.ends(&config, self.chat),
             },
             capture: !self.eager,
         };
@@ -98,26 +98,20 @@ impl GenerateArgs {
         }
 
         // One row is shown as it comes; more would mix.
-        let mut stream = text.tokenizer.decode_stream(true);
-        let report = generate(&model, &config, &request, |_, id| {
-            if rows > 1 {
-                return Ok(());
-            }
-            let piece = stream
-                .step(id)
-                .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
-            if let Some(piece) = piece {
+        let given = generate_text(&model, &config, &text, &request, &stop, |_, piece| {
+            if rows == 1 {
                 print!("{piece}");
                 stdout().flush().map_err(ModelError::io("stdout"))?;
             }
             Ok(())
         })?;
+        let TextReport { texts, report } = given;
         println!();
         if rows > 1 {
-            self.print_rows(&report, &text, prompts.len())?;
+            self.print_rows(&texts, prompts.len());
         }
-        let texts = request.prompts.iter().zip(&report.tokens);
-        let longest = texts
+        let rows_of_tokens = request.prompts.iter().zip(&report.tokens);
+        let longest = rows_of_tokens
             .map(|(prompt, tokens)| prompt.len() + tokens.len())
             .max();
         let of_text = config.warn_of_length("the longest text", longest.unwrap_or(0));
@@ -128,16 +122,15 @@ impl GenerateArgs {
         Ok(())
     }
 
-    fn print_rows(&self, report: &Report, text: &Text, prompts: usize) -> Result<(), ModelError> {
+    fn print_rows(&self, texts: &[String], prompts: usize) {
         // Rows of the same prompt say the same when nothing is drawn.
         let shown = match self.sampling.temperature > 0.0 {
-            true => report.tokens.len(),
+            true => texts.len(),
             false => prompts,
         };
-        for (row, tokens) in report.tokens.iter().take(shown).enumerate() {
-            println!("[{row}] {}", text.decode(tokens)?);
+        for (row, text) in texts.iter().take(shown).enumerate() {
+            println!("[{row}] {text}");
         }
-        Ok(())
     }
 
     fn encode(&self, text: &Text, prompt: &str) -> Result<Vec<u32>, ModelError> {

@@ -13,7 +13,7 @@ use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
 use burn_nf4_llm::generate::Sampling;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, load};
-use burn_nf4_llm::text::Text;
+use burn_nf4_llm::text::{StopStrings, Text};
 use clap::Args;
 
 use crate::args::FloatArg;
@@ -182,11 +182,15 @@ pub struct SamplingArgs {
     /// Seed of the draws.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
+    /// End a text before this one, wherever it comes behind the prompt: `\n`, `\t` and `\\` are a line
+    /// break, a tab and a backslash. Several can be given.
+    #[arg(long)]
+    pub stop: Vec<String>,
 }
 
 impl SamplingArgs {
     /// The settings, unless they cannot be served.
-    pub fn check(&self) -> Result<Sampling, ModelError> {
+    pub fn check(&self) -> Result<(Sampling, StopStrings), ModelError> {
         let sampling = Sampling {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -195,8 +199,29 @@ impl SamplingArgs {
         };
         sampling.check()?;
         at_least(1, "--max-tokens", self.max_tokens)?;
-        Ok(sampling)
+        let stop = self.stop.iter().map(|stop| unescaped(stop));
+        Ok((sampling, StopStrings::new(stop)?))
     }
+}
+
+/// A text in which `\n`, `\t` and `\\` stand for a line break, a tab and a backslash.
+fn unescaped(text: &str) -> String {
+    let mut unescaped = String::new();
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let meant = match (letter, letters.peek()) {
+            ('\\', Some('n')) => '\n',
+            ('\\', Some('t')) => '\t',
+            ('\\', Some('\\')) => '\\',
+            _ => {
+                unescaped.push(letter);
+                continue;
+            }
+        };
+        letters.next();
+        unescaped.push(meant);
+    }
+    unescaped
 }
 
 /// Refuses a number that is too small.

@@ -142,8 +142,9 @@ impl FieldType for TokenIds {
 }
 
 impl DecoderConfig {
-    /// Reads `config.json`, and the ids that end a text from `generation_config.json` where there
-    /// is one.
+    /// Reads `config.json`, and the ids that end a text from `generation_config.json` where that names any.
+    ///
+    /// Those of `config.json` hold where it names none; transformers 5.24 then goes on to the last token.
     ///
     /// # Errors
     /// Those of [`from_json`](Self::from_json), and [`ModelError::Io`].

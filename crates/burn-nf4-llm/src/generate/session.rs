@@ -1,0 +1,115 @@
+//! A text or conversation that is continued several times.
+
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::error::ModelError;
+use crate::generate::steps::Start;
+use crate::generate::{Report, Request, RowFlow, run};
+use crate::model::Decoder;
+use crate::model::cache::KvCache;
+use crate::model::config::DecoderConfig;
+
+/// Keeps the keys and values of one text, so that a longer prompt costs only what is new in it.
+///
+/// Each prompt is given whole. The tokens that it begins with like the text before, answer included, are not
+/// processed again; the others are, also where a template shows earlier turns in another way than they were
+/// said. The logits are those of the whole prompt.
+#[derive(Debug)]
+pub struct Session<'a> {
+    model: &'a Decoder,
+    config: &'a DecoderConfig,
+    cache: KvCache,
+    /// Those that the cache holds.
+    tokens: Vec<u32>,
+    /// Of the sequences for which keys in the cache were rotated, the longest.
+    longest: usize,
+}
+
+impl<'a> Session<'a> {
+    /// Of this model, with nothing said yet.
+    pub fn new(model: &'a Decoder, config: &'a DecoderConfig) -> Self {
+        Self {
+            model,
+            config,
+            cache: empty_cache(config),
+            tokens: Vec::new(),
+            longest: 0,
+        }
+    }
+
+    /// The tokens whose keys and values are held.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Continues a prompt as [`generate`](crate::generate::generate) does.
+    ///
+    /// # Errors
+    /// Those of [`generate`](crate::generate::generate), and [`ModelError::Setting`] for several prompts.
+    pub fn generate<F: RowFlow>(
+        &mut self,
+        request: &Request,
+        on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
+    ) -> Result<Report, ModelError> {
+        request.check(self.config.vocab_size)?;
+        let [prompt] = request.prompts.as_slice() else {
+            let prompts = request.prompts.len();
+            let name = "the number of prompts of a session";
+            return Err(ModelError::setting(name, prompts, "1"));
+        };
+        let kept = self.keep(prompt);
+        let before = (kept > 0).then(|| self.row(&prompt[..kept]));
+        let ids = self.row(&prompt[kept..]);
+        // Nothing is held if this fails half way.
+        let cache = std::mem::replace(&mut self.cache, empty_cache(self.config));
+        self.tokens.clear();
+        let longest = std::mem::take(&mut self.longest);
+        let start = Start::after(before, ids, cache, self.config);
+        let (report, cache) = run(self.model, self.config, request, start, on_token)?;
+        self.cache = cache;
+        let all = prompt.iter().chain(&report.tokens[0]);
+        self.tokens = all.take(self.cache.len()).copied().collect();
+        self.longest = longest.max(self.cache.len());
+        Ok(report)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.cache.truncate(0);
+        self.tokens.clear();
+        self.longest = 0;
+    }
+
+    /// Cuts the cache to what a prompt begins with and says how many tokens that is. At least one is left
+    /// to be processed, for its logits.
+    fn keep(&mut self, prompt: &[u32]) -> usize {
+        let same = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b);
+        let mut kept = same.count().min(prompt.len() - 1);
+        // The angles of keys can depend on the length of the sequence.
+        let changes = self.config.ropes.iter().any(|rope| {
+            let regime = rope.regime(prompt.len());
+            [kept, self.longest]
+                .iter()
+                .any(|&length| rope.regime(length) != regime)
+        });
+        if changes {
+            kept = 0;
+        }
+        self.cache.truncate(kept);
+        self.tokens.truncate(kept);
+        if kept == 0 {
+            self.longest = 0;
+        }
+        kept
+    }
+
+    fn row(&self, ids: &[u32]) -> Tensor<2, Int> {
+        let data: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        Tensor::from_data(TensorData::new(data, [1, ids.len()]), &self.model.device())
+    }
+}
+
+/// Of one row.
+fn empty_cache(config: &DecoderConfig) -> KvCache {
+    KvCache::new(config.layers.len(), vec![0])
+}
