@@ -12,6 +12,16 @@ use crate::model::{Decoder, DecoderConfig};
 /// Buffers that old checkpoints hold and transformers does not read either.
 const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
 
+/// How transformers 5 stacks the experts of a layer, where it saves them as it holds them, and what they are
+/// called apart.
+const STACKS: [(&str, &[&str]); 2] = [
+    (
+        r"^(.*\.experts)\.gate_up_proj$",
+        &["$1.{}.gate_proj.weight", "$1.{}.up_proj.weight"],
+    ),
+    (r"^(.*\.experts)\.down_proj$", &["$1.{}.down_proj.weight"]),
+];
+
 /// Builds the model and reads its weights onto the device, one at a time.
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
@@ -29,6 +39,9 @@ pub fn load(
     dtype: FloatType,
     device: &Device,
 ) -> Result<Decoder, ModelError> {
-    let store = store.with_dtype(dtype).ignore(NOT_READ)?;
+    let mut store = store.with_dtype(dtype).ignore(NOT_READ)?;
+    for (stack, parts) in STACKS {
+        store = store.unstack(stack, parts)?;
+    }
     Ok(config.init(device).load_checkpoint(store)?.no_grad())
 }

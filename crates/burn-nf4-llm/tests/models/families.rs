@@ -1,7 +1,7 @@
 //! Every family against transformers: `fixtures/families` holds a tiny model of each, in NF4, and what
 //! transformers computes with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -172,8 +172,17 @@ fn learns_an_adapter(family: &Family) {
     kept.save_adapter(out.path()).unwrap();
     let adapter = Adapter::open(out.path()).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    for (name, _) in adapter.modules() {
-        assert!(checkpoint.is_quantized(&format!("{name}.weight")), "{name}");
+    let adapted: BTreeSet<String> = adapter
+        .modules()
+        .map(|(name, _)| format!("{name}.weight"))
+        .collect();
+    for weight in checkpoint.quantized_weights() {
+        assert!(adapted.contains(weight), "{weight}");
+    }
+    for weight in &adapted {
+        // PEFT counts the experts and the router of a mixture among all linear layers, and so they are here.
+        let is_of_mixture = weight.contains(".experts.") || weight.ends_with(".mlp.gate.weight");
+        assert!(is_of_mixture || checkpoint.is_quantized(weight), "{weight}");
     }
     let (base, config) = open_folder(&folder, None, &Device::default());
     let model = base.apply_adapter(&adapter, &Device::default()).unwrap();
@@ -226,7 +235,7 @@ macro_rules! families {
 
 families! {
     gemma2 gemma3_text granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
-    smollm3
+    qwen3_moe smollm3
 }
 
 #[derive(Deserialize)]
@@ -486,7 +495,12 @@ fn longrope(name: &str, value: Value) -> Value {
 #[case::qwen2_part("qwen2", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
 #[case::qwen3_head("qwen3", json!({"head_dim": 7}), "head_dim")]
 #[case::qwen3_long_head("qwen3", json!({"head_dim": 258}), "head_dim")]
-#[case::qwen3_experts("qwen3_moe", json!({}), "model_type")]
+#[case::qwen3_moe_chosen("qwen3_moe", json!({"num_experts_per_tok": 9, "num_experts": 8}), "num_experts_per_tok")]
+#[case::qwen3_moe_none_chosen("qwen3_moe", json!({"num_experts_per_tok": 0}), "num_experts_per_tok")]
+#[case::qwen3_moe_two_counts("qwen3_moe", json!({"num_local_experts": 4, "num_experts": 8}), "num_local_experts")]
+#[case::qwen3_moe_step("qwen3_moe", json!({"decoder_sparse_step": 0}), "decoder_sparse_step")]
+#[case::qwen3_moe_dense("qwen3_moe", json!({"mlp_only_layers": [-1]}), "mlp_only_layers")]
+#[case::qwen2_moe("qwen2_moe", json!({}), "model_type")]
 #[case::smollm3_list("smollm3", json!({"no_rope_layers": [1, 0]}), "no_rope_layers")]
 #[case::smollm3_flags("smollm3", json!({"no_rope_layers": [true, false]}), "no_rope_layers")]
 #[case::smollm3_window_unused(

@@ -89,6 +89,7 @@ impl Defaults {
         let layer = LayerConfig {
             window: None,
             rope: Some(0),
+            mixture: None,
         };
         Ok(DecoderConfig {
             vocab_size: size(fields, "vocab_size", self.vocab_size)?,

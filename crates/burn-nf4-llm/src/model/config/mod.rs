@@ -4,7 +4,7 @@ pub(crate) mod defaults;
 pub(crate) mod layers;
 pub(crate) mod rope_fields;
 
-pub use layers::LayerConfig;
+pub use layers::{LayerConfig, MixtureConfig};
 
 use std::path::Path;
 

@@ -12,6 +12,7 @@ mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod smollm3;
 
 use crate::error::ModelError;
@@ -22,7 +23,7 @@ use crate::model::config::DecoderConfig;
 type Reader = fn(&Fields) -> Result<DecoderConfig, ModelError>;
 
 /// The families, by the `model_type` of their configs.
-const FAMILIES: [(&str, Reader); 10] = [
+const FAMILIES: [(&str, Reader); 11] = [
     ("gemma2", gemma2::read),
     ("gemma3_text", gemma3::read),
     ("granite", granite::read),
@@ -32,6 +33,7 @@ const FAMILIES: [(&str, Reader); 10] = [
     ("phi3", phi3::read),
     ("qwen2", qwen2::read),
     ("qwen3", qwen3::read),
+    ("qwen3_moe", qwen3_moe::read),
     ("smollm3", smollm3::read),
 ];
 
