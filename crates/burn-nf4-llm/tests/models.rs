@@ -33,3 +33,5 @@ mod ties;
 mod tokenizer_flags;
 #[path = "models/training.rs"]
 mod training;
+#[path = "models/visions.rs"]
+mod visions;

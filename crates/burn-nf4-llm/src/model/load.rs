@@ -2,11 +2,12 @@
 
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_nf4::checkpoint::CheckpointStore;
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore};
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 
 use crate::error::ModelError;
+use crate::model::family::vision;
 use crate::model::{Decoder, DecoderConfig};
 
 /// Buffers that old checkpoints hold and transformers does not read either.
@@ -26,7 +27,8 @@ const STACKS: [(&str, &[&str]); 2] = [
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. Where the config ties the head to the table and the checkpoint holds two different
-/// ones, the model has both, as in transformers: see [`Decoder::lm_head`].
+/// ones, the model has both, as in transformers: see [`Decoder::lm_head`]. Of a model of text and images
+/// the text part is read; [`left_out`] says what is not.
 ///
 /// # Errors
 /// - [`Nf4Error::Misfit`](burn_nf4::Nf4Error::Misfit) with all that is missing, unexpected or of
@@ -43,5 +45,20 @@ pub fn load(
     for (stack, parts) in STACKS {
         store = store.unstack(stack, parts)?;
     }
+    if config.text_part_of.is_some() {
+        store = store.ignore(vision::OTHER_KEYS)?;
+        for (key, of_text) in vision::TEXT_KEYS {
+            store = store.with_key_remapping(key, of_text)?;
+        }
+    }
     Ok(config.init(device).load_checkpoint(store)?.no_grad())
+}
+
+/// The parameters of a checkpoint that [`load`] leaves out as they belong to another part of the model: of
+/// one of text and images the vision tower and the projector.
+pub fn left_out<'a>(checkpoint: &'a Checkpoint, config: &DecoderConfig) -> Vec<&'a str> {
+    match config.text_part_of {
+        Some(_) => vision::other_parameters(checkpoint),
+        None => Vec::new(),
+    }
 }

@@ -24,7 +24,7 @@ pub use config::DecoderConfig;
 pub use decoder::{Decoder, EMBEDDING, HEAD};
 pub use init::random;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
-pub use load::load;
+pub use load::{left_out, load};
 pub use mixture::MixtureMlp;
 pub use mlp::{Activation, FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::{NormForm, RmsNorm};

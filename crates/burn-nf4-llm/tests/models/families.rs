@@ -464,7 +464,7 @@ fn longrope(name: &str, value: Value) -> Value {
 )]
 #[case::gemma3_scaling("gemma3_text", json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor")]
 #[case::gemma3_base("gemma3_text", json!({"rope_local_base_freq": 0}), "rope_local_base_freq")]
-#[case::gemma3_vision("gemma3", json!({}), "model_type")]
+#[case::gemma3_vision("gemma3", json!({}), "text_config")]
 #[case::gemma2_tiny_cap("gemma2", json!({"attn_logit_softcapping": 1e-60}), "attn_logit_softcapping")]
 #[case::granite_huge_scores("granite", json!({"attention_multiplier": 1e60}), "attention_multiplier")]
 #[case::llama_layers("llama", json!({"num_hidden_layers": 1_000_000}), "num_hidden_layers")]

@@ -130,6 +130,7 @@ impl Defaults {
             eos_token_ids,
             attention_dropout: fields.nullable("attention_dropout")?.unwrap_or(0.0),
             residual_dropout: 0.0,
+            text_part_of: None,
         })
     }
 

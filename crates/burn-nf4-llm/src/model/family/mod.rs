@@ -14,6 +14,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 mod smollm3;
+pub(crate) mod vision;
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
@@ -42,6 +43,11 @@ pub fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|(model_type, _)| *model_type)
 }
 
+/// The values of `model_type` of models of text and images whose text part is a model of a family.
+pub fn vision_model_types() -> impl Iterator<Item = &'static str> {
+    vision::model_types()
+}
+
 /// The reader of the family that `model_type` names.
 pub(super) fn reader(fields: &Fields) -> Result<Reader, ModelError> {
     let given: String = fields.required("model_type")?;
@@ -49,7 +55,7 @@ pub(super) fn reader(fields: &Fields) -> Result<Reader, ModelError> {
     match families.find(|(model_type, _)| *model_type == given) {
         Some((_, read)) => Ok(*read),
         None => {
-            let known: Vec<&str> = model_types().collect();
+            let known: Vec<&str> = model_types().chain(vision_model_types()).collect();
             Err(fields.unsupported("model_type", given, known.join(", ")))
         }
     }
