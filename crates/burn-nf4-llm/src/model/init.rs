@@ -11,7 +11,7 @@ use burn_nf4::op::AttentionOptions;
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
 use crate::model::config::{DecoderConfig, LayerConfig, MixtureConfig, NormPlacement, QkNorm};
-use crate::model::decoder::{Decoder, HEAD};
+use crate::model::decoder::{Decoder, HEAD, ROUTER};
 use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 use crate::model::mixture::MixtureMlp;
 use crate::model::mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
@@ -169,9 +169,6 @@ impl Parts<'_> {
         config.init(self.device).into()
     }
 }
-
-/// How the path of a router ends.
-const ROUTER: &str = ".mlp.gate";
 
 /// A frozen model of these sizes with random weights, to time it or to try something out: packed linear
 /// layers without biases, but for routers, with branches of a rank if one is given, and the rest in `dtype` as in

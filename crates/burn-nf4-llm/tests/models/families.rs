@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
-use burn_nf4::format::FloatType;
-use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4::format::{FloatType, QuantConfig, QuantType};
+use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
 use burn_nf4::peft::{Adapter, LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::Biases;
 use burn_nf4_llm::model::family::model_types;
-use burn_nf4_llm::model::{Activation, Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Activation, Decoder, DecoderConfig, HEAD};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -139,6 +139,40 @@ fn is_saved_as_it_was(family: &Family) {
     family.assert_near(&logits(&model, &config, &ids, &shape), "logits");
 }
 
+/// In 4 bit and in files, whatever of it was there before. Other layers than those that it had in 4 bit are
+/// quantized too; a mixture's experts one by one.
+fn is_the_same_quantized_and_saved(family: &Family) {
+    let device = Device::default();
+    let source = Checkpoint::open(family.folder.join("model")).unwrap();
+    let (model, config) = open_folder(&family.folder.join("model"), None, &device);
+    let dense = model.dequantize(FloatType::F32).unwrap();
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    family.assert_near(&logits(&dense, &config, &ids, &shape), "logits");
+    let options = QuantizeLayers {
+        config: QuantConfig {
+            quant_type: QuantType::Fp4,
+            ..QuantConfig::default()
+        },
+        experts: true,
+        ..QuantizeLayers::default()
+    };
+    let model = dense.quantize(&options).unwrap();
+    let ours = logits(&model, &config, &ids, &shape);
+    let out = tempfile::tempdir().unwrap();
+    let options = SaveFolder {
+        source: Some(&source),
+        ..SaveFolder::default()
+    };
+    model.save_folder(out.path(), &options).unwrap();
+    let (loaded, config) = open_folder(out.path(), None, &device);
+    let layers = loaded.linears();
+    for (name, layer) in layers {
+        let is_kept = name == HEAD || name.ends_with(".mlp.gate");
+        assert_eq!(layer.is_quantized(), !is_kept, "{name}");
+    }
+    assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
+}
+
 /// A few steps of QLoRA lessen the loss, and the adapter gives the same logits on the model and in it.
 fn learns_an_adapter(family: &Family) {
     let device = Device::default().autodiff();
@@ -189,10 +223,24 @@ fn learns_an_adapter(family: &Family) {
     let adapted = logits(&model, &config, &ids, &shape);
     let trained = logits(&kept.model.valid(), &config, &ids, &shape);
     assert_eq!(max_difference(&adapted, &trained), 0.0);
-    let merged = model.merge(None).unwrap();
+    let merged = model.clone().merge(None).unwrap();
     let difference = max_difference(&logits(&merged, &config, &ids, &shape), &adapted);
     // The branch is summed apart or within the weight.
     assert!(difference < 1e-4, "{difference:e}");
+
+    // Merged into the weights as they are in files: in 4 bit where they were so.
+    let options = SaveFolder {
+        source: Some(&checkpoint),
+        ..SaveFolder::default()
+    };
+    let saved = tempfile::tempdir().unwrap();
+    let merged = model.merge_4bit().unwrap();
+    merged.save_folder(saved.path(), &options).unwrap();
+    let ours = logits(&merged, &config, &ids, &shape);
+    let (loaded, config) = open_folder(saved.path(), None, &Device::default());
+    assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
+    let merged = Checkpoint::open(saved.path()).unwrap();
+    assert_eq!(merged.quantized_weights(), checkpoint.quantized_weights());
 }
 
 macro_rules! families {
@@ -221,6 +269,11 @@ macro_rules! families {
             }
 
             #[test]
+            fn quantized() {
+                is_the_same_quantized_and_saved(&Family::open(stringify!($name)));
+            }
+
+            #[test]
             fn trained() {
                 learns_an_adapter(&Family::open(stringify!($name)));
             }
@@ -236,6 +289,18 @@ macro_rules! families {
 families! {
     gemma2 gemma3_text granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
     qwen3_moe smollm3
+}
+
+#[rstest]
+#[case::llama("llama3_tied", &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])]
+#[case::phi3("phi3", &["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])]
+#[case::qwen3_moe("qwen3_moe", &["q_proj", "k_proj", "v_proj", "o_proj"])]
+fn the_linear_layers_of_a_family_are_adapted_by_default(
+    #[case] name: &str,
+    #[case] expected: &[&str],
+) {
+    let model = Family::open(name).model;
+    assert_eq!(model.default_target_modules(), expected);
 }
 
 #[derive(Deserialize)]
