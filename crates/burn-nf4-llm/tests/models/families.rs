@@ -524,7 +524,7 @@ fn longrope(name: &str, value: Value) -> Value {
 #[case::gemma3_rope_of_all("gemma3_text", json!({"rope_parameters": {"rope_theta": 1e6}}), "rope_parameters.rope_theta")]
 #[case::gemma3_rope_kind(
     "gemma3_text",
-    json!({"rope_parameters": {"sliding_attention": {"rope_type": "longrope"}}}),
+    json!({"rope_parameters": {"sliding_attention": {"rope_type": "mrope"}}}),
     "rope_parameters.sliding_attention.rope_type"
 )]
 #[case::gemma3_scaling("gemma3_text", json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor")]
