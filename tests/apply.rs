@@ -15,7 +15,7 @@ use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype};
 use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, QuantType};
 use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
 use burn_nf4::{Nf4Error, Nf4Weight, TensorMisfit};
-use burn_store::{KeyRemapper, ModuleSnapshot, ModuleStore};
+use burn_store::{KeyRemapper, ModuleSnapshot, ModuleStore, bridge};
 use rstest::rstest;
 use stored::{Stored, Tensors};
 use tempfile::TempDir;
@@ -514,6 +514,43 @@ fn partial_loads_leave_the_rest_as_it_was() {
     tensors.insert("head.bias".into(), random(&[6], 1));
     stored::write(folder.path(), &tensors);
     assert_eq!(keys(open().allow_partial(true)), ["head.bias"]);
+}
+
+#[test]
+fn stacks_are_read_as_the_matrices_that_they_are_made_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let values: Vec<f32> = (0..24).map(|value| value as f32).collect();
+    let stacks = Tensors::from([
+        (
+            "m.experts.up".to_string(),
+            stored::floats(&values, &[2, 4, 3]),
+        ),
+        // Not three dimensions, and not rows for two parts.
+        ("flat.experts.up".into(), stored::floats(&values, &[6, 4])),
+        ("odd.experts.up".into(), stored::floats(&values, &[2, 3, 4])),
+    ]);
+    stored::write(folder.path(), &stacks);
+    let store = CheckpointStore::open(folder.path()).unwrap();
+    let parts = ["$1.{}.a.weight", "$1.{}.b.weight"];
+    let mut store = store.unstack(r"^(.*\.experts)\.up$", &parts).unwrap();
+    let expected = [
+        "flat.experts.up",
+        "m.experts.0.a.weight",
+        "m.experts.0.b.weight",
+        "m.experts.1.a.weight",
+        "m.experts.1.b.weight",
+        "odd.experts.up",
+    ];
+    assert_eq!(store.keys().unwrap(), expected);
+    let tensor = store.get_tensor("m.experts.1.a.weight").unwrap().unwrap();
+    let data = bridge::to_data(tensor).unwrap();
+    assert_eq!(data.shape().to_vec(), [2, 3]);
+    assert_eq!(data.iter::<f32>().collect::<Vec<_>>(), values[12..18]);
+
+    let open = || CheckpointStore::open(folder.path()).unwrap();
+    let error = open().unstack("(", &parts).unwrap_err().to_string();
+    assert!(error.starts_with("`unstack`: pattern `(`: "), "{error}");
+    assert!(open().unstack("a", &[]).is_err());
 }
 
 #[test]

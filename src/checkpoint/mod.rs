@@ -68,6 +68,7 @@ pub(crate) mod source;
 mod staging;
 mod store;
 mod stored;
+mod unstack;
 mod verify;
 mod weight;
 mod writer;

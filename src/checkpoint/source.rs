@@ -1,5 +1,6 @@
 //! The parameters of a checkpoint as tensors that are read when they are asked for.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{BoolStore, Bytes, DType, Shape, TensorData};
@@ -24,6 +25,8 @@ pub(crate) struct Entry {
     pub kind: EntryKind,
     /// Bytes in the files.
     pub size_bytes: usize,
+    /// The bytes of the tensor that it is, if it is not all of it.
+    pub part: Option<Range<usize>>,
 }
 
 /// What a parameter of a checkpoint is.
@@ -75,6 +78,7 @@ pub(super) fn entries(
             path,
             kind,
             size_bytes,
+            part: None,
         })
     };
     renamed.into_iter().map(entry).collect()
@@ -115,6 +119,7 @@ pub(super) fn deferred(
         }
     };
     let (checkpoint, key, kind) = (checkpoint.clone(), entry.key.clone(), entry.kind.clone());
+    let part = entry.part.clone();
     let to = Shape::from(shape);
     let read = {
         let to = to.clone();
@@ -124,7 +129,11 @@ pub(super) fn deferred(
                     Bytes::from_elems(find_weight(&*checkpoint, &key)?.to_packed(form)?)
                 }
                 EntryKind::Dense { shape, .. } => {
-                    let stored = checkpoint.stored(&key)?;
+                    let mut stored = checkpoint.stored(&key)?;
+                    if let Some(part) = part.clone() {
+                        stored.info.shape = shape;
+                        stored.bytes = &stored.bytes[part];
+                    }
                     let matrix = match (read_as.transposed, shape.as_slice()) {
                         (true, &[rows, columns]) => Some([rows, columns]),
                         _ => None,

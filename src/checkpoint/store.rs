@@ -14,6 +14,7 @@ use super::matching::{Allowed, match_up};
 use super::parameters::parameters_of;
 use super::progress::{Counter, Progress};
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
+use super::unstack::Unstack;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
@@ -60,6 +61,8 @@ pub struct CheckpointStore {
     allowed: Allowed,
     /// Parameters whose keys match are left out.
     ignored: Vec<Regex>,
+    /// Stacks of matrices that are taken apart.
+    unstacked: Vec<Unstack>,
     dtype: Option<FloatType>,
     skip_enum_variants: bool,
     report: Arc<Mutex<Report>>,
@@ -99,6 +102,7 @@ impl CheckpointStore {
             places: BTreeMap::new(),
             allowed: Allowed::default(),
             ignored: Vec::new(),
+            unstacked: Vec::new(),
             dtype: None,
             skip_enum_variants: false,
             report: Arc::default(),
@@ -168,6 +172,42 @@ impl CheckpointStore {
         Ok(self)
     }
 
+    /// Takes tensors of stacked matrices apart, `[matrices, parts * rows, columns]` of floats: each matrix
+    /// is split by rows into as many parts as names are given, and the parts are read as if each were a
+    /// tensor. A tensor is such a stack if its remapped key matches the regular expression; in the names
+    /// `$1` stands for its first group and `{}` for the index of the matrix.
+    ///
+    /// Packed stacks, and those of another shape, stay whole.
+    ///
+    /// ```
+    /// use burn_nf4::checkpoint::CheckpointStore;
+    ///
+    /// # fn open(store: CheckpointStore) -> Result<CheckpointStore, burn_nf4::Nf4Error> {
+    /// // `experts.gate_up_proj` is read as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight`, …
+    /// store.unstack(
+    ///     r"^(.*\.experts)\.gate_up_proj$",
+    ///     &["$1.{}.gate_proj.weight", "$1.{}.up_proj.weight"],
+    /// )
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Nf4Error::Pattern`] if it is not a regular expression, [`Nf4Error::Config`] without a name.
+    pub fn unstack(mut self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        let pattern =
+            Regex::new(pattern).map_err(|error| pattern_error("unstack", pattern, &error))?;
+        if parts.is_empty() {
+            return Err(Nf4Error::Config {
+                field: "unstack",
+                expected: "a name for each part of a matrix",
+                given: "none".into(),
+            });
+        }
+        self.unstacked.push(Unstack::new(pattern, parts));
+        self.tensors = None;
+        Ok(self)
+    }
+
     /// Converts dense floats to a type, rather than load each as it is stored.
     pub fn with_dtype(mut self, dtype: FloatType) -> Self {
         self.dtype = Some(dtype);
@@ -203,6 +243,16 @@ impl CheckpointStore {
             keys = kept;
         }
         let mut entries = entries(&self.checkpoint, &keys, &self.remapper)?;
+        for unstack in &self.unstacked {
+            let mut apart = Vec::with_capacity(entries.len());
+            for entry in entries {
+                match unstack.parts(&entry)? {
+                    Some(parts) => apart.extend(parts),
+                    None => apart.push(entry),
+                }
+            }
+            entries = apart;
+        }
         entries.retain_mut(|entry| match self.places.get(&entry.path) {
             None => true,
             Some(None) => false,
@@ -263,6 +313,7 @@ impl fmt::Debug for CheckpointStore {
             .field("remapper", &self.remapper)
             .field("allowed", &self.allowed)
             .field("ignored", &self.ignored)
+            .field("unstacked", &self.unstacked)
             .field("dtype", &self.dtype)
             .field("skip_enum_variants", &self.skip_enum_variants)
             .finish_non_exhaustive()

@@ -22,6 +22,13 @@ pub(super) fn fresh<M: LinearLayers>(
     check_model(&model)?;
     refuse_branches(&model, "to put fresh ones on: take those off first")?;
     let adapter = Adapter::new(lora.clone())?;
+    if lora.init_lora_weights.of_fresh().is_none() {
+        return Err(Nf4Error::Config {
+            field: "init_lora_weights",
+            expected: "true, false or \"gaussian\" for a fresh adapter",
+            given: format!("{:?}", lora.init_lora_weights),
+        });
+    }
     let mut model = model;
     if let Some(tied) = model.tied_head() {
         let weights = [&tied.head, &tied.embedding].map(|module| of_linear(module, "weight"));

@@ -3,12 +3,13 @@
 use super::check::check_model;
 use super::layers::{LinearLayers, named};
 use super::names::{ModelNames, other_floats};
-use crate::checkpoint::convert::{SkipPattern, check_used, is_kept_by_default};
+use crate::checkpoint::convert::{SkipPattern, check_used, is_expert, is_kept_by_default};
 use crate::error::Nf4Error;
 use crate::format::QuantConfig;
 
 /// Which linear layers to bring to 4 bit, and how. The default is QLoRA's NF4 with double quantization,
-/// of all layers but heads and routers: see [`heads`](Self::heads).
+/// of all layers but heads, routers and experts: see [`heads`](Self::heads) and
+/// [`experts`](Self::experts).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QuantizeLayers {
     /// The quantization.
@@ -24,6 +25,11 @@ pub struct QuantizeLayers {
     /// another name is known by [`head_name`](LinearLayers::head_name), or is to be among
     /// [`skip_modules`](Self::skip_modules).
     pub heads: bool,
+    /// Whether to quantize the experts of a mixture too, layers with `experts` in their path.
+    /// transformers 5 has all experts of a layer in one tensor of floats and does not load a folder with
+    /// packed ones, as it does not that of
+    /// [`QuantizeOptions::experts`](crate::checkpoint::QuantizeOptions::experts).
+    pub experts: bool,
 }
 
 pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> Result<M, Nf4Error> {
@@ -40,6 +46,9 @@ pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> R
         }
         let is_head = head.as_deref() == Some(name);
         if !options.heads && (is_head || is_kept_by_default(name)) {
+            return Ok(layer);
+        }
+        if !options.experts && is_expert(name) {
             return Ok(layer);
         }
         let quantized = layer.quantize(options.config);

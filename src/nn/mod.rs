@@ -91,5 +91,5 @@ pub use lora::LoraLinear;
 #[cfg(feature = "peft")]
 pub(crate) use params::in_floats;
 pub use params::lora_params;
-pub use qlora::{QLoraLinear, QLoraLinearConfig};
+pub use qlora::{LoraInit, QLoraLinear, QLoraLinearConfig};
 pub use reparameterization::{Nf4Reparameterization, reparameterize_linears};

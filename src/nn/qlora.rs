@@ -4,6 +4,7 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear};
 use burn::tensor::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::Nf4Linear;
 use crate::error::Nf4Error;
@@ -12,6 +13,18 @@ use crate::op::{LowRank, connect_empty};
 
 /// Decoded weights that exist at a time while norms are taken: 16 MiB.
 pub(super) const NORM_CHUNK_ELEMS: usize = 1 << 22;
+
+/// How the factors of a fresh branch begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum LoraInit {
+    /// `A` uniform in `±1/√d_input` (PyTorch's `kaiming_uniform` with `a = √5`), `B` zero: PEFT's `true`.
+    #[default]
+    ZeroB,
+    /// `A` so, and `B` uniform in `±1/√rank`: the branch changes the layer from the start. PEFT's `false`.
+    RandomB,
+    /// `A` normal with a standard deviation of `1/rank`, `B` zero: PEFT's `gaussian`.
+    Gaussian,
+}
 
 /// Configuration of the low-rank branch of a [`QLoraLinear`].
 #[derive(Config, Debug)]
@@ -30,6 +43,9 @@ pub struct QLoraLinearConfig {
     /// Whether each output has a trained magnitude (DoRA, arXiv 2402.09353).
     #[config(default = false)]
     pub use_dora: bool,
+    /// How the factors begin.
+    #[config(default = "LoraInit::ZeroB")]
+    pub init: LoraInit,
 }
 
 impl QLoraLinearConfig {
@@ -39,9 +55,8 @@ impl QLoraLinearConfig {
         self.alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
 
-    /// Puts a fresh branch on a frozen layer: `A` uniform in `±1/√d_input` (PyTorch's
-    /// `kaiming_uniform` with `a = √5`, as in PEFT), `B` zero, and with DoRA the magnitudes those of
-    /// the weight, so that nothing changes at first.
+    /// Puts a fresh branch on a frozen layer, with factors that begin as [`LoraInit`] says, and with DoRA
+    /// magnitudes that are those of the weight with the branch: where `B` is zero nothing changes at first.
     ///
     /// The branch is created on `device`, which needs autodiff to train it, and the frozen layer
     /// is moved there.
@@ -61,14 +76,28 @@ impl QLoraLinearConfig {
         [d_output, d_input]: [usize; 2],
         device: &Device,
     ) -> (Param<Tensor<2>>, Param<Tensor<2>>) {
-        let initializer = Initializer::KaimingUniform {
+        let uniform = Initializer::KaimingUniform {
             gain: 1.0 / 3f64.sqrt(),
             fan_out_only: false,
         };
-        let lora_a =
-            initializer.init_with([d_input, self.rank], Some(d_input), Some(self.rank), device);
-        let lora_b = Initializer::Zeros.init([self.rank, d_output], device);
-        (lora_a, lora_b)
+        let of_a = match self.init {
+            LoraInit::ZeroB | LoraInit::RandomB => uniform.clone(),
+            LoraInit::Gaussian => Initializer::Normal {
+                mean: 0.0,
+                std: 1.0 / self.rank as f64,
+            },
+        };
+        let of_b = match self.init {
+            LoraInit::RandomB => uniform,
+            LoraInit::ZeroB | LoraInit::Gaussian => Initializer::Zeros,
+        };
+        let factor = |initializer: Initializer, [d_input, d_output]: [usize; 2]| {
+            initializer.init_with([d_input, d_output], Some(d_input), Some(d_output), device)
+        };
+        (
+            factor(of_a, [d_input, self.rank]),
+            factor(of_b, [self.rank, d_output]),
+        )
     }
 
     /// Puts a given branch on a frozen layer on the same device. The matrices are taken as values,

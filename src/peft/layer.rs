@@ -25,7 +25,13 @@ impl Adapter {
             .with_alpha(self.matcher().alpha(module)?)
             .with_dropout(self.config().lora_dropout)
             .with_use_rslora(self.config().use_rslora)
-            .with_use_dora(self.config().use_dora);
+            .with_use_dora(self.config().use_dora)
+            .with_init(
+                self.config()
+                    .init_lora_weights
+                    .of_fresh()
+                    .unwrap_or_default(),
+            );
         Ok(config)
     }
 

@@ -6,6 +6,8 @@ use std::marker::PhantomData;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::nn::LoraInit;
+
 /// The modules that an adapter adapts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetModules {
@@ -129,6 +131,20 @@ pub enum InitLoraWeights {
     Default(bool),
     /// Another way.
     Named(String),
+}
+
+impl InitLoraWeights {
+    /// How fresh factors begin, if that is known here.
+    pub(crate) fn of_fresh(&self) -> Option<LoraInit> {
+        match self {
+            Self::Default(true) => Some(LoraInit::ZeroB),
+            Self::Default(false) => Some(LoraInit::RandomB),
+            Self::Named(name) => {
+                let is_gaussian = name.eq_ignore_ascii_case("gaussian");
+                is_gaussian.then_some(LoraInit::Gaussian)
+            }
+        }
+    }
 }
 
 impl Default for InitLoraWeights {

@@ -1,15 +1,15 @@
 //! Adapters as PEFT saves them, on any model: against the logits of PEFT's model.
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::{LinearLayers, PeftModel, SaveFolder};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::peft::{
-    Adapter, DenseTensor, LoraBias, LoraConfig, LoraModule, MergeOptions, TargetModules,
-    merge_16bit,
+    Adapter, DenseTensor, InitLoraWeights, LoraBias, LoraConfig, LoraModule, MergeOptions,
+    TargetModules, merge_16bit,
 };
 use rstest::rstest;
 use tempfile::TempDir;
@@ -379,4 +379,53 @@ fn biases_are_trained_in_f32_where_the_adapter_holds_them(
         fresh.count_parameters().trainable
     );
     assert!(again.no_grad().count_parameters().trainable == 0);
+}
+
+/// As PEFT begins them: `B` zero, or random, or `A` normal; what is not known is an error.
+#[test]
+fn fresh_factors_begin_as_the_adapter_says() {
+    let device = Device::default();
+    let layer = |init: InitLoraWeights| {
+        let lora = LoraConfig {
+            r: 16,
+            init_lora_weights: init,
+            ..LoraConfig::new(TargetModules::AllLinear)
+        };
+        let model = base(false).with_lora(&lora, &device)?;
+        let linears = model.linears();
+        let (a, b) = linears
+            .iter()
+            .find_map(|(_, layer)| match layer {
+                AnyLinear::QLora(layer) => Some((layer.lora_a.val(), layer.lora_b.val())),
+                AnyLinear::Lora(layer) => Some((layer.lora_a.val(), layer.lora_b.val())),
+                _ => None,
+            })
+            .expect("a branch");
+        let [d_input, _] = a.dims();
+        let deviation = |x: Tensor<2>| x.square().mean().sqrt().into_scalar::<f32>();
+        let bound = b.clone().abs().max().into_scalar::<f32>();
+        Ok::<_, Nf4Error>((
+            deviation(a) * (d_input as f32).sqrt(),
+            deviation(b),
+            bound,
+            d_input,
+        ))
+    };
+    // A uniform number in `±1` deviates by `1/√3`.
+    let uniform = 1.0 / 3f32.sqrt();
+    let near = |given: f32, expected: f32| (given / expected - 1.0).abs() < 0.2;
+    let (a, b, ..) = layer(InitLoraWeights::Default(true)).unwrap();
+    assert!(near(a, uniform) && b == 0.0, "{a} {b}");
+    let (a, b, bound, _) = layer(InitLoraWeights::Default(false)).unwrap();
+    assert!(
+        near(a, uniform) && near(b, uniform / 4.0) && bound <= 0.25,
+        "{a} {b}"
+    );
+    let (a, b, _, d_input) = layer(InitLoraWeights::Named("Gaussian".into())).unwrap();
+    assert!(
+        near(a, (d_input as f32).sqrt() / 16.0) && b == 0.0,
+        "{a} {b}"
+    );
+    let error = layer(InitLoraWeights::Named("orthogonal".into())).unwrap_err();
+    assert!(error.to_string().contains("init_lora_weights"), "{error}");
 }

@@ -19,6 +19,8 @@ mod families;
 mod fixtures;
 #[path = "models/generation.rs"]
 mod generation;
+#[path = "models/mixtures.rs"]
+mod mixtures;
 #[path = "models/optimizers.rs"]
 mod optimizers;
 #[path = "models/parity.rs"]
@@ -35,3 +37,5 @@ mod ties;
 mod tokenizer_flags;
 #[path = "models/training.rs"]
 mod training;
+#[path = "models/visions.rs"]
+mod visions;

@@ -161,7 +161,7 @@ fn with_an_adapter() {
     let plain = run(&model, &config, &request(prompts(), 24, Sampling::greedy()));
     let lora = LoraConfig {
         r: 4,
-        lora_alpha: 4000.0,
+        lora_alpha: 64.0,
         init_lora_weights: InitLoraWeights::Default(false),
         ..LoraConfig::new(TargetModules::AllLinear)
     };
@@ -205,4 +205,7 @@ fn what_is_not_recorded_is_told() {
     let (model, config) = family("qwen3");
     let few = run(&model, &config, &request(prompts(), 3, Sampling::greedy()));
     assert_eq!(few.eager, Some("there are few tokens"));
+    let (model, config) = family("qwen3_moe");
+    let mixture = run(&model, &config, &request(prompts(), 20, Sampling::greedy()));
+    assert_eq!(mixture.eager, Some("the host sends tokens to experts"));
 }

@@ -295,7 +295,7 @@ fn is_token_embedding(module: &str) -> bool {
 }
 
 /// Whether a parameter belongs to the experts of a mixture, fused or apart.
-fn is_expert(key: &str) -> bool {
+pub(crate) fn is_expert(key: &str) -> bool {
     key.split('.').any(|part| part == "experts")
 }
 

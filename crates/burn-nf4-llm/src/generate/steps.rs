@@ -167,6 +167,8 @@ fn why_eager(model: &Decoder, config: &DecoderConfig, request: &Request) -> Opti
         Some("there are few tokens")
     } else if !has_graphs(&model.device()) {
         Some("the device records no graphs")
+    } else if config.layers.iter().any(|layer| layer.mixture.is_some()) {
+        Some("the host sends tokens to experts")
     } else if config.ropes.iter().any(changes) {
         Some("the rotary embedding changes with the length of the text")
     } else {

@@ -126,6 +126,11 @@ impl Fields {
         })
     }
 
+    /// The fields as they are in the file.
+    pub fn into_entries(self) -> Map<String, Value> {
+        self.entries
+    }
+
     /// The names of all fields.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)

@@ -21,6 +21,9 @@ pub const EMBEDDING: &str = "model.embed_tokens";
 /// The path of the head.
 pub const HEAD: &str = "lm_head";
 
+/// How the name of a router ends.
+pub(super) const ROUTER: &str = ".mlp.gate";
+
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]
 pub struct Decoder {
@@ -214,6 +217,27 @@ impl Decoder {
         let hidden = self.hidden(ids, rope, Some(cache));
         let [_, length, _] = hidden.dims();
         self.head(hidden.narrow(1, length - 1, 1)).squeeze_dim(1)
+    }
+
+    /// The layers that are adapted unless others are asked for, by the ends of their names: all linear ones
+    /// of attention and MLPs, as PEFT's `all-linear` has them, but for experts and routers, of which there
+    /// are many, or which are better left alone. So there are none of the MLPs of a mixture.
+    pub fn default_target_modules(&self) -> Vec<String> {
+        let (mut targets, mut of_experts) = (Vec::new(), Vec::new());
+        for (name, _) in self.linears() {
+            let end = name.rsplit('.').next().unwrap_or_default().to_string();
+            let is_expert = name.contains(".experts.");
+            let names = if is_expert {
+                &mut of_experts
+            } else {
+                &mut targets
+            };
+            if name != HEAD && !name.ends_with(ROUTER) && !names.contains(&end) {
+                names.push(end);
+            }
+        }
+        targets.retain(|name| !of_experts.contains(name));
+        targets
     }
 
     /// Bytes of packed weights and of float weights on the device.

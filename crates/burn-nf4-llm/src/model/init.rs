@@ -10,9 +10,10 @@ use burn_nf4::op::AttentionOptions;
 
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
-use crate::model::config::{DecoderConfig, LayerConfig, NormPlacement, QkNorm};
-use crate::model::decoder::{Decoder, HEAD};
-use crate::model::layer::{DecoderLayer, LayerNorms, PostNorms, PreNorms, SandwichNorms};
+use crate::model::config::{DecoderConfig, LayerConfig, MixtureConfig, NormPlacement, QkNorm};
+use crate::model::decoder::{Decoder, HEAD, ROUTER};
+use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
+use crate::model::mixture::MixtureMlp;
 use crate::model::mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 use crate::model::norm::RmsNorm;
 
@@ -60,7 +61,10 @@ impl Parts<'_> {
         DecoderLayer {
             norms: self.norms(),
             self_attn: self.attention(layer),
-            mlp: self.mlp(),
+            mlp: match layer.mixture {
+                None => Mlp::Dense(self.mlp(self.config.intermediate_size)),
+                Some(mixture) => Mlp::Mixture(self.mixture(mixture)),
+            },
             residual_multiplier: self.config.residual_multiplier,
         }
     }
@@ -123,9 +127,19 @@ impl Parts<'_> {
         }
     }
 
-    fn mlp(&self) -> GatedMlp {
+    fn mixture(&self, mixture: MixtureConfig) -> MixtureMlp {
+        let experts = (0..mixture.experts).map(|_| self.mlp(mixture.intermediate_size));
+        MixtureMlp {
+            gate: self.linear(self.config.hidden_size, mixture.experts, false),
+            experts: experts.collect(),
+            experts_per_token: mixture.experts_per_token,
+            normalises_weights: mixture.normalises_weights,
+        }
+    }
+
+    fn mlp(&self, inner: usize) -> GatedMlp {
         let config = self.config;
-        let [hidden, inner] = [config.hidden_size, config.intermediate_size];
+        let hidden = config.hidden_size;
         let linear = |d_input, d_output| self.linear(d_input, d_output, config.biases.mlp);
         GatedMlp {
             gate_up: match config.fused_projections {
@@ -157,7 +171,7 @@ impl Parts<'_> {
 }
 
 /// A frozen model of these sizes with random weights, to time it or to try something out: packed linear
-/// layers without biases, with branches of a rank if one is given, and the rest in `dtype` as in
+/// layers without biases, but for routers, with branches of a rank if one is given, and the rest in `dtype` as in
 /// published checkpoints.
 ///
 /// # Errors
@@ -186,7 +200,7 @@ pub fn random(
             weight: matrix([d_input, d_output]),
             bias: None,
         };
-        if name == HEAD {
+        if name == HEAD || name.ends_with(ROUTER) {
             return Ok(dense.into());
         }
         let packed = AnyLinear::Nf4(Nf4Linear::quantize(dense, QuantConfig::default())?);

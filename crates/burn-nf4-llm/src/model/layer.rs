@@ -6,10 +6,12 @@ use burn_nf4::linear_layers;
 
 use crate::model::attention::Attention;
 use crate::model::cache::LayerCache;
+use crate::model::mixture::MixtureMlp;
 use crate::model::mlp::GatedMlp;
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
 use crate::model::scale::scaled;
+use crate::model::variants::linear_variants;
 
 /// One layer.
 #[derive(Module, Debug)]
@@ -19,12 +21,40 @@ pub struct DecoderLayer {
     /// Attention.
     pub self_attn: Attention,
     /// The MLP.
-    pub mlp: GatedMlp,
+    pub mlp: Mlp,
     /// The output of attention and of the MLP is multiplied by it before it is added.
     pub residual_multiplier: f64,
 }
 
 linear_layers!(DecoderLayer { self_attn, mlp });
+
+/// The feed-forward block of a layer.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a model has few, and in most models all are of the larger kind"
+)]
+#[derive(Module, Debug)]
+pub enum Mlp {
+    /// One for all tokens.
+    Dense(GatedMlp),
+    /// A few of many for each token.
+    Mixture(MixtureMlp),
+}
+
+linear_variants!(Mlp { Dense, Mixture });
+
+impl Mlp {
+    /// The output for `x`.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, length, hidden_size]`, and so the result
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x),
+            Self::Mixture(mlp) => mlp.forward(x),
+        }
+    }
+}
 
 /// The norms of a layer, under the names that checkpoints have for them.
 #[derive(Module, Debug)]

@@ -2,21 +2,33 @@
 
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_nf4::checkpoint::CheckpointStore;
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore};
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 
 use crate::error::ModelError;
+use crate::model::family::vision;
 use crate::model::{Decoder, DecoderConfig};
 
 /// Buffers that old checkpoints hold and transformers does not read either.
 const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
 
+/// How transformers 5 stacks the experts of a layer, where it saves them as it holds them, and what they are
+/// called apart.
+const STACKS: [(&str, &[&str]); 2] = [
+    (
+        r"^(.*\.experts)\.gate_up_proj$",
+        &["$1.{}.gate_proj.weight", "$1.{}.up_proj.weight"],
+    ),
+    (r"^(.*\.experts)\.down_proj$", &["$1.{}.down_proj.weight"]),
+];
+
 /// Builds the model and reads its weights onto the device, one at a time.
 ///
 /// Float tensors are cast to `dtype`, the type to compute in; packed ones stay as they are. Nothing
 /// is trainable. Where the config ties the head to the table and the checkpoint holds two different
-/// ones, the model has both, as in transformers: see [`Decoder::lm_head`].
+/// ones, the model has both, as in transformers: see [`Decoder::lm_head`]. Of a model of text and images
+/// the text part is read; [`left_out`] says what is not.
 ///
 /// # Errors
 /// - [`Nf4Error::Misfit`](burn_nf4::Nf4Error::Misfit) with all that is missing, unexpected or of
@@ -29,6 +41,24 @@ pub fn load(
     dtype: FloatType,
     device: &Device,
 ) -> Result<Decoder, ModelError> {
-    let store = store.with_dtype(dtype).ignore(NOT_READ)?;
+    let mut store = store.with_dtype(dtype).ignore(NOT_READ)?;
+    for (stack, parts) in STACKS {
+        store = store.unstack(stack, parts)?;
+    }
+    if config.text_part_of.is_some() {
+        store = store.ignore(vision::OTHER_KEYS)?;
+        for (key, of_text) in vision::TEXT_KEYS {
+            store = store.with_key_remapping(key, of_text)?;
+        }
+    }
     Ok(config.init(device).load_checkpoint(store)?.no_grad())
+}
+
+/// The parameters of a checkpoint that [`load`] leaves out as they belong to another part of the model: of
+/// one of text and images the vision tower and the projector.
+pub fn left_out<'a>(checkpoint: &'a Checkpoint, config: &DecoderConfig) -> Vec<&'a str> {
+    match config.text_part_of {
+        Some(_) => vision::other_parameters(checkpoint),
+        None => Vec::new(),
+    }
 }

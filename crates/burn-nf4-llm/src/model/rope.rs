@@ -48,6 +48,8 @@ pub(crate) enum RopeScaling {
         long_factors: Vec<f64>,
         attention_factor: f64,
         original_positions: f64,
+        /// Whether keys are computed again when the sequence passes the original positions.
+        recomputes_keys: bool,
     },
 }
 
@@ -65,10 +67,21 @@ impl RopeConfig {
     }
 
     /// Whether the keys in a cache are to be computed again when the [regime](Self::regime) of their
-    /// sequence changes, as transformers does with LongRoPE. With dynamic scaling it leaves them as they
-    /// are.
+    /// sequence changes, as transformers does in Phi-3. In other families, and with dynamic scaling, it
+    /// leaves them as they are.
     pub fn recomputes_keys(&self) -> bool {
-        matches!(self.scaling, RopeScaling::LongRope { .. })
+        matches!(self.scaling, RopeScaling::LongRope { recomputes_keys, .. } if recomputes_keys)
+    }
+
+    /// With keys that are [computed again](Self::recomputes_keys), if it is LongRoPE.
+    pub(crate) fn with_recomputed_keys(mut self) -> Self {
+        if let RopeScaling::LongRope {
+            recomputes_keys, ..
+        } = &mut self.scaling
+        {
+            *recomputes_keys = true;
+        }
+        self
     }
 
     /// The angle of one position per pair of channels, for a sequence of this length.

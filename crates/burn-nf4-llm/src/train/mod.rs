@@ -159,6 +159,9 @@ const CHECKPOINT_PREFIX: &str = "checkpoint-";
 /// Of one that is being written.
 const PART_PREFIX: &str = "part-";
 
+/// The field of a mixture that holds its experts.
+const EXPERTS: &str = "experts";
+
 impl Trainer {
     /// A run from the start, of a model with its branches on.
     pub fn new(
@@ -279,7 +282,8 @@ impl Trainer {
         Ok(self)
     }
 
-    /// Burn leaves a parameter without state where the file has none for it.
+    /// Burn leaves a parameter without state where the file has none for it. An expert of a mixture that no
+    /// token chose has none.
     fn check_loaded(&self) -> Result<(), String> {
         let mut trained = Trained::default();
         self.model.visit(&mut trained);
@@ -298,15 +302,24 @@ impl Trainer {
     }
 }
 
-/// The ids of the parameters that are trained.
+/// The ids of the parameters that every step trains.
 #[derive(Debug, Default)]
 struct Trained {
     ids: Vec<u64>,
+    in_experts: bool,
 }
 
 impl ModuleVisitor for Trained {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.in_experts |= name == EXPERTS;
+    }
+
+    fn exit_module(&mut self, name: &str, _container_type: &str) {
+        self.in_experts &= name != EXPERTS;
+    }
+
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() {
+        if param.is_require_grad() && !self.in_experts {
             self.ids.push(param.id.val());
         }
     }

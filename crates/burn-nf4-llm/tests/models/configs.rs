@@ -83,7 +83,7 @@ fn rotary_frequencies_are_those_of_transformers() {
 #[rstest]
 #[case::family(json!({"model_type": "gemma"}), "model_type")]
 #[case::activation(json!({"hidden_act": "gelu"}), "hidden_act")]
-#[case::longrope(json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling.rope_type")]
+#[case::longrope(json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling.short_factor")]
 #[case::no_factor(json!({"rope_parameters": {"rope_type": "linear"}}), "rope_parameters.factor")]
 #[case::partial(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
 #[case::heads(json!({"num_key_value_heads": 3}), "num_key_value_heads")]

@@ -1,21 +1,21 @@
 //! Every family against transformers: `fixtures/families` holds a tiny model of each, in NF4, and what
 //! transformers computes with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
-use burn_nf4::format::FloatType;
-use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4::format::{FloatType, QuantConfig, QuantType};
+use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
 use burn_nf4::peft::{Adapter, LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::Biases;
 use burn_nf4_llm::model::family::model_types;
-use burn_nf4_llm::model::{Activation, Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Activation, Decoder, DecoderConfig, HEAD};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -140,6 +140,40 @@ fn is_saved_as_it_was(family: &Family) {
     family.assert_near(&logits(&model, &config, &ids, &shape), "logits");
 }
 
+/// In 4 bit and in files, whatever of it was there before. Other layers than those that it had in 4 bit are
+/// quantized too; a mixture's experts one by one.
+fn is_the_same_quantized_and_saved(family: &Family) {
+    let device = Device::default();
+    let source = Checkpoint::open(family.folder.join("model")).unwrap();
+    let (model, config) = open_folder(&family.folder.join("model"), None, &device);
+    let dense = model.dequantize(FloatType::F32).unwrap();
+    let (ids, shape) = ints(&family.theirs, "input_ids");
+    family.assert_near(&logits(&dense, &config, &ids, &shape), "logits");
+    let options = QuantizeLayers {
+        config: QuantConfig {
+            quant_type: QuantType::Fp4,
+            ..QuantConfig::default()
+        },
+        experts: true,
+        ..QuantizeLayers::default()
+    };
+    let model = dense.quantize(&options).unwrap();
+    let ours = logits(&model, &config, &ids, &shape);
+    let out = tempfile::tempdir().unwrap();
+    let options = SaveFolder {
+        source: Some(&source),
+        ..SaveFolder::default()
+    };
+    model.save_folder(out.path(), &options).unwrap();
+    let (loaded, config) = open_folder(out.path(), None, &device);
+    let layers = loaded.linears();
+    for (name, layer) in layers {
+        let is_kept = name == HEAD || name.ends_with(".mlp.gate");
+        assert_eq!(layer.is_quantized(), !is_kept, "{name}");
+    }
+    assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
+}
+
 /// A few steps of QLoRA lessen the loss, and the adapter gives the same logits on the model and in it.
 fn learns_an_adapter(family: &Family) {
     let device = Device::default().autodiff();
@@ -173,18 +207,41 @@ fn learns_an_adapter(family: &Family) {
     kept.save_adapter(out.path()).unwrap();
     let adapter = Adapter::open(out.path()).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    for (name, _) in adapter.modules() {
-        assert!(checkpoint.is_quantized(&format!("{name}.weight")), "{name}");
+    let adapted: BTreeSet<String> = adapter
+        .modules()
+        .map(|(name, _)| format!("{name}.weight"))
+        .collect();
+    for weight in checkpoint.quantized_weights() {
+        assert!(adapted.contains(weight), "{weight}");
+    }
+    for weight in &adapted {
+        // PEFT counts the experts and the router of a mixture among all linear layers, and so they are here.
+        let is_of_mixture = weight.contains(".experts.") || weight.ends_with(".mlp.gate.weight");
+        assert!(is_of_mixture || checkpoint.is_quantized(weight), "{weight}");
     }
     let (base, config) = open_folder(&folder, None, &Device::default());
     let model = base.apply_adapter(&adapter, &Device::default()).unwrap();
     let adapted = logits(&model, &config, &ids, &shape);
     let trained = logits(&kept.model.valid(), &config, &ids, &shape);
     assert_eq!(max_difference(&adapted, &trained), 0.0);
-    let merged = model.merge(None).unwrap();
+    let merged = model.clone().merge(None).unwrap();
     let difference = max_difference(&logits(&merged, &config, &ids, &shape), &adapted);
     // The branch is summed apart or within the weight.
     assert!(difference < 1e-4, "{difference:e}");
+
+    // Merged into the weights as they are in files: in 4 bit where they were so.
+    let options = SaveFolder {
+        source: Some(&checkpoint),
+        ..SaveFolder::default()
+    };
+    let saved = tempfile::tempdir().unwrap();
+    let merged = model.merge_4bit().unwrap();
+    merged.save_folder(saved.path(), &options).unwrap();
+    let ours = logits(&merged, &config, &ids, &shape);
+    let (loaded, config) = open_folder(saved.path(), None, &Device::default());
+    assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
+    let merged = Checkpoint::open(saved.path()).unwrap();
+    assert_eq!(merged.quantized_weights(), checkpoint.quantized_weights());
 }
 
 macro_rules! families {
@@ -213,6 +270,11 @@ macro_rules! families {
             }
 
             #[test]
+            fn quantized() {
+                is_the_same_quantized_and_saved(&Family::open(stringify!($name)));
+            }
+
+            #[test]
             fn trained() {
                 learns_an_adapter(&Family::open(stringify!($name)));
             }
@@ -227,7 +289,19 @@ macro_rules! families {
 
 families! {
     gemma2 gemma3_text granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
-    smollm3
+    qwen3_moe smollm3
+}
+
+#[rstest]
+#[case::llama("llama3_tied", &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])]
+#[case::phi3("phi3", &["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])]
+#[case::qwen3_moe("qwen3_moe", &["q_proj", "k_proj", "v_proj", "o_proj"])]
+fn the_linear_layers_of_a_family_are_adapted_by_default(
+    #[case] name: &str,
+    #[case] expected: &[&str],
+) {
+    let model = Family::open(name).model;
+    assert_eq!(model.default_target_modules(), expected);
 }
 
 #[derive(Deserialize)]
@@ -452,12 +526,12 @@ fn longrope(name: &str, value: Value) -> Value {
 #[case::gemma3_rope_of_all("gemma3_text", json!({"rope_parameters": {"rope_theta": 1e6}}), "rope_parameters.rope_theta")]
 #[case::gemma3_rope_kind(
     "gemma3_text",
-    json!({"rope_parameters": {"sliding_attention": {"rope_type": "longrope"}}}),
+    json!({"rope_parameters": {"sliding_attention": {"rope_type": "mrope"}}}),
     "rope_parameters.sliding_attention.rope_type"
 )]
 #[case::gemma3_scaling("gemma3_text", json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor")]
 #[case::gemma3_base("gemma3_text", json!({"rope_local_base_freq": 0}), "rope_local_base_freq")]
-#[case::gemma3_vision("gemma3", json!({}), "model_type")]
+#[case::gemma3_vision("gemma3", json!({}), "text_config")]
 #[case::gemma2_tiny_cap("gemma2", json!({"attn_logit_softcapping": 1e-60}), "attn_logit_softcapping")]
 #[case::granite_huge_scores("granite", json!({"attention_multiplier": 1e60}), "attention_multiplier")]
 #[case::llama_layers("llama", json!({"num_hidden_layers": 1_000_000}), "num_hidden_layers")]
@@ -488,7 +562,12 @@ fn longrope(name: &str, value: Value) -> Value {
 #[case::qwen2_part("qwen2", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor")]
 #[case::qwen3_head("qwen3", json!({"head_dim": 7}), "head_dim")]
 #[case::qwen3_long_head("qwen3", json!({"head_dim": 258}), "head_dim")]
-#[case::qwen3_experts("qwen3_moe", json!({}), "model_type")]
+#[case::qwen3_moe_chosen("qwen3_moe", json!({"num_experts_per_tok": 9, "num_experts": 8}), "num_experts_per_tok")]
+#[case::qwen3_moe_none_chosen("qwen3_moe", json!({"num_experts_per_tok": 0}), "num_experts_per_tok")]
+#[case::qwen3_moe_two_counts("qwen3_moe", json!({"num_local_experts": 4, "num_experts": 8}), "num_local_experts")]
+#[case::qwen3_moe_step("qwen3_moe", json!({"decoder_sparse_step": 0}), "decoder_sparse_step")]
+#[case::qwen3_moe_dense("qwen3_moe", json!({"mlp_only_layers": [-1]}), "mlp_only_layers")]
+#[case::qwen2_moe("qwen2_moe", json!({}), "model_type")]
 #[case::smollm3_list("smollm3", json!({"no_rope_layers": [1, 0]}), "no_rope_layers")]
 #[case::smollm3_flags("smollm3", json!({"no_rope_layers": [true, false]}), "no_rope_layers")]
 #[case::smollm3_window_unused(

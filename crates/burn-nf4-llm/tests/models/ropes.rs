@@ -62,7 +62,7 @@ fn linear(factor: Value) -> Value {
 #[case::type_number(json!({"rope_scaling": {"type": 1}}), "rope_scaling.type")]
 #[case::type_unknown(json!({"rope_scaling": {"type": "ntk"}}), "rope_scaling.rope_type")]
 #[case::type_capital(json!({"rope_scaling": {"type": "Linear", "factor": 2.0}}), "rope_scaling.rope_type")]
-#[case::longrope(json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling.rope_type")]
+#[case::longrope(json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling.short_factor")]
 #[case::su(json!({"rope_scaling": {"type": "su"}}), "rope_scaling.rope_type")]
 #[case::proportional(json!({"rope_parameters": {"rope_type": "proportional"}}), "rope_parameters.rope_type")]
 #[case::by_layer_type(

@@ -43,12 +43,9 @@ pub struct FinetuneArgs {
     /// Train a magnitude for each output beside the adapter (DoRA).
     #[arg(long)]
     pub dora: bool,
-    /// The layers to adapt, by the end of their path, or `all-linear`.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    )]
+    /// The layers to adapt, by the end of their path, or `all-linear`
+    /// [default: all linear layers of attention and MLPs, but no experts and routers of a mixture]
+    #[arg(long, value_delimiter = ',')]
     pub target_modules: Vec<String>,
     /// Peak learning rate.
     #[arg(long, default_value_t = 2e-4)]
@@ -120,7 +117,7 @@ impl FinetuneArgs {
                 return Err(ModelError::setting(name, given, expected));
             }
         }
-        self.lora().check()?;
+        self.lora(self.targets(None)).check()?;
         self.check_output()
     }
 
@@ -173,7 +170,9 @@ impl FinetuneArgs {
             }
         }
         // Of the sizes of the model, without its weights.
-        self.check_targets(&config.init(&prepared.device))?;
+        let sizes = config.init(&prepared.device);
+        let lora = self.lora(self.targets(Some(&sizes)));
+        check_targets(&lora, &sizes)?;
         let eos = text.eos.or(config.eos_token_ids.first().copied());
         let data = Dataset::read(&self.data, text, eos, self.seq_len)?;
         data.check_vocabulary(config.vocab_size)?;
@@ -189,7 +188,6 @@ impl FinetuneArgs {
             );
         }
 
-        let lora = self.lora();
         let settings = self.settings(&lora, &data, total)?;
         let Opened { model, config, .. } = prepared.load()?;
         let device = model.device();
@@ -275,37 +273,17 @@ impl FinetuneArgs {
         Ok(())
     }
 
-    /// Refuses a target that no layer has. Training itself only needs a layer that some target
-    /// selects.
-    fn check_targets(&self, model: &Decoder) -> Result<(), ModelError> {
-        let TargetModules::List(names) = self.lora().target_modules else {
-            return Ok(());
-        };
-        let paths: Vec<String> = model
-            .linears()
-            .into_iter()
-            .map(|(path, _)| path)
-            // A tied head can be a target too.
-            .chain([HEAD.into()])
-            .collect();
-        for name in names {
-            let has_it = |path: &String| *path == name || path.ends_with(&format!(".{name}"));
-            if !paths.iter().any(has_it) {
-                return Err(ModelError::setting(
-                    "--target-modules",
-                    format!("`{name}`, which no layer of the model is named"),
-                    "ends of the paths of layers",
-                ));
-            }
+    /// The layers to adapt; those that are the default only where the model is known.
+    fn targets(&self, model: Option<&Decoder>) -> TargetModules {
+        match (self.target_modules.as_slice(), model) {
+            ([all], _) if all == "all-linear" => TargetModules::AllLinear,
+            ([], Some(model)) => TargetModules::list(model.default_target_modules()),
+            ([], None) => TargetModules::AllLinear,
+            (names, _) => TargetModules::list(names.iter().cloned()),
         }
-        Ok(())
     }
 
-    fn lora(&self) -> LoraConfig {
-        let targets = match self.target_modules.as_slice() {
-            [all] if all == "all-linear" => TargetModules::AllLinear,
-            names => TargetModules::list(names.iter().cloned()),
-        };
+    fn lora(&self, targets: TargetModules) -> LoraConfig {
         LoraConfig {
             r: self.r,
             lora_alpha: self.alpha,
@@ -340,4 +318,30 @@ impl FinetuneArgs {
             ..Settings::new(schedule, lora)?
         })
     }
+}
+
+/// Refuses a target that no layer has. Training itself only needs a layer that some target
+/// selects.
+fn check_targets(lora: &LoraConfig, model: &Decoder) -> Result<(), ModelError> {
+    let TargetModules::List(names) = &lora.target_modules else {
+        return Ok(());
+    };
+    let paths: Vec<String> = model
+        .linears()
+        .into_iter()
+        .map(|(path, _)| path)
+        // A tied head can be a target too.
+        .chain([HEAD.into()])
+        .collect();
+    for name in names {
+        let has_it = |path: &String| path == name || path.ends_with(&format!(".{name}"));
+        if !paths.iter().any(has_it) {
+            return Err(ModelError::setting(
+                "--target-modules",
+                format!("`{name}`, which no layer of the model is named"),
+                "ends of the paths of layers",
+            ));
+        }
+    }
+    Ok(())
 }

@@ -12,7 +12,7 @@ use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
 use burn_nf4_llm::generate::Sampling;
-use burn_nf4_llm::model::{Decoder, DecoderConfig, load};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, left_out, load};
 use burn_nf4_llm::text::{StopStrings, Text};
 use clap::Args;
 
@@ -116,8 +116,27 @@ fn load_model(
     device: &Device,
 ) -> Result<Decoder, ModelError> {
     let bar = Bar::new("load");
-    let store = CheckpointStore::open(folder)?.on_progress(move |progress| bar.show(progress));
+    let store = CheckpointStore::open(folder)?;
+    if let Some(whole) = &config.text_part_of {
+        let names = left_out(store.checkpoint(), config);
+        let mut parts: Vec<&str> = names.iter().map(|name| part_of(name)).collect();
+        parts.dedup();
+        eprintln!(
+            "the model is of text and images ({whole}): its text part is used, {} parameters are left \
+             out ({})",
+            names.len(),
+            parts.join(", "),
+        );
+    }
+    let store = store.on_progress(move |progress| bar.show(progress));
     load(store, config, dtype, device)
+}
+
+/// The beginning of a parameter's name that tells the part of the model: `vision_tower`.
+fn part_of(name: &str) -> &str {
+    let from = if name.starts_with("model.") { 6 } else { 0 };
+    let length = name[from..].find('.').unwrap_or(name.len() - from);
+    &name[..from + length]
 }
 
 /// An adapter to put on the model.

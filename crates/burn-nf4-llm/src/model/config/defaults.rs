@@ -89,6 +89,7 @@ impl Defaults {
         let layer = LayerConfig {
             window: None,
             rope: Some(0),
+            mixture: None,
         };
         Ok(DecoderConfig {
             vocab_size: size(fields, "vocab_size", self.vocab_size)?,
@@ -129,6 +130,7 @@ impl Defaults {
             eos_token_ids,
             attention_dropout: fields.nullable("attention_dropout")?.unwrap_or(0.0),
             residual_dropout: 0.0,
+            text_part_of: None,
         })
     }
 

@@ -14,6 +14,21 @@ pub struct LayerConfig {
     pub window: Option<usize>,
     /// Its rotary embedding, an index of [`DecoderConfig::ropes`], if it has one.
     pub rope: Option<usize>,
+    /// The mixture of experts that it has in place of one MLP.
+    pub mixture: Option<MixtureConfig>,
+}
+
+/// The mixture of experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MixtureConfig {
+    /// Experts.
+    pub experts: usize,
+    /// Experts that a token is sent to.
+    pub experts_per_token: usize,
+    /// Elements inside of an expert.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub normalises_weights: bool,
 }
 
 impl DecoderConfig {

@@ -4,17 +4,17 @@ pub(crate) mod defaults;
 pub(crate) mod layers;
 pub(crate) mod rope_fields;
 
-pub use layers::LayerConfig;
+pub use layers::{LayerConfig, MixtureConfig};
 
 use std::path::Path;
 
 use burn_nf4::format::FloatType;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::ModelError;
 use crate::json::fields::{FieldType, Fields};
 use crate::json::files::read;
-use crate::model::family;
+use crate::model::family::{self, vision};
 use crate::model::mlp::Activation;
 use crate::model::norm::NormForm;
 use crate::model::rope::RopeConfig;
@@ -83,6 +83,8 @@ pub struct DecoderConfig {
     pub attention_dropout: f64,
     /// Dropout on the outputs of attention and the MLP in training.
     pub residual_dropout: f64,
+    /// The `model_type` of the model of text and images that this is the text part of, if it is one.
+    pub text_part_of: Option<String>,
 }
 
 /// Where a layer has its norms.
@@ -164,13 +166,34 @@ impl DecoderConfig {
     /// [`ModelError::Unsupported`] with the name of the field for a family, or something of one, that is
     /// not implemented; [`ModelError::Json`].
     pub fn from_json(text: &[u8], path: &Path) -> Result<Self, ModelError> {
-        let fields = Fields::parse(text, path)?;
+        let whole = Fields::parse(text, path)?;
+        check_quantization(&whole)?;
+        let text_part = vision::text_fields(&whole)?;
+        let text_part_of = text_part.as_ref().map(|_| whole.required("model_type"));
+        let fields = text_part.unwrap_or(whole.clone());
         let read = family::reader(&fields)?;
-        check_quantization(&fields)?;
         if !matches!(fields.value("per_layer_config"), None | Some(Value::Null)) {
             return Err(fields.unsupported("per_layer_config", "set", "one config for all layers"));
         }
-        read(&fields)
+        Ok(Self {
+            text_part_of: text_part_of.transpose()?,
+            ..read(&fields)?
+        })
+    }
+
+    /// The entries for the `config.json` of what [`from_folder`](Self::from_folder) describes, to be given
+    /// to [`SaveFolder::model_config`](burn_nf4::model::SaveFolder::model_config): those of the file, or, of
+    /// a model of text and images, those of its text part.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`], [`ModelError::Json`], and [`ModelError::Unsupported`] for a file without a
+    /// `model_type` or, where there has to be one, a text part.
+    pub fn model_entries(folder: &Path) -> Result<Map<String, Value>, ModelError> {
+        let fields = Fields::read(&folder.join("config.json"))?;
+        Ok(match vision::text_fields(&fields)? {
+            Some(text) => vision::text_entries(&text),
+            None => fields.into_entries(),
+        })
     }
 
     /// A warning, if a text has more tokens than the model has positions.

@@ -22,7 +22,7 @@ const COMMON_KEYS: [&str; 6] = [
     "original_max_position_embeddings",
 ];
 
-const TYPES: &str = "default, linear, dynamic, llama3, yarn";
+const TYPES: &str = "default, linear, dynamic, llama3, yarn, longrope";
 
 /// What a family's class says of its rotary embeddings, where `config.json` does not.
 #[derive(Debug, Clone, Copy)]
@@ -330,5 +330,6 @@ fn longrope(
         long_factors: factors("long_factor")?,
         attention_factor,
         original_positions,
+        recomputes_keys: false,
     })
 }

@@ -12,7 +12,9 @@ mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod smollm3;
+pub(crate) mod vision;
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
@@ -22,7 +24,7 @@ use crate::model::config::DecoderConfig;
 type Reader = fn(&Fields) -> Result<DecoderConfig, ModelError>;
 
 /// The families, by the `model_type` of their configs.
-const FAMILIES: [(&str, Reader); 10] = [
+const FAMILIES: [(&str, Reader); 11] = [
     ("gemma2", gemma2::read),
     ("gemma3_text", gemma3::read),
     ("granite", granite::read),
@@ -32,12 +34,18 @@ const FAMILIES: [(&str, Reader); 10] = [
     ("phi3", phi3::read),
     ("qwen2", qwen2::read),
     ("qwen3", qwen3::read),
+    ("qwen3_moe", qwen3_moe::read),
     ("smollm3", smollm3::read),
 ];
 
 /// The values of `model_type` that are known.
 pub fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|(model_type, _)| *model_type)
+}
+
+/// The values of `model_type` of models of text and images whose text part is a model of a family.
+pub fn vision_model_types() -> impl Iterator<Item = &'static str> {
+    vision::model_types()
 }
 
 /// The reader of the family that `model_type` names.
@@ -47,7 +55,7 @@ pub(super) fn reader(fields: &Fields) -> Result<Reader, ModelError> {
     match families.find(|(model_type, _)| *model_type == given) {
         Some((_, read)) => Ok(*read),
         None => {
-            let known: Vec<&str> = model_types().collect();
+            let known: Vec<&str> = model_types().chain(vision_model_types()).collect();
             Err(fields.unsupported("model_type", given, known.join(", ")))
         }
     }

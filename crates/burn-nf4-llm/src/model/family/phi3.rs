@@ -57,5 +57,5 @@ fn ropes(fields: &Fields, defaults: RopeDefaults) -> Result<Vec<RopeConfig>, Mod
         ..defaults
     };
     let rope = RopeConfig::of_type(name, fields, &parameters, defaults)?;
-    Ok(vec![rope])
+    Ok(vec![rope.with_recomputed_keys()])
 }

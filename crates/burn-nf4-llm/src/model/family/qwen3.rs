@@ -13,10 +13,19 @@ const DEFAULTS: Defaults = Defaults {
 
 /// As Qwen2, with norms of each head of queries and keys in place of the biases.
 pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
-    let qwen = DecoderConfig {
+    let qwen = with_norms(DEFAULTS.read(fields)?, fields)?;
+    qwen2::with_upper_windows(qwen, fields)
+}
+
+/// What all models of Qwen3 have: norms of each head of queries and keys, and biases only where the config
+/// says so.
+pub(super) fn with_norms(
+    config: DecoderConfig,
+    fields: &Fields,
+) -> Result<DecoderConfig, ModelError> {
+    Ok(DecoderConfig {
         qk_norm: Some(QkNorm::Head),
         biases: Biases::of(flag(fields, "attention_bias")?, false),
-        ..DEFAULTS.read(fields)?
-    };
-    qwen2::with_upper_windows(qwen, fields)
+        ..config
+    })
 }

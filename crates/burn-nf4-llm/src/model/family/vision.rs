@@ -1,0 +1,113 @@
+//! Models of text and images, of which the text part is a model of a family.
+
+use burn_nf4::checkpoint::Checkpoint;
+use serde_json::{Map, Value};
+
+use crate::error::ModelError;
+use crate::json::fields::Fields;
+
+/// A kind of them.
+struct VisionModel {
+    model_type: &'static str,
+    /// The family of the text, where its config does not say.
+    text: &'static str,
+    /// Whether the head is tied where nothing is said.
+    ties: bool,
+}
+
+const MODELS: [VisionModel; 3] = [
+    VisionModel {
+        model_type: "gemma3",
+        text: "gemma3_text",
+        ties: true,
+    },
+    VisionModel {
+        model_type: "llava",
+        text: "llama",
+        ties: false,
+    },
+    VisionModel {
+        model_type: "mistral3",
+        text: "mistral",
+        ties: true,
+    },
+];
+
+/// What transformers calls a model of text alone.
+const CLASSES: [(&str, &str); 4] = [
+    ("gemma3_text", "Gemma3ForCausalLM"),
+    ("llama", "LlamaForCausalLM"),
+    ("mistral", "MistralForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM"),
+];
+
+/// Keys of the text part, as transformers 5 and 4 have them, and what they are without the other parts.
+pub(crate) const TEXT_KEYS: [(&str, &str); 3] = [
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.model\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+];
+
+/// Keys of the other parts.
+pub(crate) const OTHER_KEYS: &str = r"^(model\.)?(vision_tower|multi_modal_projector)\.";
+
+/// How such keys begin.
+const OTHER_PARTS: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
+
+/// The values of `model_type` of such models.
+pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().map(|model| model.model_type)
+}
+
+/// The fields of the text part, if the model is one of text and images.
+///
+/// # Errors
+/// [`ModelError::Unsupported`].
+pub(crate) fn text_fields(fields: &Fields) -> Result<Option<Fields>, ModelError> {
+    let given: String = fields.required("model_type")?;
+    let Some(model) = MODELS.iter().find(|model| model.model_type == given) else {
+        return Ok(None);
+    };
+    let mut text: Map<String, Value> = fields.required("text_config")?;
+    text.entry("model_type")
+        .or_insert_with(|| model.text.into());
+    let part = fields.of("text_config", text.clone());
+    // llava's is tied if either says so; the others go by the whole model's word alone.
+    let ties = match (fields.nullable("tie_word_embeddings")?, model.ties) {
+        (Some(true), _) => true,
+        (_, false) => part.nullable("tie_word_embeddings")? == Some(true),
+        (ties, true) => ties.unwrap_or(true),
+    };
+    text.insert("tie_word_embeddings".into(), ties.into());
+    for name in ["dtype", "torch_dtype", "eos_token_id"] {
+        if let Some(value) = fields.value(name).filter(|value| !value.is_null()) {
+            text.insert(name.into(), value.clone());
+        }
+    }
+    Ok(Some(fields.of("text_config", text)))
+}
+
+/// The entries of a `config.json` for the text part alone.
+pub(crate) fn text_entries(text: &Fields) -> Map<String, Value> {
+    let named = |name: &str| Some((name.to_string(), text.value(name)?.clone()));
+    let mut entries: Map<String, Value> = text.names().filter_map(named).collect();
+    let model_type = entries.get("model_type").and_then(Value::as_str);
+    let class = CLASSES.iter().find(|(name, _)| Some(*name) == model_type);
+    if let Some((_, class)) = class {
+        entries.insert("architectures".into(), vec![Value::from(*class)].into());
+    }
+    entries
+}
+
+/// The parameters of a checkpoint that belong to the other parts.
+pub(crate) fn other_parameters(checkpoint: &Checkpoint) -> Vec<&str> {
+    let is_other = |key: &&str| {
+        let key = key.strip_prefix("model.").unwrap_or(key);
+        OTHER_PARTS.iter().any(|part| key.starts_with(part))
+    };
+    checkpoint
+        .parameters()
+        .into_iter()
+        .filter(is_other)
+        .collect()
+}

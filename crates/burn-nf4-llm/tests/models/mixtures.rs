@@ -1,0 +1,74 @@
+//! Mixtures of experts: in which forms experts are, and what is trained of them.
+
+use burn::tensor::Device;
+use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
+use burn_nf4::peft::{LoraConfig, TargetModules};
+use burn_nf4_llm::train::data::Batch;
+use burn_nf4_llm::train::schedule::{Decay, Schedule};
+use burn_nf4_llm::train::{Settings, Trainer};
+
+use crate::fixtures::{fixture, io, logits, max_difference, open_folder};
+
+const FOLDER: &str = "families/qwen3_moe/model";
+const EXPERT: &str = "model.layers.1.mlp.experts.3.down_proj.weight";
+
+/// transformers 5 does not load packed ones, so that they stay in floats unless they are asked for.
+#[test]
+fn experts_are_packed_one_by_one_if_they_are_asked_for() {
+    let device = Device::default();
+    let (ids, shape, theirs) = io("families/qwen3_moe/io.safetensors");
+    let source = Checkpoint::open(fixture(FOLDER)).unwrap();
+    let packed = [false, true].map(|experts| {
+        let (model, config) = open_folder(&fixture(FOLDER), None, &device);
+        let options = QuantizeLayers {
+            experts,
+            ..QuantizeLayers::default()
+        };
+        let model = model.quantize(&options).unwrap();
+        let ours = logits(&model, &config, &ids, &shape);
+        let out = tempfile::tempdir().unwrap();
+        let options = SaveFolder {
+            source: Some(&source),
+            ..SaveFolder::default()
+        };
+        model.save_folder(out.path(), &options).unwrap();
+        let saved = Checkpoint::open(out.path()).unwrap();
+        let router = "model.layers.0.mlp.gate.weight";
+        assert!(saved.contains(router) && !saved.is_quantized(router));
+        let (loaded, config) = open_folder(out.path(), None, &device);
+        assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
+        assert_eq!(max_difference(&ours, &theirs) > 2e-5, experts);
+        saved.is_quantized(EXPERT)
+    });
+    assert_eq!(packed, [false, true]);
+}
+
+/// An expert that no token chose has branches, and the optimizer no state for them.
+#[test]
+fn a_run_goes_on_without_state_of_experts_that_were_never_chosen() {
+    let device = Device::default().autodiff();
+    let lora = LoraConfig::new(TargetModules::AllLinear);
+    let trainer = || {
+        let (model, config) = open_folder(&fixture(FOLDER), None, &device);
+        device.seed(3);
+        let model = model.with_lora(&lora, &device).unwrap();
+        let schedule = Schedule {
+            peak: 1e-2,
+            decay: Decay::Constant,
+            warmup: 0,
+            total: 3,
+        };
+        let settings = Settings::new(schedule, &lora).unwrap();
+        Trainer::new(model, &config, lora.clone(), settings, false)
+    };
+    // Two equal tokens have equal hidden states, and choose the same two of four experts.
+    let batch = Batch::new(&[&[5, 5]]);
+    let batch = std::slice::from_ref(&batch);
+    let mut first = trainer();
+    first.step(batch);
+    let out = tempfile::tempdir().unwrap();
+    let folder = first.save_checkpoint(out.path()).unwrap();
+    let mut second = trainer().resume(&folder).unwrap();
+    assert_eq!(second.step(batch), first.step(batch));
+}

@@ -1,0 +1,173 @@
+//! The text part of a model of text and images, against transformers: `fixtures/vision`.
+
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::Device;
+use burn_nf4::Nf4Error;
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, SafetensorsFile};
+use burn_nf4::format::FloatType;
+use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::generate::{Request, Sampling, generate};
+use burn_nf4_llm::model::{DecoderConfig, left_out, load};
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::fixtures::{fixture, ints, io, logits, max_difference, open, open_folder};
+use crate::stored::{self, config_of};
+
+const MODEL: &str = "vision/gemma3/model";
+const IO: &str = "vision/gemma3/io.safetensors";
+
+/// A copy whose keys begin otherwise.
+fn renamed(rename: impl Fn(&str) -> String) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let file = SafetensorsFile::open(fixture(MODEL).join("model.safetensors")).unwrap();
+    let tensors = stored::read(&file).into_iter();
+    let tensors = tensors.map(|(key, tensor)| (rename(&key), tensor));
+    stored::write(folder.path(), &tensors.collect());
+    fs::copy(
+        fixture(MODEL).join("config.json"),
+        folder.path().join("config.json"),
+    )
+    .unwrap();
+    folder
+}
+
+/// As transformers 5 has the names in memory, and writes them if it is asked to.
+fn newer_names(key: &str) -> String {
+    match key.strip_prefix("language_model.model.") {
+        Some(rest) => format!("model.language_model.{rest}"),
+        None => format!("model.{key}"),
+    }
+}
+
+#[rstest]
+#[case::older_names(str::to_string)]
+#[case::newer_names(newer_names)]
+fn the_text_part_has_the_logits_of_the_whole(#[case] rename: fn(&str) -> String) {
+    let folder = renamed(rename);
+    let (model, config) = open_folder(folder.path(), None, &Device::default());
+    let (ids, shape, theirs) = io(IO);
+    let ours = logits(&model, &config, &ids, &shape);
+    let difference = max_difference(&ours, &theirs);
+    assert!(difference < 2e-5, "{difference:e}");
+    assert!(
+        model
+            .linears()
+            .iter()
+            .all(|(_, layer)| layer.is_quantized())
+    );
+    assert_eq!(config.text_part_of.as_deref(), Some("gemma3"));
+
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let out = left_out(&checkpoint, &config);
+    let all = checkpoint.parameters();
+    let text: Vec<_> = all.iter().filter(|key| !out.contains(key)).collect();
+    assert_eq!((out.len(), text.len()), (34, 28));
+    assert!(text.iter().all(|key| key.contains("language_model.")));
+}
+
+#[test]
+fn the_text_part_has_the_text_of_the_whole() {
+    let (model, config) = open(MODEL, None, &Device::default());
+    assert_eq!(config.eos_token_ids, [2, 3]);
+    let file = SafetensorsFile::open(fixture(IO)).unwrap();
+    let tokens = |key: &str| -> Vec<u32> {
+        let (ids, _) = ints(&file, key);
+        ids.iter().map(|&id| id as u32).collect()
+    };
+    let expected = tokens("generated");
+    let request = Request {
+        prompts: vec![tokens("input_ids")[..8].to_vec()],
+        max_tokens: expected.len(),
+        sampling: Sampling::greedy(),
+        eos: Vec::new(),
+        capture: true,
+    };
+    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.tokens[0], expected);
+}
+
+/// Under the config of a model of text alone.
+#[test]
+fn the_text_part_is_saved_alone() {
+    let (model, config) = open(MODEL, None, &Device::default());
+    let source = Checkpoint::open(fixture(MODEL)).unwrap();
+    let options = SaveFolder {
+        source: Some(&source),
+        model_config: Some(DecoderConfig::model_entries(&fixture(MODEL)).unwrap()),
+        ..SaveFolder::default()
+    };
+    let out = tempfile::tempdir().unwrap();
+    model.save_folder(out.path(), &options).unwrap();
+    let written = config_of(out.path());
+    assert_eq!(written["model_type"], "gemma3_text");
+    assert_eq!(written["architectures"], json!(["Gemma3ForCausalLM"]));
+    assert_eq!(written["quantization_config"]["load_in_4bit"], true);
+    let (ids, shape, _) = io(IO);
+    let before = logits(&model, &config, &ids, &shape);
+    let (loaded, config) = open_folder(out.path(), None, &Device::default());
+    assert_eq!(config.text_part_of, None);
+    assert_eq!(logits(&loaded, &config, &ids, &shape), before);
+}
+
+/// What is neither of the text nor of a known part is told of.
+#[test]
+fn a_tensor_of_another_part_is_an_error() {
+    let folder = renamed(|key| key.replace("multi_modal_projector", "audio_tower"));
+    let config = DecoderConfig::from_folder(folder.path()).unwrap();
+    let store = CheckpointStore::open(folder.path()).unwrap();
+    match load(store, &config, FloatType::F32, &Device::default()) {
+        Err(ModelError::Nf4(Nf4Error::Misfit { tensors, .. })) => {
+            let keys: Vec<&str> = tensors.iter().map(|tensor| tensor.key.as_str()).collect();
+            let expected = ["mm_input_projection_weight", "mm_soft_emb_norm.weight"];
+            assert_eq!(keys, expected.map(|key| format!("audio_tower.{key}")));
+        }
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+fn config(fields: Value) -> Result<DecoderConfig, ModelError> {
+    DecoderConfig::from_json(fields.to_string().as_bytes(), Path::new("config.json"))
+}
+
+#[rstest]
+#[case::no_text(json!({"model_type": "gemma3"}), "text_config")]
+#[case::text_of_another_family(
+    json!({"model_type": "llava", "text_config": {"model_type": "opt"}}),
+    "text_config.model_type"
+)]
+#[case::field_of_the_text(
+    json!({"model_type": "mistral3", "text_config": {"hidden_size": 0}}),
+    "text_config.hidden_size"
+)]
+#[case::layers_that_see_images(json!({"model_type": "mllama", "text_config": {}}), "model_type")]
+fn other_models_of_text_and_images_are_refused_by_name(#[case] fields: Value, #[case] name: &str) {
+    match config(fields) {
+        Err(ModelError::Unsupported { field, .. }) => assert_eq!(field, name),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[rstest]
+#[case::gemma3("gemma3", None, None, true)]
+#[case::gemma3_of_its_own("gemma3", Some(false), Some(true), false)]
+#[case::mistral3("mistral3", None, Some(false), true)]
+#[case::llava("llava", None, None, false)]
+#[case::llava_text("llava", Some(false), Some(true), true)]
+#[case::llava_whole("llava", Some(true), None, true)]
+fn the_head_is_tied_as_transformers_5_says(
+    #[case] model_type: &str,
+    #[case] whole: Option<bool>,
+    #[case] text: Option<bool>,
+    #[case] expected: bool,
+) {
+    let fields = json!({
+        "model_type": model_type,
+        "tie_word_embeddings": whole,
+        "text_config": {"tie_word_embeddings": text.unwrap_or(false)},
+    });
+    assert_eq!(config(fields).unwrap().tie_word_embeddings, expected);
+}
