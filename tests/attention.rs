@@ -105,6 +105,8 @@ struct Case {
     /// Of queries, and of keys and values.
     layouts: [Layout; 2],
     sinks: bool,
+    /// The sinks, where they are to be these.
+    sinks_of_heads: Option<Vec<f32>>,
     /// What queries are multiplied with: how peaked the softmax is.
     peak: f64,
 }
@@ -126,6 +128,7 @@ fn case(name: impl Into<String>, sizes: [usize; 6], mask: Mask) -> Case {
         },
         layouts: [Layout::TokenMajor; 2],
         sinks: false,
+        sinks_of_heads: None,
         peak: 6.0,
     }
 }
@@ -158,14 +161,18 @@ impl Case {
             }
             round(values, dtype)
         });
+        let random = || {
+            let sinks = uniform(problem.heads, 5).into_iter();
+            sinks.map(|x| x * 3.0).collect()
+        };
         let sinks = self
             .sinks
-            .then(|| uniform(problem.heads, 5).into_iter().map(|x| x * 3.0));
+            .then(|| self.sinks_of_heads.clone().unwrap_or_else(random));
         let inputs = Inputs {
             q: round(of(problem.query_dims(), 1, self.peak), dtype),
             k,
             v,
-            sinks: sinks.map(|sinks| sinks.map(f64::from).collect()),
+            sinks: sinks.map(|sinks| sinks.into_iter().map(f64::from).collect()),
         };
         (inputs, round(of(problem.query_dims(), 4, 1.0), dtype))
     }
@@ -325,6 +332,9 @@ fn check_grads(case: &Case, got: &Got, expected: &Results, dtype: FloatType) {
     if let Some(got) = d_sinks {
         let name = format!("{} {dtype:?} d_sinks", case.name);
         assert_expected(got, &expected.d_sinks, tolerance, &name);
+        for (sink, got) in case.sinks_of_heads.iter().flatten().zip(got) {
+            assert!(sink.is_finite() || *got == 0.0, "{name} of {sink}: {got}");
+        }
     }
 }
 
@@ -574,6 +584,8 @@ fn scores(device: &Device, dtype: FloatType) {
         lengths: Some(vec![90, 0]),
         ..Mask::causal()
     };
+    // Far from all scores on either side, and none at all.
+    let far = Some(vec![-1e9, f32::MIN, f32::NEG_INFINITY, 1e9]);
     let cases = vec![
         with("a scale", Some(0.3), None, false),
         with("capped", None, Some(2.0), false),
@@ -582,7 +594,17 @@ fn scores(device: &Device, dtype: FloatType) {
         with("sinks, capped", None, Some(5.0), true),
         Case {
             sinks: true,
-            ..case("sinks and rows of nothing", sizes, masked)
+            ..case("sinks and rows of nothing", sizes, masked.clone())
+        },
+        Case {
+            sinks: true,
+            sinks_of_heads: far.clone(),
+            ..case("sinks far off", sizes, Mask::causal())
+        },
+        Case {
+            sinks: true,
+            sinks_of_heads: far,
+            ..case("sinks far off and rows of nothing", sizes, masked)
         },
         Case {
             sinks: true,
@@ -845,17 +867,24 @@ fn nothing_gives_nothing(device: &Device) {
         assert_eq!(dk.dims(), k.dims());
         assert!(values(&dk).iter().all(|&x| x == 0.0));
     }
-    // Queries without any key.
-    let q = Tensor::<4>::ones([2, 2, 3, 32], (device, DType::F32)).require_grad();
+    for number in [1.0, f32::MAX, f32::INFINITY, f32::NAN] {
+        no_keys_give_zeros(device, number);
+    }
+}
+
+/// Queries without any key, whatever they hold.
+fn no_keys_give_zeros(device: &Device, number: f32) {
+    let options = AttentionOptions::default();
+    let q = Tensor::<4>::full([2, 2, 3, 32], number, (device, DType::F32)).require_grad();
     let none = || Tensor::<4>::ones([2, 1, 0, 32], (device, DType::F32));
     let ranges = KeyRanges::new(&AttentionMask::causal(), 3, 0, device).expect("valid");
-    let sinks = tensor::<1>(&[0.5, -1.25], [2], FloatType::F32, device).require_grad();
-    for sinks in [None, Some(sinks)] {
+    let sinks = tensor::<1>(&[0.5, f32::NEG_INFINITY], [2], FloatType::F32, device);
+    for sinks in [None, Some(sinks.require_grad())] {
         let result = attention_with_lse(q.clone(), none(), none(), &ranges, sinks.clone(), options);
         let (y, lse) = result.expect("valid");
         assert_eq!(values(&y), [0.0; 2 * 2 * 3 * 32]);
         let of_head = |head: usize| match sinks {
-            Some(_) => [0.5, -1.25][head],
+            Some(_) => [0.5, f64::NEG_INFINITY][head],
             None => f64::NEG_INFINITY,
         };
         let expected: Vec<f64> = (0..12).map(|i| of_head(i / 3 % 2)).collect();
@@ -936,19 +965,22 @@ fn what_does_not_fit_is_named(device: &Device) {
         let given = format!("{kv_heads} for 4 heads of queries");
         assert_eq!(field(of_shapes(q, k, k, [5, 9])), ("kv_heads", given));
     }
-    for number in [0.0, -1.0, f32::INFINITY, f32::NAN] {
-        let of_scale = AttentionOptions {
+    let none = [0.0, -1.0, f32::INFINITY, f32::NAN];
+    for number in none.into_iter().chain([3e38, 1.1e8, 9e-31]) {
+        let options = AttentionOptions {
             scale: Some(number),
             softcap: None,
         };
-        let of_cap = AttentionOptions {
+        let error = call(None, options).expect_err("no such scale");
+        assert_eq!(field(error), ("scale", number.to_string()));
+    }
+    for number in none.into_iter().chain([f32::MAX, 1.1e4, 9e-5]) {
+        let options = AttentionOptions {
             scale: None,
             softcap: Some(number),
         };
-        for (name, options) in [("scale", of_scale), ("softcap", of_cap)] {
-            let error = call(None, options).expect_err("no positive number");
-            assert_eq!(field(error), (name, number.to_string()));
-        }
+        let error = call(None, options).expect_err("no such cap");
+        assert_eq!(field(error), ("softcap", number.to_string()));
     }
 }
 
