@@ -7,7 +7,7 @@
 mod reference;
 mod tensors;
 
-use burn::tensor::{DType, Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
 use burn_nf4::op::{
@@ -444,6 +444,15 @@ fn windows(device: &Device, dtype: FloatType) {
         case("a window of 33", [1, 2, 2, 130, 130, 64], window(33)),
         case("a window above all", [1, 2, 1, 20, 20, 32], window(500)),
         case("a window and a cache", [1, 4, 2, 7, 100, 64], window(24)),
+        // As an i32 it would be -1, and hide all keys.
+        case(
+            "a window above all, and lengths",
+            [2, 2, 1, 5, 20, 32],
+            Mask {
+                lengths: Some(vec![20, 9]),
+                ..window(usize::MAX)
+            },
+        ),
         case("a window, one query", [3, 4, 2, 1, 100, 64], window(24)),
     ];
     check(device, dtype, cases);
@@ -901,6 +910,137 @@ fn no_keys_give_zeros(device: &Device, number: f32) {
     }
 }
 
+/// Ranges without queries or rows, as without starts and lengths.
+fn ranges_of_nothing(device: &Device) {
+    for [batch, queries] in [[0, 5], [2, 0], [0, 0], [0, 1]] {
+        for [starts, lengths] in [[true, false], [false, true], [true, true]] {
+            for window in [None, Some(3)] {
+                let mask = Mask {
+                    window,
+                    starts: starts.then(|| vec![1; batch]),
+                    lengths: lengths.then(|| vec![4; batch]),
+                    ..Mask::causal()
+                };
+                let ranges = KeyRanges::new(&mask.on(device), queries, 5, device);
+                let ranges = ranges.expect("valid");
+                assert_eq!(ranges.tensor().dims(), [batch, queries, 2]);
+                assert_eq!(ranges.tensor().dtype(), DType::I32);
+                let of = |tokens| Tensor::<4>::ones([batch, 2, tokens, 32], (device, DType::F32));
+                let options = AttentionOptions::default();
+                let y = attention(of(queries), of(5), of(5), &ranges, None, options);
+                assert_eq!(y.expect("valid").dims(), [batch, 2, queries, 32]);
+            }
+        }
+    }
+    // Starts and lengths of no keys.
+    let mask = Mask {
+        window: Some(3),
+        starts: Some(vec![0, 2]),
+        lengths: Some(vec![0, 2]),
+        ..Mask::causal()
+    };
+    let ranges = KeyRanges::new(&mask.on(device), 2, 0, device).expect("valid");
+    let numbers: Vec<i64> = ranges.tensor().to_data().iter::<i64>().collect();
+    assert_eq!(numbers, [0; 2 * 2 * 2]);
+}
+
+/// Starts and lengths out of range are the nearest in it, of whatever type they are.
+fn starts_and_lengths_stay_within_the_keys(device: &Device) {
+    let numbers: [(DType, &[i64]); 4] = [
+        (
+            DType::I64,
+            &[
+                i64::MIN,
+                -(1 << 32) + 3,
+                -1,
+                3,
+                301,
+                (1 << 31) + 5,
+                (1 << 32) + 5,
+                i64::MAX,
+            ],
+        ),
+        (DType::U32, &[0, 3, 301, (1 << 31) + 5, u32::MAX as i64]),
+        (
+            DType::I32,
+            &[i32::MIN as i64, -1, 0, 3, 301, i32::MAX as i64],
+        ),
+        (DType::U8, &[0, 3, 255]),
+    ];
+    for (dtype, numbers) in numbers {
+        if lacks(device, dtype) {
+            continue;
+        }
+        let within: Vec<usize> = numbers.iter().map(|&n| n.clamp(0, 300) as usize).collect();
+        let len = numbers.len();
+        let data = TensorData::new(numbers.to_vec(), [len]).convert_dtype(dtype);
+        let numbers = Tensor::<1, Int>::from_data(data, (device, dtype));
+        for queries in [1, 2, 310] {
+            for side in 0..3 {
+                let [starts, lengths] = [side != 1, side != 0];
+                let window = (side == 2).then_some(7);
+                let expected = Mask {
+                    window,
+                    starts: starts.then(|| within.clone()),
+                    lengths: lengths.then(|| within.clone()),
+                    ..Mask::causal()
+                };
+                let given = AttentionMask {
+                    starts: starts.then(|| numbers.clone()),
+                    lengths: lengths.then(|| numbers.clone()),
+                    ..AttentionMask::causal().with_window(window)
+                };
+                let [given, expected] = [given, expected.on(device)].map(|mask| {
+                    let ranges = KeyRanges::new(&mask, queries, 300, device).expect("valid");
+                    ranges.tensor().to_data().iter::<i64>().collect::<Vec<_>>()
+                });
+                let what = format!("{dtype:?}, {queries} queries, {starts} {lengths}");
+                assert_eq!(given, expected, "{what}");
+                assert!(given.iter().all(|n| (0..=300).contains(n)), "{what}");
+            }
+        }
+    }
+}
+
+/// The largest and smallest scales and caps overflow nowhere, rows that see nothing among them.
+fn factors_at_their_limits(device: &Device, dtype: FloatType) {
+    if lacks(device, dtype.into()) {
+        return;
+    }
+    let device = &device.clone().autodiff();
+    let mask = Mask {
+        starts: Some(vec![40, 9]),
+        ..Mask::causal()
+    };
+    for scale in [1e-30, 1e8] {
+        for softcap in [None, Some(1e-4), Some(1e4)] {
+            for queries in [40, 1] {
+                let sizes = [2, 4, 2, queries, 40, 64];
+                let mut case = case(format!("{scale} {softcap:?}"), sizes, mask.clone());
+                // Scores far above a thousand lose what they are apart from each other.
+                case.peak = if scale > 1.0 { 1e-6 } else { 6.0 };
+                let scale = Some(scale);
+                case.problem.options = AttentionOptions { scale, softcap };
+                let got = run(&case, dtype, device, [true; 4]);
+                let finite = |numbers: &[f64]| numbers.iter().all(|x| x.is_finite());
+                assert!(finite(&got.output), "{}", case.name);
+                assert!(
+                    got.lse
+                        .iter()
+                        .all(|x| x.is_finite() || *x == f64::NEG_INFINITY)
+                );
+                let of_nothing = &got.output[..4 * queries * 64];
+                assert!(of_nothing.iter().all(|&x| x == 0.0), "{}", case.name);
+                // A gradient that is multiplied with 1e8 may be none of f16.
+                for (grad, what) in got.grads.iter().zip(["dq", "dk", "dv"]) {
+                    let finite = finite(grad.as_ref().expect("tracked"));
+                    assert!(finite || dtype == FloatType::F16, "{} {what}", case.name);
+                }
+            }
+        }
+    }
+}
+
 fn what_does_not_fit_is_named(device: &Device) {
     let zeros = |dims: [usize; 4]| Tensor::<4>::zeros(dims, (device, DType::F32));
     let ranges = |queries, keys| {
@@ -1048,11 +1188,14 @@ fn masks(queries: usize, keys: usize) -> Vec<Mask> {
         (true, Some(1)),
         (true, Some(3)),
         (true, Some(100)),
+        // Negative and -1 as an i32.
+        (true, Some(1 << 31)),
+        (true, Some(usize::MAX)),
     ] {
         for starts in [None, Some(vec![0, half]), Some(vec![keys, 1])] {
             for lengths in [None, Some(vec![keys, half]), Some(vec![0, 1])] {
                 for ends in [None, Some(vec![vec![half, keys], vec![keys]])] {
-                    if ends.is_some() && (queries != keys || half == 0) {
+                    if ends.is_some() && (queries != keys || half == 0 || lengths.is_some()) {
                         continue;
                     }
                     all.push(Mask {
@@ -1091,7 +1234,8 @@ fn ranges_are_what_masks_say(device: &Device) {
                             let expected = mask.sees(row, query, key, [queries, keys]);
                             assert_eq!(seen, expected, "query {query}, key {key}, {what}");
                         }
-                        assert!(range[0] >= 0 && range[1] <= keys as i64, "{what}");
+                        let within = range.iter().all(|n| (0..=keys as i64).contains(n));
+                        assert!(within, "{range:?}, {what}");
                     }
                     for (range, next) in numbers.chunks(2).zip(numbers.chunks(2).skip(1)) {
                         assert!(range[0] <= next[0] && range[1] <= next[1], "{what}");
@@ -1140,10 +1284,15 @@ fn masks_that_make_no_sense_are_errors(device: &Device) {
     };
     assert_eq!(error(rows, 4, 4), of_two("lengths"));
     let rows = Mask {
-        lengths: Some(vec![4; 3]),
+        starts: Some(vec![4; 3]),
         ..packed(&[4])
     };
     assert_eq!(error(rows, 4, 4), of_two("sequence_ends"));
+    let both = Mask {
+        lengths: Some(vec![4; 2]),
+        ..packed(&[4])
+    };
+    assert_eq!(field(error(both, 4, 4)), "sequence_ends");
     let too_many = error(Mask::default(), 1, i32::MAX as usize + 1);
     assert!(
         matches!(too_many, Nf4Error::ElementCount { .. }),
@@ -1216,6 +1365,8 @@ macro_rules! device_tests {
                 attention_is_the_output_alone
                 sinks_have_either_dtype
                 nothing_gives_nothing
+                ranges_of_nothing
+                starts_and_lengths_stay_within_the_keys
                 what_does_not_fit_is_named
                 other_dtypes_are_refused
                 two_devices_are_an_error
@@ -1235,6 +1386,7 @@ macro_rules! device_tests {
                 scores
                 views
                 one_row_of_ranges_serves_all
+                factors_at_their_limits
                 results_are_the_same_each_time
             );
         }

@@ -53,7 +53,7 @@ impl Mask {
             && (!self.causal || at <= position)
             && self
                 .window
-                .is_none_or(|window| at > position - window as i64)
+                .is_none_or(|window| at > position - window.min(1 << 40) as i64)
             && (self.sequence_ends.is_none() || sequence(query) == sequence(key))
     }
 }
