@@ -11,8 +11,8 @@ use crate::format::check_shape;
 /// the position of key `n - t + i`.
 ///
 /// A key or value that is hidden has weight zero, and zero times NaN is NaN: as in other implementations
-/// without a tensor of scores, hidden keys and values are not read only where a whole tile of them is
-/// hidden. They may be anything finite, as zeros are, but no NaN and no infinity.
+/// without a tensor of scores, keys and values are skipped only where a whole tile of them is hidden, by
+/// `starts` and `lengths` too. Those of padding may be any finite numbers, but no NaN and no infinity.
 #[derive(Debug, Clone, Default)]
 pub struct AttentionMask {
     /// Whether a query sees no key after its own position.
