@@ -7,7 +7,7 @@
 mod reference;
 mod tensors;
 
-use burn::tensor::{DType, Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
 use burn_nf4::op::{
@@ -105,6 +105,8 @@ struct Case {
     /// Of queries, and of keys and values.
     layouts: [Layout; 2],
     sinks: bool,
+    /// The sinks, where they are to be these.
+    sinks_of_heads: Option<Vec<f32>>,
     /// What queries are multiplied with: how peaked the softmax is.
     peak: f64,
 }
@@ -126,6 +128,7 @@ fn case(name: impl Into<String>, sizes: [usize; 6], mask: Mask) -> Case {
         },
         layouts: [Layout::TokenMajor; 2],
         sinks: false,
+        sinks_of_heads: None,
         peak: 6.0,
     }
 }
@@ -158,14 +161,18 @@ impl Case {
             }
             round(values, dtype)
         });
+        let random = || {
+            let sinks = uniform(problem.heads, 5).into_iter();
+            sinks.map(|x| x * 3.0).collect()
+        };
         let sinks = self
             .sinks
-            .then(|| uniform(problem.heads, 5).into_iter().map(|x| x * 3.0));
+            .then(|| self.sinks_of_heads.clone().unwrap_or_else(random));
         let inputs = Inputs {
             q: round(of(problem.query_dims(), 1, self.peak), dtype),
             k,
             v,
-            sinks: sinks.map(|sinks| sinks.map(f64::from).collect()),
+            sinks: sinks.map(|sinks| sinks.into_iter().map(f64::from).collect()),
         };
         (inputs, round(of(problem.query_dims(), 4, 1.0), dtype))
     }
@@ -325,6 +332,9 @@ fn check_grads(case: &Case, got: &Got, expected: &Results, dtype: FloatType) {
     if let Some(got) = d_sinks {
         let name = format!("{} {dtype:?} d_sinks", case.name);
         assert_expected(got, &expected.d_sinks, tolerance, &name);
+        for (sink, got) in case.sinks_of_heads.iter().flatten().zip(got) {
+            assert!(sink.is_finite() || *got == 0.0, "{name} of {sink}: {got}");
+        }
     }
 }
 
@@ -434,6 +444,15 @@ fn windows(device: &Device, dtype: FloatType) {
         case("a window of 33", [1, 2, 2, 130, 130, 64], window(33)),
         case("a window above all", [1, 2, 1, 20, 20, 32], window(500)),
         case("a window and a cache", [1, 4, 2, 7, 100, 64], window(24)),
+        // As an i32 it would be -1, and hide all keys.
+        case(
+            "a window above all, and lengths",
+            [2, 2, 1, 5, 20, 32],
+            Mask {
+                lengths: Some(vec![20, 9]),
+                ..window(usize::MAX)
+            },
+        ),
         case("a window, one query", [3, 4, 2, 1, 100, 64], window(24)),
     ];
     check(device, dtype, cases);
@@ -574,6 +593,8 @@ fn scores(device: &Device, dtype: FloatType) {
         lengths: Some(vec![90, 0]),
         ..Mask::causal()
     };
+    // Far from all scores on either side, and none at all.
+    let far = Some(vec![-1e9, f32::MIN, f32::NEG_INFINITY, 1e9]);
     let cases = vec![
         with("a scale", Some(0.3), None, false),
         with("capped", None, Some(2.0), false),
@@ -582,7 +603,17 @@ fn scores(device: &Device, dtype: FloatType) {
         with("sinks, capped", None, Some(5.0), true),
         Case {
             sinks: true,
-            ..case("sinks and rows of nothing", sizes, masked)
+            ..case("sinks and rows of nothing", sizes, masked.clone())
+        },
+        Case {
+            sinks: true,
+            sinks_of_heads: far.clone(),
+            ..case("sinks far off", sizes, Mask::causal())
+        },
+        Case {
+            sinks: true,
+            sinks_of_heads: far,
+            ..case("sinks far off and rows of nothing", sizes, masked)
         },
         Case {
             sinks: true,
@@ -845,17 +876,24 @@ fn nothing_gives_nothing(device: &Device) {
         assert_eq!(dk.dims(), k.dims());
         assert!(values(&dk).iter().all(|&x| x == 0.0));
     }
-    // Queries without any key.
-    let q = Tensor::<4>::ones([2, 2, 3, 32], (device, DType::F32)).require_grad();
+    for number in [1.0, f32::MAX, f32::INFINITY, f32::NAN] {
+        no_keys_give_zeros(device, number);
+    }
+}
+
+/// Queries without any key, whatever they hold.
+fn no_keys_give_zeros(device: &Device, number: f32) {
+    let options = AttentionOptions::default();
+    let q = Tensor::<4>::full([2, 2, 3, 32], number, (device, DType::F32)).require_grad();
     let none = || Tensor::<4>::ones([2, 1, 0, 32], (device, DType::F32));
     let ranges = KeyRanges::new(&AttentionMask::causal(), 3, 0, device).expect("valid");
-    let sinks = tensor::<1>(&[0.5, -1.25], [2], FloatType::F32, device).require_grad();
-    for sinks in [None, Some(sinks)] {
+    let sinks = tensor::<1>(&[0.5, f32::NEG_INFINITY], [2], FloatType::F32, device);
+    for sinks in [None, Some(sinks.require_grad())] {
         let result = attention_with_lse(q.clone(), none(), none(), &ranges, sinks.clone(), options);
         let (y, lse) = result.expect("valid");
         assert_eq!(values(&y), [0.0; 2 * 2 * 3 * 32]);
         let of_head = |head: usize| match sinks {
-            Some(_) => [0.5, -1.25][head],
+            Some(_) => [0.5, f64::NEG_INFINITY][head],
             None => f64::NEG_INFINITY,
         };
         let expected: Vec<f64> = (0..12).map(|i| of_head(i / 3 % 2)).collect();
@@ -868,6 +906,137 @@ fn nothing_gives_nothing(device: &Device) {
         );
         if let Some(sinks) = sinks {
             assert_eq!(values(&sinks.grad(&grads).expect("tracked")), [0.0; 2]);
+        }
+    }
+}
+
+/// Ranges without queries or rows, as without starts and lengths.
+fn ranges_of_nothing(device: &Device) {
+    for [batch, queries] in [[0, 5], [2, 0], [0, 0], [0, 1]] {
+        for [starts, lengths] in [[true, false], [false, true], [true, true]] {
+            for window in [None, Some(3)] {
+                let mask = Mask {
+                    window,
+                    starts: starts.then(|| vec![1; batch]),
+                    lengths: lengths.then(|| vec![4; batch]),
+                    ..Mask::causal()
+                };
+                let ranges = KeyRanges::new(&mask.on(device), queries, 5, device);
+                let ranges = ranges.expect("valid");
+                assert_eq!(ranges.tensor().dims(), [batch, queries, 2]);
+                assert_eq!(ranges.tensor().dtype(), DType::I32);
+                let of = |tokens| Tensor::<4>::ones([batch, 2, tokens, 32], (device, DType::F32));
+                let options = AttentionOptions::default();
+                let y = attention(of(queries), of(5), of(5), &ranges, None, options);
+                assert_eq!(y.expect("valid").dims(), [batch, 2, queries, 32]);
+            }
+        }
+    }
+    // Starts and lengths of no keys.
+    let mask = Mask {
+        window: Some(3),
+        starts: Some(vec![0, 2]),
+        lengths: Some(vec![0, 2]),
+        ..Mask::causal()
+    };
+    let ranges = KeyRanges::new(&mask.on(device), 2, 0, device).expect("valid");
+    let numbers: Vec<i64> = ranges.tensor().to_data().iter::<i64>().collect();
+    assert_eq!(numbers, [0; 2 * 2 * 2]);
+}
+
+/// Starts and lengths out of range are the nearest in it, of whatever type they are.
+fn starts_and_lengths_stay_within_the_keys(device: &Device) {
+    let numbers: [(DType, &[i64]); 4] = [
+        (
+            DType::I64,
+            &[
+                i64::MIN,
+                -(1 << 32) + 3,
+                -1,
+                3,
+                301,
+                (1 << 31) + 5,
+                (1 << 32) + 5,
+                i64::MAX,
+            ],
+        ),
+        (DType::U32, &[0, 3, 301, (1 << 31) + 5, u32::MAX as i64]),
+        (
+            DType::I32,
+            &[i32::MIN as i64, -1, 0, 3, 301, i32::MAX as i64],
+        ),
+        (DType::U8, &[0, 3, 255]),
+    ];
+    for (dtype, numbers) in numbers {
+        if lacks(device, dtype) {
+            continue;
+        }
+        let within: Vec<usize> = numbers.iter().map(|&n| n.clamp(0, 300) as usize).collect();
+        let len = numbers.len();
+        let data = TensorData::new(numbers.to_vec(), [len]).convert_dtype(dtype);
+        let numbers = Tensor::<1, Int>::from_data(data, (device, dtype));
+        for queries in [1, 2, 310] {
+            for side in 0..3 {
+                let [starts, lengths] = [side != 1, side != 0];
+                let window = (side == 2).then_some(7);
+                let expected = Mask {
+                    window,
+                    starts: starts.then(|| within.clone()),
+                    lengths: lengths.then(|| within.clone()),
+                    ..Mask::causal()
+                };
+                let given = AttentionMask {
+                    starts: starts.then(|| numbers.clone()),
+                    lengths: lengths.then(|| numbers.clone()),
+                    ..AttentionMask::causal().with_window(window)
+                };
+                let [given, expected] = [given, expected.on(device)].map(|mask| {
+                    let ranges = KeyRanges::new(&mask, queries, 300, device).expect("valid");
+                    ranges.tensor().to_data().iter::<i64>().collect::<Vec<_>>()
+                });
+                let what = format!("{dtype:?}, {queries} queries, {starts} {lengths}");
+                assert_eq!(given, expected, "{what}");
+                assert!(given.iter().all(|n| (0..=300).contains(n)), "{what}");
+            }
+        }
+    }
+}
+
+/// The largest and smallest scales and caps overflow nowhere, rows that see nothing among them.
+fn factors_at_their_limits(device: &Device, dtype: FloatType) {
+    if lacks(device, dtype.into()) {
+        return;
+    }
+    let device = &device.clone().autodiff();
+    let mask = Mask {
+        starts: Some(vec![40, 9]),
+        ..Mask::causal()
+    };
+    for scale in [1e-30, 1e8] {
+        for softcap in [None, Some(1e-4), Some(1e4)] {
+            for queries in [40, 1] {
+                let sizes = [2, 4, 2, queries, 40, 64];
+                let mut case = case(format!("{scale} {softcap:?}"), sizes, mask.clone());
+                // Scores far above a thousand lose what they are apart from each other.
+                case.peak = if scale > 1.0 { 1e-6 } else { 6.0 };
+                let scale = Some(scale);
+                case.problem.options = AttentionOptions { scale, softcap };
+                let got = run(&case, dtype, device, [true; 4]);
+                let finite = |numbers: &[f64]| numbers.iter().all(|x| x.is_finite());
+                assert!(finite(&got.output), "{}", case.name);
+                assert!(
+                    got.lse
+                        .iter()
+                        .all(|x| x.is_finite() || *x == f64::NEG_INFINITY)
+                );
+                let of_nothing = &got.output[..4 * queries * 64];
+                assert!(of_nothing.iter().all(|&x| x == 0.0), "{}", case.name);
+                // A gradient that is multiplied with 1e8 may be none of f16.
+                for (grad, what) in got.grads.iter().zip(["dq", "dk", "dv"]) {
+                    let finite = finite(grad.as_ref().expect("tracked"));
+                    assert!(finite || dtype == FloatType::F16, "{} {what}", case.name);
+                }
+            }
         }
     }
 }
@@ -936,19 +1105,22 @@ fn what_does_not_fit_is_named(device: &Device) {
         let given = format!("{kv_heads} for 4 heads of queries");
         assert_eq!(field(of_shapes(q, k, k, [5, 9])), ("kv_heads", given));
     }
-    for number in [0.0, -1.0, f32::INFINITY, f32::NAN] {
-        let of_scale = AttentionOptions {
+    let none = [0.0, -1.0, f32::INFINITY, f32::NAN];
+    for number in none.into_iter().chain([3e38, 1.1e8, 9e-31]) {
+        let options = AttentionOptions {
             scale: Some(number),
             softcap: None,
         };
-        let of_cap = AttentionOptions {
+        let error = call(None, options).expect_err("no such scale");
+        assert_eq!(field(error), ("scale", number.to_string()));
+    }
+    for number in none.into_iter().chain([f32::MAX, 1.1e4, 9e-5]) {
+        let options = AttentionOptions {
             scale: None,
             softcap: Some(number),
         };
-        for (name, options) in [("scale", of_scale), ("softcap", of_cap)] {
-            let error = call(None, options).expect_err("no positive number");
-            assert_eq!(field(error), (name, number.to_string()));
-        }
+        let error = call(None, options).expect_err("no such cap");
+        assert_eq!(field(error), ("softcap", number.to_string()));
     }
 }
 
@@ -1016,11 +1188,14 @@ fn masks(queries: usize, keys: usize) -> Vec<Mask> {
         (true, Some(1)),
         (true, Some(3)),
         (true, Some(100)),
+        // Negative and -1 as an i32.
+        (true, Some(1 << 31)),
+        (true, Some(usize::MAX)),
     ] {
         for starts in [None, Some(vec![0, half]), Some(vec![keys, 1])] {
             for lengths in [None, Some(vec![keys, half]), Some(vec![0, 1])] {
                 for ends in [None, Some(vec![vec![half, keys], vec![keys]])] {
-                    if ends.is_some() && (queries != keys || half == 0) {
+                    if ends.is_some() && (queries != keys || half == 0 || lengths.is_some()) {
                         continue;
                     }
                     all.push(Mask {
@@ -1059,7 +1234,8 @@ fn ranges_are_what_masks_say(device: &Device) {
                             let expected = mask.sees(row, query, key, [queries, keys]);
                             assert_eq!(seen, expected, "query {query}, key {key}, {what}");
                         }
-                        assert!(range[0] >= 0 && range[1] <= keys as i64, "{what}");
+                        let within = range.iter().all(|n| (0..=keys as i64).contains(n));
+                        assert!(within, "{range:?}, {what}");
                     }
                     for (range, next) in numbers.chunks(2).zip(numbers.chunks(2).skip(1)) {
                         assert!(range[0] <= next[0] && range[1] <= next[1], "{what}");
@@ -1108,10 +1284,15 @@ fn masks_that_make_no_sense_are_errors(device: &Device) {
     };
     assert_eq!(error(rows, 4, 4), of_two("lengths"));
     let rows = Mask {
-        lengths: Some(vec![4; 3]),
+        starts: Some(vec![4; 3]),
         ..packed(&[4])
     };
     assert_eq!(error(rows, 4, 4), of_two("sequence_ends"));
+    let both = Mask {
+        lengths: Some(vec![4; 2]),
+        ..packed(&[4])
+    };
+    assert_eq!(field(error(both, 4, 4)), "sequence_ends");
     let too_many = error(Mask::default(), 1, i32::MAX as usize + 1);
     assert!(
         matches!(too_many, Nf4Error::ElementCount { .. }),
@@ -1184,6 +1365,8 @@ macro_rules! device_tests {
                 attention_is_the_output_alone
                 sinks_have_either_dtype
                 nothing_gives_nothing
+                ranges_of_nothing
+                starts_and_lengths_stay_within_the_keys
                 what_does_not_fit_is_named
                 other_dtypes_are_refused
                 two_devices_are_an_error
@@ -1203,6 +1386,7 @@ macro_rules! device_tests {
                 scores
                 views
                 one_row_of_ranges_serves_all
+                factors_at_their_limits
                 results_are_the_same_each_time
             );
         }

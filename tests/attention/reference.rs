@@ -53,7 +53,7 @@ impl Mask {
             && (!self.causal || at <= position)
             && self
                 .window
-                .is_none_or(|window| at > position - window as i64)
+                .is_none_or(|window| at > position - window.min(1 << 40) as i64)
             && (self.sequence_ends.is_none() || sequence(query) == sequence(key))
     }
 }
@@ -217,9 +217,10 @@ pub fn attention(problem: &Problem, inputs: &Inputs, grad: &[f64]) -> Results {
                 let all = scores.iter().map(|&(score, _)| score).chain(sink);
                 let max = all.clone().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = all.map(|score| (score - max).exp()).sum();
-                let of_all = match sum {
-                    0.0 => f64::NEG_INFINITY,
-                    sum => max + sum.ln(),
+                // Of nothing, or of a sink that is none.
+                let of_all = match max {
+                    f64::NEG_INFINITY => max,
+                    max => max + sum.ln(),
                 };
                 lse.push(of_all);
                 let parts: Vec<f64> = scores.iter().map(|(s, _)| (s - of_all).exp()).collect();
@@ -239,7 +240,7 @@ pub fn attention(problem: &Problem, inputs: &Inputs, grad: &[f64]) -> Results {
                     dk.add(key_at(j), q, factor * (dp - delta), magnitude);
                     dv.add(key_at(j), grad, p, p);
                 }
-                if let Some(sink) = sink {
+                if let Some(sink) = sink.filter(|&sink| sink > f64::NEG_INFINITY) {
                     let p = (sink - of_all).exp();
                     d_sinks.add(h, &[1.0], -p * delta, p * delta_magnitude);
                 }

@@ -7,7 +7,7 @@
 //! impossible call is a bug and panics.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, TensorMetadata, backend_extension};
+use burn::backend::{Backend, TensorMetadata, backend_extension, get_device_settings};
 use burn::tensor::{DType, Shape};
 
 use crate::format::FloatType;
@@ -146,8 +146,13 @@ fn of_output<B: Backend>(numbers: FloatTensor<B>, spec: AttentionSpec) -> FloatT
     B::float_expand(numbers, spec.query_shape())
 }
 
+/// Numbers of which there is every difference: infinities are replaced by the largest numbers.
+pub(in crate::op) fn finite<B: Backend>(numbers: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_clamp(numbers, f32::MIN.into(), f32::MAX.into())
+}
+
 /// What output and log-sum-exp become with a sink: the one is `sigmoid(lse - sink)` of what it was, the
-/// other `log(exp(lse) + exp(sink))`.
+/// other `log(exp(lse) + exp(sink))`. A sink of `-inf` changes neither.
 fn add_sinks<B: Backend>(
     output: FloatTensor<B>,
     lse: FloatTensor<B>,
@@ -155,14 +160,15 @@ fn add_sinks<B: Backend>(
     spec: AttentionSpec,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let sinks = of_heads::<B>(sinks, spec);
-    let above = B::float_sub(lse, sinks.clone());
+    let above = B::float_sub(finite::<B>(lse.clone()), finite::<B>(sinks.clone()));
     let part = of_output::<B>(B::sigmoid(above.clone()), spec);
     let dtype = output.dtype();
     let output = B::float_mul(B::float_cast(output, DType::F32.into()), part);
     let output = B::float_cast(output, dtype.into());
-    // softplus, in a form that neither overflows nor makes a NaN of `-inf`.
-    let magnitude = B::float_abs(above.clone());
-    let rest = B::float_log1p(B::float_exp(B::float_neg(magnitude)));
-    let positive = B::relu(above);
-    (output, B::float_add(sinks, B::float_add(positive, rest)))
+    let rest = B::float_log1p(B::float_exp(B::float_neg(B::float_abs(above))));
+    // Neither by adding a difference to one of them: it rounds to the digits of the other.
+    let bools = get_device_settings::<B>(&lse.device()).bool_dtype;
+    let is_below = B::float_lower(lse.clone(), sinks.clone(), bools);
+    let larger = B::float_mask_where(lse, is_below, sinks);
+    (output, B::float_add(larger, rest))
 }

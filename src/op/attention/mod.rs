@@ -3,26 +3,36 @@
 mod base;
 mod ranges;
 
-pub(super) use base::of_heads;
 pub use base::{AttentionBackend, AttentionSpec};
+pub(super) use base::{finite, of_heads};
 pub use ranges::{AttentionMask, KeyRanges};
+
+use std::ops::RangeInclusive;
 
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Shape, Tensor};
 
-use super::tensor::{check_device, check_dtype, connect_empty, tracked_sum};
+use super::tensor::{check_device, check_dtype, connect_empty, tracked_zero};
 use crate::error::Nf4Error;
 use crate::format::{FloatType, check_shape};
 
 /// The most elements that a head may have.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// The factors of scores with which nothing in a kernel overflows or comes to lie below the scores that
+/// stand for hidden keys.
+const SCALES: RangeInclusive<f32> = 1e-30..=1e8;
+
+/// The caps of scores with which factors do not overflow, and the rounding of a capped score, which is that
+/// of its cap, stays below that of a probability in f16.
+const SOFTCAPS: RangeInclusive<f32> = 1e-4..=1e4;
+
 /// How [`attention`] makes scores.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct AttentionOptions {
-    /// The factor of scores; `1 / sqrt(head_dim)` if none.
+    /// The factor of scores, from 1e-30 to 1e8; `1 / sqrt(head_dim)` if none.
     pub scale: Option<f32>,
-    /// `c` of `c tanh(score / c)`, in place of the score, as Gemma 2 has it.
+    /// `c` of `c tanh(score / c)`, in place of the score, as Gemma 2 has it: from 1e-4 to 1e4.
     pub softcap: Option<f32>,
 }
 
@@ -32,7 +42,8 @@ pub struct AttentionOptions {
 ///
 /// Heads of queries share those of keys and values in groups (grouped-query attention): head `i` has the
 /// keys of head `i / (heads / kv_heads)`. Sums and the softmax are in f32. A query that sees no key gets
-/// zeros. The gradient flows to all tensors, and is the same from run to run on the same device.
+/// zeros. The gradient flows to all tensors, and is the same from run to run on the same device. A NaN or an
+/// infinity in a key or value may reach the results even where no query sees it, see [`AttentionMask`].
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -52,14 +63,16 @@ pub struct AttentionOptions {
 /// - `k`, `v`: `[batch, kv_heads, keys, head_dim]`; views with gaps are read where they lie, and there may
 ///   be more keys than those of the ranges, as in a cache that is longer than what it holds: they are not
 ///   read
-/// - `sinks`: `[heads]`: a score for each head that takes its part of every softmax and has no value
+/// - `sinks`: `[heads]`: a score for each head that takes its part of every softmax and has no value; `-inf`
+///   is no sink
 /// - returns the shape of `q`
 ///
 /// # Errors
 /// [`Nf4Error::Shape`] for shapes that do not fit, [`Nf4Error::Config`] for a head of more than
-/// [`MAX_HEAD_DIM`] elements, for heads that the heads of keys do not divide, and for a scale or cap that
-/// is no positive number, [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32 (sinks may be
-/// f32), [`Nf4Error::Device`] unless all are on one device.
+/// [`MAX_HEAD_DIM`] elements, for heads that the heads of keys do not divide, and for a scale or cap out of
+/// its range (see [`AttentionOptions`]), [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32
+/// (sinks may be f32), [`Nf4Error::Device`] unless all are on one device, [`Nf4Error::ElementCount`] for
+/// more elements than memory can address, as expanded tensors may have.
 pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
@@ -75,8 +88,8 @@ pub fn attention(
 /// several parts of the keys together.
 ///
 /// # Shapes
-/// - returns the output, and the log-sum-exp `[batch, heads, queries]`, f32, `-inf` for a query that sees
-///   nothing. No gradient flows through it.
+/// - returns the output, and the log-sum-exp `[batch, heads, queries]`, f32, of a query that sees nothing
+///   that of its sink alone, which is the sink, and `-inf` without one. No gradient flows through it.
 ///
 /// # Errors
 /// Those of [`attention`].
@@ -93,9 +106,9 @@ pub fn attention_with_lse(
     let sinks = sinks.map(|sinks| sinks.cast(DType::F32));
     if spec.query_shape().num_elements() == 0 || spec.keys == 0 {
         let y = Tensor::zeros(q.shape(), (&device, q.dtype()));
-        let of_sinks = sinks.clone().and_then(tracked_sum);
-        let sums = [tracked_sum(q), tracked_sum(k), tracked_sum(v), of_sinks];
-        let y = connect_empty(y, sums.into_iter().flatten());
+        let of_sinks = sinks.clone().and_then(tracked_zero);
+        let zeros = [tracked_zero(q), tracked_zero(k), tracked_zero(v), of_sinks];
+        let y = connect_empty(y, zeros.into_iter().flatten());
         let lse = match sinks {
             Some(sinks) => sinks.detach().reshape([1, spec.heads, 1]),
             None => Tensor::full([1, 1, 1], f32::NEG_INFINITY, (&device, DType::F32)),
@@ -159,11 +172,20 @@ fn check(
         return config("kv_heads", "a divisor of the heads of queries", given);
     }
     let scale = options.scale.unwrap_or((head_dim as f32).powf(-0.5));
-    for (field, number) in [("scale", Some(scale)), ("softcap", options.softcap)] {
+    let factors = [
+        ("scale", Some(scale), SCALES, "a number from 1e-30 to 1e8"),
+        (
+            "softcap",
+            options.softcap,
+            SOFTCAPS,
+            "a number from 1e-4 to 1e4",
+        ),
+    ];
+    for (field, number, range, expected) in factors {
         if let Some(number) = number
-            && !(number.is_finite() && number > 0.0)
+            && !range.contains(&number)
         {
-            return config(field, "a positive number", number.to_string());
+            return config(field, expected, number.to_string());
         }
     }
     let spec = AttentionSpec {

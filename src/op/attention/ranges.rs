@@ -9,6 +9,10 @@ use crate::format::check_shape;
 ///
 /// The queries of a row are the last of its tokens: with `n` keys and `t` queries, query `i` stands at
 /// the position of key `n - t + i`.
+///
+/// A key or value that is hidden has weight zero, and zero times NaN is NaN: as in other implementations
+/// without a tensor of scores, keys and values are skipped only where a whole tile of them is hidden, by
+/// `starts` and `lengths` too. Those of padding may be any finite numbers, but no NaN and no infinity.
 #[derive(Debug, Clone, Default)]
 pub struct AttentionMask {
     /// Whether a query sees no key after its own position.
@@ -16,13 +20,18 @@ pub struct AttentionMask {
     /// At most how many keys a query sees, the one at its own position the last of them: a sliding window
     /// as transformers has it. Only with `causal`.
     pub window: Option<usize>,
-    /// `[batch]`: the first key that is no padding, where rows are padded on the left.
+    /// `[batch]`: the first key that is no padding, where rows are padded on the left. Numbers below zero
+    /// count as zero, those above the number of keys as that.
     pub starts: Option<Tensor<1, Int>>,
     /// `[batch]`: how many keys a row has, where that differs or is known on the device only, as with a
-    /// cache that is longer than what it holds. All that there are if none.
+    /// cache that is longer than what it holds. All that there are if none; numbers below zero count as
+    /// zero, those above the number of keys as that. Not with `sequence_ends`.
+    ///
+    /// The queries are the last of so many tokens, also where there are as many queries as keys: rows that
+    /// are padded on the right want no lengths, `causal` alone hides their padding from all other tokens.
     pub lengths: Option<Tensor<1, Int>>,
     /// For each row the ends of the sequences packed into it, the last one the number of tokens: a query
-    /// sees no key of another sequence. Only for as many queries as keys.
+    /// sees no key of another sequence. Only for as many queries as keys, and without `lengths`.
     pub sequence_ends: Option<Vec<Vec<usize>>>,
 }
 
@@ -66,10 +75,10 @@ impl KeyRanges {
     /// ```
     ///
     /// # Errors
-    /// - [`Nf4Error::Config`] for a window of zero or without `causal`, sequences with other than as many
-    ///   queries as keys, or whose ends do not increase up to the number of tokens
+    /// - [`Nf4Error::Config`] for a window of zero or without `causal`, sequences together with lengths, with
+    ///   other than as many queries as keys, or whose ends do not increase up to the number of tokens
     /// - [`Nf4Error::Shape`] for tensors that are not of one batch
-    /// - [`Nf4Error::ElementCount`] for more keys than an i32 counts
+    /// - [`Nf4Error::ElementCount`] for more queries or keys than an i32 counts
     pub fn new(
         mask: &AttentionMask,
         queries: usize,
@@ -80,7 +89,7 @@ impl KeyRanges {
         let device = device.clone().without_autodiff();
         let ranges = match (&mask.starts, &mask.lengths) {
             (None, None) => on_host(mask, queries, keys, &device),
-            _ => on_device(mask, queries, keys, &device)?,
+            _ => on_device(mask, queries, keys, &device),
         };
         Ok(Self { ranges, keys })
     }
@@ -100,7 +109,8 @@ impl KeyRanges {
         self.ranges.dims()[0]
     }
 
-    /// The first key of each query and the one past the last, `[batch or 1, queries, 2]`, i32.
+    /// The first key of each query and the one past the last, `[batch or 1, queries, 2]`, i32, both from
+    /// zero to the number of keys. Of a query that sees nothing the first may be past the last.
     pub fn tensor(&self) -> &Tensor<3, Int> {
         &self.ranges
     }
@@ -126,6 +136,10 @@ fn check(mask: &AttentionMask, queries: usize, keys: usize) -> Result<(), Nf4Err
             return config("window", "none without `causal`", window.to_string());
         }
         _ => {}
+    }
+    if let (Some(rows), Some(_)) = (&mask.sequence_ends, &mask.lengths) {
+        let given = format!("those of {} rows", rows.len());
+        return config("sequence_ends", "none with `lengths`", given);
     }
     let batches = [&mask.starts, &mask.lengths].map(|numbers| numbers.as_ref().map(Tensor::dims));
     let of_ends = mask.sequence_ends.as_ref().map(Vec::len);
@@ -191,39 +205,54 @@ fn on_host(mask: &AttentionMask, queries: usize, keys: usize, device: &Device) -
     )
 }
 
-fn on_device(
-    mask: &AttentionMask,
-    queries: usize,
-    keys: usize,
-    device: &Device,
-) -> Result<Tensor<3, Int>, Nf4Error> {
+/// Numbers of keys as i32, those outside of `0..=keys` replaced by the nearest there.
+fn within(numbers: Tensor<1, Int>, keys: usize) -> Tensor<1, Int> {
+    let all = keys as i64;
+    match numbers.dtype() {
+        // Before the cast: an i32 may be too small for them.
+        DType::I64 | DType::U64 | DType::U32 => numbers.clamp(0, all).cast(DType::I32),
+        // After it: they may be too small for the number of keys.
+        _ => numbers.cast(DType::I32).clamp(0, all),
+    }
+}
+
+/// Reads nothing from the device, and for one query writes nothing to it: steps of decoding are recorded
+/// with this.
+fn on_device(mask: &AttentionMask, queries: usize, keys: usize, device: &Device) -> Tensor<3, Int> {
     let given = [&mask.starts, &mask.lengths].into_iter().flatten();
     let [batch] = given.map(Tensor::dims).next().unwrap_or([1]);
     let shape = [batch, queries];
     let options = (device, DType::I32);
+    if shape.contains(&0) {
+        return Tensor::zeros([batch, queries, 2], options);
+    }
     let column = |numbers: &Tensor<1, Int>| {
-        let numbers = numbers.clone().cast(DType::I32).to_device(device);
+        let numbers = within(numbers.clone(), keys).to_device(device);
         numbers.reshape([batch, 1]).expand(shape)
     };
-    let index = Tensor::<1, Int>::arange(0..queries as i64, options)
-        .reshape([1, queries])
-        .expand(shape);
     let lengths = match &mask.lengths {
         Some(lengths) => column(lengths),
         None => Tensor::full(Shape::from(shape), keys as i64, options),
     };
-    let next = lengths.clone() + index + 1 - queries as i64;
-    let mut end = match mask.causal {
-        true => next.clone().min_pair(lengths),
-        false => lengths,
+    // One past the position of each query, which is before the first key where there are more queries.
+    let next = match queries {
+        1 => lengths.clone(),
+        _ => {
+            let from_last = Tensor::<1, Int>::arange(1 - queries as i64..1, options);
+            let from_last = from_last.reshape([1, queries]).expand(shape);
+            (lengths.clone() + from_last).clamp_min(0)
+        }
     };
-    let mut first = match mask.window {
-        Some(window) => (next - window as i64).clamp_min(0),
-        None => Tensor::zeros(Shape::from(shape), options),
+    // A window of all keys hides none, however large a number it is.
+    let of_window = mask.window.filter(|&window| window < keys);
+    let of_window = of_window.map(|window| (next.clone() - window as i64).clamp_min(0));
+    let of_starts = mask.starts.as_ref().map(column);
+    let mut first = match (of_window, of_starts) {
+        (Some(of_window), Some(of_starts)) => of_window.max_pair(of_starts),
+        (Some(first), None) | (None, Some(first)) => first,
+        (None, None) => Tensor::zeros(Shape::from(shape), options),
     };
-    if let Some(starts) = &mask.starts {
-        first = first.max_pair(column(starts));
-    }
+    let mut end = if mask.causal { next } else { lengths };
     if let Some(rows) = &mask.sequence_ends {
         let bounds: Vec<i32> = rows
             .iter()
@@ -238,5 +267,5 @@ fn on_device(
         first = first.max_pair(of_first);
         end = end.min_pair(of_end);
     }
-    Ok(Tensor::stack(vec![first, end], 2))
+    Tensor::stack(vec![first, end], 2)
 }

@@ -12,7 +12,7 @@ pub(super) use check::{check_device, check_dtype};
 pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
 pub use embedding::embedding;
 pub(crate) use empty::connect_empty;
-pub(super) use empty::tracked_sum;
+pub(super) use empty::tracked_zero;
 pub(crate) use linear::effective_weight;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
 pub use weight::Nf4Weight;

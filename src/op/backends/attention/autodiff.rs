@@ -10,7 +10,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 use burn::tensor::{DType, Shape};
 
-use crate::op::attention::{AttentionBackend, AttentionSpec, of_heads};
+use crate::op::attention::{AttentionBackend, AttentionSpec, finite, of_heads};
 
 impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
     fn attention_forward(
@@ -204,7 +204,9 @@ fn sinks_grad<B: AttentionBackend>(
     } = spec;
     let delta = B::float_reshape(delta, Shape::from([batch, queries, heads]));
     let delta = B::float_swap_dims(delta, 1, 2);
-    let part = B::float_exp(B::float_sub(of_heads::<B>(sinks, spec), lse));
+    // Of no sink and no key the log-sum-exp is `-inf` too, and so is the difference no number.
+    let sinks = of_heads::<B>(finite::<B>(sinks), spec);
+    let part = B::float_exp(B::float_sub(sinks, finite::<B>(lse)));
     let each = B::float_neg(B::float_mul(part, delta));
     let sums = B::float_sum_dim(B::float_sum_dim(each, 2), 0);
     B::float_reshape(sums, Shape::from([heads]))
