@@ -36,6 +36,36 @@ pub struct AttentionOptions {
     pub softcap: Option<f32>,
 }
 
+impl AttentionOptions {
+    /// Refuses factors that attention cannot compute with.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Config`] for one out of its range.
+    pub fn check(&self) -> Result<(), Nf4Error> {
+        let factors = [
+            ("scale", self.scale, SCALES, "a number from 1e-30 to 1e8"),
+            (
+                "softcap",
+                self.softcap,
+                SOFTCAPS,
+                "a number from 1e-4 to 1e4",
+            ),
+        ];
+        for (field, number, range, expected) in factors {
+            if let Some(number) = number
+                && !range.contains(&number)
+            {
+                return Err(Nf4Error::Config {
+                    field,
+                    expected,
+                    given: number.to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// `softmax(scale q kᵀ) v` for each head, over the keys that each query sees. Neither scores nor
 /// probabilities are ever held: memory is linear in the number of tokens, in the backward pass too, which
 /// computes them again.
@@ -171,23 +201,8 @@ fn check(
         let given = format!("{kv_heads} for {heads} heads of queries");
         return config("kv_heads", "a divisor of the heads of queries", given);
     }
+    options.check()?;
     let scale = options.scale.unwrap_or((head_dim as f32).powf(-0.5));
-    let factors = [
-        ("scale", Some(scale), SCALES, "a number from 1e-30 to 1e8"),
-        (
-            "softcap",
-            options.softcap,
-            SOFTCAPS,
-            "a number from 1e-4 to 1e4",
-        ),
-    ];
-    for (field, number, range, expected) in factors {
-        if let Some(number) = number
-            && !range.contains(&number)
-        {
-            return config(field, expected, number.to_string());
-        }
-    }
     let spec = AttentionSpec {
         batch,
         heads,

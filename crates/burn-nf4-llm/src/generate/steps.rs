@@ -17,6 +17,7 @@ use crate::model::{Decoder, RopeTables};
 const LEAST_RECORDED: usize = 16;
 
 /// How steps are made.
+#[allow(clippy::large_enum_variant, reason = "a generation has one")]
 pub(super) enum Steps<'a> {
     /// Launch by launch.
     Eager(Eager<'a>),

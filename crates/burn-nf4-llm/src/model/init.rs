@@ -6,7 +6,6 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
-use burn_nf4::op::AttentionOptions;
 
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
@@ -120,10 +119,7 @@ impl Parts<'_> {
             head_dim,
             window: layer.window,
             rope: layer.rope,
-            options: AttentionOptions {
-                scale: config.attention_scale.map(|scale| scale as f32),
-                softcap: config.attention_softcap.map(|cap| cap as f32),
-            },
+            options: config.attention_options(),
         }
     }
 

@@ -9,6 +9,7 @@ pub use layers::{LayerConfig, MixtureConfig};
 use std::path::Path;
 
 use burn_nf4::format::FloatType;
+use burn_nf4::op::AttentionOptions;
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
@@ -175,10 +176,20 @@ impl DecoderConfig {
         if !matches!(fields.value("per_layer_config"), None | Some(Value::Null)) {
             return Err(fields.unsupported("per_layer_config", "set", "one config for all layers"));
         }
-        Ok(Self {
+        let config = Self {
             text_part_of: text_part_of.transpose()?,
             ..read(&fields)?
-        })
+        };
+        config.attention_options().check()?;
+        Ok(config)
+    }
+
+    /// How attention makes scores.
+    pub(crate) fn attention_options(&self) -> AttentionOptions {
+        AttentionOptions {
+            scale: self.attention_scale.map(|scale| scale as f32),
+            softcap: self.attention_softcap.map(|cap| cap as f32),
+        }
     }
 
     /// The entries for the `config.json` of what [`from_folder`](Self::from_folder) describes, to be given
