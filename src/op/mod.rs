@@ -29,6 +29,7 @@ mod backends;
 mod base;
 mod graphs;
 mod reproducible;
+mod rotary;
 mod tensor;
 
 #[doc(hidden)]
@@ -38,6 +39,9 @@ pub use attention::{
 };
 pub use base::MatmulStrategy;
 pub use graphs::has_graphs;
+pub use rotary::rotary;
+#[doc(hidden)]
+pub use rotary::{RotaryBackend, RotarySpec};
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]

@@ -6,3 +6,4 @@ mod autodiff;
 pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
+mod rotary;

@@ -2,6 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use burn_nf4::op::rotary;
+
 use crate::model::rope::RopeConfig;
 
 /// The tables of all rotary embeddings of a model.
@@ -25,11 +27,11 @@ struct RopeTable {
     sin: Option<Tensor<2>>,
 }
 
-/// The two tables at the positions of one forward pass: `[batch or 1, 1, length, rotary_dim]`.
+/// The two tables at the positions of one forward pass: `[batch or 1, length, rotary_dim]`.
 #[derive(Debug, Clone)]
 pub struct Rotation {
-    cos: Tensor<4>,
-    sin: Tensor<4>,
+    cos: Tensor<3>,
+    sin: Tensor<3>,
 }
 
 /// The tables grow by this many positions at a time.
@@ -76,7 +78,7 @@ impl RopeTables {
                     let table = table.clone().expect("the tables were reserved");
                     let rotary_dim = table.dims()[1];
                     let at = table.select(0, positions.clone());
-                    at.reshape([rows, 1, 1, rotary_dim])
+                    at.reshape([rows, 1, rotary_dim])
                 });
                 Rotation { cos, sin }
             })
@@ -107,7 +109,7 @@ impl RopeTable {
             let rows = |table: Tensor<2>| {
                 table
                     .slice([start..end, 0..rotary_dim])
-                    .reshape([1, 1, length, rotary_dim])
+                    .reshape([1, length, rotary_dim])
             };
             return Rotation {
                 cos: rows(cos),
@@ -124,7 +126,7 @@ impl RopeTable {
         let rows = |table: Tensor<2>| {
             table
                 .select(0, positions.clone())
-                .reshape([batch, 1, length, rotary_dim])
+                .reshape([batch, length, rotary_dim])
         };
         Rotation {
             cos: rows(cos),
@@ -179,31 +181,6 @@ impl Rotation {
     /// Rotates queries or keys, `[batch, heads, length, head_dim]`, or the first elements of each, in the
     /// type of the tables.
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let dtype = x.dtype();
-        self.rotate_first(x.cast(self.cos.dtype())).cast(dtype)
-    }
-
-    /// Rotates as many elements of each head as the tables have.
-    fn rotate_first(&self, x: Tensor<4>) -> Tensor<4> {
-        let [.., head_dim] = x.dims();
-        let [.., rotary_dim] = self.cos.dims();
-        if rotary_dim == head_dim {
-            return self.rotate(x);
-        }
-        let rotated = self.rotate(x.clone().narrow(3, 0, rotary_dim));
-        let rest = x.narrow(3, rotary_dim, head_dim - rotary_dim);
-        Tensor::cat(vec![rotated, rest], 3)
-    }
-
-    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let swapped = Tensor::cat(
-            vec![
-                x.clone().narrow(3, half, half),
-                x.clone().narrow(3, 0, half),
-            ],
-            3,
-        );
-        x * self.cos.clone() + swapped * self.sin.clone()
+        rotary(x, self.cos.clone(), self.sin.clone()).expect("the tables fit")
     }
 }
