@@ -15,6 +15,7 @@ pub mod launch;
 #[cfg(feature = "peft")]
 pub mod model;
 pub mod nn;
+mod norm_form;
 #[cfg_attr(
     not(any(feature = "flex", feature = "cube")),
     allow(unused, reason = "there is no backend to implement the operations for")

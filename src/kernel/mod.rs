@@ -10,6 +10,7 @@ pub mod levels;
 pub mod lora;
 pub mod quantize;
 pub mod quantize_tiles;
+pub mod rms_norm;
 pub mod rotary;
 pub mod scales;
 pub mod stage;

@@ -29,9 +29,11 @@ mod backends;
 mod base;
 mod graphs;
 mod reproducible;
+mod rms_norm;
 mod rotary;
 mod tensor;
 
+pub use crate::norm_form::NormForm;
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{
@@ -39,6 +41,9 @@ pub use attention::{
 };
 pub use base::MatmulStrategy;
 pub use graphs::has_graphs;
+#[doc(hidden)]
+pub use rms_norm::{RmsNormBackend, RmsNormSpec};
+pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary;
 #[doc(hidden)]
 pub use rotary::{RotaryBackend, RotarySpec};

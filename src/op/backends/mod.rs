@@ -6,4 +6,5 @@ mod autodiff;
 pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
+mod rms_norm;
 mod rotary;

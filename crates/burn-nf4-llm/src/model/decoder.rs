@@ -9,7 +9,7 @@ use burn_nf4::op::{MatmulOptions, matmul};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
-use crate::model::layer::DecoderLayer;
+use crate::model::layer::{DecoderLayer, Residual};
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
 use crate::model::rotation::RopeTables;
@@ -148,12 +148,12 @@ impl Decoder {
         pass: &Pass,
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let mut x = self.embed(ids);
+        let mut x = Residual::new(self.embed(ids));
         for (index, layer) in self.layers.iter().enumerate() {
             let layer_cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
-            x = layer.forward(x, pass, layer_cache);
+            x = layer.add_to(x, pass, layer_cache);
         }
-        x
+        x.sum()
     }
 
     /// The logits of one token a row, `[batch, vocab_size]`, at a position that the device alone may know.

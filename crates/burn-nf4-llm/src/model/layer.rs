@@ -131,14 +131,48 @@ impl LayerNorms {
 }
 
 impl BlockNorms<'_> {
-    /// The output of a block for `x`, with the norms that it has.
-    fn around(&self, x: Tensor<3>, block: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
-        let norm = |norm: Option<&RmsNorm>, x| match norm {
-            Some(norm) => norm.forward(x),
-            None => x,
-        };
-        let y = block(norm(self.before, x));
-        norm(self.after, y)
+    /// The output of a block, normalised where that is so.
+    fn after(&self, y: Tensor<3>) -> Tensor<3> {
+        match self.after {
+            Some(norm) => norm.forward(y),
+            None => y,
+        }
+    }
+}
+
+/// What layers pass on: a sum, to which the last output is still to be added. The next norm does it.
+pub(super) struct Residual {
+    sum: Tensor<3>,
+    output: Option<Tensor<3>>,
+}
+
+impl Residual {
+    /// Of embeddings.
+    pub fn new(x: Tensor<3>) -> Self {
+        Self {
+            sum: x,
+            output: None,
+        }
+    }
+
+    /// The sum.
+    pub fn sum(self) -> Tensor<3> {
+        match self.output {
+            Some(output) => self.sum + output,
+            None => self.sum,
+        }
+    }
+
+    /// The sum, and the norm of it.
+    fn normalised(self, norm: Option<&RmsNorm>) -> (Tensor<3>, Tensor<3>) {
+        match (self.output, norm) {
+            (Some(output), Some(norm)) => norm.add_forward(self.sum, output),
+            (None, Some(norm)) => (self.sum.clone(), norm.forward(self.sum)),
+            (output, None) => {
+                let sum = Self { output, ..self }.sum();
+                (sum.clone(), sum)
+            }
+        }
     }
 }
 
@@ -148,11 +182,28 @@ impl DecoderLayer {
     /// # Shapes
     /// - `x`: `[batch, length, hidden_size]`, and so the result
     pub fn forward(&self, x: Tensor<3>, pass: &Pass, cache: Option<&mut LayerCache>) -> Tensor<3> {
+        self.add_to(Residual::new(x), pass, cache).sum()
+    }
+
+    /// The same, with sums that norms make.
+    pub(super) fn add_to(
+        &self,
+        residual: Residual,
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+    ) -> Residual {
         let norms = self.norms.of_attention();
-        let y = norms.around(x.clone(), |x| self.self_attn.forward(x, pass, cache));
-        let x = x + scaled(y, self.residual_multiplier);
+        let (sum, x) = residual.normalised(norms.before);
+        let residual = self.added(sum, norms.after(self.self_attn.forward(x, pass, cache)));
         let norms = self.norms.of_mlp();
-        let y = norms.around(x.clone(), |x| self.mlp.forward(x));
-        x + scaled(y, self.residual_multiplier)
+        let (sum, x) = residual.normalised(norms.before);
+        self.added(sum, norms.after(self.mlp.forward(x)))
+    }
+
+    fn added(&self, sum: Tensor<3>, output: Tensor<3>) -> Residual {
+        Residual {
+            sum,
+            output: Some(scaled(output, self.residual_multiplier)),
+        }
     }
 }

@@ -53,6 +53,7 @@ mod rotation;
 mod scale;
 mod variants;
 
+pub use burn_nf4::op::NormForm;
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, EMBEDDING, HEAD};
 pub use init::random;
@@ -60,7 +61,7 @@ pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorm
 pub use load::{left_out, load};
 pub use mixture::MixtureMlp;
 pub use mlp::{Activation, FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
-pub use norm::{NormForm, RmsNorm};
+pub use norm::RmsNorm;
 pub use pass::Pass;
 pub(crate) use pass::row_starts;
 pub use rotation::{RopeTables, Rotation};

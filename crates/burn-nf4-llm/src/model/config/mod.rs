@@ -15,9 +15,9 @@ use serde_json::{Map, Value};
 use crate::error::ModelError;
 use crate::json::fields::{FieldType, Fields};
 use crate::json::files::read;
+use crate::model::NormForm;
 use crate::model::family::{self, vision};
 use crate::model::mlp::Activation;
-use crate::model::norm::NormForm;
 use crate::model::rope::RopeConfig;
 use crate::model::scale::EmbeddingScale;
 

@@ -2,10 +2,10 @@
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
+use crate::model::NormForm;
 use crate::model::config::defaults::{Defaults, flag, nullable_positive, nullable_size, positive};
 use crate::model::config::{Biases, DecoderConfig, NormPlacement};
 use crate::model::mlp::Activation;
-use crate::model::norm::NormForm;
 use crate::model::scale::EmbeddingScale;
 
 pub(super) const DEFAULTS: Defaults = Defaults {

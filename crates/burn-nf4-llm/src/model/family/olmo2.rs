@@ -3,9 +3,9 @@
 use super::llama;
 use crate::error::ModelError;
 use crate::json::fields::Fields;
+use crate::model::NormForm;
 use crate::model::config::defaults::{Defaults, flag};
 use crate::model::config::{Biases, DecoderConfig, NormPlacement, QkNorm};
-use crate::model::norm::NormForm;
 
 const DEFAULTS: Defaults = Defaults {
     vocab_size: 50_304,
