@@ -30,6 +30,8 @@ def main():
         arguments.folder,
         device_map={"": arguments.device},
         dtype=config.dtype,
+        # Soft caps are applied by no other.
+        attn_implementation="eager",
         output_loading_info=True,
     )
     problems = {

@@ -27,6 +27,7 @@
 mod attention;
 mod backends;
 mod base;
+mod compiled;
 mod graphs;
 mod reproducible;
 mod rms_norm;
@@ -40,6 +41,7 @@ pub use attention::{
     AttentionMask, AttentionOptions, KeyRanges, MAX_HEAD_DIM, attention, attention_with_lse,
 };
 pub use base::MatmulStrategy;
+pub use compiled::keep_compiled_kernels;
 pub use graphs::has_graphs;
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};

@@ -52,6 +52,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Nobody has read the configuration before.
+    burn_nf4::op::keep_compiled_kernels();
     run(Cli::parse().command).unwrap_or_else(|error| {
         eprintln!("error: {error}");
         ExitCode::from(2)
