@@ -167,7 +167,7 @@ impl Decoder {
     ///
     /// # Panics
     /// If `rope` was not [reserved](RopeTables::reserve), or the cache has no room reserved and filled.
-    pub fn next_logits_at(
+    pub(crate) fn next_logits_at(
         &self,
         ids: Tensor<2, Int>,
         position: Tensor<1, Int>,
