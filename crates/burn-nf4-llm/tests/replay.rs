@@ -107,13 +107,13 @@ fn every_family(
     assert_replays_as_launched(&model, &config, &request(prompts(), 20, DRAWN));
 }
 
-/// Across the steps in which a cache grows, which a recorded one has to hold from the start.
+/// Across the steps in which a cache grows, and across the border where another step is recorded.
 #[test]
 fn a_long_text() {
     let _alone = alone();
     let (model, config) = family("qwen3");
     let greedy = Sampling::greedy();
-    assert_replays_as_launched(&model, &config, &request(prompts(), 400, greedy));
+    assert_replays_as_launched(&model, &config, &request(prompts(), 2200, greedy));
 }
 
 #[test]
