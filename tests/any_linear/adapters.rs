@@ -387,7 +387,7 @@ fn the_settings_of_a_branch_say_nothing_of_its_beginning() {
     for init in [
         InitLoraWeights::Default(false),
         InitLoraWeights::Named("gaussian".into()),
-        InitLoraWeights::Named("pissa".into()),
+        InitLoraWeights::Named("orthogonal".into()),
     ] {
         let lora = LoraConfig {
             init_lora_weights: init,

@@ -20,7 +20,7 @@ use crate::model::{RopeTables, row_starts};
 /// times, and a fourth time to record it.
 pub(super) const RUNS: usize = 4;
 
-/// While CUDA records, other threads may neither allocate nor wait, and a recording does both before.
+/// Held while a step is recorded: what another recording does before would break off one of CUDA.
 static RECORDING: Mutex<()> = Mutex::new(());
 
 /// What is recorded.
