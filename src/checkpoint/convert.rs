@@ -31,9 +31,10 @@ pub use options::{DequantizeOptions, QuantizeOptions};
 #[cfg(feature = "peft")]
 pub(crate) use quantize::quantize;
 pub use quantize::quantize_checkpoint;
+pub use select::is_expert;
 #[cfg(feature = "peft")]
 pub(crate) use select::{
-    SkipPattern, check_used, is_embedding, is_expert, is_head, is_kept_by_default, skip_entry_of,
+    SkipPattern, check_used, is_embedding, is_head, is_kept_by_default, skip_entry_of,
 };
 
 /// What a conversion did.

@@ -74,7 +74,8 @@ mod weight;
 mod writer;
 
 pub use convert::{
-    Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
+    Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, is_expert,
+    quantize_checkpoint,
 };
 pub use file::SafetensorsFile;
 #[cfg(feature = "peft")]

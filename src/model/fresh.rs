@@ -22,13 +22,13 @@ pub(super) fn fresh<M: LinearLayers>(
     check_model(&model)?;
     refuse_branches(&model, "to put fresh ones on: take those off first")?;
     let adapter = Adapter::new(lora.clone())?;
-    if lora.init_lora_weights.of_fresh().is_none() {
+    let Some(init) = lora.init_lora_weights.of_fresh() else {
         return Err(Nf4Error::Config {
             field: "init_lora_weights",
             expected: "true, false or \"gaussian\" for a fresh adapter",
             given: format!("{:?}", lora.init_lora_weights),
         });
-    }
+    };
     let mut model = model;
     if let Some(tied) = model.tied_head() {
         let weights = [&tied.head, &tied.embedding].map(|module| of_linear(module, "weight"));
@@ -47,7 +47,7 @@ pub(super) fn fresh<M: LinearLayers>(
             false => with_saved_weight(layer, name, &adapter)?,
             true => {
                 adapted += 1;
-                let lora = adapter.layer_config(name)?;
+                let lora = adapter.layer_config(name)?.with_init(init);
                 let layer = layer.with_lora(&lora, device);
                 layer.map_err(|error| named(error, name))?
             }

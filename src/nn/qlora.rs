@@ -15,6 +15,7 @@ use crate::op::{LowRank, connect_empty};
 pub(super) const NORM_CHUNK_ELEMS: usize = 1 << 22;
 
 /// How the factors of a fresh branch begin.
+#[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum LoraInit {
     /// `A` uniform in `±1/√d_input` (PyTorch's `kaiming_uniform` with `a = √5`), `B` zero: PEFT's `true`.

@@ -11,7 +11,8 @@ use crate::format::check_shape;
 use crate::nn::{LoraLinear, Nf4Linear, QLoraLinear, QLoraLinearConfig};
 
 impl Adapter {
-    /// The settings of a module's branch.
+    /// The settings of a module's branch, but for [`init`](QLoraLinearConfig::init): the factors are those
+    /// of the adapter, however they began.
     ///
     /// # Errors
     /// [`Nf4Error::NotAdapted`] if the adapter's settings do not select the module.
@@ -25,13 +26,7 @@ impl Adapter {
             .with_alpha(self.matcher().alpha(module)?)
             .with_dropout(self.config().lora_dropout)
             .with_use_rslora(self.config().use_rslora)
-            .with_use_dora(self.config().use_dora)
-            .with_init(
-                self.config()
-                    .init_lora_weights
-                    .of_fresh()
-                    .unwrap_or_default(),
-            );
+            .with_use_dora(self.config().use_dora);
         Ok(config)
     }
 

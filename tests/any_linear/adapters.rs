@@ -6,7 +6,7 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, SafetensorsFile};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::{LinearLayers, PeftModel, SaveFolder};
-use burn_nf4::nn::AnyLinear;
+use burn_nf4::nn::{AnyLinear, LoraInit};
 use burn_nf4::peft::{
     Adapter, DenseTensor, InitLoraWeights, LoraBias, LoraConfig, LoraModule, MergeOptions,
     TargetModules, merge_16bit,
@@ -379,6 +379,24 @@ fn biases_are_trained_in_f32_where_the_adapter_holds_them(
         fresh.count_parameters().trainable
     );
     assert!(again.no_grad().count_parameters().trainable == 0);
+}
+
+/// The factors of an adapter are given, however they began.
+#[test]
+fn the_settings_of_a_branch_say_nothing_of_its_beginning() {
+    for init in [
+        InitLoraWeights::Default(false),
+        InitLoraWeights::Named("gaussian".into()),
+        InitLoraWeights::Named("orthogonal".into()),
+    ] {
+        let lora = LoraConfig {
+            init_lora_weights: init,
+            ..LoraConfig::new(TargetModules::AllLinear)
+        };
+        let adapter = Adapter::new(lora).unwrap();
+        let config = adapter.layer_config("layers.0.q_proj").unwrap();
+        assert_eq!(config.init, LoraInit::default());
+    }
 }
 
 /// As PEFT begins them: `B` zero, or random, or `A` normal; what is not known is an error.

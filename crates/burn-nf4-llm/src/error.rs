@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 
 /// An error, for people to read.
@@ -75,6 +76,15 @@ pub enum ModelError {
         /// What it says.
         message: String,
     },
+    /// A step of decoding that was recorded, or to be recorded, and went wrong. Without
+    /// [`Request::capture`](crate::generate::Request::capture) none is.
+    #[error("{device}: a replayed step: {message}")]
+    Replay {
+        /// The device.
+        device: String,
+        /// What went wrong.
+        message: String,
+    },
     /// A checkpoint of a training run that cannot be read or continued.
     #[error("{}: {message}", path.display())]
     Resume {
@@ -104,6 +114,14 @@ impl ModelError {
             name: name.into(),
             given: given.to_string(),
             expected: expected.into(),
+        }
+    }
+
+    /// A recorded step that went wrong.
+    pub(crate) fn replay(device: &Device, message: String) -> Self {
+        Self::Replay {
+            device: format!("{device:?}"),
+            message,
         }
     }
 

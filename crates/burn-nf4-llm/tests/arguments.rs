@@ -221,6 +221,7 @@ fn a_conversation_is_answered_line_by_line() {
     let mut chat = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
         .args([
             "chat",
+            "--eager",
             "--max-tokens",
             "2",
             "--system",

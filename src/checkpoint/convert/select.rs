@@ -294,8 +294,9 @@ fn is_token_embedding(module: &str) -> bool {
     TOKEN_EMBEDDINGS.contains(&last_part(module))
 }
 
-/// Whether a parameter belongs to the experts of a mixture, fused or apart.
-pub(crate) fn is_expert(key: &str) -> bool {
+/// Whether a parameter or module belongs to the experts of a mixture, fused or apart: a part of its name is
+/// `experts`.
+pub fn is_expert(key: &str) -> bool {
     key.split('.').any(|part| part == "experts")
 }
 

@@ -10,6 +10,7 @@ pub use sample::Sampling;
 pub use session::Session;
 pub use text::{TextReport, generate_text};
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -18,9 +19,9 @@ use burn_nf4::Nf4Error;
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
 use crate::generate::steps::{Start, Steps};
-use crate::model::Decoder;
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
+use crate::model::{Decoder, RopeTables};
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -34,6 +35,11 @@ pub struct Request {
     /// Tokens that end a row.
     pub eos: Vec<u32>,
     /// Whether a step may be recorded in a graph that the device replays, where that is faster.
+    ///
+    /// On CUDA, as long as a recording lasts, no other thread of the process may allocate or wait on any
+    /// device: it would break the recording off, which is [`ModelError::Replay`], or fail itself. Generations
+    /// wait for each other's recordings, but not for the rest of what others do. So set it where one thread
+    /// uses the device.
     pub capture: bool,
 }
 
@@ -86,7 +92,38 @@ pub struct Report {
     /// Bytes of the keys and values held at the end.
     pub cache_bytes: usize,
     /// Why the host launched each step anew, if the device did not replay a recorded one.
-    pub eager: Option<&'static str>,
+    pub eager: Option<EagerReason>,
+}
+
+/// Why the host launches each step of a generation anew.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EagerReason {
+    /// [`Request::capture`] is false.
+    Asked,
+    /// Recording would take longer than it saves.
+    FewTokens,
+    /// The device records no graphs.
+    NoGraphs,
+    /// The model has mixtures of experts, and the host sends tokens to them.
+    Mixture,
+    /// A rotary embedding changes within the text.
+    RopeChanges,
+    /// The device recorded nothing, against what it promised.
+    NotRecorded,
+}
+
+impl fmt::Display for EagerReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Asked => "that was asked for",
+            Self::FewTokens => "there are few tokens",
+            Self::NoGraphs => "the device records no graphs",
+            Self::Mixture => "the host sends tokens to experts",
+            Self::RopeChanges => "the rotary embedding changes with the length of the text",
+            Self::NotRecorded => "the device could not record a step",
+        })
+    }
 }
 
 /// What a callback wants of a row: `()` goes on, a [`ControlFlow`] may end it.
@@ -114,8 +151,15 @@ impl RowFlow for ControlFlow<()> {
 /// token.
 ///
 /// # Errors
-/// For a request for nothing, tokens that the model does not know, logits that are not finite, and those of
-/// `on_token`.
+/// - [`ModelError::Setting`] for a request for nothing, or [`Sampling`] that cannot be
+/// - [`Nf4Error::IdRange`] for tokens that the model does not know
+/// - [`Nf4Error::NonFinite`] if the logits of the prompts are not finite; those of later tokens are not checked
+/// - [`ModelError::Replay`] if a step was not recorded or replayed rightly: see [`Request::capture`]
+/// - [`ModelError::Device`] if the device does not answer after a replay
+/// - those of `on_token`
+///
+/// # Panics
+/// If `config` is not that of the model, or the device fails in a step that is launched.
 pub fn generate<F: RowFlow>(
     model: &Decoder,
     config: &DecoderConfig,
@@ -124,18 +168,18 @@ pub fn generate<F: RowFlow>(
 ) -> Result<Report, ModelError> {
     request.check(config.vocab_size)?;
     let start = Start::of_prompts(model, config, request);
-    let (report, _) = run(model, config, request, start, on_token)?;
+    let (report, ..) = run(model, config, request, start, on_token)?;
     Ok(report)
 }
 
-/// Continues the prompts of a checked request, and gives back the cache.
+/// Continues the prompts of a checked request, and gives back the cache and the tables.
 fn run<F: RowFlow>(
     model: &Decoder,
     config: &DecoderConfig,
     request: &Request,
     prompts: Start,
     mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
-) -> Result<(Report, KvCache), ModelError> {
+) -> Result<(Report, KvCache, RopeTables), ModelError> {
     let start = Instant::now();
     let rows = request.prompts.len();
     let reused_tokens = prompts.held();
@@ -173,8 +217,7 @@ fn run<F: RowFlow>(
     }
     let prompt_time = prompt_time.unwrap_or_default();
     step_times.sort_unstable();
-    let eager = steps.why_eager();
-    let cache = steps.into_cache();
+    let (cache, rope, eager) = steps.finish();
     let report = Report {
         tokens,
         prompt_tokens: request.prompts.iter().map(Vec::len).sum::<usize>() - reused_tokens,
@@ -189,7 +232,7 @@ fn run<F: RowFlow>(
         cache_bytes: cache.size_bytes(),
         eager,
     };
-    Ok((report, cache))
+    Ok((report, cache, rope))
 }
 
 /// Refuses tokens that a model does not know.

@@ -5,9 +5,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 use crate::error::ModelError;
 use crate::generate::steps::Start;
 use crate::generate::{Report, Request, RowFlow, run};
-use crate::model::Decoder;
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
+use crate::model::{Decoder, RopeTables};
 
 /// Keeps the keys and values of one text, so that a longer prompt costs only what is new in it.
 ///
@@ -19,6 +19,7 @@ pub struct Session<'a> {
     model: &'a Decoder,
     config: &'a DecoderConfig,
     cache: KvCache,
+    rope: RopeTables,
     /// Those that the cache holds.
     tokens: Vec<u32>,
     /// Of the sequences for which keys in the cache were rotated, the longest.
@@ -32,6 +33,7 @@ impl<'a> Session<'a> {
             model,
             config,
             cache: empty_cache(config),
+            rope: model.rope_tables(config),
             tokens: Vec::new(),
             longest: 0,
         }
@@ -46,6 +48,11 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// Those of [`generate`](crate::generate::generate), and [`ModelError::Setting`] for several prompts.
+    /// After one that comes of a step or of `on_token` nothing is held, and the next prompt is processed
+    /// whole.
+    ///
+    /// # Panics
+    /// As [`generate`](crate::generate::generate).
     pub fn generate<F: RowFlow>(
         &mut self,
         request: &Request,
@@ -64,9 +71,11 @@ impl<'a> Session<'a> {
         let cache = std::mem::replace(&mut self.cache, empty_cache(self.config));
         self.tokens.clear();
         let longest = std::mem::take(&mut self.longest);
-        let start = Start::after(before, ids, cache, self.config);
-        let (report, cache) = run(self.model, self.config, request, start, on_token)?;
+        let rope = self.rope.clone();
+        let start = Start::after(before, ids, cache, rope, self.config);
+        let (report, cache, rope) = run(self.model, self.config, request, start, on_token)?;
         self.cache = cache;
+        self.rope = rope;
         let all = prompt.iter().chain(&report.tokens[0]);
         self.tokens = all.take(self.cache.len()).copied().collect();
         self.longest = longest.max(self.cache.len());

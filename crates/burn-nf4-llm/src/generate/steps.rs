@@ -5,25 +5,34 @@ use burn_nf4::Nf4Error;
 use burn_nf4::op::has_graphs;
 
 use crate::error::ModelError;
-use crate::generate::Request;
-use crate::generate::replay::{Replay, WARM_UP};
+use crate::generate::replay::{RUNS, Recorded, Replay};
 use crate::generate::sample::Sampler;
+use crate::generate::{EagerReason, Request};
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 use crate::model::rope::RopeConfig;
 use crate::model::{Decoder, RopeTables};
 
-/// Recording takes about as long as five steps, so that fewer tokens are not worth it.
-const LEAST_RECORDED: usize = 16;
+/// Recording takes about as long as five steps, so that fewer replays are not worth it.
+const LEAST_REPLAYS: usize = 15;
 
-/// How steps are made.
-#[allow(clippy::large_enum_variant, reason = "a generation has one")]
-pub(super) enum Steps<'a> {
-    /// Launch by launch.
-    Eager(Eager<'a>),
-    /// Replays of a recorded step.
-    Replayed(Replay<'a>),
+// A recording needs room for its own runs.
+const _: () = assert!(LEAST_REPLAYS >= RUNS);
+
+/// How steps are recorded.
+#[derive(Debug, Clone, Copy)]
+struct Recording {
+    /// Positions that the cache is reserved ahead. A recorded step writes to the buffers that it was
+    /// recorded with: when they are full, another is recorded.
+    chunk: usize,
+    /// Whether a step that is run again will do in place of a graph: what tests have on a CPU.
+    reruns: bool,
 }
+
+const RECORDING: Recording = Recording {
+    chunk: 2048,
+    reruns: false,
+};
 
 /// Where a generation begins.
 pub(super) struct Start<'a> {
@@ -33,6 +42,7 @@ pub(super) struct Start<'a> {
     texts: Texts<'a>,
     /// The keys and values of what was before.
     cache: KvCache,
+    rope: RopeTables,
 }
 
 impl<'a> Start<'a> {
@@ -51,6 +61,7 @@ impl<'a> Start<'a> {
             ids: Tensor::from_data(ids, &model.device()),
             texts: Texts::new(config),
             cache: KvCache::new(config.layers.len(), padding),
+            rope: model.rope_tables(config),
         }
     }
 
@@ -59,13 +70,19 @@ impl<'a> Start<'a> {
         before: Option<Tensor<2, Int>>,
         ids: Tensor<2, Int>,
         cache: KvCache,
+        rope: RopeTables,
         config: &'a DecoderConfig,
     ) -> Self {
         let mut texts = Texts::new(config);
         if let Some(before) = before {
             texts.push(&before);
         }
-        Self { ids, texts, cache }
+        Self {
+            ids,
+            texts,
+            cache,
+            rope,
+        }
     }
 
     /// Positions that are processed already.
@@ -74,111 +91,136 @@ impl<'a> Start<'a> {
     }
 }
 
-/// Steps that the host launches each time.
-pub(super) struct Eager<'a> {
+/// The steps of a generation: each is launched, or a replay of a recorded one.
+pub(super) struct Steps<'a> {
     model: &'a Decoder,
-    config: &'a DecoderConfig,
     rope: RopeTables,
-    cache: KvCache,
     texts: Texts<'a>,
-    /// `[rows, tokens]`: what the next step reads.
+    /// Of no layers while `replay` has it.
+    cache: KvCache,
+    /// `[rows, tokens]`: what the next step that is launched reads.
     ids: Tensor<2, Int>,
     /// The last token of each row; none before the prompts are processed.
     chosen: Vec<u32>,
+    /// Tokens of a row that are still wanted.
+    left: usize,
+    recording: Recording,
+    replay: Option<Replay<'a>>,
     /// Why no step is recorded, if it is not.
-    why: Option<&'static str>,
+    why: Option<EagerReason>,
 }
 
 impl<'a> Steps<'a> {
     /// The steps of a request, none of them made yet.
     pub fn new(
         model: &'a Decoder,
-        config: &'a DecoderConfig,
+        config: &DecoderConfig,
         request: &Request,
         start: Start<'a>,
+    ) -> Self {
+        Self::with_recording(model, config, request, start, RECORDING)
+    }
+
+    fn with_recording(
+        model: &'a Decoder,
+        config: &DecoderConfig,
+        request: &Request,
+        start: Start<'a>,
+        recording: Recording,
     ) -> Self {
         let Start {
             ids,
             texts,
-            mut cache,
-        } = start;
-        let why = why_eager(model, config, request);
-        if why.is_none() {
-            // A recorded step writes to the buffers that it was recorded with.
-            cache.reserve(request.longest_prompt() + request.max_tokens + WARM_UP);
-        }
-        Self::Eager(Eager {
-            model,
-            config,
-            rope: model.rope_tables(config),
             cache,
+            rope,
+        } = start;
+        let mut steps = Self {
+            model,
+            rope,
             texts,
+            cache,
             ids,
             chosen: Vec::new(),
-            why,
-        })
+            left: request.max_tokens,
+            recording,
+            replay: None,
+            why: why_eager(model, config, request, recording),
+        };
+        if steps.why.is_none() {
+            steps.reserve(request.longest_prompt());
+        }
+        steps
     }
 
     /// Makes a step and chooses the next token of each row.
     ///
     /// # Errors
-    /// [`Nf4Error::NonFinite`] for logits of a prompt that are not finite, [`ModelError::Device`] for a
-    /// replay that went wrong.
+    /// [`Nf4Error::NonFinite`] for logits of a prompt that are not finite, [`ModelError::Replay`] and
+    /// [`ModelError::Device`] for a recording or a replay that went wrong.
     pub fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
-        if let Self::Eager(eager) = self
-            && eager.why.is_none()
-            && !eager.chosen.is_empty()
-        {
-            match eager.record() {
-                Some(replay) => *self = Self::Replayed(replay),
-                None => eager.why = Some("the device could not record a step"),
+        if self.replay.as_ref().is_some_and(Replay::is_full) {
+            self.stop_replays();
+        }
+        if self.replay.is_none() && self.is_worth_recording() {
+            let held = self.cache.len();
+            match self.cache.room() >= held + LEAST_REPLAYS {
+                true => self.record()?,
+                // The next step that is launched makes the room.
+                false => self.reserve(held + 1),
             }
         }
-        match self {
-            Self::Eager(eager) => eager.next(sampler),
-            Self::Replayed(replay) => replay.next(sampler),
+        self.chosen = match &mut self.replay {
+            Some(replay) => replay.next(sampler)?,
+            None => self.launch(sampler)?,
+        };
+        self.left = self.left.saturating_sub(1);
+        Ok(self.chosen.clone())
+    }
+
+    /// The cache, which holds all tokens but the last of each row, the tables, and why the host launched
+    /// each step, if it did.
+    pub fn finish(mut self) -> (KvCache, RopeTables, Option<EagerReason>) {
+        self.stop_replays();
+        (self.cache, self.rope, self.why)
+    }
+
+    /// Has room made for the tokens after so many positions, up to a chunk of them.
+    fn reserve(&mut self, positions: usize) {
+        let ahead = self.left.min(self.recording.chunk).max(LEAST_REPLAYS);
+        self.cache.reserve(positions.saturating_add(ahead));
+    }
+
+    fn is_worth_recording(&self) -> bool {
+        self.why.is_none() && !self.chosen.is_empty() && self.left >= LEAST_REPLAYS
+    }
+
+    /// Records the next step, and hands the cache to it.
+    fn record(&mut self) -> Result<(), ModelError> {
+        let cache = std::mem::take(&mut self.cache);
+        let rope = &mut self.rope;
+        let reruns = self.recording.reruns;
+        match Replay::record(self.model, rope, cache, &self.chosen, reruns)? {
+            Recorded::Step(replay) => self.replay = Some(replay),
+            Recorded::Nothing(cache) => {
+                self.cache = cache;
+                self.why = Some(EagerReason::NotRecorded);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the cache back from the recorded step, if there is one.
+    fn stop_replays(&mut self) {
+        if let Some(replay) = self.replay.take() {
+            self.cache = replay.into_cache();
+            let ids: Vec<i64> = self.chosen.iter().map(|&id| i64::from(id)).collect();
+            let ids = TensorData::new(ids, [self.chosen.len(), 1]);
+            self.ids = Tensor::from_data(ids, &self.model.device());
         }
     }
 
-    /// Why the host launches each step, if it does.
-    pub fn why_eager(&self) -> Option<&'static str> {
-        match self {
-            Self::Eager(eager) => eager.why,
-            Self::Replayed(_) => None,
-        }
-    }
-
-    /// The cache, which holds all tokens but the last of each row.
-    pub fn into_cache(self) -> KvCache {
-        match self {
-            Self::Eager(eager) => eager.cache,
-            Self::Replayed(replay) => replay.into_cache(),
-        }
-    }
-}
-
-/// Why no step of a request can be recorded, or is worth it.
-fn why_eager(model: &Decoder, config: &DecoderConfig, request: &Request) -> Option<&'static str> {
-    let longest = request.longest_prompt();
-    let end = longest + request.max_tokens;
-    let changes = |rope: &RopeConfig| rope.regime(longest) != rope.regime(end);
-    if !request.capture {
-        Some("that was asked for")
-    } else if request.max_tokens < LEAST_RECORDED {
-        Some("there are few tokens")
-    } else if !has_graphs(&model.device()) {
-        Some("the device records no graphs")
-    } else if config.layers.iter().any(|layer| layer.mixture.is_some()) {
-        Some("the host sends tokens to experts")
-    } else if config.ropes.iter().any(changes) {
-        Some("the rotary embedding changes with the length of the text")
-    } else {
-        None
-    }
-}
-
-impl<'a> Eager<'a> {
-    fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
+    /// Makes a step launch by launch.
+    fn launch(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
         let held = self.cache.len();
         let sequence = held + self.ids.dims()[1];
         self.texts.push(&self.ids);
@@ -193,20 +235,32 @@ impl<'a> Eager<'a> {
         }
         let (next, chosen) = sampler.next(logits);
         self.ids = next;
-        self.chosen = chosen.clone();
         Ok(chosen)
     }
+}
 
-    /// Records the next step, and hands the cache to it.
-    fn record(&mut self) -> Option<Replay<'a>> {
-        let cache = std::mem::take(&mut self.cache);
-        match Replay::record(self.model, self.config, cache, &self.chosen) {
-            Ok(replay) => Some(replay),
-            Err(cache) => {
-                self.cache = cache;
-                None
-            }
-        }
+/// Why no step of a request can be recorded, or is worth it.
+fn why_eager(
+    model: &Decoder,
+    config: &DecoderConfig,
+    request: &Request,
+    recording: Recording,
+) -> Option<EagerReason> {
+    let longest = request.longest_prompt();
+    let end = longest.saturating_add(request.max_tokens);
+    let changes = |rope: &RopeConfig| rope.regime(longest) != rope.regime(end);
+    if !request.capture {
+        Some(EagerReason::Asked)
+    } else if request.max_tokens <= LEAST_REPLAYS {
+        Some(EagerReason::FewTokens)
+    } else if !recording.reruns && !has_graphs(&model.device()) {
+        Some(EagerReason::NoGraphs)
+    } else if config.layers.iter().any(|layer| layer.mixture.is_some()) {
+        Some(EagerReason::Mixture)
+    } else if config.ropes.iter().any(changes) {
+        Some(EagerReason::RopeChanges)
+    } else {
+        None
     }
 }
 
@@ -265,5 +319,89 @@ fn check_finite(logits: &Tensor<2>) -> Result<(), ModelError> {
             }
             .into())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::generate::Sampling;
+    use crate::generate::replay::tests::family;
+
+    const DRAWN: Sampling = Sampling {
+        temperature: 0.9,
+        top_k: 20,
+        top_p: 0.95,
+        seed: 7,
+    };
+
+    fn request(max_tokens: usize, sampling: Sampling, capture: bool) -> Request {
+        Request {
+            prompts: vec![vec![5, 9, 2, 7, 3, 11, 4], vec![8, 1, 6], vec![12, 3, 9, 4]],
+            max_tokens,
+            sampling,
+            eos: Vec::new(),
+            capture,
+        }
+    }
+
+    /// So many tokens of each row, how often a step was recorded, and the most room that there was.
+    fn made(
+        name: &str,
+        request: &Request,
+        chunk: usize,
+        steps: usize,
+    ) -> (Vec<Vec<u32>>, usize, usize) {
+        let (model, config) = family(name);
+        let start = Start::of_prompts(&model, &config, request);
+        let recording = Recording {
+            chunk,
+            reruns: true,
+        };
+        let mut all = Steps::with_recording(&model, &config, request, start, recording);
+        let mut sampler = Sampler::new(request.sampling, request.prompts.len());
+        let (mut tokens, mut recorded, mut was_replay) = (Vec::new(), 0, false);
+        for _ in 0..steps {
+            tokens.push(all.next(&mut sampler).unwrap());
+            recorded += usize::from(all.replay.is_some() && !was_replay);
+            was_replay = all.replay.is_some();
+        }
+        let (cache, _, why) = all.finish();
+        assert_eq!(why.is_none(), request.capture);
+        assert_eq!(cache.len(), request.longest_prompt() + steps - 1);
+        (tokens, recorded, cache.room())
+    }
+
+    /// The cache grows by 256 positions at least: there is one border, and a second recording.
+    #[rstest]
+    #[case::greedy(Sampling::greedy())]
+    #[case::drawn(DRAWN)]
+    fn a_text_goes_on_across_the_border_of_a_chunk(#[case] sampling: Sampling) {
+        let of = |capture| made("qwen3", &request(300, sampling, capture), 20, 300);
+        let ((replayed, recorded, room), (launched, none, _)) = (of(true), of(false));
+        assert_eq!(replayed, launched);
+        assert_eq!((recorded, none), (2, 0));
+        assert_eq!(room, 512);
+    }
+
+    /// Near the end of a text no other step is recorded.
+    #[test]
+    fn a_border_before_the_last_tokens() {
+        let of = |capture| made("qwen3", &request(255, DRAWN, capture), 20, 255);
+        let ((replayed, recorded, _), (launched, ..)) = (of(true), of(false));
+        assert_eq!(replayed, launched);
+        assert_eq!(recorded, 1);
+    }
+
+    /// Room is made as a text grows, not for all that is allowed.
+    #[test]
+    fn no_more_room_is_made_than_a_chunk() {
+        let endless = request(usize::MAX, Sampling::greedy(), true);
+        let (_, recorded, room) = made("llama3_tied", &endless, RECORDING.chunk, 20);
+        assert_eq!(recorded, 1);
+        let most = endless.longest_prompt() + RECORDING.chunk;
+        assert_eq!(room, most.next_multiple_of(256));
     }
 }

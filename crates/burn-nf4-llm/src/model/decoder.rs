@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_nf4::checkpoint::is_expert;
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
@@ -167,7 +168,7 @@ impl Decoder {
     ///
     /// # Panics
     /// If `rope` was not [reserved](RopeTables::reserve), or the cache has no room reserved and filled.
-    pub fn next_logits_at(
+    pub(crate) fn next_logits_at(
         &self,
         ids: Tensor<2, Int>,
         position: Tensor<1, Int>,
@@ -226,8 +227,7 @@ impl Decoder {
         let (mut targets, mut of_experts) = (Vec::new(), Vec::new());
         for (name, _) in self.linears() {
             let end = name.rsplit('.').next().unwrap_or_default().to_string();
-            let is_expert = name.contains(".experts.");
-            let names = if is_expert {
+            let names = if is_expert(&name) {
                 &mut of_experts
             } else {
                 &mut targets

@@ -49,7 +49,7 @@ impl Pass {
     ///
     /// # Panics
     /// For a window of zero, which no config has.
-    pub fn at(
+    pub(crate) fn at(
         position: Tensor<1, Int>,
         rotations: Vec<Rotation>,
         windows: impl IntoIterator<Item = Option<usize>>,
@@ -89,7 +89,7 @@ impl Pass {
 }
 
 /// The first token of each row, `[batch]`, if any row is padded.
-pub fn row_starts(padding: &[usize], device: &Device) -> Option<Tensor<1, Int>> {
+pub(crate) fn row_starts(padding: &[usize], device: &Device) -> Option<Tensor<1, Int>> {
     padding.iter().any(|&pad| pad > 0).then(|| {
         let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
         Tensor::from_data(TensorData::new(starts, [padding.len()]), device)

@@ -7,7 +7,9 @@ use burn_nf4::op::rotary;
 use crate::model::rope::RopeConfig;
 
 /// The tables of all rotary embeddings of a model.
-#[derive(Debug)]
+///
+/// A clone shares what they hold on the device.
+#[derive(Debug, Clone)]
 pub struct RopeTables(Vec<RopeTable>);
 
 /// Cosines and sines of the positions used so far, on the device.
@@ -15,7 +17,7 @@ pub struct RopeTables(Vec<RopeTable>);
 /// The sine table carries the sign of the rotation, so that a rotation is
 /// `x cos + swap_halves(x) sin`. As in transformers, angles are in f32 and the tables are cast at the
 /// end.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct RopeTable {
     config: RopeConfig,
     device: Device,
@@ -58,7 +60,7 @@ impl RopeTables {
     }
 
     /// Makes the tables of so many positions, as they are for a sequence of this length.
-    pub fn reserve(&mut self, positions: usize, sequence: usize) {
+    pub(crate) fn reserve(&mut self, positions: usize, sequence: usize) {
         for table in &mut self.0 {
             table.tables(positions, sequence);
         }
@@ -69,7 +71,7 @@ impl RopeTables {
     ///
     /// # Panics
     /// If the tables were not [reserved](Self::reserve).
-    pub fn rotations_at(&self, positions: &Tensor<1, Int>) -> Vec<Rotation> {
+    pub(crate) fn rotations_at(&self, positions: &Tensor<1, Int>) -> Vec<Rotation> {
         let [rows] = positions.dims();
         let tables = self.0.iter();
         tables

@@ -104,12 +104,17 @@ fn triple(texts: [&str; 3]) -> Value {
 /// The widest text that a template may ask for.
 const MAX_WIDTH: usize = 10_000;
 
-/// Letters that a text lacks to a width.
-fn missing(text: &str, width: usize) -> Result<usize, Error> {
+/// Refuses a width that no text has, and for which there may be no memory.
+pub(super) fn check_width(width: usize) -> Result<usize, Error> {
     match width > MAX_WIDTH {
         true => Err(invalid("a width of more than 10000")),
-        false => Ok(width.saturating_sub(text.chars().count())),
+        false => Ok(width),
     }
+}
+
+/// Letters that a text lacks to a width.
+fn missing(text: &str, width: usize) -> Result<usize, Error> {
+    Ok(check_width(width)?.saturating_sub(text.chars().count()))
 }
 
 fn separator(args: &[Value]) -> Result<&str, Error> {

@@ -17,6 +17,7 @@ pub use stream::{StopStrings, TextStream};
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use tokenizers::Tokenizer;
 
@@ -26,10 +27,11 @@ use crate::model::config::DecoderConfig;
 use crate::text::chat::Ending;
 use crate::text::pipeline::Class;
 use crate::text::special_tokens::SpecialTokens;
+use crate::text::token_bytes::TokenBytes;
 
 /// A tokenizer and the chat templates of its folder.
 pub struct Text {
-    /// As `tokenizer.json` describes it.
+    /// As `tokenizer.json` describes it. Not to be changed after the first [stream](Self::stream).
     pub tokenizer: Tokenizer,
     /// The chat templates.
     pub chat: Chat,
@@ -37,6 +39,8 @@ pub struct Text {
     pub eos: Option<u32>,
     /// Tokens that no text shows.
     special: HashSet<u32>,
+    /// Found with the first stream.
+    token_bytes: OnceLock<TokenBytes>,
 }
 
 impl Text {
@@ -57,6 +61,7 @@ impl Text {
             tokenizer,
             chat: Chat::from_folder(folder, &config, tokens.named)?,
             eos,
+            token_bytes: OnceLock::new(),
         })
     }
 
@@ -86,6 +91,15 @@ impl Text {
     /// Whether a token is special: texts do not show it.
     pub fn is_special(&self, token: u32) -> bool {
         self.special.contains(&token)
+    }
+
+    /// How its tokens stand for bytes.
+    fn token_bytes(&self) -> Result<&TokenBytes, ModelError> {
+        if let Some(known) = self.token_bytes.get() {
+            return Ok(known);
+        }
+        let found = TokenBytes::of(&self.tokenizer)?;
+        Ok(self.token_bytes.get_or_init(|| found))
     }
 
     /// The text of tokens as they come: see [`TextStream`].

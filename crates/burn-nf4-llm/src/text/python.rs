@@ -4,6 +4,8 @@ use burn_nf4::checkpoint::python_json::{self, Float};
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+use crate::text::methods::check_width;
+
 /// How `json.dumps` is asked to write.
 #[derive(Debug, Clone)]
 struct Layout {
@@ -20,7 +22,7 @@ pub fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Res
         None => None,
         Some(value) if value.is_none() => None,
         Some(value) => Some(match (value.as_usize(), value.as_str()) {
-            (Some(spaces), _) => " ".repeat(spaces),
+            (Some(spaces), _) => " ".repeat(check_width(spaces)?),
             (_, Some(text)) => text.to_string(),
             _ => return Err(invalid(format!("tojson cannot indent by {value}"))),
         }),

@@ -81,7 +81,7 @@ impl Piece {
 /// put together are what [`Text::decode`] gives for all tokens, up to the stop string.
 pub struct TextStream<'a> {
     text: &'a Text,
-    token_bytes: TokenBytes,
+    token_bytes: &'a TokenBytes,
     stop: &'a StopStrings,
     tokens: Vec<u32>,
     /// The tokens from here on have no settled text yet; those from `context` on are decoded with them.
@@ -109,7 +109,7 @@ impl<'a> TextStream<'a> {
     pub fn new(text: &'a Text, stop: &'a StopStrings) -> Result<Self, ModelError> {
         Ok(Self {
             text,
-            token_bytes: TokenBytes::of(&text.tokenizer)?,
+            token_bytes: text.token_bytes()?,
             stop,
             tokens: Vec::new(),
             settled_tokens: 0,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, ModuleOptimizer};
 use burn::tensor::Tensor;
+use burn_nf4::checkpoint::is_expert;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
@@ -158,9 +159,6 @@ const OPTIMIZER_FILE: &str = "optimizer.bpk";
 const CHECKPOINT_PREFIX: &str = "checkpoint-";
 /// Of one that is being written.
 const PART_PREFIX: &str = "part-";
-
-/// The field of a mixture that holds its experts.
-const EXPERTS: &str = "experts";
 
 impl Trainer {
     /// A run from the start, of a model with its branches on.
@@ -311,11 +309,11 @@ struct Trained {
 
 impl ModuleVisitor for Trained {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.in_experts |= name == EXPERTS;
+        self.in_experts |= is_expert(name);
     }
 
     fn exit_module(&mut self, name: &str, _container_type: &str) {
-        self.in_experts &= name != EXPERTS;
+        self.in_experts &= !is_expert(name);
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {

@@ -353,6 +353,8 @@ fn expressions_are_those_of_python(#[case] expression: &str, #[case] expected: &
 #[case("{{ missing.field }}", "line 1")]
 #[case("{{ strftime_now('%Q') }}", "%Q")]
 #[case("{{ messages | tojson(indent=[]) }}", "indent")]
+#[case("{{ messages | tojson(indent=10001) }}", "10000")]
+#[case("{{ messages | tojson(indent=9223372036854775807) }}", "10000")]
 #[case("{{ missing | tojson }}", "undefined")]
 fn a_failing_template_says_why(#[case] template: &str, #[case] word: &str) {
     let error = chat(&[("default", template)])

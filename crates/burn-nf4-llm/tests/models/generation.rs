@@ -181,6 +181,19 @@ fn a_row_stops_at_its_end_and_the_others_go_on() {
     }
 }
 
+/// Nothing is allocated or counted ahead.
+#[test]
+fn a_text_of_any_length_ends_at_its_end() {
+    let free = texts(&request(prompts(), GREEDY));
+    let request = Request {
+        max_tokens: usize::MAX,
+        eos: vec![free[0][4]],
+        ..request(vec![prompts().remove(0)], GREEDY)
+    };
+    let end = free[0].iter().position(|id| request.eos.contains(id));
+    assert_eq!(texts(&request)[0], free[0][..end.unwrap()]);
+}
+
 fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
     Sampling {
         temperature,

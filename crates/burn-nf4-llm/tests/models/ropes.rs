@@ -89,6 +89,14 @@ fn linear(factor: Value) -> Value {
 #[case::yarn_original_zero(yarn("original_max_position_embeddings", json!(0)), "rope_scaling.original_max_position_embeddings")]
 #[case::yarn_attention_negative(yarn("attention_factor", json!(-1.0)), "rope_scaling.attention_factor")]
 #[case::yarn_attention_text(yarn("attention_factor", json!("1")), "rope_scaling.attention_factor")]
+#[case::yarn_attention_of_no_f32(yarn("attention_factor", json!(1e39)), "rope_scaling.attention_factor")]
+#[case::yarn_attention_inferred(
+    json!({"rope_scaling": {
+        "rope_type": "yarn", "factor": 1e300, "original_max_position_embeddings": 16, "mscale": 1e308,
+        "mscale_all_dim": 1e308
+    }}),
+    "rope_scaling.attention_factor"
+)]
 #[case::yarn_truncate_number(yarn("truncate", json!(0)), "rope_scaling.truncate")]
 #[case::yarn_betas_swapped(yarn("beta_slow", json!(64)), "rope_scaling.beta_slow")]
 #[case::yarn_theta_one(yarn("rope_theta", json!(1)), "rope_scaling.rope_theta")]

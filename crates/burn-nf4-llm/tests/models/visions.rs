@@ -113,6 +113,22 @@ fn the_text_part_is_saved_alone() {
     assert_eq!(logits(&loaded, &config, &ids, &shape), before);
 }
 
+#[rstest]
+#[case::llama(json!({}), Some("LlamaForCausalLM"))]
+#[case::phi3(json!({"model_type": "phi3"}), Some("Phi3ForCausalLM"))]
+#[case::qwen3(json!({"model_type": "qwen3"}), Some("Qwen3ForCausalLM"))]
+#[case::of_no_family(json!({"model_type": "opt"}), None)]
+fn the_text_part_has_the_class_of_its_family(#[case] text: Value, #[case] class: Option<&str>) {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = json!({
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text
+    });
+    fs::write(folder.path().join("config.json"), whole.to_string()).unwrap();
+    let entries = DecoderConfig::model_entries(folder.path()).unwrap();
+    let expected = class.map(|class| json!([class]));
+    assert_eq!(entries.get("architectures"), expected.as_ref());
+}
+
 /// What is neither of the text nor of a known part is told of.
 #[test]
 fn a_tensor_of_another_part_is_an_error() {

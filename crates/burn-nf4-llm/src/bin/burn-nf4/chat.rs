@@ -68,7 +68,7 @@ impl ChatArgs {
             }
             conversation.messages.push(Message::new("user", line));
             let prompt = text.encode_chat(&conversation, Ending::Prompt)?;
-            let longest = prompt.len() + self.sampling.max_tokens;
+            let longest = prompt.len().saturating_add(self.sampling.max_tokens);
             let warning = config.warn_of_length("the conversation with an answer", longest);
             if let Some(warning) = warning.filter(|_| !warned) {
                 eprintln!("{warning}");
@@ -79,7 +79,7 @@ impl ChatArgs {
                 max_tokens: self.sampling.max_tokens,
                 sampling,
                 eos: ends.clone(),
-                capture: true,
+                capture: !self.sampling.eager,
             };
             let given = session.generate_text(&text, &request, &stop, |_, piece| show(piece))?;
             show("\n")?;

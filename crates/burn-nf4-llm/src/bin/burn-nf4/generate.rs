@@ -41,9 +41,6 @@ pub struct GenerateArgs {
     /// Go on to the last token even where the model ends its text: for timing.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Launch each step anew, also where the device could replay a recorded one.
-    #[arg(long)]
-    pub eager: bool,
 }
 
 impl GenerateArgs {
@@ -89,7 +86,7 @@ impl GenerateArgs {
                 true => Vec::new(),
                 false => text.ends(&config, self.chat),
             },
-            capture: !self.eager,
+            capture: !self.sampling.eager,
         };
         let longest = request.longest_prompt();
         let of_prompt = config.warn_of_length("the longest prompt", longest);

@@ -205,6 +205,9 @@ pub struct SamplingArgs {
     /// break, a tab and a backslash. Several can be given.
     #[arg(long)]
     pub stop: Vec<String>,
+    /// Launch each step anew, also where the device could replay a recorded one.
+    #[arg(long)]
+    pub eager: bool,
 }
 
 impl SamplingArgs {

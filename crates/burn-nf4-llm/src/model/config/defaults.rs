@@ -180,6 +180,16 @@ pub(crate) fn nullable_size(
     }
 }
 
+/// `sliding_window`, if `use_sliding_window` says so.
+pub(crate) fn used_window(
+    fields: &Fields,
+    default: Option<usize>,
+) -> Result<Option<usize>, ModelError> {
+    let window = nullable_size(fields, "sliding_window", default)?;
+    let is_used = flag(fields, "use_sliding_window")?;
+    Ok(window.filter(|_| is_used))
+}
+
 /// A flag, false if left out.
 pub(crate) fn flag(fields: &Fields, name: &str) -> Result<bool, ModelError> {
     Ok(fields.get(name)?.unwrap_or(false))

@@ -4,8 +4,10 @@ use crate::error::ModelError;
 use crate::json::fields::Fields;
 use crate::model::config::DecoderConfig;
 
-const FULL: &str = "full_attention";
-const SLIDING: &str = "sliding_attention";
+/// A layer that sees all positions before it, in `layer_types`.
+pub(crate) const FULL: &str = "full_attention";
+/// A layer with a window.
+pub(crate) const SLIDING: &str = "sliding_attention";
 
 /// What a layer has of its own.
 #[derive(Debug, Clone, Copy, PartialEq)]

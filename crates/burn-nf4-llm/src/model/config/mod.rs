@@ -202,7 +202,7 @@ impl DecoderConfig {
     pub fn model_entries(folder: &Path) -> Result<Map<String, Value>, ModelError> {
         let fields = Fields::read(&folder.join("config.json"))?;
         Ok(match vision::text_fields(&fields)? {
-            Some(text) => vision::text_entries(&text),
+            Some(text) => vision::text_entries(text),
             None => fields.into_entries(),
         })
     }

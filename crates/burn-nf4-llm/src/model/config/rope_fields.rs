@@ -243,6 +243,15 @@ fn llama3(parameters: &Fields, original_positions: f64) -> Result<RopeScaling, M
     })
 }
 
+/// The factor of cosines and sines, or what the other parameters make of it.
+fn attention_factor(parameters: &Fields, inferred: f64) -> Result<f64, ModelError> {
+    const NAME: &str = "attention_factor";
+    match parameters.nullable(NAME)?.unwrap_or(inferred) {
+        factor if factor >= 0.0 && (factor as f32).is_finite() => Ok(factor),
+        factor => Err(parameters.unsupported(NAME, factor, "a number of f32 of at least 0")),
+    }
+}
+
 fn yarn(
     parameters: &Fields,
     original_positions: f64,
@@ -266,11 +275,7 @@ fn yarn(
         (Some(one), Some(all)) => mscale(one) / mscale(all),
         _ => mscale(1.0),
     };
-    let attention_factor = parameters.nullable("attention_factor")?.unwrap_or(inferred);
-    if attention_factor < 0.0 {
-        let supported = "a number of at least 0";
-        return Err(parameters.unsupported("attention_factor", attention_factor, supported));
-    }
+    let attention_factor = attention_factor(parameters, inferred)?;
     let beta_fast = nonzero("beta_fast")?.unwrap_or(32.0);
     let beta_slow = nonzero("beta_slow")?.unwrap_or(1.0);
     if beta_slow <= 0.0 || beta_fast < beta_slow {
@@ -320,11 +325,7 @@ fn longrope(
         true => 1.0,
         false => (1.0 + factor.ln() / original_positions.ln()).sqrt(),
     };
-    let attention_factor = parameters.nullable("attention_factor")?.unwrap_or(inferred);
-    if !(attention_factor >= 0.0 && attention_factor.is_finite()) {
-        let supported = "a number of at least 0";
-        return Err(parameters.unsupported("attention_factor", attention_factor, supported));
-    }
+    let attention_factor = attention_factor(parameters, inferred)?;
     Ok(RopeScaling::LongRope {
         short_factors: factors("short_factor")?,
         long_factors: factors("long_factor")?,

@@ -1,11 +1,12 @@
 //! Gemma 3, the models of text alone (arXiv 2503.19786).
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use super::gemma2;
 use crate::error::ModelError;
 use crate::json::fields::{Fields, spelled};
 use crate::model::config::defaults::{Defaults, nullable_positive, nullable_size, size};
+use crate::model::config::layers::{FULL, SLIDING};
 use crate::model::config::rope_fields::{RopeDefaults, base};
 use crate::model::config::{DecoderConfig, QkNorm};
 use crate::model::rope::RopeConfig;
@@ -51,7 +52,7 @@ pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
 /// window, and `rope_local_base_freq` of those with one.
 fn ropes(fields: &Fields, defaults: RopeDefaults) -> Result<Vec<RopeConfig>, ModelError> {
     const NAME: &str = "rope_parameters";
-    const TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
+    const TYPES: [&str; 2] = [FULL, SLIDING];
     let none = || fields.of(NAME, Map::new());
     let by_type = fields.object(NAME)?.unwrap_or_else(none);
     for name in by_type.names() {
@@ -66,11 +67,9 @@ fn ropes(fields: &Fields, defaults: RopeDefaults) -> Result<Vec<RopeConfig>, Mod
     });
     let (mut global, local) = (global?, local?);
     if let Some(scaling) = fields.object("rope_scaling")? {
-        let entries = [&global, &scaling].into_iter().flat_map(|fields| {
-            let named = |name: &str| Some((name.to_string(), fields.value(name)?.clone()));
-            fields.names().filter_map(named).collect::<Vec<_>>()
-        });
-        global = fields.of("rope_scaling", entries.collect::<Map<String, Value>>());
+        let mut entries = global.into_entries();
+        entries.extend(scaling.into_entries());
+        global = fields.of("rope_scaling", entries);
     }
     let read = |parameters: &Fields, field, theta| {
         let defaults = RopeDefaults {

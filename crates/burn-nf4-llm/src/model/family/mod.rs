@@ -23,24 +23,24 @@ use crate::model::config::DecoderConfig;
 /// Reads the `config.json` of a family.
 type Reader = fn(&Fields) -> Result<DecoderConfig, ModelError>;
 
-/// The families, by the `model_type` of their configs.
-const FAMILIES: [(&str, Reader); 11] = [
-    ("gemma2", gemma2::read),
-    ("gemma3_text", gemma3::read),
-    ("granite", granite::read),
-    ("llama", llama::read),
-    ("mistral", mistral::read),
-    ("olmo2", olmo2::read),
-    ("phi3", phi3::read),
-    ("qwen2", qwen2::read),
-    ("qwen3", qwen3::read),
-    ("qwen3_moe", qwen3_moe::read),
-    ("smollm3", smollm3::read),
+/// The families: the `model_type` of their configs, transformers' class, and how they are read.
+const FAMILIES: [(&str, &str, Reader); 11] = [
+    ("gemma2", "Gemma2ForCausalLM", gemma2::read),
+    ("gemma3_text", "Gemma3ForCausalLM", gemma3::read),
+    ("granite", "GraniteForCausalLM", granite::read),
+    ("llama", "LlamaForCausalLM", llama::read),
+    ("mistral", "MistralForCausalLM", mistral::read),
+    ("olmo2", "Olmo2ForCausalLM", olmo2::read),
+    ("phi3", "Phi3ForCausalLM", phi3::read),
+    ("qwen2", "Qwen2ForCausalLM", qwen2::read),
+    ("qwen3", "Qwen3ForCausalLM", qwen3::read),
+    ("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe::read),
+    ("smollm3", "SmolLM3ForCausalLM", smollm3::read),
 ];
 
 /// The values of `model_type` that are known.
 pub fn model_types() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|(model_type, _)| *model_type)
+    FAMILIES.iter().map(|(model_type, ..)| *model_type)
 }
 
 /// The values of `model_type` of models of text and images whose text part is a model of a family.
@@ -52,11 +52,18 @@ pub fn vision_model_types() -> impl Iterator<Item = &'static str> {
 pub(super) fn reader(fields: &Fields) -> Result<Reader, ModelError> {
     let given: String = fields.required("model_type")?;
     let mut families = FAMILIES.iter();
-    match families.find(|(model_type, _)| *model_type == given) {
-        Some((_, read)) => Ok(*read),
+    match families.find(|(model_type, ..)| *model_type == given) {
+        Some((.., read)) => Ok(*read),
         None => {
             let known: Vec<&str> = model_types().chain(vision_model_types()).collect();
             Err(fields.unsupported("model_type", given, known.join(", ")))
         }
     }
+}
+
+/// What transformers calls a model of a family.
+fn class(model_type: &str) -> Option<&'static str> {
+    let mut families = FAMILIES.iter();
+    let (_, class, _) = families.find(|(known, ..)| *known == model_type)?;
+    Some(class)
 }

@@ -3,7 +3,7 @@
 use super::llama;
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::config::defaults::{Defaults, flag, nullable_size};
+use crate::model::config::defaults::{Defaults, used_window};
 use crate::model::config::{Biases, DecoderConfig};
 
 pub(super) const DEFAULTS: Defaults = Defaults {
@@ -33,9 +33,7 @@ pub(super) fn with_upper_windows(
     config: DecoderConfig,
     fields: &Fields,
 ) -> Result<DecoderConfig, ModelError> {
-    let window = nullable_size(fields, "sliding_window", Some(4096))?;
-    let is_used = flag(fields, "use_sliding_window")?;
+    let window = used_window(fields, Some(4096))?;
     let first: usize = fields.get("max_window_layers")?.unwrap_or(28);
-    let window = window.filter(|_| is_used);
     config.with_windows_by_type(fields, window, |index| window.is_some() && index >= first)
 }

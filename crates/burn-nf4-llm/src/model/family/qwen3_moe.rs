@@ -3,7 +3,7 @@
 use super::{qwen2, qwen3};
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::config::defaults::{Defaults, flag, nullable_size, size};
+use crate::model::config::defaults::{Defaults, flag, size, used_window};
 use crate::model::config::{DecoderConfig, MixtureConfig};
 
 const DEFAULTS: Defaults = Defaults {
@@ -18,9 +18,7 @@ const DEFAULTS: Defaults = Defaults {
 /// config lists, and with a window in all layers or in none.
 pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let qwen = qwen3::with_norms(DEFAULTS.read(fields)?, fields)?;
-    let window = nullable_size(fields, "sliding_window", Some(4096))?;
-    let is_used = flag(fields, "use_sliding_window")?;
-    let mut qwen = qwen.with_window(fields, window.filter(|_| is_used))?;
+    let mut qwen = qwen.with_window(fields, used_window(fields, Some(4096))?)?;
 
     let mixture = mixture(fields)?;
     let step = size(fields, "decoder_sparse_step", 1)?;

@@ -3,7 +3,7 @@
 use super::llama;
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::config::defaults::{Defaults, flag, nullable_size, size};
+use crate::model::config::defaults::{Defaults, flag, size, used_window};
 use crate::model::config::{Biases, DecoderConfig};
 
 const DEFAULTS: Defaults = Defaults {
@@ -43,9 +43,7 @@ pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     for (layer, with_rope) in smol.layers.iter_mut().zip(&with_rope) {
         layer.rope = layer.rope.filter(|_| *with_rope != 0);
     }
-    let window = nullable_size(fields, "sliding_window", None)?;
-    let is_used = flag(fields, "use_sliding_window")?;
-    let window = window.filter(|_| is_used);
+    let window = used_window(fields, None)?;
     smol.with_windows_by_type(fields, window, |index| {
         window.is_some() && with_rope[index] == 0
     })

@@ -1,6 +1,7 @@
 //! Models of text and images, of which the text part is a model of a family.
 
 use burn_nf4::checkpoint::Checkpoint;
+use fancy_regex::Regex;
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
@@ -33,14 +34,6 @@ const MODELS: [VisionModel; 3] = [
     },
 ];
 
-/// What transformers calls a model of text alone.
-const CLASSES: [(&str, &str); 4] = [
-    ("gemma3_text", "Gemma3ForCausalLM"),
-    ("llama", "LlamaForCausalLM"),
-    ("mistral", "MistralForCausalLM"),
-    ("qwen2", "Qwen2ForCausalLM"),
-];
-
 /// Keys of the text part, as transformers 5 and 4 have them, and what they are without the other parts.
 pub(crate) const TEXT_KEYS: [(&str, &str); 3] = [
     (r"^model\.language_model\.", "model."),
@@ -50,9 +43,6 @@ pub(crate) const TEXT_KEYS: [(&str, &str); 3] = [
 
 /// Keys of the other parts.
 pub(crate) const OTHER_KEYS: &str = r"^(model\.)?(vision_tower|multi_modal_projector)\.";
-
-/// How such keys begin.
-const OTHER_PARTS: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
 
 /// The values of `model_type` of such models.
 pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
@@ -88,26 +78,21 @@ pub(crate) fn text_fields(fields: &Fields) -> Result<Option<Fields>, ModelError>
 }
 
 /// The entries of a `config.json` for the text part alone.
-pub(crate) fn text_entries(text: &Fields) -> Map<String, Value> {
-    let named = |name: &str| Some((name.to_string(), text.value(name)?.clone()));
-    let mut entries: Map<String, Value> = text.names().filter_map(named).collect();
+pub(crate) fn text_entries(text: Fields) -> Map<String, Value> {
+    let mut entries = text.into_entries();
     let model_type = entries.get("model_type").and_then(Value::as_str);
-    let class = CLASSES.iter().find(|(name, _)| Some(*name) == model_type);
-    if let Some((_, class)) = class {
-        entries.insert("architectures".into(), vec![Value::from(*class)].into());
+    if let Some(class) = model_type.and_then(super::class) {
+        entries.insert("architectures".into(), vec![Value::from(class)].into());
     }
     entries
 }
 
 /// The parameters of a checkpoint that belong to the other parts.
 pub(crate) fn other_parameters(checkpoint: &Checkpoint) -> Vec<&str> {
-    let is_other = |key: &&str| {
-        let key = key.strip_prefix("model.").unwrap_or(key);
-        OTHER_PARTS.iter().any(|part| key.starts_with(part))
-    };
+    let other = Regex::new(OTHER_KEYS).expect("the pattern is one");
     checkpoint
         .parameters()
         .into_iter()
-        .filter(is_other)
+        .filter(|key| other.is_match(key).unwrap_or(false))
         .collect()
 }
