@@ -159,6 +159,14 @@ fn config(fields: Value) -> Result<DecoderConfig, ModelError> {
     json!({"model_type": "mistral3", "text_config": {"hidden_size": 0}}),
     "text_config.hidden_size"
 )]
+#[case::not_causal(
+    json!({"model_type": "llava", "text_config": {"is_causal": false}}),
+    "text_config.is_causal"
+)]
+#[case::not_causal_as_a_whole(
+    json!({"model_type": "llava", "is_causal": false, "text_config": {}}),
+    "is_causal"
+)]
 #[case::layers_that_see_images(json!({"model_type": "mllama", "text_config": {}}), "model_type")]
 fn other_models_of_text_and_images_are_refused_by_name(#[case] fields: Value, #[case] name: &str) {
     match config(fields) {
@@ -186,4 +194,21 @@ fn the_head_is_tied_as_transformers_5_says(
         "text_config": {"tie_word_embeddings": text.unwrap_or(false)},
     });
     assert_eq!(config(fields).unwrap().tie_word_embeddings, expected);
+}
+
+/// transformers' classes of text and images take the logits as the head gives them.
+#[rstest]
+#[case::gemma3("gemma3", json!({"final_logit_softcapping": 2.0}))]
+#[case::gemma2_by_default("llava", json!({"model_type": "gemma2"}))]
+#[case::granite("llava", json!({"model_type": "granite", "logits_scaling": 3.0}))]
+fn logits_are_neither_capped_nor_scaled(#[case] model_type: &str, #[case] text: Value) {
+    let whole = json!({"model_type": model_type, "text_config": text});
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), whole.to_string()).unwrap();
+    // Also where the text part is saved alone.
+    let entries = DecoderConfig::model_entries(folder.path()).unwrap();
+    for fields in [whole, entries.into()] {
+        let config = config(fields).unwrap();
+        assert_eq!((config.logits_softcap, config.logits_scaling), (None, 1.0));
+    }
 }
