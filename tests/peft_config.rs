@@ -464,7 +464,10 @@ fn a_value_of_another_kind_is_told(#[case] settings: &str, #[case] expected: &st
 }
 
 #[rstest]
-#[case(r#"{"target_modules": ["q"], "lora_alpha": "x"}"#, "`lora_alpha` is \"x\": ")]
+#[case(
+    r#"{"target_modules": ["q"], "lora_alpha": "x"}"#,
+    "`lora_alpha` is \"x\": "
+)]
 #[case(r#"{"target_modules": ["q"], "use_rslora": 3}"#, "`use_rslora` is 3: ")]
 #[case(r#"{"target_modules": null}"#, "`target_modules` is null: ")]
 #[case(

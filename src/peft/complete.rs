@@ -66,9 +66,9 @@ impl Adapter {
                 missing.insert(module.to_string());
             }
         }
-        let saved = parameters.into_iter().filter(|parameter| {
-            self.is_saved(parameter) && self.full_tensor(parameter).is_none()
-        });
+        let saved = parameters
+            .into_iter()
+            .filter(|parameter| self.is_saved(parameter) && self.full_tensor(parameter).is_none());
         missing.extend(saved.map(String::from));
         match missing.is_empty() {
             true => Ok(()),
