@@ -404,11 +404,3 @@ fn packed_layers_stay_packed() {
     );
     assert_eq!(dense, 2 * config.vocab_size * config.hidden_size * 4);
 }
-
-#[rstest]
-#[case::cap(json!({"model_type": "gemma2", "attn_logit_softcapping": 1e6}), "softcap")]
-#[case::scale(json!({"model_type": "granite", "attention_multiplier": 1e9}), "scale")]
-fn factors_that_attention_cannot_take_are_refused(#[case] fields: Value, #[case] name: &str) {
-    let error = config(fields).unwrap_err().to_string();
-    assert!(error.contains(name), "{error}");
-}
