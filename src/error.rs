@@ -633,7 +633,6 @@ fn tensors_do(count: usize) -> String {
 }
 
 /// Keys that are missing and those that are not asked for; nothing of what there is none of.
-#[cfg(feature = "peft")]
 fn misfits(missing: &[String], unexpected: &[String]) -> String {
     let lists = [
         ("missing tensors", missing),
