@@ -379,10 +379,7 @@ pub enum Nf4Error {
         given: String,
     },
     /// The tensors of an adapter are not those that its settings ask for.
-    #[error(
-        "{}: missing tensors: [{}], unexpected tensors, which the settings do not ask for: [{}]",
-        path.display(), missing.join(", "), unexpected.join(", ")
-    )]
+    #[error("{}: {}", path.display(), misfits(missing, unexpected))]
     AdapterKeys {
         /// The file.
         path: PathBuf,
@@ -633,6 +630,22 @@ fn tensors_do(count: usize) -> String {
         1 => "1 tensor does".into(),
         count => format!("{count} tensors do"),
     }
+}
+
+/// Keys that are missing and those that are not asked for; nothing of what there is none of.
+fn misfits(missing: &[String], unexpected: &[String]) -> String {
+    let lists = [
+        ("missing tensors", missing),
+        (
+            "unexpected tensors, which the settings do not ask for",
+            unexpected,
+        ),
+    ];
+    let lists = lists.into_iter().filter(|(_, keys)| !keys.is_empty());
+    let lists: Vec<String> = lists
+        .map(|(what, keys)| format!("{what}: [{}]", keys.join(", ")))
+        .collect();
+    lists.join(", ")
 }
 
 /// One line each.

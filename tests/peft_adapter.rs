@@ -367,6 +367,7 @@ fn missing_and_unexpected_tensors_are_listed_together() {
 fn a_module_that_the_settings_do_not_select_is_unexpected() {
     let settings = [("layers_to_transform", serde_json::json!([1]))];
     let error = open_changed(&settings, |_| {}).expect_err("it must be refused");
+    assert!(!error.to_string().contains("missing"), "{error}");
     let Nf4Error::AdapterKeys {
         missing,
         unexpected,
@@ -388,6 +389,7 @@ fn a_module_that_the_settings_do_not_select_is_unexpected() {
 fn dora_asks_for_a_magnitude_of_every_module() {
     let settings = [("use_dora", serde_json::json!(true))];
     let error = open_changed(&settings, |_| {}).expect_err("it must be refused");
+    assert!(!error.to_string().contains("unexpected"), "{error}");
     let Nf4Error::AdapterKeys { missing, .. } = error else {
         panic!("{error}");
     };

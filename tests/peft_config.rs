@@ -339,7 +339,7 @@ fn numbers_of_pythons_json_are_read_and_written_back(
 
 #[rstest]
 fn numbers_that_are_not_finite_are_refused_where_they_count(
-    #[values("NaN", "Infinity", "-Infinity", "1e999")] value: &str,
+    #[values("NaN", "Infinity", "-Infinity", "1e999", "1e39")] value: &str,
     #[values("lora_alpha", "lora_dropout", "alpha_pattern")] key: &str,
 ) {
     let value = match key {
@@ -461,4 +461,26 @@ fn text_that_is_no_config_is_an_error(#[case] text: &str) {
 fn a_value_of_another_kind_is_told(#[case] settings: &str, #[case] expected: &str) {
     let error = parse(settings).unwrap_err().to_string();
     assert!(error.contains(expected), "{error}");
+}
+
+#[rstest]
+#[case(
+    r#"{"target_modules": ["q"], "lora_alpha": "x"}"#,
+    "`lora_alpha` is \"x\": "
+)]
+#[case(r#"{"target_modules": ["q"], "use_rslora": 3}"#, "`use_rslora` is 3: ")]
+#[case(r#"{"target_modules": null}"#, "`target_modules` is null: ")]
+#[case(
+    r#"{"target_modules": ["q"], "alpha_pattern": {"q_proj": null}}"#,
+    "`alpha_pattern` is {\"q_proj\": null}: "
+)]
+#[case(r#"{"target_modules": ["q"], "r": 2.5}"#, "`r` is 2.5: ")]
+#[case(
+    r#"{"target_modules": ["q"], "lora_alpha": NaN, "modules_to_save": 1}"#,
+    "`modules_to_save` is 1: "
+)]
+fn a_setting_that_cannot_be_read_is_named(#[case] settings: &str, #[case] expected: &str) {
+    let error = parse(settings).unwrap_err().to_string();
+    assert!(error.contains(expected), "{error}");
+    assert!(!error.contains(" line "), "{error}");
 }

@@ -35,10 +35,10 @@ pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 #[derive(Debug, Clone)]
 pub struct Adapter {
     config: LoraConfig,
-    matcher: ModuleMatcher,
-    modules: BTreeMap<String, LoraModule>,
-    embeddings: BTreeMap<String, LoraModule>,
-    full: BTreeMap<String, DenseTensor>,
+    pub(super) matcher: ModuleMatcher,
+    pub(super) modules: BTreeMap<String, LoraModule>,
+    pub(super) embeddings: BTreeMap<String, LoraModule>,
+    pub(super) full: BTreeMap<String, DenseTensor>,
 }
 
 /// The tensors of one adapted module.
@@ -131,11 +131,12 @@ impl Adapter {
         for (is_embedding, modules) in [(false, &self.modules), (true, &self.embeddings)] {
             for (path, module) in modules {
                 let parts = module.parts(is_embedding);
-                tensors.extend(parts.map(|(part, tensor)| (part.key(path), tensor)));
+                let path = self.matcher.named(path);
+                tensors.extend(parts.map(|(part, tensor)| (part.key(&path), tensor)));
             }
         }
         let full = self.full.iter();
-        tensors.extend(full.map(|(parameter, tensor)| (self.full_key(parameter), tensor)));
+        tensors.extend(full.map(|(parameter, tensor)| (self.stored_key(parameter), tensor)));
 
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let file = folder.join(ADAPTER_FILE);
@@ -264,6 +265,14 @@ impl Adapter {
         full_key(parameter, |module| self.has_branch(module))
     }
 
+    /// [`full_key`](Self::full_key), under the name that the settings have for the parameter.
+    fn stored_key(&self, parameter: &str) -> String {
+        let has_branch = parameter
+            .rsplit_once('.')
+            .is_some_and(|(module, _)| self.has_branch(module));
+        full_key(&self.matcher.named(parameter), |_| has_branch)
+    }
+
     /// The parameters of the base model that the adapter replaces as a whole, by name, sorted:
     /// those of `modules_to_save`, biases with `bias` `all`, and the embedding and the head where
     /// PEFT saved them along, resized or under a branch.
@@ -282,7 +291,7 @@ impl Adapter {
     /// copy of: the copy alone is replaced, also where the base model ties it to another. Without
     /// that the base model's own parameter is replaced, and with it all that is tied to it.
     pub fn is_saved(&self, parameter: &str) -> bool {
-        is_saved(parameter, &self.config)
+        is_saved(&self.matcher.named(parameter), &self.config)
     }
 
     /// Replaces a parameter of the base model.

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use super::adapter::Adapter;
 use super::base::BaseNames;
-use super::keys::is_saved;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::convert::{ModelConfig, is_embedding};
 use crate::error::Nf4Error;
@@ -35,8 +34,9 @@ impl Adapter {
     pub fn check_base(&self, base: &Checkpoint) -> Result<(), Nf4Error> {
         let config = ModelConfig::read(base)?;
         let names = BaseNames::of(base, config.as_ref())?;
-        self.check_fits(&names)?;
-        self.check_complete(names.modules(), names.parameters())
+        let adapter = self.for_base(names.parameters());
+        adapter.check_fits(&names)?;
+        adapter.check_complete(names.modules(), names.parameters())
     }
 
     /// The part of [`check_base`](Self::check_base) that asks for the adapter's tensors, for a model
@@ -66,9 +66,9 @@ impl Adapter {
                 missing.insert(module.to_string());
             }
         }
-        let saved = parameters.into_iter().filter(|parameter| {
-            is_saved(parameter, self.config()) && self.full_tensor(parameter).is_none()
-        });
+        let saved = parameters
+            .into_iter()
+            .filter(|parameter| self.is_saved(parameter) && self.full_tensor(parameter).is_none());
         missing.extend(saved.map(String::from));
         match missing.is_empty() {
             true => Ok(()),

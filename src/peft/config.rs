@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::options;
 use super::setting::{
@@ -121,6 +121,24 @@ fn floats<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PatternMap<f64>,
     Ok(values.map(|(pattern, value)| (pattern, value.0)).collect())
 }
 
+/// What is wrong with the first setting that cannot be read, with its name.
+fn faulty(settings: &Map<String, Value>) -> Option<String> {
+    const TARGETS: &str = "target_modules";
+    settings.iter().find_map(|(name, value)| {
+        // Beside the one setting that must be there.
+        let alone = [(TARGETS.into(), Value::Array(Vec::new()))];
+        let mut alone = Map::from_iter(alone);
+        alone.insert(name.clone(), value.clone());
+        let text = python_json::to_string(&alone).ok()?;
+        let read: Result<LoraConfig, _> = python_json::from_slice(text.as_bytes());
+        let given = python_json::to_string(value).ok()?;
+        let error = read.err()?.to_string();
+        // The line and the column of another text.
+        let error = error.split(" at line ").next()?;
+        Some(format!("`{name}` is {given}: {error}"))
+    })
+}
+
 impl LoraConfig {
     /// PEFT's defaults: rank 8, alpha 8, no dropout, no biases.
     pub fn new(target_modules: TargetModules) -> Self {
@@ -177,8 +195,8 @@ impl LoraConfig {
         }
         options::check(settings)?;
         // From the text again: `Value` need not keep the order of the patterns.
-        let mut config: Self =
-            python_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+        let mut config: Self = python_json::from_slice(json)
+            .map_err(|error| malformed(faulty(settings).unwrap_or(error.to_string())))?;
         config.other.remove("peft_type");
         config.check()?;
         Ok(config)
@@ -193,7 +211,7 @@ impl LoraConfig {
     /// Checks the values, and that they do not contradict each other.
     ///
     /// # Errors
-    /// [`Nf4Error::Config`] for a rank of zero, an alpha that is not finite, a dropout outside of
+    /// [`Nf4Error::Config`] for a rank of zero, an alpha that is not finite in f32, a dropout outside of
     /// `[0, 1)`, or layer settings that PEFT refuses; [`Nf4Error::AdapterOption`] for settings in
     /// [`other`](Self::other) that change the result and are not supported; [`Nf4Error::Pattern`]
     /// for a pattern that is not a regular expression.
@@ -221,8 +239,8 @@ impl LoraConfig {
         for (field, alpha) in std::iter::once(("lora_alpha", &self.lora_alpha))
             .chain(alphas.map(|alpha| ("alpha_pattern", alpha)))
         {
-            if !alpha.is_finite() {
-                return invalid(field, "a finite number", alpha.to_string());
+            if !(*alpha as f32).is_finite() {
+                return invalid(field, "a finite number of f32", alpha.to_string());
             }
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {

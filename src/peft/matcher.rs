@@ -1,9 +1,12 @@
 //! Which modules an adapter adapts, and with what rank and factor: PEFT's rules, with its regular
 //! expressions (Python's `re` as far as `fancy-regex` knows it).
 
+use std::borrow::Cow;
+
 use fancy_regex::Regex;
 
 use super::config::LoraConfig;
+use super::parts::Renaming;
 use super::setting::{ModuleNames, OneOrMany, PatternMap, TargetModules};
 use crate::error::Nf4Error;
 
@@ -17,6 +20,8 @@ pub struct ModuleMatcher {
     ranks: ByPattern<usize>,
     alphas: ByPattern<f64>,
     use_rslora: bool,
+    /// From the names that modules are asked for by to those of the settings.
+    renaming: Option<Renaming>,
 }
 
 #[derive(Debug, Clone)]
@@ -97,6 +102,7 @@ impl LoraConfig {
             ranks: ByPattern::new("rank_pattern", &self.rank_pattern, self.r)?,
             alphas: ByPattern::new("alpha_pattern", &self.alpha_pattern, self.lora_alpha)?,
             use_rslora: self.use_rslora,
+            renaming: None,
         })
     }
 
@@ -142,6 +148,28 @@ impl ModuleMatcher {
     /// # Errors
     /// [`Nf4Error::Pattern`] if a pattern takes too long to match.
     pub fn is_target(&self, module: &str) -> Result<bool, Nf4Error> {
+        match self.renaming {
+            None => self.selects(module),
+            // What the settings have no name for they do not speak of.
+            Some(renaming) => match renaming.apply(module) {
+                Some(module) => self.selects(&module),
+                None => Ok(false),
+            },
+        }
+    }
+
+    /// Has modules asked for by other names than those of the settings.
+    pub(super) fn set_renaming(&mut self, renaming: Renaming) {
+        self.renaming = Some(renaming);
+    }
+
+    /// The name that the settings have for a module or a parameter.
+    pub(super) fn named<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        let renamed = self.renaming.and_then(|renaming| renaming.apply(name));
+        renamed.map_or(Cow::Borrowed(name), Cow::Owned)
+    }
+
+    fn selects(&self, module: &str) -> Result<bool, Nf4Error> {
         if let Some(excluded) = &self.excluded
             && excluded.contains(module)?
         {
@@ -176,7 +204,7 @@ impl ModuleMatcher {
     /// # Errors
     /// Those of [`is_target`](Self::is_target).
     pub fn rank(&self, module: &str) -> Result<usize, Nf4Error> {
-        self.ranks.value(module)
+        self.ranks.value(&self.named(module))
     }
 
     /// The alpha of a module's branch.
@@ -184,7 +212,7 @@ impl ModuleMatcher {
     /// # Errors
     /// Those of [`is_target`](Self::is_target).
     pub fn alpha(&self, module: &str) -> Result<f64, Nf4Error> {
-        self.alphas.value(module)
+        self.alphas.value(&self.named(module))
     }
 
     /// The factor of a module's branch: `α / r`, or `α / √r` with rank-stabilised LoRA.

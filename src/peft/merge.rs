@@ -78,6 +78,9 @@ pub struct Merged {
 /// `….model.embed_tokens` is stored and `….lm_head` is not, or where two weights are stored with the same
 /// bits, unless `tie_word_embeddings` is `false`.
 ///
+/// Into a model of text and images (Gemma 3, LLaVA, Mistral 3) an adapter of the whole or of the text part
+/// alone is merged, whichever names of the parts the two have.
+///
 /// ```no_run
 /// use burn_nf4::checkpoint::Checkpoint;
 /// use burn_nf4::format::FloatType;
@@ -156,6 +159,7 @@ fn merge(
     check_source(base)?;
     let mut model_config = ModelConfig::read(base)?;
     let mut names = BaseNames::of(base, model_config.as_ref())?;
+    let adapter = &adapter.for_base(names.parameters());
     adapter.check_fits(&names)?;
     names.find_tie(base, adapter, model_config.as_ref())?;
     if !options.allow_missing {

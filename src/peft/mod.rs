@@ -60,6 +60,7 @@ mod layer;
 mod matcher;
 mod merge;
 mod options;
+mod parts;
 mod read;
 mod setting;
 mod tensor;

@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 
 use burn_nf4_llm::fetch::beside_the_weights;
 use rstest::rstest;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -86,6 +88,10 @@ fn folder() -> TempDir {
     "--batch is 1, expected at least as many rows as prompts, which are 2"
 )]
 #[case::batch_zero("generate --prompt a --batch 0", "--batch is 0")]
+#[case::batch_large(
+    "generate --prompt a --batch 100000000000",
+    "--batch is 100000000000, expected at most"
+)]
 #[case::max_tokens(
     "generate --prompt a --max-tokens 0",
     "--max-tokens is 0, expected at least 1"
@@ -97,6 +103,10 @@ fn folder() -> TempDir {
 #[case::no_prompt("generate", "--prompt")]
 #[case::seed("generate --prompt a --seed=-1", "--seed")]
 #[case::batch_size("finetune --batch-size 0", "--batch-size is 0")]
+#[case::batch_size_large(
+    "finetune --batch-size 100000000000",
+    "--batch-size is 100000000000, expected at most"
+)]
 #[case::grad_accum("finetune --grad-accum 0", "--grad-accum is 0")]
 #[case::seq_len("finetune --seq-len 1", "--seq-len is 1, expected at least 2")]
 #[case::epochs("finetune --epochs 0", "--epochs is 0")]
@@ -199,6 +209,37 @@ fn a_text_ends_before_a_stop_string(#[values("1", "2")] rows: &str) {
         given.strip_prefix(first).is_some_and(ends),
         "{given:?} {free:?} {stop}"
     );
+}
+
+/// The text ends before what it says, and what is not applied is told.
+#[test]
+fn a_text_goes_by_generation_config() {
+    let folder = folder();
+    let shown = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args(["generate", "--prompt", "ab", "--max-tokens", "40"])
+            .args(["--temperature", "1.5", "--seed", "4", "--model"])
+            .arg(folder.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        let [text, told] = [output.stdout, output.stderr];
+        (
+            String::from_utf8(text).unwrap(),
+            String::from_utf8(told).unwrap(),
+        )
+    };
+    let (free, told) = shown();
+    assert!(!told.contains("generation_config.json"), "{told}");
+    let stop = free.chars().find(char::is_ascii_alphanumeric).unwrap();
+    let generation = json!({"stop_strings": stop.to_string(), "repetition_penalty": 1.5});
+    let path = folder.path().join("generation_config.json");
+    fs::write(path, generation.to_string()).unwrap();
+    let (given, told) = shown();
+    assert_eq!(given, format!("{}\n", free.split(stop).next().unwrap()));
+    let warning = "warning: generation_config.json has fields that are not applied: \
+                   repetition_penalty: 1.5";
+    assert!(told.contains(warning), "{told}");
 }
 
 #[test]
@@ -429,4 +470,105 @@ fn what_is_read_is_fetched() {
         "tokenizer_config.json",
     ];
     assert_eq!(files, expected);
+}
+
+/// What the program writes to stderr, whether or not it fails.
+fn told(arguments: &[&str]) -> String {
+    let program = env!("CARGO_BIN_EXE_burn-nf4");
+    let output = Command::new(program).args(arguments).output().unwrap();
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[rstest]
+#[case::dropout("--target-modules all-linear --dropout 0.1", Some("--dropout"))]
+#[case::dora("--target-modules down_proj --dora", Some("--dora"))]
+#[case::plain("--target-modules all-linear", None)]
+#[case::attention("--target-modules q_proj --dora", None)]
+fn an_adapter_of_experts_that_peft_refuses_is_told(
+    #[case] further: &str,
+    #[case] expected: Option<&str>,
+) {
+    let folder = folder();
+    let model = fixture("families/qwen3_moe/model");
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(model.join(name), folder.path().join(name)).unwrap();
+    }
+    let [data, output] = ["data.jsonl", "out"].map(|name| folder.path().join(name));
+    let mut arguments = vec!["finetune", "--model", folder.path().to_str().unwrap()];
+    arguments.extend(["--data", data.to_str().unwrap()]);
+    arguments.extend(["--output", output.to_str().unwrap(), "--steps", "1"]);
+    arguments.extend(further.split(' '));
+    let told = told(&arguments);
+    let warning = "PEFT 0.21 does not load an adapter on experts";
+    assert_eq!(told.contains(warning), expected.is_some(), "{told}");
+    if let Some(setting) = expected {
+        let line = told.lines().find(|line| line.contains(warning)).unwrap();
+        assert!(line.ends_with(&format!("with {setting}")), "{line}");
+    }
+}
+
+#[test]
+fn a_packed_embedding_is_refused_by_name() {
+    let folder = folder();
+    let [dense, packed] = ["dense", "packed"].map(|name| folder.path().join(name));
+    let [source, dense, packed] =
+        [folder.path(), &dense, &packed].map(|path| path.to_str().unwrap());
+    run(&["dequantize", source, dense]).unwrap();
+    run(&["quantize", dense, packed, "--embeddings"]).unwrap();
+    let error = run(&["generate", "--model", packed, "--prompt", "a"]).unwrap_err();
+    let expected = "`model.embed_tokens.weight` is quantized, expected floats";
+    assert!(error.contains(expected), "{error}");
+}
+
+/// Zeros.
+fn write_tensors(path: &Path, tensors: &[(&str, &[usize])]) {
+    let zeros = vec![
+        0;
+        4 * tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product())
+            .max()
+            .unwrap_or(0)
+    ];
+    let views = tensors.iter().map(|(name, shape)| {
+        let bytes = &zeros[..4 * shape.iter().product::<usize>()];
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap();
+        (*name, view)
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+/// As transformers 5 holds them.
+#[test]
+fn experts_in_stacks_are_neither_packed_nor_adapted() {
+    let folder = tempfile::tempdir().unwrap();
+    let [base, adapter, out] = ["base", "adapter", "out"].map(|name| folder.path().join(name));
+    fs::create_dir_all(&base).unwrap();
+    fs::create_dir_all(&adapter).unwrap();
+    let stack = "model.layers.0.mlp.experts.gate_up_proj";
+    write_tensors(&base.join("model.safetensors"), &[(stack, &[2, 64, 64])]);
+    fs::write(base.join("config.json"), r#"{"model_type": "qwen3_moe"}"#).unwrap();
+    let expert = "base_model.model.model.layers.0.mlp.experts.1.gate_proj";
+    let (a, b) = (
+        format!("{expert}.lora_A.weight"),
+        format!("{expert}.lora_B.weight"),
+    );
+    write_tensors(
+        &adapter.join("adapter_model.safetensors"),
+        &[(&a, &[8, 64]), (&b, &[32, 8])],
+    );
+    let config = r#"{"peft_type": "LORA", "target_modules": "all-linear"}"#;
+    fs::write(adapter.join("adapter_config.json"), config).unwrap();
+
+    let [base, adapter, out] = [&base, &adapter, &out].map(|path| path.to_str().unwrap());
+    let error = run(&["quantize", base, out, "--experts"]).unwrap_err();
+    assert!(
+        error.contains("--experts") && error.contains(stack),
+        "{error}"
+    );
+    let error = run(&["merge", base, adapter, out]).unwrap_err();
+    let expected = "a tensor for each expert, as the adapter changes \
+                    `model.layers.0.mlp.experts.1.gate_proj`";
+    assert!(error.contains(expected) && error.contains(stack), "{error}");
+    assert!(!Path::new(out).exists());
 }

@@ -33,6 +33,7 @@ const STACKS: [(&str, &[&str]); 2] = [
 /// # Errors
 /// - [`Nf4Error::Misfit`](burn_nf4::Nf4Error::Misfit) with all that is missing, unexpected or of
 ///   another form, before anything is read
+/// - [`ModelError::Setting`] for a quantized embedding: a [`Decoder`] has it in floats
 /// - those of [`LinearLayers::load_checkpoint`], such as for a checkpoint that its config.json says
 ///   something else of
 pub fn load(
@@ -41,6 +42,7 @@ pub fn load(
     dtype: FloatType,
     device: &Device,
 ) -> Result<Decoder, ModelError> {
+    check_embedding(store.checkpoint())?;
     let mut store = store.with_dtype(dtype).ignore(NOT_READ)?;
     for (stack, parts) in STACKS {
         store = store.unstack(stack, parts)?;
@@ -52,6 +54,20 @@ pub fn load(
         }
     }
     Ok(config.init(device).load_checkpoint(store)?.no_grad())
+}
+
+/// Refuses a packed table of the embedding, which `quantize --embeddings` makes.
+fn check_embedding(checkpoint: &Checkpoint) -> Result<(), ModelError> {
+    let parameters = checkpoint.parameters().into_iter();
+    let mut quantized = parameters.filter(|key| checkpoint.is_quantized(key));
+    match quantized.find(|key| key.ends_with(".embed_tokens.weight")) {
+        None => Ok(()),
+        Some(key) => Err(ModelError::setting(
+            format!("`{key}`"),
+            "quantized",
+            "floats: the models here have no packed embeddings; quantize without --embeddings",
+        )),
+    }
 }
 
 /// The parameters of a checkpoint that [`load`] leaves out as they belong to another part of the model: of

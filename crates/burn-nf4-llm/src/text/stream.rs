@@ -30,6 +30,18 @@ impl StopStrings {
         }
     }
 
+    /// These and others.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn and<S: Into<String>>(
+        self,
+        others: impl IntoIterator<Item = S>,
+    ) -> Result<Self, ModelError> {
+        let others = others.into_iter().map(Into::into);
+        Self::new(self.0.into_iter().chain(others))
+    }
+
     /// None.
     pub fn none() -> Self {
         Self::default()

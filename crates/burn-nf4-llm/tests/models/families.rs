@@ -530,6 +530,11 @@ fn longrope(name: &str, value: Value) -> Value {
     "rope_parameters.sliding_attention.rope_type"
 )]
 #[case::gemma3_scaling("gemma3_text", json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor")]
+#[case::gemma3_older_type(
+    "gemma3_text",
+    json!({"rope_scaling": {"type": "linear", "factor": 8.0}}),
+    "rope_scaling.type"
+)]
 #[case::gemma3_base("gemma3_text", json!({"rope_local_base_freq": 0}), "rope_local_base_freq")]
 #[case::gemma3_vision("gemma3", json!({}), "text_config")]
 #[case::gemma2_tiny_cap("gemma2", json!({"attn_logit_softcapping": 1e-60}), "attn_logit_softcapping")]

@@ -8,6 +8,9 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, SafetensorsFile};
 use burn_nf4::format::FloatType;
 use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4::peft::{
+    Adapter, DenseTensor, LoraConfig, LoraModule, MergeOptions, TargetModules, merge_16bit,
+};
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::{DecoderConfig, left_out, load};
@@ -159,6 +162,14 @@ fn config(fields: Value) -> Result<DecoderConfig, ModelError> {
     json!({"model_type": "mistral3", "text_config": {"hidden_size": 0}}),
     "text_config.hidden_size"
 )]
+#[case::not_causal(
+    json!({"model_type": "llava", "text_config": {"is_causal": false}}),
+    "text_config.is_causal"
+)]
+#[case::not_causal_as_a_whole(
+    json!({"model_type": "llava", "is_causal": false, "text_config": {}}),
+    "is_causal"
+)]
 #[case::layers_that_see_images(json!({"model_type": "mllama", "text_config": {}}), "model_type")]
 fn other_models_of_text_and_images_are_refused_by_name(#[case] fields: Value, #[case] name: &str) {
     match config(fields) {
@@ -186,4 +197,123 @@ fn the_head_is_tied_as_transformers_5_says(
         "text_config": {"tie_word_embeddings": text.unwrap_or(false)},
     });
     assert_eq!(config(fields).unwrap().tie_word_embeddings, expected);
+}
+
+/// transformers' classes of text and images take the logits as the head gives them.
+#[rstest]
+#[case::gemma3("gemma3", json!({"final_logit_softcapping": 2.0}))]
+#[case::gemma2_by_default("llava", json!({"model_type": "gemma2"}))]
+#[case::granite("llava", json!({"model_type": "granite", "logits_scaling": 3.0}))]
+fn logits_are_neither_capped_nor_scaled(#[case] model_type: &str, #[case] text: Value) {
+    let whole = json!({"model_type": model_type, "text_config": text});
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), whole.to_string()).unwrap();
+    // Also where the text part is saved alone.
+    let entries = DecoderConfig::model_entries(folder.path()).unwrap();
+    for fields in [whole, entries.into()] {
+        let config = config(fields).unwrap();
+        assert_eq!((config.logits_softcap, config.logits_scaling), (None, 1.0));
+    }
+}
+
+/// Of branches of rank 2 on some of the layers of the model, which `rename` gives the names of the adapter.
+fn adapter(targets: TargetModules, rename: impl Fn(&str) -> Option<String>) -> Adapter {
+    let mut adapter = Adapter::new(LoraConfig {
+        r: 2,
+        ..LoraConfig::new(targets)
+    })
+    .unwrap();
+    let source = Checkpoint::open(fixture(MODEL)).unwrap();
+    for key in source.parameters() {
+        let module = key.strip_suffix(".weight").unwrap_or_default();
+        let Some(path) = rename(module).filter(|_| module.ends_with(".q_proj")) else {
+            continue;
+        };
+        let [d_output, d_input] = match source.is_quantized(key) {
+            true => source.weight_form(key).unwrap().shape,
+            false => source.tensor_info(key).unwrap().shape.to_vec(),
+        }[..] else {
+            panic!("{key} is no matrix");
+        };
+        let factor = |shape: [usize; 2]| {
+            let values = (0..shape[0] * shape[1]).map(|index| ((index % 7) as f32 - 3.0) / 20.0);
+            let values: Vec<f32> = values.collect();
+            DenseTensor::from_f32(&values, &shape, FloatType::F32).unwrap()
+        };
+        let branch = LoraModule {
+            lora_a: factor([2, d_input]),
+            lora_b: factor([d_output, 2]),
+            magnitude: None,
+            bias: None,
+        };
+        adapter.insert(&path, branch).unwrap();
+    }
+    adapter
+}
+
+/// As `finetune` makes it of the text part.
+fn of_text(module: &str) -> Option<String> {
+    let rest = module.strip_prefix("language_model.model.")?;
+    Some(format!("model.{rest}"))
+}
+
+/// As PEFT makes it of the whole model with transformers 5.
+fn of_whole(module: &str) -> Option<String> {
+    Some(newer_names(module))
+}
+
+/// On the model and merged into its folder, whichever names that has.
+#[rstest]
+#[case::of_text(TargetModules::list(["q_proj"]), of_text)]
+#[case::of_whole(TargetModules::list(["q_proj"]), of_whole)]
+#[case::of_whole_by_pattern(
+    TargetModules::Regex(r"model\.(language_model|vision_tower)\..*q_proj".into()),
+    of_whole
+)]
+fn adapters_of_the_text_and_of_the_whole_fit(
+    #[case] targets: TargetModules,
+    #[case] names: fn(&str) -> Option<String>,
+    #[values(str::to_string, newer_names)] rename: fn(&str) -> String,
+) {
+    let written = tempfile::tempdir().unwrap();
+    adapter(targets, names).save(written.path()).unwrap();
+    let adapter = Adapter::open(written.path()).unwrap();
+    let folder = renamed(rename);
+    let (ids, shape, before) = io(IO);
+    let device = Device::default();
+
+    let (model, config) = open_folder(folder.path(), None, &device);
+    let (of_text, left_out) = adapter.clone().text_part();
+    let is_of_images = |name: &String| name.starts_with("model.vision_tower.");
+    assert!(left_out.iter().all(is_of_images), "{left_out:?}");
+    let adapted = model.apply_adapter(&of_text, &device).unwrap();
+    let adapted = logits(&adapted, &config, &ids, &shape);
+    assert!(max_difference(&adapted, &before) > 1e-2);
+
+    let base = Checkpoint::open(folder.path()).unwrap();
+    adapter.check_base(&base).unwrap();
+    let merged = tempfile::tempdir().unwrap();
+    let options = MergeOptions::default();
+    merge_16bit(
+        &base,
+        &adapter,
+        merged.path(),
+        Some(FloatType::F32),
+        &options,
+        |_| {},
+    )
+    .unwrap();
+    let (model, config) = open_folder(merged.path(), None, &device);
+    let difference = max_difference(&logits(&model, &config, &ids, &shape), &adapted);
+    assert!(difference < 2e-5, "{difference:e}");
+
+    // What is written again is what was read.
+    let again = tempfile::tempdir().unwrap();
+    of_text.save(again.path()).unwrap();
+    let keys = |folder: &Path| -> Vec<String> {
+        let file = SafetensorsFile::open(folder.join("adapter_model.safetensors")).unwrap();
+        file.keys().map(String::from).collect()
+    };
+    let all = keys(written.path());
+    assert!(keys(again.path()).iter().all(|key| all.contains(key)));
 }

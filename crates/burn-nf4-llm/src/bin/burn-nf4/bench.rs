@@ -18,7 +18,7 @@ use clap::{Args, ValueEnum};
 use crate::args::FloatArg;
 use crate::device::DeviceName;
 use crate::generate::how_steps_were_made;
-use crate::model_args::at_least;
+use crate::model_args::{at_least, check_rows};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 16;
@@ -129,7 +129,7 @@ impl BenchArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         at_least(1, "--tokens", self.tokens)?;
         for rows in &self.batch {
-            at_least(1, "--batch", *rows)?;
+            check_rows("--batch", *rows)?;
         }
         for tokens in &self.prefill {
             at_least(1, "--prefill", *tokens)?;

@@ -35,12 +35,13 @@ impl ChatArgs {
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }
+        let stop = stop.and(prepared.generation.stop_strings.clone())?;
         let Opened {
             model,
             config,
             text,
         } = prepared.load()?;
-        let model = self.adapter.apply(adapter, model)?;
+        let model = self.adapter.apply(adapter, model, &config)?;
         let system = self
             .system
             .iter()

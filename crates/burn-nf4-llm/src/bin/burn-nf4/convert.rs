@@ -149,14 +149,15 @@ pub struct Quantization {
     /// end; may be repeated
     #[arg(long, value_name = "MODULE")]
     skip: Vec<String>,
-    /// Quantize the experts of a mixture too (transformers 5.17 does not load those)
+    /// Quantize the experts of a mixture too, which must be stored one by one (transformers 5.17 does not
+    /// load those)
     #[arg(long)]
     experts: bool,
     /// Quantize the output head too
     #[arg(long)]
     head: bool,
-    /// Quantize the embeddings of tokens too, and a head that is tied to them (transformers does not
-    /// load those)
+    /// Quantize the embeddings of tokens too, and a head that is tied to them. For Nf4Embedding of the
+    /// library alone: neither generate, chat and finetune nor transformers load those
     #[arg(long)]
     embeddings: bool,
     /// Type under which the codes are stored
@@ -188,9 +189,28 @@ fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
         overwrite: paths.overwrite,
     };
     let source = Checkpoint::open(&paths.source)?;
+    if options.experts
+        && let Some(stack) = stacked_experts(&source)
+    {
+        return Err(Nf4Error::Config {
+            field: "--experts",
+            expected: "left out, or a checkpoint with a tensor for each expert: packed stacks are not \
+                       loaded",
+            given: format!("for a checkpoint that has the experts of a layer in one, `{stack}`"),
+        });
+    }
     let bar = Bar::new("quantize");
     let converted = quantize_checkpoint(&source, &paths.folder, &options, |now| bar.show(now))?;
     Ok(summary("quantized", &converted, &paths.folder))
+}
+
+/// A tensor that has all experts of a layer in it, as transformers 5 holds them.
+pub fn stacked_experts(checkpoint: &Checkpoint) -> Option<&str> {
+    checkpoint.parameters().into_iter().find(|key| {
+        [".experts.gate_up_proj", ".experts.down_proj"]
+            .iter()
+            .any(|end| key.ends_with(end))
+    })
 }
 
 fn summary(what: &str, converted: &Converted, folder: &Path) -> String {

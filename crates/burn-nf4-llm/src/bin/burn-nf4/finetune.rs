@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use burn_nf4::checkpoint::is_expert;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
@@ -13,7 +14,7 @@ use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint, remove_run};
 use clap::Args;
 
-use crate::model_args::{ModelArgs, Opened, at_least};
+use crate::model_args::{ModelArgs, Opened, at_least, check_rows};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 use crate::watch::{StepReport, Watch};
 
@@ -96,8 +97,8 @@ pub struct FinetuneArgs {
 impl FinetuneArgs {
     /// Refuses what cannot be served, before a model is loaded.
     fn check(&self) -> Result<(), ModelError> {
-        at_least(1, "--batch-size", self.batch_size)?;
-        at_least(1, "--grad-accum", self.grad_accum)?;
+        check_rows("--batch-size", self.batch_size)?;
+        check_rows("--grad-accum", self.grad_accum)?;
         at_least(2, "--seq-len", self.seq_len)?;
         at_least(1, "--epochs", self.epochs)?;
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
@@ -173,6 +174,9 @@ impl FinetuneArgs {
         let sizes = config.init(&prepared.device);
         let lora = self.lora(self.targets(Some(&sizes)));
         check_targets(&lora, &sizes)?;
+        if let Some(warning) = self.warn_of_experts(&lora, &sizes)? {
+            eprintln!("{warning}");
+        }
         let eos = text.eos.or(config.eos_token_ids.first().copied());
         let data = Dataset::read(&self.data, text, eos, self.seq_len)?;
         data.check_vocabulary(config.vocab_size)?;
@@ -271,6 +275,29 @@ impl FinetuneArgs {
             seconds(start.elapsed())
         );
         Ok(())
+    }
+
+    /// A warning, if PEFT will refuse the adapter: it has the experts of a layer in one parameter.
+    fn warn_of_experts(
+        &self,
+        lora: &LoraConfig,
+        model: &Decoder,
+    ) -> Result<Option<String>, ModelError> {
+        let setting = match (self.dropout > 0.0, self.dora) {
+            (true, _) => "--dropout",
+            (false, true) => "--dora",
+            _ => return Ok(None),
+        };
+        let matcher = lora.matcher()?;
+        for (name, _) in model.linears() {
+            if is_expert(&name) && matcher.is_target(&name)? {
+                return Ok(Some(format!(
+                    "warning: PEFT 0.21 does not load an adapter on experts, such as `{name}`, with \
+                     {setting}"
+                )));
+            }
+        }
+        Ok(None)
     }
 
     /// The layers to adapt; those that are the default only where the model is known.

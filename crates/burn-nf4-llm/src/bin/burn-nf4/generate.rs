@@ -8,7 +8,7 @@ use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use clap::Args;
 
-use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
+use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs, check_rows};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 
 /// Continue a text.
@@ -48,6 +48,7 @@ impl GenerateArgs {
     fn check(&self) -> Result<(Sampling, StopStrings), ModelError> {
         let checked = self.sampling.check()?;
         let prompts = self.prompt.len();
+        check_rows("--batch", self.batch.unwrap_or(1).max(1))?;
         match self.batch {
             Some(batch) if batch < prompts => Err(ModelError::setting(
                 "--batch",
@@ -66,6 +67,10 @@ impl GenerateArgs {
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }
+        let stop = match self.ignore_eos {
+            true => stop,
+            false => stop.and(prepared.generation.stop_strings.clone())?,
+        };
         let prompts: Vec<Vec<u32>> = self
             .prompt
             .iter()
@@ -76,7 +81,7 @@ impl GenerateArgs {
             config,
             text,
         } = prepared.load()?;
-        let model = self.adapter.apply(adapter, model)?;
+        let model = self.adapter.apply(adapter, model, &config)?;
         let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use burn_nf4::checkpoint::Checkpoint;
+use burn_nf4::checkpoint::{Checkpoint, is_expert};
 use burn_nf4::peft::{Adapter, MergeOptions, Merged, merge_4bit, merge_16bit};
 use burn_nf4_llm::ModelError;
 use clap::Args;
 
 use crate::args::{FloatArg, parse_bytes};
-use crate::convert::print;
+use crate::convert::{print, stacked_experts};
 use crate::model_args::lacking;
 use crate::progress::Bar;
 
@@ -51,6 +51,19 @@ impl MergeArgs {
             false => Adapter::open(&self.adapter),
         };
         let adapter = adapter.map_err(|error| lacking(&self.adapter, error))?;
+        let mut modules = adapter.modules().map(|(path, _)| path);
+        if let Some(stack) = stacked_experts(&base)
+            && let Some(expert) = modules.find(|path| is_expert(path))
+        {
+            return Err(ModelError::setting(
+                "the base model",
+                format!(
+                    "{}, which has the experts of a layer in one tensor, `{stack}`",
+                    self.base.display()
+                ),
+                format!("a tensor for each expert, as the adapter changes `{expert}`"),
+            ));
+        }
         let bar = Bar::new("merge");
         let show = |progress: burn_nf4::checkpoint::Progress<'_>| bar.show(progress);
         let merged = match self.requantize {

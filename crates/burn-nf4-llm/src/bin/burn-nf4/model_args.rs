@@ -12,6 +12,7 @@ use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
 use burn_nf4_llm::generate::Sampling;
+use burn_nf4_llm::model::config::GenerationConfig;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, left_out, load};
 use burn_nf4_llm::text::{StopStrings, Text};
 use clap::Args;
@@ -48,6 +49,7 @@ pub struct Prepared {
     pub device: Device,
     dtype: FloatType,
     pub config: DecoderConfig,
+    pub generation: GenerationConfig,
     pub text: Text,
 }
 
@@ -57,6 +59,10 @@ impl ModelArgs {
         let device = self.device.open()?;
         let folder = fetch::folder(&self.model)?;
         let config = DecoderConfig::from_folder(&folder)?;
+        let generation = GenerationConfig::from_folder(&folder)?;
+        if let Some(warning) = generation.warn_of_fields().filter(|_| !train) {
+            eprintln!("{warning}");
+        }
         let text = Text::from_folder(&folder)?;
         let dtype = self.device.dtype(self.dtype, config.dtype, &device)?;
         Ok(Prepared {
@@ -65,6 +71,7 @@ impl ModelArgs {
             device: if train { device.autodiff() } else { device },
             dtype,
             config,
+            generation,
             text,
         })
     }
@@ -80,6 +87,7 @@ impl Prepared {
             dtype,
             config,
             text,
+            ..
         } = self;
         let start = Instant::now();
         let model = load_model(&folder, &config, dtype, &device)?;
@@ -157,11 +165,29 @@ impl AdapterArgs {
         Ok(adapter.transpose()?)
     }
 
-    /// The model with the adapter that was read.
-    pub fn apply(&self, adapter: Option<Adapter>, model: Decoder) -> Result<Decoder, ModelError> {
-        let (Some(adapter), Some(folder)) = (adapter, &self.adapter) else {
+    /// The model with the adapter that was read. Of one on a model of text and images the text part is used.
+    pub fn apply(
+        &self,
+        adapter: Option<Adapter>,
+        model: Decoder,
+        config: &DecoderConfig,
+    ) -> Result<Decoder, ModelError> {
+        let (Some(mut adapter), Some(folder)) = (adapter, &self.adapter) else {
             return Ok(model);
         };
+        if config.text_part_of.is_some() {
+            let left_out;
+            (adapter, left_out) = adapter.text_part();
+            if !left_out.is_empty() {
+                let mut parts: Vec<&str> = left_out.iter().map(|name| part_of(name)).collect();
+                parts.dedup();
+                eprintln!(
+                    "the adapter is of text and images: its text part is used, {} modules are left out ({})",
+                    left_out.len(),
+                    parts.join(", "),
+                );
+            }
+        }
         let device = model.device();
         if self.allow_missing {
             return Ok(model.apply_partial_adapter(&adapter, &device)?);
@@ -202,7 +228,8 @@ pub struct SamplingArgs {
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
     /// End a text before this one, wherever it comes behind the prompt: `\n`, `\t` and `\\` are a line
-    /// break, a tab and a backslash. Several can be given.
+    /// break, a tab and a backslash. Several can be given; `stop_strings` of generation_config.json end a
+    /// text too.
     #[arg(long)]
     pub stop: Vec<String>,
     /// Launch each step anew, also where the device could replay a recorded one.
@@ -244,6 +271,22 @@ fn unescaped(text: &str) -> String {
         unescaped.push(meant);
     }
     unescaped
+}
+
+/// The most rows of a batch: more than any device has memory for.
+const MAX_ROWS: usize = 65_536;
+
+/// Refuses more rows than can be.
+pub fn check_rows(name: &str, given: usize) -> Result<(), ModelError> {
+    at_least(1, name, given)?;
+    match given > MAX_ROWS {
+        true => Err(ModelError::setting(
+            name,
+            given,
+            format!("at most {MAX_ROWS}"),
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Refuses a number that is too small.

@@ -1,7 +1,8 @@
 //! The fields that all families have.
 
+use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
-use burn_nf4::op::MAX_HEAD_DIM;
+use burn_nf4::op::{AttentionOptions, MAX_HEAD_DIM};
 use serde_json::Value;
 
 use crate::error::ModelError;
@@ -112,7 +113,7 @@ impl Defaults {
             max_positions,
             norm_placement: NormPlacement::Pre,
             norm_form: NormForm::CastThenWeight,
-            rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(self.rms_norm_eps),
+            rms_norm_eps: epsilon(fields, "rms_norm_eps", self.rms_norm_eps)?,
             qk_norm: None,
             activation,
             biases: Biases::default(),
@@ -200,6 +201,68 @@ pub(crate) fn positive(fields: &Fields, name: &str, default: f64) -> Result<f64,
     match fields.get(name)?.unwrap_or(default) {
         number if number as f32 > 0.0 && (number as f32).is_finite() => Ok(number),
         number => Err(fields.unsupported(name, number, "a positive number of f32")),
+    }
+}
+
+/// What is added to a mean of squares.
+fn epsilon(fields: &Fields, name: &str, default: f64) -> Result<f64, ModelError> {
+    match fields.get(name)?.unwrap_or(default) {
+        number if number >= 0.0 && (number as f32).is_finite() => Ok(number),
+        number => Err(fields.unsupported(name, number, "a number of f32 of at least 0")),
+    }
+}
+
+/// The factor of the attention scores that a field stands for.
+///
+/// # Errors
+/// [`ModelError::Unsupported`] for one that attention does not compute with.
+pub(crate) fn attention_scale(
+    fields: &Fields,
+    name: &str,
+    default: f64,
+    scale_of: impl Fn(f64) -> f64,
+) -> Result<f64, ModelError> {
+    let number = positive(fields, name, default)?;
+    let scale = scale_of(number);
+    let options = AttentionOptions {
+        scale: Some(scale as f32),
+        ..AttentionOptions::default()
+    };
+    let given = match scale == number {
+        true => number.to_string(),
+        false => format!("{number}, which makes a factor of scores of {scale}"),
+    };
+    check_attention(fields, name, given, options)?;
+    Ok(scale)
+}
+
+/// The soft cap of the attention scores, if there is one.
+///
+/// # Errors
+/// [`ModelError::Unsupported`] for one that attention does not compute with.
+pub(crate) fn attention_softcap(
+    fields: &Fields,
+    name: &str,
+    default: f64,
+) -> Result<Option<f64>, ModelError> {
+    let cap = nullable_positive(fields, name, Some(default))?;
+    let options = AttentionOptions {
+        softcap: cap.map(|cap| cap as f32),
+        ..AttentionOptions::default()
+    };
+    check_attention(fields, name, cap.unwrap_or_default(), options)?;
+    Ok(cap)
+}
+
+fn check_attention(
+    fields: &Fields,
+    name: &str,
+    given: impl ToString,
+    options: AttentionOptions,
+) -> Result<(), ModelError> {
+    match options.check() {
+        Err(Nf4Error::Config { expected, .. }) => Err(fields.unsupported(name, given, expected)),
+        checked => Ok(checked?),
     }
 }
 

@@ -1,9 +1,11 @@
 //! `config.json` and `generation_config.json` of a model.
 
 pub(crate) mod defaults;
+mod generation;
 pub(crate) mod layers;
 pub(crate) mod rope_fields;
 
+pub use generation::GenerationConfig;
 pub use layers::{LayerConfig, MixtureConfig};
 
 use std::path::Path;
@@ -154,8 +156,7 @@ impl DecoderConfig {
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
         let mut config = Self::from_json(&read(&path)?, &path)?;
-        let generation = Fields::read_or_empty(&folder.join("generation_config.json"))?;
-        if let Some(TokenIds(ids)) = generation.nullable("eos_token_id")? {
+        if let Some(ids) = GenerationConfig::from_folder(folder)?.eos_token_ids {
             config.eos_token_ids = ids;
         }
         Ok(config)
@@ -175,6 +176,12 @@ impl DecoderConfig {
         let read = family::reader(&fields)?;
         if !matches!(fields.value("per_layer_config"), None | Some(Value::Null)) {
             return Err(fields.unsupported("per_layer_config", "set", "one config for all layers"));
+        }
+        // transformers then masks no position, in any family.
+        for fields in [&whole, &fields] {
+            if fields.get::<bool>("is_causal")? == Some(false) {
+                return Err(fields.unsupported("is_causal", false, "true"));
+            }
         }
         let config = Self {
             text_part_of: text_part_of.transpose()?,

@@ -3,7 +3,9 @@
 use crate::error::ModelError;
 use crate::json::fields::Fields;
 use crate::model::NormForm;
-use crate::model::config::defaults::{Defaults, flag, nullable_positive, nullable_size, positive};
+use crate::model::config::defaults::{
+    Defaults, attention_scale, attention_softcap, flag, nullable_positive, nullable_size,
+};
 use crate::model::config::{Biases, DecoderConfig, NormPlacement};
 use crate::model::mlp::Activation;
 use crate::model::scale::EmbeddingScale;
@@ -28,7 +30,7 @@ pub(super) const DEFAULTS: Defaults = Defaults {
 /// the [norms and scales](with_norms_and_scales) of all Gemmas.
 pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let gemma = DecoderConfig {
-        attention_softcap: nullable_positive(fields, "attn_logit_softcapping", Some(50.0))?,
+        attention_softcap: attention_softcap(fields, "attn_logit_softcapping", 50.0)?,
         logits_softcap: nullable_positive(fields, "final_logit_softcapping", Some(30.0))?,
         ..with_norms_and_scales(DEFAULTS.read(fields)?, fields)?
     };
@@ -45,12 +47,17 @@ pub(super) fn with_norms_and_scales(
     if fields.nullable("use_bidirectional_attention")? == Some(true) {
         return Err(fields.unsupported("use_bidirectional_attention", true, "false"));
     }
-    let scalar = positive(fields, "query_pre_attn_scalar", 256.0)?;
+    let scale = |scalar: f64| scalar.powf(-0.5);
     Ok(DecoderConfig {
         norm_placement: NormPlacement::Sandwich,
         norm_form: NormForm::OnePlusWeight,
         embedding_scale: Some(EmbeddingScale::Rounded((config.hidden_size as f64).sqrt())),
-        attention_scale: Some(scalar.powf(-0.5)),
+        attention_scale: Some(attention_scale(
+            fields,
+            "query_pre_attn_scalar",
+            256.0,
+            scale,
+        )?),
         biases: Biases::of(flag(fields, "attention_bias")?, false),
         ..config
     })

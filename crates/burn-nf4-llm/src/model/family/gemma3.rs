@@ -67,6 +67,17 @@ fn ropes(fields: &Fields, defaults: RopeDefaults) -> Result<Vec<RopeConfig>, Mod
     });
     let (mut global, local) = (global?, local?);
     if let Some(scaling) = fields.object("rope_scaling")? {
+        // transformers 4 scales by it; transformers 5 passes over it, and computes something else.
+        if let Some(older) = scaling.nullable::<String>("type")?
+            && older != "default"
+            && scaling.value("rope_type").is_none()
+        {
+            return Err(scaling.unsupported(
+                "type",
+                older,
+                "the name rope_type, which transformers 5 reads",
+            ));
+        }
         let mut entries = global.into_entries();
         entries.extend(scaling.into_entries());
         global = fields.of("rope_scaling", entries);

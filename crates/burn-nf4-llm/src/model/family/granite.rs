@@ -3,7 +3,7 @@
 use super::llama;
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::config::defaults::{flag, positive};
+use crate::model::config::defaults::{attention_scale, flag, positive};
 use crate::model::config::{Biases, DecoderConfig};
 use crate::model::scale::EmbeddingScale;
 
@@ -13,7 +13,12 @@ pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let number = |name| positive(fields, name, 1.0);
     let granite = DecoderConfig {
         embedding_scale: Some(EmbeddingScale::Exact(number("embedding_multiplier")?)),
-        attention_scale: Some(number("attention_multiplier")?),
+        attention_scale: Some(attention_scale(
+            fields,
+            "attention_multiplier",
+            1.0,
+            |scale| scale,
+        )?),
         residual_multiplier: number("residual_multiplier")?,
         logits_scaling: number("logits_scaling")?,
         biases: Biases::of(flag(fields, "attention_bias")?, flag(fields, "mlp_bias")?),

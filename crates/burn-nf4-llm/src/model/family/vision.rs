@@ -69,6 +69,16 @@ pub(crate) fn text_fields(fields: &Fields) -> Result<Option<Fields>, ModelError>
         (ties, true) => ties.unwrap_or(true),
     };
     text.insert("tie_word_embeddings".into(), ties.into());
+    // The class of the whole applies the head alone, and not what the class of the text does behind it.
+    match text.get("model_type").and_then(Value::as_str) {
+        Some("gemma2" | "gemma3_text") => {
+            text.insert("final_logit_softcapping".into(), Value::Null);
+        }
+        Some("granite") => {
+            text.insert("logits_scaling".into(), 1.0.into());
+        }
+        _ => {}
+    }
     for name in ["dtype", "torch_dtype", "eos_token_id"] {
         if let Some(value) = fields.value(name).filter(|value| !value.is_null()) {
             text.insert(name.into(), value.clone());
