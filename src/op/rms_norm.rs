@@ -68,7 +68,10 @@ pub trait RmsNormBackend: Backend {
         y: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         spec: RmsNormSpec,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let sum = Self::float_add(x, y);
+        (sum.clone(), Self::rms_norm(sum, weight, spec))
+    }
 }
 
 /// What norms are made of, in f32.

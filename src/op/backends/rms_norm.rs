@@ -6,7 +6,6 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 
 use crate::op::rms_norm::{RmsNormBackend, RmsNormSpec, gradients};
@@ -29,16 +28,6 @@ impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C>
                 prep.finish(B::rms_norm(x, weight, spec))
             }
         }
-    }
-
-    fn add_rms_norm(
-        x: FloatTensor<Self>,
-        y: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        spec: RmsNormSpec,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let sum = Self::float_add(x, y);
-        (sum.clone(), Self::rms_norm(sum, weight, spec))
     }
 }
 
@@ -76,16 +65,6 @@ impl RmsNormBackend for burn_flex::Flex {
         spec: RmsNormSpec,
     ) -> FloatTensor<Self> {
         crate::op::rms_norm::composed::<Self>(x, weight, spec)
-    }
-
-    fn add_rms_norm(
-        x: FloatTensor<Self>,
-        y: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        spec: RmsNormSpec,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let sum = Self::float_add(x, y);
-        (sum.clone(), Self::rms_norm(sum, weight, spec))
     }
 }
 
