@@ -3,6 +3,7 @@
 // Says in the docs which feature an item needs; docs.rs sets this.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod activation;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod error;

@@ -1,9 +1,9 @@
 //! Rotations against the formula in f64, on every device.
 #![cfg(feature = "flex")]
 
-use burn::tensor::{DType, Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use burn_nf4::Nf4Error;
-use burn_nf4::op::rotary;
+use burn_nf4::op::{CachedKeys, TokenHeads, rotary, rotary_append};
 
 /// `[batch, heads, tokens, head_dim]`, rotated elements, rows of the tables.
 const SHAPES: [([usize; 4], usize, usize); 6] = [
@@ -123,6 +123,114 @@ fn what_does_not_fit_is_named(device: &Device) {
     assert_eq!(none.expect("nothing").dims(), [0, 3, 5, 64]);
 }
 
+/// Batch, heads of queries and of keys, elements of a head, those rotated, rows of the tables, positions.
+type AppendCase = ([usize; 3], [usize; 2], usize, &'static [i32]);
+
+const APPENDED: [AppendCase; 5] = [
+    ([1, 4, 2], [64, 64], 1, &[0]),
+    ([1, 32, 8], [128, 128], 1, &[5]),
+    ([3, 3, 1], [96, 72], 1, &[6]),
+    ([3, 3, 1], [96, 72], 3, &[2, 0, 6]),
+    ([2, 2, 2], [80, 20], 2, &[1, 3]),
+];
+
+/// Positions that the caches have room for.
+const CAPACITY: usize = 7;
+
+/// What [`rotary`] makes of queries and keys, and caches that differ at the positions alone. Written twice:
+/// also to caches that nobody else holds.
+fn appended_tokens(device: &Device) {
+    for ([batch, heads, kv_heads], [head_dim, rotary_dim], rows, positions) in APPENDED {
+        for (dtype, table_dtype) in [
+            (DType::F32, DType::F32),
+            (DType::F16, DType::F16),
+            (DType::BF16, DType::BF16),
+            (DType::BF16, DType::F32),
+        ] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let token = |heads| {
+                random([batch, 1, heads, head_dim], device)
+                    .cast(dtype)
+                    .swap_dims(1, 2)
+            };
+            let (q, k, v) = (token(heads), token(kv_heads), token(kv_heads));
+            let [cos, sin] =
+                [(); 2].map(|()| random([rows, 1, rotary_dim], device).cast(table_dtype));
+            let shape = [batch, kv_heads, CAPACITY, head_dim];
+            let held = CachedKeys {
+                keys: random(shape, device).cast(dtype),
+                values: random(shape, device).cast(dtype),
+            };
+            let wanted = |held: &Tensor<4>, token: &Tensor<4>| {
+                let (mut held, token) = (values(held), values(token));
+                for (head, token) in token.chunks(head_dim).enumerate() {
+                    let position = positions[head / kv_heads % positions.len()] as usize;
+                    let at = (head * CAPACITY + position) * head_dim;
+                    held[at..at + head_dim].copy_from_slice(token);
+                }
+                held
+            };
+            let rotated =
+                |x: &Tensor<4>| rotary(x.clone(), cos.clone(), sin.clone()).expect("it fits");
+            let of_keys = wanted(&held.keys, &rotated(&k));
+            let of_values = wanted(&held.values, &v);
+            let before = [values(&held.keys), values(&held.values)];
+            let at = Tensor::<1, Int>::from_data(positions, device);
+            let append = |cache| {
+                let (q, k, v) = (q.clone(), k.clone(), v.clone());
+                let tables = [cos.clone(), sin.clone()];
+                rotary_append(TokenHeads { q, k, v }, tables, cache, at.clone()).expect("it fits")
+            };
+            let (of_q, cache) = append(held.clone());
+            assert_eq!(
+                (of_q.dims(), of_q.dtype()),
+                ([batch, heads, 1, head_dim], dtype)
+            );
+            assert_eq!(values(&of_q), values(&rotated(&q)));
+            assert_eq!(
+                [values(&cache.keys), values(&cache.values)],
+                [of_keys.clone(), of_values.clone()]
+            );
+            // The cache that was handed in with another owner is as it was.
+            assert_eq!([values(&held.keys), values(&held.values)], before);
+            let (_, cache) = append(held);
+            assert_eq!(
+                [values(&cache.keys), values(&cache.values)],
+                [of_keys, of_values]
+            );
+        }
+    }
+}
+
+fn what_cannot_be_appended_is_named(device: &Device) {
+    let append = |k: [usize; 4], keys: [usize; 4], positions: &[i32]| {
+        let q = random([2, 4, 1, 64], device);
+        let (k, v) = (random(k, device), random(k, device));
+        let tables = [random([1, 1, 64], device), random([1, 1, 64], device)];
+        let cache = CachedKeys {
+            keys: random(keys, device),
+            values: random([2, 2, 9, 64], device),
+        };
+        let positions = Tensor::from_data(positions, device);
+        rotary_append(TokenHeads { q, k, v }, tables, cache, positions).map(drop)
+    };
+    let (k, keys) = ([2, 2, 1, 64], [2, 2, 9, 64]);
+    append(k, keys, &[3, 4]).expect("it fits");
+    for (k, keys, positions, word) in [
+        ([2, 2, 2, 64], keys, &[1][..], "k"),
+        ([2, 1, 1, 64], keys, &[1], "k"),
+        (k, [2, 2, 8, 64], &[1], "values"),
+        (k, [1, 2, 9, 64], &[1], "keys"),
+        (k, keys, &[1, 2, 3], "positions"),
+        (k, keys, &[], "positions"),
+    ] {
+        let error = append(k, keys, positions).expect_err(word);
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
 macro_rules! device_tests {
     ($module:ident, $device:expr) => {
         mod $module {
@@ -138,6 +246,14 @@ macro_rules! device_tests {
             #[test]
             fn what_does_not_fit_is_named() {
                 super::what_does_not_fit_is_named(&$device);
+            }
+            #[test]
+            fn appended_tokens() {
+                super::appended_tokens(&$device);
+            }
+            #[test]
+            fn what_cannot_be_appended_is_named() {
+                super::what_cannot_be_appended_is_named(&$device);
             }
         }
     };

@@ -1,4 +1,4 @@
-//! `levels`: a matrix product with a packed weight for one row of `x`, on tensor cores.
+//! `levels`: matrix products with packed weights for one row of `x`, on tensor cores.
 //!
 //! With a single row there is nothing to share the work of decoding with, so there is as little of
 //! it as can be: the tensor cores multiply `x` by the bare levels of the codebook in f16, two to a
@@ -20,8 +20,9 @@ use half::f16;
 use super::decode::PackedView;
 use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_levels, level_pair, load_level};
 use super::lora::{LoraBranch, UP_LOADS};
-use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales};
-use super::sums::{SumsBlueprint, Target, store_sums};
+use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales, load_offset};
+use super::sums::{SumsBlueprint, Target, store_gated, store_sums};
+use crate::activation::Activation;
 
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,12 +38,31 @@ pub struct LevelsBlueprint {
     pub chunks: usize,
     /// `x` is in bf16, not in f16.
     pub wide: bool,
+    /// What the products of a launch have to do with each other.
+    pub joined: Joined,
 }
 
 impl LevelsBlueprint {
     /// Chunks along `k` of a cube.
     const fn all_chunks(&self) -> usize {
         self.chunks * self.sums.k_planes
+    }
+
+    const fn is_gated(&self) -> bool {
+        matches!(self.joined, Joined::Gated(_))
+    }
+
+    /// Planes next to each other that have different results.
+    pub const fn result_planes(&self) -> usize {
+        match self.joined {
+            Joined::Apart => self.sums.row_planes,
+            Joined::Gated(_) => self.sums.row_planes / 2,
+        }
+    }
+
+    /// Results of a cube.
+    pub const fn result_rows(&self) -> usize {
+        16 * self.sums.row_tiles * self.result_planes()
     }
 
     /// Vectors of eight elements of `x`.
@@ -58,7 +78,10 @@ impl LevelsBlueprint {
     /// Vectors of four words of shared memory for `x`, and for sums after it.
     pub const fn shared_vectors(&self) -> usize {
         let staged = self.all_chunks() * PITCH + ZEROS;
-        let sums = self.sums.shared_vectors();
+        let sums = match self.joined {
+            Joined::Apart => self.sums.shared_vectors(),
+            Joined::Gated(_) => self.sums.cube_vectors() * self.sums.k_planes,
+        };
         if staged > sums { staged } else { sums }
     }
 
@@ -76,11 +99,42 @@ const PITCH: usize = CHUNK / 8 + 2;
 /// its other lanes do not read from.
 const ZEROS: usize = 16;
 
-/// `y = x Wᵀ + b + s (x A) B` for a single row.
+/// What the products of a launch have to do with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Joined {
+    /// Each has cubes and results of its own.
+    Apart,
+    /// There are two, and `activation(first) second` is the result: half of a cube's planes have rows of
+    /// the one, the others those of the other.
+    Gated(Activation),
+}
+
+/// A weight that a row is multiplied with.
+#[derive(CubeType, CubeLaunch)]
+pub struct LevelsWeight<F: Float, G: Float> {
+    /// The whole packed weight.
+    pub packed: Box<[Vector<u32, Const<4>>]>,
+    /// The same buffer once more.
+    pub words: Box<[u32]>,
+    /// `[n]`.
+    pub bias: ComptimeOption<Box<[F]>>,
+    /// The low-rank branch, if there is one.
+    pub lora: ComptimeOption<LoraBranch<G>>,
+    /// Where the sections of the packed weight are.
+    pub view: PackedView,
+    /// Rows.
+    pub n: usize,
+    /// The first of its cubes.
+    pub first_cube: usize,
+    /// Where its results start.
+    pub first_out: usize,
+}
+
+/// `y = x Wᵀ + b + s (x A) B` for a single row and one weight or several.
 ///
-/// - `x`: `[k]`, two elements a u32, in vectors of eight elements; `packed`: the whole packed
-///   weight, and `words` the same buffer once more; `bias`: `[n]`, unused without one; `out`:
-///   `[n]`; `parts` and `counters` are not used; `lora`: the low-rank branch, if there is one.
+/// - `x`: `[k]`, two elements a u32, in vectors of eight elements; `out`: the results of `n` each, or what
+///   `joined` makes of them; `bias`, `parts` and `counters` are what `store_sums` takes, and not used.
+/// - All weights are quantized in one way, and all have a bias or a branch or none has.
 /// - A cube of `(32, row_planes * k_planes)` units computes `16 * row_tiles * row_planes` columns
 ///   of `y`; planes with the same rows add their sums up at the end.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
@@ -89,15 +143,11 @@ const ZEROS: usize = 16;
 #[allow(clippy::too_many_arguments)]
 pub fn matmul_levels_kernel<F: Float, G: Float>(
     x: &[Vector<u32, Const<4>>],
-    packed: &[Vector<u32, Const<4>>],
-    words: &[u32],
+    weights: Sequence<LevelsWeight<F, G>>,
     bias: &[F],
     out: &mut [F],
     parts: &mut [Vector<u32, Const<4>>],
     counters: &[Atomic<u32>],
-    lora: ComptimeOption<LoraBranch<G>>,
-    view: PackedView,
-    n: usize,
     k: usize,
     #[comptime] blueprint: LevelsBlueprint,
     #[define(F)] _dtype: ElemType,
@@ -107,12 +157,34 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let depth = comptime!(blueprint.scales.depth);
     let k_planes = comptime!(blueprint.sums.k_planes);
     let scale_blueprint = comptime!(blueprint.scales);
+    let count = weights.len().comptime();
 
     let plane = UNIT_POS_Y as usize;
-    let row_plane = plane % comptime!(blueprint.sums.row_planes);
+    let mut row_plane = plane % comptime!(blueprint.sums.row_planes);
     let k_plane = plane / comptime!(blueprint.sums.row_planes);
+    let first = weights.index(0usize);
+    let zero = first.view.zero;
+    let mut part = 0usize.runtime();
+    let mut n = first.n;
+    let mut first_out = 0usize.runtime();
+    let mut cube = CUBE_POS;
+    if comptime!(blueprint.is_gated()) {
+        part = row_plane / comptime!(blueprint.result_planes());
+        row_plane = row_plane % comptime!(blueprint.result_planes());
+    } else {
+        #[unroll]
+        for w in 1..count {
+            let weight = weights.index(w);
+            if CUBE_POS >= weight.first_cube {
+                part = w.runtime();
+                n = weight.n;
+                first_out = weight.first_out;
+                cube = CUBE_POS - weight.first_cube;
+            }
+        }
+    }
     let plane_row =
-        CUBE_POS * comptime!(blueprint.sums.cube_rows()) + row_plane * comptime!(16 * row_tiles);
+        cube * comptime!(blueprint.result_rows()) + row_plane * comptime!(16 * row_tiles);
 
     // All loads from global memory are issued before the first value is used.
     let rows = Rows::new(plane_row, k, n, k, row_tiles);
@@ -120,15 +192,32 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let mut scales = Scales::new(ScalePlace::of_sums(), plane_row, k, n, k, scale_blueprint);
     let mut at = k_plane * comptime!(depth * CHUNK);
     let ahead_by = comptime!(usize::max(depth - 1, 1));
+    let mut offset = 0.0f32;
     #[unroll]
-    for d in 0..ahead_by {
-        let chunk_at = at + comptime!(d * CHUNK);
-        rows.load(packed, &mut codes, chunk_at, d, false, row_tiles);
-        scales.load(words, &view, chunk_at, d, false, scale_blueprint);
+    for w in 0..count {
+        if comptime!(count == 1) || part == w {
+            let weight = weights.index(w);
+            #[unroll]
+            for d in 0..ahead_by {
+                let chunk_at = at + comptime!(d * CHUNK);
+                rows.load(&weight.packed, &mut codes, chunk_at, d, false, row_tiles);
+                scales.load(
+                    &weight.words,
+                    &weight.view,
+                    chunk_at,
+                    d,
+                    false,
+                    scale_blueprint,
+                );
+            }
+            offset = load_offset(&weight.words, &weight.view, scale_blueprint);
+        }
     }
+    // The tables are those of the way to quantize.
     let units = comptime!(blueprint.sums.units());
-    let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
-    let level = load_level(words, &view);
+    let mut map = ScaleMap::load(&first.words, &first.view, units, scale_blueprint);
+    map.set_offset(offset);
+    let level = load_level(&first.words, &first.view);
     let values = load_x(x, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
     fill_levels(level, &mut table, units);
@@ -141,7 +230,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let lane = UNIT_POS_X;
     let member = (lane & 3) as usize;
     // Unknown to the compiler, which would otherwise mask it again in each look-up.
-    let copy = (lane ^ view.zero) * 4;
+    let copy = (lane ^ zero) * 4;
     // Lanes of a column that has nothing here stay with the zeros.
     let mut x_at = (2 * k_plane + 2) & 7;
     let mut x_step = 0usize.runtime();
@@ -163,25 +252,19 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         totals[row_tile] = 0.0f32;
         later[row_tile] = 0.0f32;
     }
-    let mut of_branch = Array::<f32>::new(comptime!(2 * row_tiles));
+    // What is added to a row besides: its four lanes share it, and planes along `k` do.
+    let mut added = Array::<f32>::new(comptime!(2 * row_tiles));
     #[unroll]
     for r in 0..comptime!(2 * row_tiles) {
-        of_branch[r] = 0.0f32;
+        added[r] = 0.0f32;
     }
-    #[comptime]
-    match &lora {
-        ComptimeOption::Some(lora) => {
-            let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
-            let mut tile = k_plane;
-            while tile < lora.tiles() {
-                lora.load_up(&mut up, tile, plane_row, n, row_tiles);
-                lora.add_row(&mut of_branch, &up, tile, comptime!(2 * row_tiles));
-                tile += k_planes;
-            }
+    #[unroll]
+    for w in 0..count {
+        if comptime!(count == 1) || part == w {
+            add_others::<F, G>(weights.index(w), &mut added, plane_row, k_plane, blueprint);
         }
-        ComptimeOption::None => {}
     }
-    let zero = view.zero as usize;
+    let zero = zero as usize;
     while at < k {
         #[unroll]
         for d in 0..depth {
@@ -190,9 +273,16 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
             let rounds = comptime!((d + ahead_by) / depth);
             let ahead = at + comptime!((rounds * k_planes * depth + slot) * CHUNK);
             if comptime!(depth > 1) {
-                rows.load(packed, &mut codes, ahead, slot, false, row_tiles);
-                if comptime!(slot == 0 || !blueprint.paired) {
-                    scales.load(words, &view, ahead, slot, false, scale_blueprint);
+                #[unroll]
+                for w in 0..count {
+                    if comptime!(count == 1) || part == w {
+                        let weight = weights.index(w);
+                        rows.load(&weight.packed, &mut codes, ahead, slot, false, row_tiles);
+                        if comptime!(slot == 0 || !blueprint.paired) {
+                            let (words, view) = (&weight.words, &weight.view);
+                            scales.load(words, view, ahead, slot, false, scale_blueprint);
+                        }
+                    }
                 }
             }
             // The compiler does not know that this is true of a first chunk: a branch keeps it from
@@ -249,8 +339,21 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 }
             }
             if comptime!(depth == 1) {
-                rows.load(packed, &mut codes, ahead, d, false, row_tiles);
-                scales.load(words, &view, ahead, d, false, scale_blueprint);
+                #[unroll]
+                for w in 0..count {
+                    if comptime!(count == 1) || part == w {
+                        let weight = weights.index(w);
+                        rows.load(&weight.packed, &mut codes, ahead, d, false, row_tiles);
+                        scales.load(
+                            &weight.words,
+                            &weight.view,
+                            ahead,
+                            d,
+                            false,
+                            scale_blueprint,
+                        );
+                    }
+                }
             }
         }
         x_at += x_step * comptime!(depth * k_planes);
@@ -271,8 +374,8 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 total = other * unscale;
             }
             #[comptime]
-            if lora.is_some() {
-                let mut share = of_branch[comptime!(2 * row_tile + r)];
+            if first.bias.is_some() || first.lora.is_some() {
+                let mut share = added[comptime!(2 * row_tile + r)];
                 share += plane_shuffle_xor(share, 1u32);
                 total += share + plane_shuffle_xor(share, 2u32);
             }
@@ -281,22 +384,77 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         sums.push(sum);
     }
     let target = Target {
-        cube: CUBE_POS,
+        cube,
         k_cube: 0usize.runtime(),
         m: 1usize.runtime(),
         n,
+        first_out,
     };
     let sums_blueprint = comptime!(blueprint.sums);
-    store_sums::<F>(
-        &sums,
-        &mut staged,
-        bias,
-        out,
-        parts,
-        counters,
-        &target,
-        sums_blueprint,
-    );
+    #[comptime]
+    match blueprint.joined {
+        Joined::Gated(activation) => {
+            store_gated::<F>(
+                &sums,
+                &mut staged,
+                bias,
+                out,
+                &target,
+                activation,
+                sums_blueprint,
+            );
+        }
+        Joined::Apart => {
+            store_sums::<F>(
+                &sums,
+                &mut staged,
+                bias,
+                out,
+                parts,
+                counters,
+                &target,
+                sums_blueprint,
+            );
+        }
+    }
+}
+
+/// Adds a lane's share of a weight's bias and of its branch to the sums of its rows.
+#[cube]
+fn add_others<F: Float, G: Float>(
+    weight: &LevelsWeight<F, G>,
+    sums: &mut Array<f32>,
+    plane_row: usize,
+    k_plane: usize,
+    #[comptime] blueprint: LevelsBlueprint,
+) {
+    let row_tiles = comptime!(blueprint.sums.row_tiles);
+    #[comptime]
+    match &weight.bias {
+        ComptimeOption::Some(bias) => {
+            if k_plane == 0 && UNIT_POS_X & 3 == 0 {
+                #[unroll]
+                for r in 0..comptime!(2 * row_tiles) {
+                    let row = plane_row + (UNIT_POS_X >> 2) as usize + comptime!(8 * r);
+                    sums[r] += f32::cast_from(bias[usize::min(row, weight.n - 1)]);
+                }
+            }
+        }
+        ComptimeOption::None => {}
+    }
+    #[comptime]
+    match &weight.lora {
+        ComptimeOption::Some(lora) => {
+            let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
+            let mut tile = k_plane;
+            while tile < lora.tiles() {
+                lora.load_up(&mut up, tile, plane_row, weight.n, row_tiles);
+                lora.add_row(sums, &up, tile, comptime!(2 * row_tiles));
+                tile += comptime!(blueprint.sums.k_planes);
+            }
+        }
+        ComptimeOption::None => {}
+    }
 }
 
 /// Loads a unit's share of `x`, zeros past its end.

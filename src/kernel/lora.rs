@@ -220,10 +220,19 @@ impl LoraDownBlueprint {
     }
 }
 
-/// `s x A` in f32, in parts.
+/// A matrix `A` and the factor of its branch.
+#[derive(CubeType, CubeLaunch)]
+pub struct LoraDownMatrix<G: Float, V: Size> {
+    /// `[k, rank]`.
+    pub a: Box<[Vector<G, V>]>,
+    /// The factor `s`.
+    pub scale: f32,
+}
+
+/// `s x A` in f32, in parts, for one branch or several of the same rank.
 ///
-/// - `x`: `[m, k]`; `a`: `[k, rank]`, in vectors of `V`; `down`: `[m, splits, width]`, `width` the
-///   rank rounded up to [`DOWN_TILE`]
+/// - `x`: `[m, k]`; `matrices`: `count` of them, in vectors of `V`; `down`: `[count, m, splits, width]`,
+///   `width` the rank rounded up to [`DOWN_TILE`]
 /// - A cube computes a part of `rows` by `rank_units * V` sums: its place along the grid gives the
 ///   part first, then the columns, then the rows. Units go along `A` as it lies in memory.
 /// - Tails: rows of `x` past `m` repeat the last one and are not stored; columns past the rank are
@@ -232,9 +241,8 @@ impl LoraDownBlueprint {
 #[allow(clippy::too_many_arguments)]
 pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     x: &[F],
-    a: &[Vector<G, V>],
+    matrices: Sequence<LoraDownMatrix<G, V>>,
     down: &mut [f32],
-    scale: f32,
     m: usize,
     k: usize,
     rank: usize,
@@ -250,10 +258,29 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
     let columns = comptime!(blueprint.rank_units * vector);
     let width = rank.div_ceil(DOWN_TILE.runtime()) * DOWN_TILE;
 
+    let count = matrices.len().comptime();
     let split = CUBE_POS % splits;
     let column_cubes = width / columns;
     let first_column = CUBE_POS / splits % column_cubes * columns;
-    let first_row = CUBE_POS / splits / column_cubes * rows;
+    let row_cube = CUBE_POS / splits / column_cubes;
+    let mut first_row = row_cube * rows;
+    let mut scale = matrices.index(0usize).scale;
+    let mut matrix = 0usize.runtime();
+    if comptime!(count > 1) {
+        let row_cubes = m.div_ceil(rows.runtime());
+        matrix = row_cube / row_cubes;
+        first_row = row_cube % row_cubes * rows;
+        // Cubes past the last one, of which there may be some, have no rows.
+        if matrix >= count {
+            first_row = m;
+        }
+        #[unroll]
+        for w in 1..count {
+            if matrix == w {
+                scale = matrices.index(w).scale;
+            }
+        }
+    }
     let unit = UNIT_POS as usize;
     let rank_unit = unit % comptime!(blueprint.rank_units);
     let k_unit = unit / comptime!(blueprint.rank_units);
@@ -280,7 +307,13 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
                     values[comptime!(l * rows + row)] = 0.0f32;
                 }
                 if i < end {
-                    loaded[l] = Vector::cast_from(a[(i * rank + column) / vector]);
+                    #[unroll]
+                    for w in 0..count {
+                        if comptime!(count == 1) || matrix == w {
+                            let a = &matrices.index(w).a;
+                            loaded[l] = Vector::cast_from(a[(i * rank + column) / vector]);
+                        }
+                    }
                     #[unroll]
                     for row in 0..rows {
                         let x_row = usize::min(first_row + row, m - 1);
@@ -337,7 +370,8 @@ pub fn lora_down_kernel<F: Float, G: Float, V: Size>(
         }
         let row = first_row + unit / columns;
         if row < m {
-            down[(row * splits + split) * width + first_column + unit % columns] = sum * scale;
+            let at = ((matrix * m + row) * splits + split) * width;
+            down[at + first_column + unit % columns] = sum * scale;
         }
     }
 }

@@ -166,6 +166,17 @@ impl Scales {
     }
 }
 
+/// The offset of a weight's nested scales, zero where scales are flat.
+#[cube]
+pub fn load_offset(words: &[u32], view: &PackedView, #[comptime] blueprint: ScaleBlueprint) -> f32 {
+    let mut offset = 0.0f32;
+    if comptime!(blueprint.nested_log2 != 0) {
+        let at = view.codebook + comptime!(PackedLayout::NESTED_OFFSET);
+        offset = f32::reinterpret(words[at]);
+    }
+    offset
+}
+
 /// What turns codes of scales into scales, with the values in shared memory.
 #[derive(CubeType)]
 pub struct ScaleMap {
@@ -187,10 +198,7 @@ impl ScaleMap {
     ) -> Self {
         let shares = comptime!(256usize.div_ceil(units));
         let mut share = Array::<u32>::new(shares);
-        let mut offset = 0.0f32;
         if comptime!(blueprint.nested_log2 != 0) {
-            offset =
-                f32::reinterpret(words[view.codebook + comptime!(PackedLayout::NESTED_OFFSET)]);
             #[unroll]
             for s in 0..shares {
                 let i = (UNIT_POS as usize + comptime!(s * units)) & 255;
@@ -200,9 +208,14 @@ impl ScaleMap {
         ScaleMap {
             values: Shared::new_slice(256usize),
             share,
-            offset,
+            offset: load_offset(words, view, blueprint),
             zero: view.zero,
         }
+    }
+
+    /// The same with the offset of another weight, which differs where the map does not.
+    pub fn set_offset(&mut self, offset: f32) {
+        self.offset = offset;
     }
 
     /// The caller puts a barrier behind it.

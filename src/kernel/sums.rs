@@ -3,6 +3,8 @@
 
 use cubecl::prelude::*;
 
+use crate::activation::Activation;
+
 /// Who has a part of the same sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SumsBlueprint {
@@ -60,6 +62,8 @@ pub struct Target {
     /// Rows and columns of `y`.
     pub m: usize,
     pub n: usize,
+    /// Where `y` starts in its buffer.
+    pub first_out: usize,
 }
 
 /// Adds up the sums of all planes, and cubes if they share the work, and stores `y`.
@@ -101,26 +105,11 @@ pub fn store_sums<F: Float>(
             );
         }
     } else {
-        sync_cube();
-        #[unroll]
-        for tile in 0..tiles {
-            let four = four_sums(sums.index(tile));
-            let mut words = Vector::<u32, Const<4>>::empty();
-            #[unroll]
-            for p in 0..4usize {
-                words.insert(p, u32::reinterpret(four[p]));
-            }
-            shared[(plane * tiles + tile) * 32 + lane] = words;
-        }
-        sync_cube();
+        share_sums(sums, shared, blueprint);
         let first = (target.cube * comptime!(blueprint.k_cubes) + target.k_cube) * vectors;
         let mut i = UNIT_POS as usize;
         while i < vectors {
-            let mut total = zeros();
-            #[unroll]
-            for other in 0..comptime!(blueprint.k_planes) {
-                add(&mut total, shared[i + comptime!(other * vectors)]);
-            }
+            let total = shared_sum(shared, i, blueprint);
             if comptime!(blueprint.k_cubes > 1) {
                 let mut words = Vector::<u32, Const<4>>::empty();
                 #[unroll]
@@ -149,6 +138,91 @@ pub fn store_sums<F: Float>(
             }
         }
     }
+}
+
+/// As [`store_sums`] for one row of `x` and two weights, where `y = activation(first) second`: half of the
+/// planes next to each other have sums with the one, the others those with the other. No cubes share sums.
+///
+/// - `bias`: not used; `target`: the cube counted by results
+#[cube]
+pub fn store_gated<F: Float>(
+    sums: &Sequence<Array<Vector<f32, Const<2>>>>,
+    shared: &mut Shared<[Vector<u32, Const<4>>]>,
+    bias: &[F],
+    out: &mut [F],
+    target: &Target,
+    #[comptime] activation: Activation,
+    #[comptime] blueprint: SumsBlueprint,
+) {
+    let results = comptime!(SumsBlueprint {
+        row_planes: blueprint.row_planes / 2,
+        bias: false,
+        ..blueprint
+    });
+    let vectors = comptime!(results.cube_vectors());
+    share_sums(sums, shared, blueprint);
+    let mut i = UNIT_POS as usize;
+    while i < vectors {
+        let mut total = shared_sum(shared, i, blueprint);
+        let factors = shared_sum(shared, i + vectors, blueprint);
+        #[unroll]
+        for p in 0..4usize {
+            total[p] = activated(total[p], activation) * factors[p];
+        }
+        store_vector::<F>(&total, i, bias, out, target, results);
+        i += comptime!(blueprint.units());
+    }
+}
+
+#[cube]
+fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
+    match comptime!(activation) {
+        Activation::Silu => x / (1.0f32 + f32::exp(-x)),
+        Activation::GeluTanh => {
+            // sqrt(2 / pi)
+            let inner = 0.797_884_56f32 * (x + 0.044_715f32 * x * x * x);
+            0.5f32 * x * (1.0f32 + f32::tanh(inner))
+        }
+    }
+}
+
+/// Puts the sums of all planes into shared memory, behind a barrier and before one.
+#[cube]
+fn share_sums(
+    sums: &Sequence<Array<Vector<f32, Const<2>>>>,
+    shared: &mut Shared<[Vector<u32, Const<4>>]>,
+    #[comptime] blueprint: SumsBlueprint,
+) {
+    let tiles = comptime!(blueprint.tiles());
+    let first = UNIT_POS_Y as usize * tiles * 32 + UNIT_POS_X as usize;
+    sync_cube();
+    #[unroll]
+    for tile in 0..tiles {
+        let four = four_sums(sums.index(tile));
+        let mut words = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for p in 0..4usize {
+            words.insert(p, u32::reinterpret(four[p]));
+        }
+        shared[first + comptime!(tile * 32)] = words;
+    }
+    sync_cube();
+}
+
+/// The sum of what the planes along `k` have in shared memory for vector `i` of a cube.
+#[cube]
+fn shared_sum(
+    shared: &mut Shared<[Vector<u32, Const<4>>]>,
+    i: usize,
+    #[comptime] blueprint: SumsBlueprint,
+) -> Array<f32> {
+    let vectors = comptime!(blueprint.cube_vectors());
+    let mut total = zeros();
+    #[unroll]
+    for other in 0..comptime!(blueprint.k_planes) {
+        add(&mut total, shared[i + comptime!(other * vectors)]);
+    }
+    total
 }
 
 /// Adds up the parts of all cubes and stores `y`. A unit has the loads of a few vectors on their way
@@ -250,7 +324,7 @@ fn store_vector<F: Float>(
             if comptime!(blueprint.bias) {
                 sum += f32::cast_from(bias[row]);
             }
-            out[column * target.n + row] = F::cast_from(sum);
+            out[target.first_out + column * target.n + row] = F::cast_from(sum);
         }
     }
 }

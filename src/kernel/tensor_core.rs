@@ -281,7 +281,13 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
         at += comptime!(depth * step);
     }
 
-    let target = Target { cube, k_cube, m, n };
+    let target = Target {
+        cube,
+        k_cube,
+        m,
+        n,
+        first_out: 0usize.runtime(),
+    };
     let sums_blueprint = comptime!(blueprint.sums);
     store_sums::<F>(
         &sums,

@@ -11,7 +11,8 @@ use super::{
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::kernel::lora::{
-    DOWN_TILE, LoraBranch, LoraBranchLaunch, LoraDownBlueprint, lora_down_kernel,
+    DOWN_TILE, LoraBranch, LoraBranchLaunch, LoraDownBlueprint, LoraDownMatrixLaunch,
+    lora_down_kernel,
 };
 
 /// A low-rank branch `s (x A) B` to add to a product.
@@ -104,60 +105,81 @@ impl Lora {
         x: &Handle,
         product: &Product,
     ) -> LoraDown<'_> {
-        let Product { m, k, dtype, .. } = *product;
-        let units = units_per_cube(client) as usize;
-        let rank = self.rank;
-        let width = rank.next_multiple_of(DOWN_TILE);
-        let vector = vector_size(client, self.dtype, 8, &[rank]);
-        let rows = (UNIT_SUMS / vector).min(4).min(m);
-        // Units next to each other read the bytes that memory hands out at a time.
-        let vectors = width / vector;
-        let sector = (SECTOR_BYTES / (vector * self.dtype.size_bytes())).max(1);
-        let rank_units = sector
-            .min(1 << vectors.trailing_zeros())
-            .min(prev_power_of_two(units / (rows * vector)));
-        let others = m.div_ceil(rows) * (vectors / rank_units);
-        let splits = (CUBES / others).min(k / MIN_SPLIT).clamp(1, MAX_SPLITS);
-        let splits = prev_power_of_two(splits);
-        let of_unit = k.div_ceil(splits * (units / rank_units));
-        let blueprint = LoraDownBlueprint {
-            units,
-            rank_units,
-            vector,
-            rows,
-            splits,
-            loads: of_unit.next_power_of_two().min(MAX_LOADS),
-        };
-        let elems = m * splits * width;
-        let down = client.empty(elems * 4);
-        // SAFETY: `x` and `A` hold what is declared (checked by `check_buffers`), and the kernel guards
-        // rows by `m`, columns by the rank and elements by `k`.
-        unsafe {
-            lora_down_kernel::launch_unchecked(
-                client,
-                cube_count(client, others * splits),
-                CubeDim::new_1d(units as u32),
-                address_type((m * k).max(k * rank).max(elems)),
-                vector,
-                BufferArg::from_raw_parts(x.clone(), m * k),
-                BufferArg::from_raw_parts(self.a.clone(), k * rank),
-                BufferArg::from_raw_parts(down.clone(), elems),
-                self.scale,
-                m,
-                k,
-                rank,
-                blueprint,
-                elem_type(dtype),
-                elem_type(self.dtype),
-            );
-        }
-        LoraDown {
-            lora: self,
-            down,
-            pitch: splits * width,
-            splits,
-        }
+        let mut down = launch_down_all(client, &[self], x, product);
+        down.remove(0)
     }
+}
+
+/// Launches `s x A` of branches of one rank and type; `x` holds what the product declares, which is that
+/// of each but for the columns of `y`.
+pub(super) fn launch_down_all<'a>(
+    client: &Client,
+    branches: &[&'a Lora],
+    x: &Handle,
+    product: &Product,
+) -> Vec<LoraDown<'a>> {
+    let Product { m, k, dtype, .. } = *product;
+    let units = units_per_cube(client) as usize;
+    let Lora {
+        rank, dtype: of_a, ..
+    } = *branches[0];
+    let alike = |branch: &&Lora| branch.rank == rank && branch.dtype == of_a;
+    assert!(branches.iter().all(alike), "branches of one kind");
+    let width = rank.next_multiple_of(DOWN_TILE);
+    let vector = vector_size(client, of_a, 8, &[rank]);
+    let rows = (UNIT_SUMS / vector).min(4).min(m);
+    // Units next to each other read the bytes that memory hands out at a time.
+    let vectors = width / vector;
+    let sector = (SECTOR_BYTES / (vector * of_a.size_bytes())).max(1);
+    let rank_units = sector
+        .min(1 << vectors.trailing_zeros())
+        .min(prev_power_of_two(units / (rows * vector)));
+    let others = branches.len() * m.div_ceil(rows) * (vectors / rank_units);
+    let splits = (CUBES / others).min(k / MIN_SPLIT).clamp(1, MAX_SPLITS);
+    let splits = prev_power_of_two(splits);
+    let of_unit = k.div_ceil(splits * (units / rank_units));
+    let blueprint = LoraDownBlueprint {
+        units,
+        rank_units,
+        vector,
+        rows,
+        splits,
+        loads: of_unit.next_power_of_two().min(MAX_LOADS),
+    };
+    let elems = m * splits * width;
+    let all_elems = branches.len() * elems;
+    let down = client.empty(all_elems * 4);
+    // SAFETY: `x` and each `A` hold what is declared (checked by `check_buffers`), and the kernel guards
+    // branches and rows by their number, columns by the rank and elements by `k`.
+    unsafe {
+        let matrix = |branch: &&Lora| {
+            let a = BufferArg::from_raw_parts(branch.a.clone(), k * rank);
+            LoraDownMatrixLaunch::new(a, branch.scale)
+        };
+        lora_down_kernel::launch_unchecked(
+            client,
+            cube_count(client, others * splits),
+            CubeDim::new_1d(units as u32),
+            address_type((m * k).max(k * rank).max(all_elems)),
+            vector,
+            BufferArg::from_raw_parts(x.clone(), m * k),
+            branches.iter().map(matrix).collect(),
+            BufferArg::from_raw_parts(down.clone(), all_elems),
+            m,
+            k,
+            rank,
+            blueprint,
+            elem_type(dtype),
+            elem_type(of_a),
+        );
+    }
+    let of_branch = |(part, &lora): (usize, &&'a Lora)| LoraDown {
+        lora,
+        down: down.clone().offset_start((part * elems * 4) as u64),
+        pitch: splits * width,
+        splits,
+    };
+    branches.iter().enumerate().map(of_branch).collect()
 }
 
 fn prev_power_of_two(value: usize) -> usize {

@@ -5,6 +5,7 @@ use std::fmt;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::levels::{OneWeight, levels_weight};
 use super::lora::{Lora, lora_arg};
 use super::product::Product;
 use super::strategy::MatmulVariant;
@@ -17,7 +18,7 @@ use crate::error::Nf4Error;
 use crate::format::{BlockSize, PackedLayout};
 use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
-use crate::kernel::levels::{LevelsBlueprint, matmul_levels_kernel};
+use crate::kernel::levels::{Joined, LevelsBlueprint, matmul_levels_kernel};
 use crate::kernel::sums::SumsBlueprint;
 use crate::kernel::tensor_core::matmul_tensor_core_kernel;
 use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
@@ -71,6 +72,7 @@ enum Blueprint {
     },
     Levels {
         blueprint: LevelsBlueprint,
+        bias: bool,
     },
 }
 
@@ -156,9 +158,10 @@ impl MatmulPlan {
         bias: bool,
         tile: TensorCoreTile,
     ) -> Result<Self, Nf4Error> {
-        let blueprint = tensor_core::levels_blueprint(client, layout, product, bias, tile)?;
+        let blueprint =
+            tensor_core::levels_blueprint(client, layout, product, Joined::Apart, tile)?;
         let sums = blueprint.sums;
-        let blueprint = Blueprint::Levels { blueprint };
+        let blueprint = Blueprint::Levels { blueprint, bias };
         Ok(Self::of_sums(client, layout, product, &sums, blueprint))
     }
 
@@ -277,7 +280,7 @@ impl MatmulPlan {
         let with_bias = match self.blueprint {
             Blueprint::Gemv { blueprint, .. } => blueprint.bias,
             Blueprint::TensorCore { blueprint } => blueprint.sums.bias,
-            Blueprint::Levels { blueprint } => blueprint.sums.bias,
+            Blueprint::Levels { bias, .. } => bias,
         };
         let bias = match (with_bias, bias) {
             (false, _) => None,
@@ -327,6 +330,12 @@ impl MatmulPlan {
             };
             let out_arg = || BufferArg::from_raw_parts(out.clone(), m * n);
             let words = || BufferArg::from_raw_parts(packed.clone(), layout.words());
+            let weight = || OneWeight {
+                layout,
+                packed: &packed,
+                bias: bias.as_ref(),
+                n,
+            };
             match self.blueprint {
                 Blueprint::TensorCore { blueprint } => {
                     let shared = SharedSums::new(client, n, &blueprint.sums);
@@ -365,21 +374,17 @@ impl MatmulPlan {
                         );
                     }
                 }
-                Blueprint::Levels { blueprint } => matmul_levels_kernel::launch_unchecked(
+                Blueprint::Levels { blueprint, .. } => matmul_levels_kernel::launch_unchecked(
                     client,
                     self.cube_count.clone(),
                     self.cube_dim,
                     address,
                     BufferArg::from_raw_parts(x.clone(), k / 2),
-                    words(),
-                    words(),
-                    bias_arg(),
+                    [levels_weight(weight(), down.as_ref(), [0, 0])].into(),
                     out_arg(),
                     out_arg(),
+                    out_arg(),
                     words(),
-                    lora_arg(down.as_ref(), n, 0, 1),
-                    view(),
-                    n,
                     k,
                     blueprint,
                     elem,

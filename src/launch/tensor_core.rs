@@ -16,7 +16,7 @@ use super::strategy::MatmulVariant;
 use super::tile::{TENSOR_CORE_ROWS, TensorCoreTile, TileRule};
 use crate::error::Nf4Error;
 use crate::format::{BlockSize, FloatType, PackedLayout};
-use crate::kernel::levels::LevelsBlueprint;
+use crate::kernel::levels::{Joined, LevelsBlueprint};
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
 use crate::kernel::sums::SumsBlueprint;
 use crate::kernel::tensor_core_blueprint::TensorCoreBlueprint;
@@ -116,14 +116,15 @@ pub(super) fn levels_blueprint(
     client: &Client,
     layout: &PackedLayout,
     product: Product,
-    bias: bool,
+    joined: Joined,
     tile: TensorCoreTile,
 ) -> Result<LevelsBlueprint, Nf4Error> {
     let variant = MatmulVariant::Levels;
     let run_log2 = check(client, layout, product, variant, tile)?;
     let blueprint = LevelsBlueprint {
         scales: scale_blueprint(layout, run_log2, tile),
-        sums: sums_blueprint(1, bias, tile),
+        sums: sums_blueprint(1, false, tile),
+        joined,
         paired: tile.depth == 2
             && layout.config().nested_block_size.is_some()
             && product.k.is_multiple_of(2 * CHUNK)
@@ -131,7 +132,8 @@ pub(super) fn levels_blueprint(
         chunks: tile.chunks,
         wide: product.dtype == FloatType::BF16,
     };
-    if !tile.chunks.is_multiple_of(tile.depth) {
+    let gated = matches!(joined, Joined::Gated(_));
+    if !tile.chunks.is_multiple_of(tile.depth) || gated && !tile.row_planes.is_multiple_of(2) {
         return Err(impossible(
             variant,
             format!("{tile:?} has sizes that do not go together"),

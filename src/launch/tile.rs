@@ -67,7 +67,13 @@ impl TensorCoreTile {
     /// chunks or more to go through: for a few rows, and the tile of
     /// [`Levels`](super::MatmulVariant::Levels).
     pub fn whole(client: &Client, product: &Product) -> Self {
+        Self::whole_of(client, product, 1)
+    }
+
+    /// The same for so many weights of the size of one, whose rows a cube multiplies with together.
+    pub(super) fn whole_of(client: &Client, product: &Product, weights: usize) -> Self {
         let row_planes = product.n.div_ceil(16 * multiprocessors(client)).clamp(1, 8);
+        let row_planes = weights * row_planes;
         let all = product.k.div_ceil(CHUNK).max(1);
         let k_planes = (32 / row_planes).min(all.div_ceil(4));
         let chunks = all.div_ceil(k_planes).next_multiple_of(2);

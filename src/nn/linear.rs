@@ -188,7 +188,7 @@ impl Nf4Linear {
     }
 
     /// The bias in the dtype of `x`.
-    fn bias_of<const D: usize>(&self, x: &Tensor<D>) -> Option<Tensor<1>> {
+    pub(super) fn bias_of<const D: usize>(&self, x: &Tensor<D>) -> Option<Tensor<1>> {
         self.bias.as_ref().map(|bias| bias.val().cast(x.dtype()))
     }
 

@@ -72,6 +72,7 @@
 
 mod any_linear;
 mod embedding;
+mod joined;
 mod linear;
 mod lora;
 mod params;
@@ -86,6 +87,7 @@ pub use any_linear::AnyLinear;
 #[cfg(feature = "peft")]
 pub(crate) use any_linear::with_stable_id;
 pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
+pub use joined::{gated_forward, joined_forward};
 pub use linear::{Nf4Linear, Nf4LinearConfig};
 pub use lora::LoraLinear;
 #[cfg(feature = "peft")]

@@ -269,6 +269,14 @@ impl QLoraLinear {
         }
     }
 
+    /// The branch, if it is added to the product with `x` as it is: without a magnitude, and without
+    /// dropout that acts.
+    pub(super) fn plain_branch<const D: usize>(&self, x: &Tensor<D>) -> Option<LowRank> {
+        let plain = self.lora_magnitude.is_none() && !drops(&self.dropout, x);
+        let rows = x.shape().num_elements() > 0;
+        (plain && rows).then(|| self.low_rank())
+    }
+
     fn low_rank(&self) -> LowRank {
         LowRank {
             a: self.lora_a.val(),

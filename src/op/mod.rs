@@ -29,11 +29,14 @@ mod backends;
 mod base;
 mod compiled;
 mod graphs;
+mod joined;
 mod reproducible;
 mod rms_norm;
 mod rotary;
+mod rotary_append;
 mod tensor;
 
+pub use crate::activation::Activation;
 pub use crate::norm_form::NormForm;
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
@@ -43,12 +46,20 @@ pub use attention::{
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
 pub use graphs::has_graphs;
+#[cfg(feature = "cube")]
+#[doc(hidden)]
+pub use joined::{JoinedBackend, JoinedSpec};
+pub use joined::{LinearPart, gated_linear, joined_linear};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary;
 #[doc(hidden)]
 pub use rotary::{RotaryBackend, RotarySpec};
+pub use rotary_append::{CachedKeys, TokenHeads, rotary_append};
+#[cfg(feature = "cube")]
+#[doc(hidden)]
+pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]

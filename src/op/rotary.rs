@@ -148,6 +148,21 @@ pub(super) fn composed<B: Backend>(
 /// than a head, [`Nf4Error::Dtype`] for a type other than f16, bf16 or f32 and for tables of two types,
 /// [`Nf4Error::Device`] unless all are on one device.
 pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Result<Tensor<4>, Nf4Error> {
+    let spec = check_tables(&x, &cos, &sin)?;
+    if spec.shape().num_elements() == 0 {
+        return Ok(x);
+    }
+    let x = x.swap_dims(1, 2).into_dispatch();
+    let y = <Dispatch as RotaryBackend>::rotary(x, cos.into_dispatch(), sin.into_dispatch(), spec);
+    Ok(Tensor::<4>::from_dispatch(y).swap_dims(1, 2))
+}
+
+/// The rotation of `x`, if the tables fit it.
+pub(super) fn check_tables(
+    x: &Tensor<4>,
+    cos: &Tensor<3>,
+    sin: &Tensor<3>,
+) -> Result<RotarySpec, Nf4Error> {
     let [batch, heads, tokens, head_dim] = x.dims();
     let [given_rows, _, rotary_dim] = cos.dims();
     let table_rows = if given_rows == 1 { 1 } else { batch };
@@ -156,8 +171,8 @@ pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Result<Tensor<4>,
     check_shape("sin", &expected, &sin.dims())?;
     let dtype = FloatType::from_dtype(x.dtype(), "x")?;
     let table_dtype = FloatType::from_dtype(cos.dtype(), "cos")?;
-    check_dtype("sin", &sin, "as cos", &[cos.dtype()])?;
-    for (name, table) in [("cos", &cos), ("sin", &sin)] {
+    check_dtype("sin", sin, "as cos", &[cos.dtype()])?;
+    for (name, table) in [("cos", cos), ("sin", sin)] {
         check_device(name, &table.device(), &x.device())?;
     }
     if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
@@ -167,7 +182,7 @@ pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Result<Tensor<4>,
             given: format!("{rotary_dim} of {head_dim}"),
         });
     }
-    let spec = RotarySpec {
+    Ok(RotarySpec {
         batch,
         tokens,
         heads,
@@ -177,11 +192,5 @@ pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Result<Tensor<4>,
         inverse: false,
         dtype,
         table_dtype,
-    };
-    if spec.shape().num_elements() == 0 {
-        return Ok(x);
-    }
-    let x = x.swap_dims(1, 2).into_dispatch();
-    let y = <Dispatch as RotaryBackend>::rotary(x, cos.into_dispatch(), sin.into_dispatch(), spec);
-    Ok(Tensor::<4>::from_dispatch(y).swap_dims(1, 2))
+    })
 }

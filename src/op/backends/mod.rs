@@ -6,5 +6,7 @@ mod autodiff;
 pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
+#[cfg(feature = "cube")]
+pub(super) mod joined;
 mod rms_norm;
 mod rotary;

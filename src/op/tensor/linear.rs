@@ -1,7 +1,7 @@
 //! Linear maps with a packed weight.
 
 use burn::backend::{Dispatch, DispatchDevice};
-use burn::tensor::{DType, Device, Shape, Tensor};
+use burn::tensor::{DType, Device, Int, Shape, Tensor};
 
 use super::check::{check_device, check_dtype};
 use super::dense::{MatmulOptions, matmul, uses_cublaslt};
@@ -149,10 +149,7 @@ pub fn lora_linear<const D: usize>(
     branch: LowRank,
     strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
-    let [out_features, in_features] = weight.matrix_dims()?;
-    let [_, rank] = branch.a.dims();
-    branch.check([out_features, in_features], rank.max(1))?;
-    let dims = [out_features, in_features];
+    let dims = weight.matrix_dims()?;
     linear_at(x, weight, dims, 0, bias, Some(branch), strategy)
 }
 
@@ -254,7 +251,7 @@ pub(crate) fn effective_weight(
 }
 
 /// The linear map of the matrix whose elements begin at `start`.
-fn linear_at<const D: usize>(
+pub(in crate::op) fn linear_at<const D: usize>(
     x: Tensor<D>,
     weight: &Nf4Weight,
     [out_features, in_features]: [usize; 2],
@@ -263,30 +260,9 @@ fn linear_at<const D: usize>(
     branch: Option<LowRank>,
     strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
-    let dtype = FloatType::from_dtype(x.dtype(), "x")?;
+    let dims = [out_features, in_features];
+    let (dtype, packed) = checked_operands(&x, weight, dims, bias.as_ref(), branch.as_ref())?;
     let mut shape: Vec<usize> = x.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = in_features;
-    }
-    check_shape("x", &shape, &x.dims())?;
-    if let Some(bias) = &bias {
-        check_shape("bias", &[out_features], &bias.dims())?;
-    }
-
-    if let Some(bias) = &bias {
-        check_dtype("bias", bias, "as x", &[x.dtype(), DType::from(dtype)])?;
-    }
-    let packed = weight.checked_packed()?;
-    let device = x.device();
-    check_device("packed weight", &packed.device(), &device)?;
-    if let Some(bias) = &bias {
-        check_device("bias", &bias.device(), &device)?;
-    }
-    if let Some(LowRank { a, b, .. }) = &branch {
-        check_device("lora_a", &a.device(), &device)?;
-        check_device("lora_b", &b.device(), &device)?;
-    }
-
     let rows = shape.iter().product::<usize>() / in_features;
     shape[D - 1] = out_features;
     if rows == 0 {
@@ -374,6 +350,39 @@ fn linear_at<const D: usize>(
         y = y + separate.cast(dtype);
     }
     Ok(y.cast(given).reshape(Shape::from(shape)))
+}
+
+/// Checks what goes into a linear map, and returns the type of the product and the packed weight.
+pub(in crate::op) fn checked_operands<const D: usize>(
+    x: &Tensor<D>,
+    weight: &Nf4Weight,
+    [out_features, in_features]: [usize; 2],
+    bias: Option<&Tensor<1>>,
+    branch: Option<&LowRank>,
+) -> Result<(FloatType, Tensor<1, Int>), Nf4Error> {
+    let dtype = FloatType::from_dtype(x.dtype(), "x")?;
+    let mut shape: Vec<usize> = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = in_features;
+    }
+    check_shape("x", &shape, &x.dims())?;
+    if let Some(bias) = bias {
+        check_shape("bias", &[out_features], &bias.dims())?;
+        check_dtype("bias", bias, "as x", &[x.dtype(), DType::from(dtype)])?;
+    }
+    let packed = weight.checked_packed()?;
+    let device = x.device();
+    check_device("packed weight", &packed.device(), &device)?;
+    if let Some(bias) = bias {
+        check_device("bias", &bias.device(), &device)?;
+    }
+    if let Some(branch) = branch {
+        let [_, rank] = branch.a.dims();
+        branch.check([out_features, in_features], rank.max(1))?;
+        check_device("lora_a", &branch.a.device(), &device)?;
+        check_device("lora_b", &branch.b.device(), &device)?;
+    }
+    Ok((dtype, packed))
 }
 
 /// Checks that a kernel that was asked for can multiply `rows` rows of `x` with a weight.

@@ -15,4 +15,5 @@ pub(crate) use empty::connect_empty;
 pub(super) use empty::tracked_zero;
 pub(crate) use linear::effective_weight;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
+pub(super) use linear::{checked_operands, linear_at};
 pub use weight::Nf4Weight;

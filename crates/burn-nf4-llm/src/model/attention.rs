@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
-use burn_nf4::nn::AnyLinear;
+use burn_nf4::nn::{AnyLinear, joined_forward};
 use burn_nf4::op::{AttentionOptions, attention};
 
 use crate::model::cache::LayerCache;
@@ -93,19 +93,21 @@ impl Attention {
         let q = heads(normalised(&self.q_norm, q), self.num_heads);
         let k = heads(normalised(&self.k_norm, k), self.num_kv_heads);
         let v = heads(v, self.num_kv_heads);
-        let (q, k) = match self.rope {
-            Some(rope) => {
-                let rotation = pass.rotation(rope);
-                (rotation.apply(q), rotation.apply(k))
+        let rotation = self.rope.map(|rope| pass.rotation(rope));
+        let (q, k, v) = match (cache, pass.position()) {
+            (Some(cache), Some(position)) => cache.put(q, k, v, rotation, position),
+            (cache, _) => {
+                let rotate = |x| match rotation {
+                    Some(rotation) => rotation.apply(x),
+                    None => x,
+                };
+                let (q, k) = (rotate(q), rotate(k));
+                let (k, v) = match cache {
+                    Some(cache) => cache.append(k, v),
+                    None => (k, v),
+                };
+                (q, k, v)
             }
-            None => (q, k),
-        };
-        let (k, v) = match cache {
-            Some(cache) => match pass.position() {
-                Some(position) => cache.put(k, v, position),
-                None => cache.append(k, v),
-            },
-            None => (k, v),
         };
 
         let ranges = pass.ranges(self.window);
@@ -123,11 +125,7 @@ impl Attention {
                 q_proj,
                 k_proj,
                 v_proj,
-            }) => [
-                q_proj.forward(x.clone()),
-                k_proj.forward(x.clone()),
-                v_proj.forward(x),
-            ],
+            }) => joined_forward([q_proj, k_proj, v_proj], x),
             QkvProjections::Fused(FusedQkv { qkv_proj }) => {
                 let all = qkv_proj.forward(x);
                 let [of_q, of_kv] = [self.num_heads, self.num_kv_heads].map(|n| n * self.head_dim);

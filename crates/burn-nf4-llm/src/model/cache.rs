@@ -1,6 +1,9 @@
 //! The keys and values of the tokens seen so far.
 
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
+use burn_nf4::op::{CachedKeys, TokenHeads};
+
+use crate::model::rotation::Rotation;
 
 /// Keys and values of every layer, for a batch whose rows were padded on the left to one length.
 #[derive(Debug, Default)]
@@ -106,23 +109,42 @@ impl LayerCache {
         (keys, values)
     }
 
-    /// Writes keys and values of one token, `[batch, kv_heads, 1, head_dim]`, to the position `at`, `[1]`,
-    /// which may be known on the device only, and returns all that is allocated.
+    /// Rotates queries and keys of one token, `[batch, heads, 1, head_dim]`, writes keys and values to the
+    /// position `at`, `[1]`, which may be known on the device only, and returns the queries and all keys and
+    /// values that are allocated.
     ///
     /// # Panics
     /// If nothing is allocated yet.
-    pub fn put(
+    pub(super) fn put(
         &mut self,
-        keys: Tensor<4>,
-        values: Tensor<4>,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        rotation: Option<&Rotation>,
         at: &Tensor<1, Int>,
-    ) -> (Tensor<4>, Tensor<4>) {
-        let put = |slot: &mut Option<Tensor<4>>, new| {
-            let held = slot.take().expect("a prompt came before");
-            let held = held.select_assign(2, at.clone(), new, IndexingUpdateOp::Assign);
-            slot.insert(held).clone()
+    ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+        let mut take = |slot: fn(&mut Self) -> &mut Option<Tensor<4>>| {
+            slot(self).take().expect("a prompt came before")
         };
-        (put(&mut self.keys, keys), put(&mut self.values, values))
+        let (keys, values) = (
+            take(|layer| &mut layer.keys),
+            take(|layer| &mut layer.values),
+        );
+        let (q, keys, values) = match rotation {
+            Some(rotation) => {
+                let cache = CachedKeys { keys, values };
+                let (q, cache) = rotation.append(TokenHeads { q, k, v }, cache, at.clone());
+                (q, cache.keys, cache.values)
+            }
+            None => {
+                let put = |held: Tensor<4>, new| {
+                    held.select_assign(2, at.clone(), new, IndexingUpdateOp::Assign)
+                };
+                (q, put(keys, k), put(values, v))
+            }
+        };
+        let keys = self.keys.insert(keys).clone();
+        (q, keys, self.values.insert(values).clone())
     }
 }
 

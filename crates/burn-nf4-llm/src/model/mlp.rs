@@ -1,34 +1,12 @@
 //! The feed-forward block of a layer.
 
 use burn::module::Module;
-use burn::tensor::activation::{gelu_approximate, silu};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
-use burn_nf4::nn::AnyLinear;
+use burn_nf4::nn::{AnyLinear, gated_forward};
+use burn_nf4::op::Activation;
 
 use crate::model::variants::linear_variants;
-
-/// The activation of a gate.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Activation {
-    /// `x sigmoid(x)`.
-    Silu,
-    /// The tanh approximation of GELU (arXiv 1606.08415), PyTorch's `approximate="tanh"`.
-    GeluTanh,
-}
-
-impl Activation {
-    fn apply(self, x: Tensor<3>) -> Tensor<3> {
-        match self {
-            Self::Silu => silu(x),
-            Self::GeluTanh => {
-                // PyTorch computes it in f32 and rounds once.
-                let dtype = x.dtype();
-                gelu_approximate(x.cast(DType::F32)).cast(dtype)
-            }
-        }
-    }
-}
 
 /// `down(activation(gate(x)) up(x))` (arXiv 2002.05202).
 #[derive(Module, Debug)]
@@ -82,24 +60,23 @@ impl GatedMlp {
     /// # Shapes
     /// - `x`: `[batch, length, hidden_size]`, and so the result
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let [gate, up] = self.gate_up.forward(x);
-        self.down_proj.forward(self.activation.apply(gate) * up)
+        self.down_proj
+            .forward(self.gate_up.forward(x, self.activation))
     }
 }
 
 impl GateUpProjections {
-    fn forward(&self, x: Tensor<3>) -> [Tensor<3>; 2] {
+    /// `activation(gate(x)) up(x)`.
+    fn forward(&self, x: Tensor<3>, activation: Activation) -> Tensor<3> {
         match self {
             Self::Separate(SeparateGateUp { gate_proj, up_proj }) => {
-                [gate_proj.forward(x.clone()), up_proj.forward(x)]
+                gated_forward(gate_proj, up_proj, activation, x)
             }
             Self::Fused(FusedGateUp { gate_up_proj }) => {
                 let both = gate_up_proj.forward(x);
                 let inner = both.dims()[2] / 2;
-                [
-                    both.clone().narrow(2, 0, inner),
-                    both.narrow(2, inner, inner),
-                ]
+                let gate = both.clone().narrow(2, 0, inner);
+                activation.forward(gate) * both.narrow(2, inner, inner)
             }
         }
     }

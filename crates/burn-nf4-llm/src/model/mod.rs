@@ -53,14 +53,14 @@ mod rotation;
 mod scale;
 mod variants;
 
-pub use burn_nf4::op::NormForm;
+pub use burn_nf4::op::{Activation, NormForm};
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, EMBEDDING, HEAD};
 pub use init::random;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};
 pub use mixture::MixtureMlp;
-pub use mlp::{Activation, FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
+pub use mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::RmsNorm;
 pub use pass::Pass;
 pub(crate) use pass::row_starts;

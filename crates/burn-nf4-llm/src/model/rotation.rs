@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use burn_nf4::op::rotary;
+use burn_nf4::op::{CachedKeys, TokenHeads, rotary, rotary_append};
 
 use crate::model::rope::RopeConfig;
 
@@ -184,5 +184,16 @@ impl Rotation {
     /// type of the tables.
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
         rotary(x, self.cos.clone(), self.sin.clone()).expect("the tables fit")
+    }
+
+    /// Rotates queries and keys of one token a row, and writes keys and values into a cache.
+    pub(super) fn append(
+        &self,
+        token: TokenHeads,
+        cache: CachedKeys,
+        position: Tensor<1, Int>,
+    ) -> (Tensor<4>, CachedKeys) {
+        let tables = [self.cos.clone(), self.sin.clone()];
+        rotary_append(token, tables, cache, position).expect("the tables fit")
     }
 }

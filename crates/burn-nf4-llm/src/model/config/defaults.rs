@@ -7,11 +7,10 @@ use serde_json::Value;
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::NormForm;
 use crate::model::config::rope_fields::RopeDefaults;
 use crate::model::config::{Biases, DecoderConfig, LayerConfig, NormPlacement, TokenIds};
-use crate::model::mlp::Activation;
 use crate::model::rope::RopeConfig;
+use crate::model::{Activation, NormForm};
 
 /// The values of a family's class for fields that `config.json` leaves out.
 #[derive(Debug, Clone, Copy)]

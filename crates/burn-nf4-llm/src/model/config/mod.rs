@@ -17,11 +17,10 @@ use serde_json::{Map, Value};
 use crate::error::ModelError;
 use crate::json::fields::{FieldType, Fields};
 use crate::json::files::read;
-use crate::model::NormForm;
 use crate::model::family::{self, vision};
-use crate::model::mlp::Activation;
 use crate::model::rope::RopeConfig;
 use crate::model::scale::EmbeddingScale;
+use crate::model::{Activation, NormForm};
 
 /// The model that a `config.json` describes, with every default filled in and everything that is
 /// not implemented refused.

@@ -2,13 +2,12 @@
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
-use crate::model::NormForm;
 use crate::model::config::defaults::{
     Defaults, attention_scale, attention_softcap, flag, nullable_positive, nullable_size,
 };
 use crate::model::config::{Biases, DecoderConfig, NormPlacement};
-use crate::model::mlp::Activation;
 use crate::model::scale::EmbeddingScale;
+use crate::model::{Activation, NormForm};
 
 pub(super) const DEFAULTS: Defaults = Defaults {
     vocab_size: 256_000,

@@ -5,9 +5,9 @@
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
+use crate::model::Activation;
 use crate::model::config::defaults::{Defaults, flag};
 use crate::model::config::{Biases, DecoderConfig};
-use crate::model::mlp::Activation;
 
 pub(super) const DEFAULTS: Defaults = Defaults {
     vocab_size: 32_000,

@@ -1,0 +1,145 @@
+//! When products are joined, and how that is asked of a backend.
+
+use burn::backend::{Dispatch, DispatchDevice};
+use burn::tensor::Tensor;
+
+use super::LinearPart;
+use super::base::{
+    JoinedBackend, JoinedBranch, JoinedPart, JoinedResults, JoinedSpec, JoinedWeight, JoinedWeights,
+};
+use crate::activation::Activation;
+use crate::error::Nf4Error;
+use crate::format::FloatType;
+use crate::op::backends::joined::has_kernel;
+use crate::op::base::MatmulStrategy;
+use crate::op::tensor::{LowRank, checked_operands};
+
+/// The results of each weight, or with a gate that of both.
+pub(super) fn launched<const D: usize>(
+    x: Tensor<D>,
+    parts: Vec<LinearPart>,
+    spec: JoinedSpec,
+) -> Result<Vec<Tensor<D>>, Nf4Error> {
+    let shape = x.dims();
+    let weights = parts
+        .into_iter()
+        .map(|part| part.into_dispatch(&x))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut weights = weights.into_iter();
+    let weights = match (weights.next(), weights.next(), weights.next()) {
+        (Some(first), Some(second), None) => JoinedWeights::Two(first, second),
+        (Some(first), Some(second), Some(third)) => JoinedWeights::Three(first, second, third),
+        _ => unreachable!("two or three weights have a specification"),
+    };
+    let x = x.reshape([1, spec.k]).into_dispatch();
+    let results = match <Dispatch as JoinedBackend>::nf4_joined(x, weights, spec) {
+        JoinedResults::Gated(y) => vec![y],
+        JoinedResults::Two(first, second) => vec![first, second],
+        JoinedResults::Three(first, second, third) => vec![first, second, third],
+    };
+    let back = |y| {
+        let y = Tensor::<2>::from_dispatch(y);
+        let mut shape = shape;
+        shape[D - 1] = y.dims()[1];
+        y.reshape(shape)
+    };
+    Ok(results.into_iter().map(back).collect())
+}
+
+impl LinearPart<'_> {
+    /// The operands, checked against `x`.
+    fn into_dispatch<const D: usize>(
+        self,
+        x: &Tensor<D>,
+    ) -> Result<JoinedWeight<Dispatch>, Nf4Error> {
+        let Self {
+            weight,
+            bias,
+            branch,
+            ..
+        } = self;
+        let dims = weight.matrix_dims()?;
+        let (_, packed) = checked_operands(x, weight, dims, bias.as_ref(), branch.as_ref())?;
+        let packed = packed.into_dispatch();
+        let branch = branch.map(|LowRank { a, b, .. }| (a.into_dispatch(), b.into_dispatch()));
+        Ok(match (bias.map(Tensor::into_dispatch), branch) {
+            (None, None) => JoinedWeight::Plain { packed },
+            (Some(bias), None) => JoinedWeight::Bias { packed, bias },
+            (None, Some((a, b))) => JoinedWeight::Lora { packed, a, b },
+            (Some(bias), Some((a, b))) => JoinedWeight::BiasLora { packed, bias, a, b },
+        })
+    }
+}
+
+/// The products as one launch, if there is a kernel for them.
+///
+/// # Errors
+/// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] and [`Nf4Error::Dtype`] for a
+/// branch that does not fit it.
+pub(super) fn spec_of<const D: usize>(
+    x: &Tensor<D>,
+    parts: &[LinearPart],
+    gate: Option<Activation>,
+) -> Result<Option<JoinedSpec>, Nf4Error> {
+    let device = x.device();
+    let is_row = x.dims()[..D - 1].iter().all(|&dim| dim == 1);
+    let Ok(dtype) = FloatType::from_dtype(x.dtype(), "x") else {
+        return Ok(None);
+    };
+    if !is_row || device.is_autodiff() || !(2..=3).contains(&parts.len()) {
+        return Ok(None);
+    }
+    let DispatchDevice::Cube(cube) = device.as_dispatch() else {
+        return Ok(None);
+    };
+    let k = x.dims()[D - 1];
+    let mut specs = Vec::new();
+    for part in parts {
+        let [n, in_features] = part.weight.matrix_dims()?;
+        let of_levels = matches!(
+            part.strategy,
+            MatmulStrategy::Auto | MatmulStrategy::Rule | MatmulStrategy::Levels
+        );
+        let bias_fits = part
+            .bias
+            .as_ref()
+            .is_none_or(|bias| bias.dtype() == x.dtype());
+        if in_features != k || !of_levels || !bias_fits || part.weight.is_transposed() {
+            return Ok(None);
+        }
+        let branch = match &part.branch {
+            None => None,
+            Some(branch) => {
+                let [_, rank] = branch.a.dims();
+                branch.check([n, k], rank.max(1))?;
+                let of_branch = FloatType::from_dtype(branch.a.dtype(), "lora_a")?;
+                if of_branch != dtype && of_branch != FloatType::F32 {
+                    return Ok(None);
+                }
+                Some(JoinedBranch {
+                    rank,
+                    scale: branch.scale,
+                    dtype: of_branch,
+                })
+            }
+        };
+        specs.push(JoinedPart {
+            layout: *part.weight.layout(),
+            n,
+            branch,
+        });
+    }
+    let kinds = parts.iter().zip(&specs).map(|(part, spec)| {
+        let branch = spec.branch.map(|branch| (branch.rank, branch.dtype));
+        (part.bias.is_some(), branch)
+    });
+    let kinds: Vec<_> = kinds.collect();
+    let spec = JoinedSpec {
+        parts: specs,
+        k,
+        dtype,
+        gate,
+    };
+    let alike = kinds.iter().all(|kind| *kind == kinds[0]);
+    Ok((alike && has_kernel(&cube.client(), &spec)).then_some(spec))
+}
