@@ -32,9 +32,11 @@ mod graphs;
 mod reproducible;
 mod rms_norm;
 mod rotary;
+mod sample;
 mod tensor;
 
 pub use crate::norm_form::NormForm;
+pub use crate::sampling::SampleSettings;
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{
@@ -49,6 +51,9 @@ pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary;
 #[doc(hidden)]
 pub use rotary::{RotaryBackend, RotarySpec};
+#[doc(hidden)]
+pub use sample::{SampleBackend, SampleSpec};
+pub use sample::{SampleState, Sampled, sample};
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]
