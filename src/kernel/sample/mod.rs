@@ -325,7 +325,7 @@ fn reached<F: Float, N: Size>(
 
 /// Adds the tokens that are kept, and begin with the digits known, to the bins of the next digit.
 #[cube]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::collapsible_if)]
 fn count<F: Float, N: Size>(
     logits: &[Vector<F, N>],
     state: &mut [u32],

@@ -36,9 +36,8 @@ pub fn key_of(
 ) -> u32 {
     let mut value = logit;
     if comptime!(blueprint.history) {
-        if seen == 1 {
-            value = logit * select(logit < 0.0f32, view.penalty, view.inverse_penalty);
-        }
+        let factor = select(logit < 0.0f32, view.penalty, view.inverse_penalty);
+        value = select(seen == 1, logit * factor, logit);
     }
     let bits = u32::reinterpret(value);
     let magnitude = bits & 0x7fff_ffffu32;
@@ -81,7 +80,7 @@ pub fn weight(distance: u32) -> u32 {
         sum = term - part.mul_hi(sum);
     }
     let lost = part.mul_hi(sum);
-    (0x8000_0000u32 - (lost + 1) / 2) >> whole
+    (0x8000_0000u32 - ((lost + 1) >> 1u32)) >> whole
 }
 
 /// The first digits of a place in an order. An order by rank has a digit of the distance first, which spreads
@@ -178,10 +177,10 @@ impl Digit {
             // The last digit first: units next to each other have bins next to each other.
             id_shift = level * 8;
         } else {
-            if level >= 1 && level <= 4 {
+            if level <= 4 {
+                // Of the first digit, that of the distance, neither is used.
                 key_shift = 32u32 - level * 8;
-            }
-            if level >= 5 {
+            } else {
                 id_shift = 56u32 - level * 8;
             }
         }

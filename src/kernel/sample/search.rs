@@ -54,7 +54,8 @@ impl Run {
             let bin = self.bin as usize;
             scratch.bins[bin].fetch_add(self.count);
             let before = scratch.bins[bin + BINS].fetch_add(self.low);
-            let high = self.high + select(before + self.low < before, 1u32, 0u32);
+            let after = before + self.low;
+            let high = self.high + select(after < before, 1u32, 0u32);
             if high > 0 {
                 scratch.bins[bin + comptime!(2 * BINS)].fetch_add(high);
             }
