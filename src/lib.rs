@@ -24,6 +24,7 @@ mod norm_form;
 pub mod op;
 #[cfg(feature = "peft")]
 pub mod peft;
+mod sampling;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};
 pub use op::{Nf4Weight, expert_linear, linear};

@@ -25,6 +25,7 @@ mod dequantize;
 mod embedding;
 mod matmul;
 mod quantize;
+mod sample;
 mod simd;
 
 pub use attention::{
@@ -35,6 +36,7 @@ pub use dequantize::{dequantize, dequantize_with};
 pub use embedding::embedding;
 pub use matmul::{matmul, matmul_with};
 pub use quantize::{quantize, quantize_with};
+pub use sample::{Choice, sample, sample_candidates};
 pub use simd::Simd;
 
 /// Elements to which every division of work is aligned: the largest block size, so that no block

@@ -12,6 +12,7 @@ pub mod quantize;
 pub mod quantize_tiles;
 pub mod rms_norm;
 pub mod rotary;
+pub mod sample;
 pub mod scales;
 pub mod stage;
 pub mod sums;

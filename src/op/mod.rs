@@ -34,10 +34,12 @@ mod reproducible;
 mod rms_norm;
 mod rotary;
 mod rotary_append;
+mod sample;
 mod tensor;
 
 pub use crate::activation::Activation;
 pub use crate::norm_form::NormForm;
+pub use crate::sampling::SampleSettings;
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{
@@ -60,6 +62,9 @@ pub use rotary_append::{CachedKeys, TokenHeads, rotary_append};
 #[cfg(feature = "cube")]
 #[doc(hidden)]
 pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
+#[doc(hidden)]
+pub use sample::{SampleBackend, SampleSpec};
+pub use sample::{SampleState, Sampled, sample};
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]

@@ -232,14 +232,60 @@ fn a_text_goes_by_generation_config() {
     let (free, told) = shown();
     assert!(!told.contains("generation_config.json"), "{told}");
     let stop = free.chars().find(char::is_ascii_alphanumeric).unwrap();
-    let generation = json!({"stop_strings": stop.to_string(), "repetition_penalty": 1.5});
+    let generation = json!({"stop_strings": stop.to_string(), "no_repeat_ngram_size": 2});
     let path = folder.path().join("generation_config.json");
     fs::write(path, generation.to_string()).unwrap();
     let (given, told) = shown();
     assert_eq!(given, format!("{}\n", free.split(stop).next().unwrap()));
     let warning = "warning: generation_config.json has fields that are not applied: \
-                   repetition_penalty: 1.5";
+                   no_repeat_ngram_size: 2";
     assert!(told.contains(warning), "{told}");
+}
+
+/// Arguments come before what the model says, and that before no penalty.
+#[test]
+fn a_penalty_is_that_of_generation_config() {
+    let folder = folder();
+    let shown = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args([
+                "generate",
+                "--prompt",
+                "ab",
+                "--max-tokens",
+                "40",
+                "--model",
+            ])
+            .arg(folder.path())
+            .args(arguments)
+            .output()
+            .unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(!told.contains("not applied"), "{told}");
+        match output.status.success() {
+            true => Ok(output.stdout),
+            false => Err(told),
+        }
+    };
+    let free = shown(&[]).unwrap();
+    let penalised = shown(&["--repetition-penalty", "3"]).unwrap();
+    assert_ne!(penalised, free);
+    let drawn = ["--temperature", "2.5", "--seed", "4"];
+    let free_drawn = shown(&drawn).unwrap();
+    let write = |generation: Value| {
+        let path = folder.path().join("generation_config.json");
+        fs::write(path, generation.to_string()).unwrap();
+    };
+    write(json!({"repetition_penalty": 3.0, "min_p": 1.0}));
+    assert_eq!(shown(&[]).unwrap(), penalised);
+    assert_eq!(shown(&["--repetition-penalty", "1"]).unwrap(), free);
+    // No token but the likeliest has its probability.
+    assert_eq!(shown(&drawn).unwrap(), penalised);
+    let all = [&drawn[..], &["--min-p", "0", "--repetition-penalty", "1"]].concat();
+    assert_eq!(shown(&all).unwrap(), free_drawn);
+    write(json!({"repetition_penalty": 0}));
+    let error = shown(&[]).unwrap_err();
+    assert!(error.contains("repetition penalty is 0"), "{error}");
 }
 
 #[test]

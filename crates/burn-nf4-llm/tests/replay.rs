@@ -48,7 +48,14 @@ const DRAWN: Sampling = Sampling {
     temperature: 0.9,
     top_k: 20,
     top_p: 0.95,
+    min_p: 0.01,
+    repetition_penalty: 1.2,
     seed: 7,
+};
+
+const PENALISED: Sampling = Sampling {
+    repetition_penalty: 1.5,
+    ..Sampling::greedy()
 };
 
 /// Rows of different length, so that two are padded.
@@ -105,6 +112,7 @@ fn every_family(
     let (model, config) = family(name);
     assert_replays_as_launched(&model, &config, &request(prompts(), 24, Sampling::greedy()));
     assert_replays_as_launched(&model, &config, &request(prompts(), 20, DRAWN));
+    assert_replays_as_launched(&model, &config, &request(prompts(), 20, PENALISED));
 }
 
 /// Across the steps in which a cache grows, and across the border where another step is recorded.
@@ -112,8 +120,9 @@ fn every_family(
 fn a_long_text() {
     let _alone = alone();
     let (model, config) = family("qwen3");
-    let greedy = Sampling::greedy();
-    assert_replays_as_launched(&model, &config, &request(prompts(), 2200, greedy));
+    for sampling in [Sampling::greedy(), DRAWN] {
+        assert_replays_as_launched(&model, &config, &request(prompts(), 2200, sampling));
+    }
 }
 
 #[test]
@@ -173,14 +182,14 @@ fn with_an_adapter() {
 }
 
 /// A session hands its cache to a new recording each time, and gets it back.
-#[test]
-fn turns_of_a_session() {
+#[rstest]
+fn turns_of_a_session(#[values(Sampling::greedy(), DRAWN)] sampling: Sampling) {
     let _alone = alone();
     let (model, config) = family("qwen3");
     let mut session = Session::new(&model, &config);
     let mut prompt = prompts()[0].clone();
     for turn in 0..3 {
-        let wanted = request(vec![prompt.clone()], 20, Sampling::greedy());
+        let wanted = request(vec![prompt.clone()], 20, sampling);
         let mut seen = 0;
         let report = session.generate(&wanted, |_, _| {
             seen += 1;

@@ -10,3 +10,4 @@ pub(super) mod flex;
 pub(super) mod joined;
 mod rms_norm;
 mod rotary;
+mod sample;

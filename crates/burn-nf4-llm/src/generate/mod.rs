@@ -153,7 +153,7 @@ impl RowFlow for ControlFlow<()> {
 /// # Errors
 /// - [`ModelError::Setting`] for a request for nothing, or [`Sampling`] that cannot be
 /// - [`Nf4Error::IdRange`] for tokens that the model does not know
-/// - [`Nf4Error::NonFinite`] if the logits of the prompts are not finite; those of later tokens are not checked
+/// - [`Nf4Error::NonFinite`] if logits are NaN or infinite, or those of a row are all minus infinity
 /// - [`ModelError::Replay`] if a step was not recorded or replayed rightly: see [`Request::capture`]
 /// - [`ModelError::Device`] if the device does not answer after a replay
 /// - those of `on_token`
@@ -184,7 +184,8 @@ fn run<F: RowFlow>(
     let rows = request.prompts.len();
     let reused_tokens = prompts.held();
     let mut steps = Steps::new(model, config, request, prompts);
-    let mut sampler = Sampler::new(request.sampling, rows);
+    let (texts, vocabulary) = (&request.prompts, config.vocab_size);
+    let mut sampler = Sampler::new(request.sampling, texts, vocabulary, &model.device())?;
 
     let mut tokens = vec![Vec::new(); rows];
     let mut open = vec![true; rows];

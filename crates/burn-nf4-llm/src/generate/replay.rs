@@ -2,16 +2,17 @@
 //!
 //! A step is hundreds of launches, and for one row they take the host longer than the device. Recorded
 //! once, they are a single call. What changes from step to step lies in buffers on the device, which the
-//! step itself carries on: the tokens, the position and the cache.
+//! step itself carries on: the tokens, the position, the cache, and what the next tokens are chosen by.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Device, Graph, Int, Tensor, TensorData, capture};
+use burn_nf4::op::Sampled;
 
 use crate::error::ModelError;
-use crate::generate::sample::Sampler;
+use crate::generate::sample::{Choosing, Sampler};
 use crate::model::Decoder;
 use crate::model::cache::KvCache;
 use crate::model::{RopeTables, row_starts};
@@ -56,13 +57,15 @@ struct State {
     /// `[rows]`: the padding of each row, if there is any.
     starts: Option<Tensor<1, Int>>,
     cache: KvCache,
+    choosing: Choosing,
 }
 
 /// What a replay writes.
 struct Output {
     /// `[rows, vocab_size]`.
     logits: Tensor<2>,
-    /// `[2 rows + 1]`: the tokens and the position that were read, and the likeliest next tokens.
+    /// `[3 rows + 1]`: the tokens and the position that were read, the next tokens, and how many of each row
+    /// were chosen before.
     trace: Tensor<1, Int>,
 }
 
@@ -77,17 +80,19 @@ impl State {
             &mut self.cache,
         );
         let [rows, _] = self.ids.dims();
-        let next = logits.clone().argmax(1);
+        let sampled = self.choosing.choose(logits.clone());
+        let Sampled { ids: next, numbers } = sampled.expect("the state is that of the rows");
         let trace = Tensor::cat(
             vec![
                 self.ids.clone().reshape([rows]),
                 self.position.clone(),
-                next.clone().reshape([rows]),
+                next.clone(),
+                numbers,
             ],
             0,
         );
         let after = self.position.clone() + 1;
-        self.write_ids(next);
+        self.write_ids(next.reshape([rows, 1]));
         self.write_position(after);
         Output { logits, trace }
     }
@@ -112,6 +117,7 @@ impl<'a> Replay<'a> {
     ///
     /// - `cache`: with room for [`RUNS`] positions more than it holds
     /// - `tokens`: the next token of each row
+    /// - `sampler`: what the tokens after them are chosen by
     /// - `reruns`: whether a step that is run again, launch by launch, will do where the device records none
     ///
     /// # Errors
@@ -121,6 +127,7 @@ impl<'a> Replay<'a> {
         rope: &mut RopeTables,
         cache: KvCache,
         tokens: &[u32],
+        sampler: &Sampler,
         reruns: bool,
     ) -> Result<Recorded<'a>, ModelError> {
         let device = model.device();
@@ -131,12 +138,15 @@ impl<'a> Replay<'a> {
         let start = Tensor::<1, Int>::from_data([position as i64], &device);
         rope.reserve(room, position);
         let rope = rope.clone();
+        let choosing = sampler.choosing();
+        let before = choosing.snapshot();
         let state = Rc::new(RefCell::new(State {
             // Buffers of their own: the graph writes to them.
             ids: ids.clone() + 0,
             position: start.clone() + 0,
             starts: row_starts(cache.padding(), &device),
             cache,
+            choosing: choosing.clone(),
         }));
         let of_graph = state.clone();
         let step: Step = Box::new(move || of_graph.borrow_mut().step(model, &rope));
@@ -144,6 +154,7 @@ impl<'a> Replay<'a> {
             let _alone = RECORDING.lock().unwrap_or_else(PoisonError::into_inner);
             capture(&device, step)
         };
+        choosing.restore(&before)?;
         if !graph.is_hardware() {
             check_last_run(graph.output(), position, &device)?;
             if !reruns {
@@ -174,7 +185,7 @@ impl<'a> Replay<'a> {
     ///
     /// # Errors
     /// [`ModelError::Replay`] if the step has not read what it should have, [`ModelError::Device`] if the device
-    /// does not answer.
+    /// does not answer, [`Nf4Error::NonFinite`](burn_nf4::Nf4Error::NonFinite) for such logits.
     ///
     /// # Panics
     /// If the cache is [full](Self::is_full), or the device does not take the step.
@@ -196,10 +207,11 @@ impl<'a> Replay<'a> {
         // would read the old buffers and write to new ones. Of tokens and position the trace tells. Of the
         // cache nothing does: `LayerCache::put` takes a tensor out of its slot, so that it is the only owner
         // when it assigns. A comparison with one launched step would not help, since the first replay is
-        // right either way; `tests/replay.rs` compares whole texts.
+        // right either way; `tests/replay.rs` compares whole texts. Of what the tokens are chosen by the sampler
+        // sees the number.
         let output = unsafe { self.graph.replay() };
         let trace = read_trace(output, &self.device)?;
-        let (read, next) = trace.split_at(self.tokens.len() + 1);
+        let (read, chosen) = trace.split_at(self.tokens.len() + 1);
         let (position, tokens) = read.split_last().expect("the position is read");
         if (tokens, *position) != (&self.tokens[..], self.position) {
             let (expected, at) = (&self.tokens, self.position);
@@ -209,17 +221,11 @@ impl<'a> Replay<'a> {
             return Err(ModelError::replay(&self.device, message));
         }
         self.position += 1;
-        let mut state = self.state.borrow_mut();
-        state.cache.advance(1);
-        if sampler.is_greedy() {
-            // The step has written them where the next one reads.
-            self.tokens = next.to_vec();
-            return Ok(next.iter().map(|&id| id as u32).collect());
-        }
-        let (ids, chosen) = sampler.next(output.logits.clone());
-        self.tokens = chosen.iter().map(|&id| i64::from(id)).collect();
-        state.write_ids(ids);
-        Ok(chosen)
+        self.state.borrow_mut().cache.advance(1);
+        let (next, numbers) = chosen.split_at(self.tokens.len());
+        // The step has written them where the next one reads.
+        self.tokens = next.to_vec();
+        sampler.accept(next, numbers, &output.logits)
     }
 
     /// The cache.
@@ -276,6 +282,7 @@ pub(super) mod tests {
     use rstest::rstest;
 
     use super::*;
+    use crate::generate::Sampling;
     use crate::model::{DecoderConfig, load};
 
     /// A model of the fixtures, on the CPU.
@@ -306,6 +313,13 @@ pub(super) mod tests {
         cache.reserve(ids.dims()[1] + 20);
         model.next_logits(ids, rope, &mut cache);
         cache
+    }
+
+    /// For the rows of [`prompts`].
+    fn greedy(model: &Decoder, config: &DecoderConfig) -> Sampler {
+        let texts = [[0]; 3];
+        let vocabulary = config.vocab_size;
+        Sampler::new(Sampling::greedy(), &texts, vocabulary, &model.device()).unwrap()
     }
 
     fn column(tokens: &[i64], device: &Device) -> Tensor<2, Int> {
@@ -351,6 +365,7 @@ pub(super) mod tests {
             position: Tensor::from_data([start], &device),
             starts: row_starts(cache.padding(), &device),
             cache,
+            choosing: greedy(&model, &config).choosing(),
         };
         for step in 0..4 {
             let output = state.step(&model, &rope);
@@ -361,7 +376,8 @@ pub(super) mod tests {
             let trace: Vec<i64> = trace.iter::<i64>().collect();
             assert_eq!(trace[..3], tokens);
             assert_eq!(trace[3], start + step);
-            tokens = trace[4..].to_vec();
+            assert_eq!(trace[7..], [step; 3]);
+            tokens = trace[4..7].to_vec();
         }
     }
 
@@ -373,7 +389,9 @@ pub(super) mod tests {
         let mut rope = model.rope_tables(&config);
         let mut eager = filled(&model, &config, &mut rope);
         let cache = filled(&model, &config, &mut rope);
-        let recorded = Replay::record(&model, &mut rope, cache, &[3, 14, 7], false).unwrap();
+        let sampler = greedy(&model, &config);
+        let tokens = [3, 14, 7];
+        let recorded = Replay::record(&model, &mut rope, cache, &tokens, &sampler, false).unwrap();
         let Recorded::Nothing(mut cache) = recorded else {
             panic!("a CPU has no graphs");
         };
@@ -391,11 +409,12 @@ pub(super) mod tests {
         let (model, config) = family("qwen3");
         let mut rope = model.rope_tables(&config);
         let cache = filled(&model, &config, &mut rope);
-        let recorded = Replay::record(&model, &mut rope, cache, &[3, 14, 7], true).unwrap();
+        let mut sampler = greedy(&model, &config);
+        let tokens = [3, 14, 7];
+        let recorded = Replay::record(&model, &mut rope, cache, &tokens, &sampler, true).unwrap();
         let Recorded::Step(mut replay) = recorded else {
             panic!("a step is run again");
         };
-        let mut sampler = Sampler::new(crate::generate::Sampling::greedy(), 3);
         replay.next(&mut sampler).unwrap();
         let at = Tensor::from_data([5], &model.device());
         replay.state.borrow_mut().write_position(at);

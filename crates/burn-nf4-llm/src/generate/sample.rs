@@ -1,12 +1,15 @@
 //! Choosing the next token.
 
-use burn::tensor::{DType, Int, Tensor};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use burn::tensor::{Device, Int, Tensor};
+use burn_nf4::Nf4Error;
+use burn_nf4::op::{SampleSettings, SampleState, Sampled, sample};
 
 use crate::error::ModelError;
 
-/// How the next token is chosen.
+/// How the next token is chosen: see [`SampleSettings`] for what is applied when.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
     /// Divides the logits; 0 takes the likeliest token.
@@ -15,7 +18,12 @@ pub struct Sampling {
     pub top_k: usize,
     /// Only the likeliest tokens that together reach this probability.
     pub top_p: f32,
-    /// Seed of the draws.
+    /// Only tokens with this part of the probability of the likeliest one; 0 for all.
+    pub min_p: f32,
+    /// Divides the logits above zero, and multiplies those below, of all tokens of the prompt and the text so
+    /// far; 1 for none.
+    pub repetition_penalty: f32,
+    /// Seed of the draws. A row has the seed that is larger by its place.
     pub seed: u64,
 }
 
@@ -26,6 +34,8 @@ impl Sampling {
             temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
             seed: 0,
         }
     }
@@ -36,124 +46,189 @@ impl Sampling {
             temperature,
             top_k,
             top_p,
+            min_p,
+            repetition_penalty: penalty,
             ..
         } = *self;
         let (name, given, expected) = if !temperature.is_finite() || temperature < 0.0 {
             ("the temperature", temperature, "a number of at least 0")
         } else if !(top_p > 0.0 && top_p <= 1.0) {
             ("top-p", top_p, "more than 0 and at most 1")
-        } else if temperature == 0.0 && (top_k > 0 || top_p < 1.0) {
-            let expected = "above 0 with top-k and top-p, which choose among tokens that are drawn";
+        } else if !(0.0..=1.0).contains(&min_p) {
+            ("min-p", min_p, "at least 0 and at most 1")
+        } else if temperature == 0.0 && (top_k > 0 || top_p < 1.0 || min_p > 0.0) {
+            let expected =
+                "above 0 with top-k, top-p and min-p, which choose among tokens that are drawn";
             ("the temperature", temperature, expected)
+        } else if self.settings().check().is_err() {
+            ("the repetition penalty", penalty, "a number above 0")
         } else {
             return Ok(());
         };
         Err(ModelError::setting(name, given, expected))
     }
 
-    fn is_greedy(&self) -> bool {
-        self.temperature == 0.0 || self.top_k == 1
+    fn settings(&self) -> SampleSettings {
+        SampleSettings {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+        }
     }
 }
 
-/// Draws tokens, the same ones for the same seed and logits.
+/// Chooses tokens on the device, the same ones for the same seed, texts and logits.
 #[derive(Debug)]
 pub struct Sampler {
-    sampling: Sampling,
-    /// One generator a row, so that a row's text does not depend on the rows beside it.
-    rngs: Vec<StdRng>,
-    candidates: Vec<(f32, u32)>,
+    choosing: Choosing,
+    /// How many tokens of each row were chosen.
+    chosen: i64,
+}
+
+/// What the device chooses by: a recorded step shares it with the sampler.
+#[derive(Debug, Clone)]
+pub(super) struct Choosing {
+    settings: SampleSettings,
+    state: Rc<RefCell<SampleState>>,
 }
 
 impl Sampler {
-    /// A sampler for so many rows, each with draws of its own.
-    pub fn new(sampling: Sampling, rows: usize) -> Self {
-        let rng = |row| StdRng::seed_from_u64(sampling.seed.wrapping_add(row as u64));
-        Self {
-            sampling,
-            rngs: (0..rows).map(rng).collect(),
-            candidates: Vec::new(),
-        }
-    }
-
-    /// Whether each token is the likeliest.
-    pub fn is_greedy(&self) -> bool {
-        self.sampling.is_greedy()
+    /// A sampler for rows that have these texts so far, each with draws of its own, so that what a row says does
+    /// not depend on the rows beside it.
+    ///
+    /// # Errors
+    /// [`Nf4Error::IdRange`] for a token that the vocabulary has not, [`Nf4Error::ElementCount`] for no rows or
+    /// no vocabulary.
+    pub fn new<T: AsRef<[u32]>>(
+        sampling: Sampling,
+        texts: &[T],
+        vocabulary: usize,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let seeds = (0..texts.len() as u64).map(|row| sampling.seed.wrapping_add(row));
+        let seeds: Vec<u64> = seeds.collect();
+        let state = match sampling.repetition_penalty == 1.0 {
+            true => SampleState::new(&seeds, device)?,
+            false => SampleState::with_history(&seeds, texts, vocabulary, device)?,
+        };
+        Ok(Self {
+            choosing: Choosing {
+                settings: sampling.settings(),
+                state: Rc::new(RefCell::new(state)),
+            },
+            chosen: 0,
+        })
     }
 
     /// One token for each row of `[batch, vocab_size]` logits, on the device as `[batch, 1]` and on
     /// the host. The device is read once.
-    pub fn next(&mut self, logits: Tensor<2>) -> (Tensor<2, Int>, Vec<u32>) {
-        if self.sampling.is_greedy() {
-            let tokens = logits.argmax(1);
-            let host = tokens.to_data().iter::<i64>().map(|id| id as u32).collect();
-            return (tokens, host);
-        }
-        let device = logits.device();
-        let [rows, vocabulary] = logits.dims();
-        let data = logits.cast(DType::F32).into_data();
-        let values = data.as_slice::<f32>().expect("the logits are cast to f32");
-        let tokens: Vec<u32> = values
-            .chunks(vocabulary)
-            .enumerate()
-            .map(|(row, logits)| self.draw(row, logits))
-            .collect();
-        let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::<1, Int>::from_data(ids.as_slice(), &device).reshape([rows, 1]);
-        (ids, tokens)
+    ///
+    /// # Errors
+    /// [`Nf4Error::NonFinite`] for logits that are NaN or infinite, or all minus infinity; those of [`sample`].
+    pub fn next(&mut self, logits: Tensor<2>) -> Result<(Tensor<2, Int>, Vec<u32>), ModelError> {
+        let [rows, _] = logits.dims();
+        let Sampled { ids, numbers } = self.choosing.choose(logits.clone())?;
+        let both = Tensor::cat(vec![ids.clone(), numbers], 0).to_data();
+        let both: Vec<i64> = both.iter::<i64>().collect();
+        let (chosen, numbers) = both.split_at(rows);
+        let chosen = self.accept(chosen, numbers, &logits)?;
+        Ok((ids.reshape([rows, 1]), chosen))
     }
 
-    /// Temperature, then top-k, then top-p, as transformers applies them.
-    fn draw(&mut self, row: usize, logits: &[f32]) -> u32 {
-        let Sampling {
-            temperature,
-            top_k,
-            top_p,
-            ..
-        } = self.sampling;
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        // Less the largest first, so that a tiny temperature makes no infinity of it.
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        candidates.extend(
-            logits
-                .iter()
-                .zip(0..)
-                .map(|(&logit, id)| ((logit - max) / temperature, id)),
-        );
-        // Equal logits are ordered by id, so that the draw does not depend on the sort.
-        let likelier = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, likelier);
-            candidates.truncate(top_k);
+    /// What a recorded step chooses by.
+    pub(super) fn choosing(&self) -> Choosing {
+        self.choosing.clone()
+    }
+
+    /// The tokens that the device has chosen from logits, if it has chosen what comes next.
+    pub(super) fn accept(
+        &mut self,
+        ids: &[i64],
+        numbers: &[i64],
+        logits: &Tensor<2>,
+    ) -> Result<Vec<u32>, ModelError> {
+        if let Some(row) = numbers.iter().position(|&number| number < 0) {
+            return Err(not_finite(logits, row).into());
         }
-        for candidate in candidates.iter_mut() {
-            candidate.0 = candidate.0.exp();
+        // As the device counts.
+        let expected = self.chosen & 0x7fff_ffff;
+        if numbers.iter().any(|&number| number != expected) {
+            let message =
+                format!("it chose the tokens of numbers {numbers:?}, expected {expected}");
+            return Err(ModelError::replay(&logits.device(), message));
         }
-        let mut total: f32 = candidates.iter().map(|candidate| candidate.0).sum();
-        if top_p < 1.0 {
-            candidates.sort_unstable_by(likelier);
-            let mut sum = 0.0;
-            let kept = candidates
-                .iter()
-                .take_while(|candidate| {
-                    let before = sum;
-                    sum += candidate.0;
-                    before < top_p * total
-                })
-                .count()
-                .max(1);
-            candidates.truncate(kept);
-            total = candidates.iter().map(|candidate| candidate.0).sum();
-        }
-        let mut left = self.rngs[row].random::<f32>() * total;
-        for &(weight, id) in candidates.iter() {
-            left -= weight;
-            if left < 0.0 {
-                return id;
-            }
-        }
-        // Rounding can leave a rest: the last candidate it is.
-        candidates.last().map_or(0, |&(_, id)| id)
+        self.chosen += 1;
+        Ok(ids.iter().map(|&id| id as u32).collect())
+    }
+}
+
+impl Choosing {
+    /// Chooses a token for each row and carries the state on. Nothing is read.
+    pub fn choose(&self, logits: Tensor<2>) -> Result<Sampled, Nf4Error> {
+        sample(logits, &mut self.state.borrow_mut(), &self.settings)
+    }
+
+    /// The state, to go back to.
+    pub fn snapshot(&self) -> SampleState {
+        self.state.borrow().snapshot()
+    }
+
+    /// Goes back to a snapshot of the same state, in its place.
+    pub fn restore(&self, snapshot: &SampleState) -> Result<(), Nf4Error> {
+        self.state.borrow_mut().restore(snapshot)
+    }
+}
+
+/// What is wrong with the logits of a row: which comes of damaged weights, or of a dtype that is too small for
+/// them.
+fn not_finite(logits: &Tensor<2>, row: usize) -> Nf4Error {
+    let [_, vocabulary] = logits.dims();
+    let data = logits.to_data();
+    let values = data.iter::<f32>().enumerate();
+    let mut values = values.skip(row * vocabulary).take(vocabulary);
+    let first = values.find(|(_, value)| value.is_nan() || *value == f32::INFINITY);
+    let (index, given) = first.unwrap_or((row * vocabulary, f32::NEG_INFINITY));
+    Nf4Error::NonFinite {
+        tensor: format!("logits of the model in {:?}", logits.dtype()),
+        index,
+        given,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(rows: usize) -> Sampler {
+        let texts = vec![[1]; rows];
+        Sampler::new(Sampling::greedy(), &texts, 3, &Device::default()).unwrap()
+    }
+
+    fn logits() -> Tensor<2> {
+        let values = [[1.0, 2.0, 0.5], [1.0, 0.0, f32::INFINITY]];
+        Tensor::from_floats(values, &Device::default())
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_named() {
+        let error = sampler(2).next(logits()).unwrap_err();
+        let ModelError::Nf4(Nf4Error::NonFinite { index, given, .. }) = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!((index, given), (5, f32::INFINITY));
+        let nothing = Tensor::full([1, 3], f32::NEG_INFINITY, &Device::default());
+        let error = sampler(1).next(nothing).unwrap_err();
+        assert!(error.to_string().contains("-inf"), "{error}");
+    }
+
+    /// Which a recorded step would make of an assignment that did not run in place.
+    #[test]
+    fn tokens_that_were_chosen_before_are_refused() {
+        let mut sampler = sampler(2);
+        assert_eq!(sampler.accept(&[1, 0], &[0, 0], &logits()).unwrap(), [1, 0]);
+        let error = sampler.accept(&[1, 0], &[0, 0], &logits()).unwrap_err();
+        assert!(matches!(error, ModelError::Replay { .. }), "{error:?}");
     }
 }

@@ -191,7 +191,7 @@ fn generation(fields: Value) -> Result<GenerationConfig, ModelError> {
 
 /// Of which transformers makes a processor of the logits, or another search than the greedy one.
 #[rstest]
-#[case::penalty(json!({"repetition_penalty": 1.5}), &["repetition_penalty: 1.5"])]
+#[case::penalty(json!({"encoder_repetition_penalty": 1.5}), &["encoder_repetition_penalty: 1.5"])]
 #[case::several(
     json!({"no_repeat_ngram_size": 2, "do_sample": true, "temperature": 0.7, "num_beams": 3}),
     &["no_repeat_ngram_size: 2", "num_beams: 3"]
@@ -211,7 +211,7 @@ fn generation(fields: Value) -> Result<GenerationConfig, ModelError> {
 #[case::guidance(json!({"guidance_scale": 2}), &["guidance_scale: 2"])]
 #[case::without_effect(
     json!({
-        "repetition_penalty": 1, "num_beams": 1, "min_length": 0, "suppress_tokens": [],
+        "repetition_penalty": 1.5, "min_p": 0.1, "num_beams": 1, "min_length": 0, "suppress_tokens": [],
         "guidance_scale": null, "forced_eos_token_id": null, "max_length": 20, "token_healing": false,
     }),
     &[]
@@ -223,6 +223,19 @@ fn fields_of_generation_that_are_not_applied_are_told(
     let generation = generation(fields).unwrap();
     assert_eq!(generation.not_applied, expected);
     assert_eq!(generation.warn_of_fields().is_some(), !expected.is_empty());
+}
+
+#[test]
+fn settings_of_draws_are_those_of_generation() {
+    let given = generation(json!({"repetition_penalty": 1.5, "min_p": 0.25})).unwrap();
+    assert_eq!(
+        (given.repetition_penalty, given.min_p),
+        (Some(1.5), Some(0.25))
+    );
+    let none = generation(json!({"repetition_penalty": null})).unwrap();
+    assert_eq!((none.repetition_penalty, none.min_p), (None, None));
+    let error = generation(json!({"min_p": "much"})).unwrap_err();
+    assert!(error.to_string().contains("min_p"), "{error}");
 }
 
 #[rstest]

@@ -1,23 +1,21 @@
 //! The cache, batches and sampling.
 
+use std::fs;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::sample::Sampling;
-use burn_nf4_llm::generate::{Request, generate};
+use burn_nf4_llm::generate::{Request, Session, generate};
 use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::DecoderConfig;
 use rstest::rstest;
+use serde_json::Value;
 
-use crate::fixtures::{floats, io, logits, max_difference, open};
+use crate::fixtures::{fixture, floats, io, logits, max_difference, open};
 
-const GREEDY: Sampling = Sampling {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    seed: 0,
-};
+const GREEDY: Sampling = Sampling::greedy();
 
 fn tokens(ids: &[i64], device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), device)
@@ -79,6 +77,53 @@ fn a_sliding_window_hides_what_lies_before_it() {
     assert_eq!(max_difference(&last(&model, 1), &last(&model, 2)), 0.0);
 }
 
+/// Prompts of different length, so that padding would count if anything let it.
+#[test]
+fn a_penalty_gives_the_text_of_transformers() {
+    let path = fixture("families/penalised.json");
+    let file: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let rows = |rows: &Value| -> Vec<Vec<u32>> { serde_json::from_value(rows.clone()).unwrap() };
+    let cases = file["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 9);
+    for case in cases {
+        let folder = format!("families/{}/model", case["family"].as_str().unwrap());
+        let (model, config) = open(&folder, None, &Device::default());
+        let expected = rows(&case["generated"]);
+        let sampling = Sampling {
+            repetition_penalty: case["penalty"].as_f64().unwrap() as f32,
+            ..GREEDY
+        };
+        let request = Request {
+            max_tokens: expected[0].len(),
+            ..request(rows(&file["prompts"]), sampling)
+        };
+        let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+        assert_eq!(report.tokens, expected, "{folder} {sampling:?}");
+    }
+}
+
+/// What a session holds counts too.
+#[test]
+fn a_penalty_goes_on_over_the_turns_of_a_session() {
+    let (model, config) = open("families/qwen3/model", None, &Device::default());
+    let sampling = Sampling {
+        temperature: 0.7,
+        repetition_penalty: 2.0,
+        ..GREEDY
+    };
+    let mut session = Session::new(&model, &config);
+    let mut prompt = vec![5, 9, 2, 7, 3];
+    for turn in 0..3 {
+        let request = request(vec![prompt.clone()], sampling);
+        let report = session.generate(&request, |_, _| Ok(())).unwrap();
+        assert_eq!(report.reused_tokens > 0, turn > 0);
+        let fresh = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+        assert_eq!(report.tokens, fresh.tokens);
+        prompt.extend(&report.tokens[0]);
+        prompt.push(4);
+    }
+}
+
 fn request(prompts: Vec<Vec<u32>>, sampling: Sampling) -> Request {
     Request {
         prompts,
@@ -113,7 +158,8 @@ fn prompts() -> Vec<Vec<u32>> {
 
 #[rstest]
 #[case::greedy(GREEDY)]
-#[case::sampled(Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, seed: 3 })]
+#[case::sampled(Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, seed: 3, ..GREEDY })]
+#[case::penalised(Sampling { temperature: 0.8, min_p: 0.05, repetition_penalty: 1.4, seed: 3, ..GREEDY })]
 fn a_row_of_a_padded_batch_is_the_row_alone(#[case] sampling: Sampling) {
     let batch = texts(&request(prompts(), sampling));
     for (row, prompt) in prompts().into_iter().enumerate() {
@@ -150,9 +196,8 @@ fn the_same_seed_draws_the_same_text_and_another_seed_another() {
     let draw = |seed| {
         let sampling = Sampling {
             temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
             seed,
+            ..GREEDY
         };
         texts(&request(prompts(), sampling))
     };
@@ -161,9 +206,10 @@ fn the_same_seed_draws_the_same_text_and_another_seed_another() {
 }
 
 #[rstest]
-#[case::one_candidate(Sampling { temperature: 5.0, top_k: 1, top_p: 1.0, seed: 1 })]
-#[case::tiny_nucleus(Sampling { temperature: 0.5, top_k: 0, top_p: 1e-6, seed: 1 })]
-#[case::cold(Sampling { temperature: 1e-4, top_k: 0, top_p: 1.0, seed: 1 })]
+#[case::one_candidate(Sampling { temperature: 5.0, top_k: 1, seed: 1, ..GREEDY })]
+#[case::tiny_nucleus(Sampling { temperature: 0.5, top_p: 1e-6, seed: 1, ..GREEDY })]
+#[case::cold(Sampling { temperature: 1e-4, seed: 1, ..GREEDY })]
+#[case::likeliest(Sampling { temperature: 0.5, min_p: 1.0, seed: 1, ..GREEDY })]
 fn sampling_narrowed_to_one_token_is_greedy(#[case] sampling: Sampling) {
     let greedy = texts(&request(prompts(), GREEDY));
     assert_eq!(texts(&request(prompts(), sampling)), greedy);
@@ -200,6 +246,7 @@ fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
         top_k,
         top_p,
         seed: 1,
+        ..GREEDY
     }
 }
 
@@ -211,6 +258,10 @@ fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
 #[case::nucleus_negative(sampling(1.0, 0, -0.5), "top-p is -0.5")]
 #[case::nucleus_large(sampling(1.0, 0, 1.5), "top-p is 1.5")]
 #[case::nucleus_nan(sampling(1.0, 0, f32::NAN), "top-p is NaN")]
+#[case::likely_beyond(Sampling { min_p: 1.5, ..sampling(1.0, 0, 1.0) }, "min-p is 1.5")]
+#[case::likely_of_nothing(Sampling { min_p: 0.5, ..GREEDY }, "temperature is 0, expected above 0")]
+#[case::penalty_zero(Sampling { repetition_penalty: 0.0, ..GREEDY }, "repetition penalty is 0")]
+#[case::penalty_nan(Sampling { repetition_penalty: f32::NAN, ..GREEDY }, "repetition penalty is NaN")]
 #[case::nucleus_of_nothing(sampling(0.0, 0, 0.9), "temperature is 0, expected above 0")]
 #[case::candidates_of_nothing(sampling(0.0, 40, 1.0), "temperature is 0, expected above 0")]
 fn sampling_that_cannot_be_is_refused(#[case] sampling: Sampling, #[case] word: &str) {

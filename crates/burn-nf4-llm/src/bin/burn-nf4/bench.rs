@@ -202,6 +202,7 @@ impl BenchArgs {
                 top_k: 0,
                 top_p: 1.0,
                 seed: 42,
+                ..Sampling::greedy()
             },
             eos: Vec::new(),
             capture: !self.eager,

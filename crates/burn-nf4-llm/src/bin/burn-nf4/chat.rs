@@ -32,6 +32,7 @@ impl ChatArgs {
         let (sampling, stop) = self.sampling.check()?;
         let adapter = self.adapter.read()?;
         let mut prepared = self.model.prepare(false)?;
+        let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }

@@ -224,6 +224,14 @@ pub struct SamplingArgs {
     /// Draw among the likeliest tokens that reach this probability together.
     #[arg(long, default_value_t = 1.0)]
     pub top_p: f32,
+    /// Draw only tokens with this part of the probability of the likeliest one: that of
+    /// generation_config.json, or 0 for all.
+    #[arg(long)]
+    pub min_p: Option<f32>,
+    /// Make tokens less likely that the prompt or the text has already: that of generation_config.json, or 1
+    /// for no penalty.
+    #[arg(long)]
+    pub repetition_penalty: Option<f32>,
     /// Seed of the draws.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
@@ -244,12 +252,32 @@ impl SamplingArgs {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
+            min_p: self.min_p.unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
             seed: self.seed,
         };
         sampling.check()?;
         at_least(1, "--max-tokens", self.max_tokens)?;
         let stop = self.stop.iter().map(|stop| unescaped(stop));
         Ok((sampling, StopStrings::new(stop)?))
+    }
+
+    /// The settings with what a model says where nothing else was asked for.
+    pub fn of_model(
+        &self,
+        sampling: Sampling,
+        generation: &GenerationConfig,
+    ) -> Result<Sampling, ModelError> {
+        let draws = sampling.temperature > 0.0;
+        let min_p = self.min_p.or(generation.min_p.filter(|_| draws));
+        let penalty = self.repetition_penalty.or(generation.repetition_penalty);
+        let sampling = Sampling {
+            min_p: min_p.unwrap_or(sampling.min_p),
+            repetition_penalty: penalty.unwrap_or(sampling.repetition_penalty),
+            ..sampling
+        };
+        sampling.check()?;
+        Ok(sampling)
     }
 }
 

@@ -16,8 +16,12 @@ pub struct GenerationConfig {
     pub eos_token_ids: Option<Vec<u32>>,
     /// Texts that end a text: for [`StopStrings`](crate::text::StopStrings).
     pub stop_strings: Vec<String>,
+    /// For [`Sampling::min_p`](crate::generate::Sampling::min_p) where tokens are drawn, if it says one.
+    pub min_p: Option<f32>,
+    /// For [`Sampling::repetition_penalty`](crate::generate::Sampling::repetition_penalty), if it says one.
+    pub repetition_penalty: Option<f32>,
     /// The fields that change which tokens `generate` of transformers 5.24.0 takes, even where it draws none,
-    /// and that nothing here applies, each with its value: `repetition_penalty: 1.1`. Those that say how
+    /// and that nothing here applies, each with its value: `num_beams: 3`. Those that say how
     /// tokens are drawn, and how many at most, are not among them: a [`Request`](crate::generate::Request)
     /// says that.
     pub not_applied: Vec<String>,
@@ -47,11 +51,7 @@ const IF_ABOVE: [(&str, f64); 6] = [
 ];
 
 /// Fields that change the tokens unless they are 1.
-const UNLESS_ONE: [&str; 3] = [
-    "encoder_repetition_penalty",
-    "guidance_scale",
-    "repetition_penalty",
-];
+const UNLESS_ONE: [&str; 2] = ["encoder_repetition_penalty", "guidance_scale"];
 
 /// Fields that change the tokens where they are true.
 const IF_TRUE: [&str; 1] = ["token_healing"];
@@ -81,11 +81,15 @@ impl GenerationConfig {
         let fields = Fields::read_or_empty(&folder.join("generation_config.json"))?;
         let eos: Option<TokenIds> = fields.nullable("eos_token_id")?;
         let stop: Option<Texts> = fields.nullable("stop_strings")?;
+        let min_p: Option<f64> = fields.nullable("min_p")?;
+        let penalty: Option<f64> = fields.nullable("repetition_penalty")?;
         let not_applied = fields.names().filter_map(|name| {
             let value = fields.value(name)?;
             changes_tokens(name, value).then(|| format!("{name}: {}", spelled(value)))
         });
         Ok(Self {
+            min_p: min_p.map(|number| number as f32),
+            repetition_penalty: penalty.map(|number| number as f32),
             eos_token_ids: eos.map(|TokenIds(ids)| ids),
             stop_strings: stop.map(|Texts(texts)| texts).unwrap_or_default(),
             not_applied: not_applied.collect(),
