@@ -29,6 +29,7 @@ mod backends;
 mod base;
 mod compiled;
 mod graphs;
+mod memory;
 mod reproducible;
 mod rms_norm;
 mod rotary;
@@ -43,6 +44,7 @@ pub use attention::{
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
 pub use graphs::has_graphs;
+pub use memory::{DeviceMemory, device_memory};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm};

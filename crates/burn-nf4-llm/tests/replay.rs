@@ -63,6 +63,7 @@ fn request(prompts: Vec<Vec<u32>>, max_tokens: usize, sampling: Sampling) -> Req
         sampling,
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     }
 }
 

@@ -1,11 +1,15 @@
 //! Continuing texts token by token.
 
-mod replay;
+mod cancel;
+mod memory;
+pub(crate) mod replay;
 pub mod sample;
 pub mod session;
 mod steps;
 pub mod text;
 
+pub use cancel::Cancellation;
+pub use memory::CacheSize;
 pub use sample::Sampling;
 pub use session::Session;
 pub use text::{TextReport, generate_text};
@@ -41,6 +45,26 @@ pub struct Request {
     /// wait for each other's recordings, but not for the rest of what others do. So set it where one thread
     /// uses the device.
     pub capture: bool,
+    /// Most bytes that the keys and values of all rows may take: [`ModelError::Memory`] before the first pass
+    /// if they need more. What the device has bounds them too, where its runtime tells.
+    pub max_cache_bytes: Option<u64>,
+    /// Ends the generation from a callback or another thread.
+    pub cancel: Cancellation,
+}
+
+/// No prompts, 128 tokens, the likeliest each time; each step launched anew.
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            prompts: Vec::new(),
+            max_tokens: 128,
+            sampling: Sampling::greedy(),
+            eos: Vec::new(),
+            capture: false,
+            max_cache_bytes: None,
+            cancel: Cancellation::new(),
+        }
+    }
 }
 
 impl Request {
@@ -77,6 +101,8 @@ impl Request {
 pub struct Report {
     /// The tokens generated for each row, without the one of [`Request::eos`] that ended it.
     pub tokens: Vec<Vec<u32>>,
+    /// What ended each row.
+    pub ends: Vec<RowEnd>,
     /// Tokens of all prompts that were processed.
     pub prompt_tokens: usize,
     /// Tokens of the prompt that a [`Session`] held and that were not processed again.
@@ -93,6 +119,20 @@ pub struct Report {
     pub cache_bytes: usize,
     /// Why the host launched each step anew, if the device did not replay a recorded one.
     pub eager: Option<EagerReason>,
+}
+
+/// What ended a row.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowEnd {
+    /// One of [`Request::eos`].
+    Eos,
+    /// The callback, with the row's last token.
+    Callback,
+    /// [`Request::max_tokens`] are there.
+    MaxTokens,
+    /// [`Request::cancel`].
+    Cancelled,
 }
 
 /// Why the host launches each step of a generation anew.
@@ -146,16 +186,17 @@ impl RowFlow for ControlFlow<()> {
 
 /// Continues every prompt until its row ends or `max_tokens` are there.
 ///
-/// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
-/// gets each token as it comes, with its row; where it returns [`ControlFlow::Break`] the row ends with this
+/// The prompts are padded on the left to one length and processed in passes of at most
+/// [`PROMPT_CHUNK`](crate::model::PROMPT_CHUNK) tokens. `on_token` gets each token as it comes, with its row; where it returns [`ControlFlow::Break`] the row ends with this
 /// token.
 ///
 /// # Errors
 /// - [`ModelError::Setting`] for a request for nothing, or [`Sampling`] that cannot be
 /// - [`Nf4Error::IdRange`] for tokens that the model does not know
 /// - [`Nf4Error::NonFinite`] if the logits of the prompts are not finite; those of later tokens are not checked
+/// - [`ModelError::Memory`] if the cache is known not to fit: see [`Request::cache_size`]
 /// - [`ModelError::Replay`] if a step was not recorded or replayed rightly: see [`Request::capture`]
-/// - [`ModelError::Device`] if the device does not answer after a replay
+/// - [`ModelError::Device`] if the device does not answer after a replay, or between passes over a prompt
 /// - those of `on_token`
 ///
 /// # Panics
@@ -167,6 +208,9 @@ pub fn generate<F: RowFlow>(
     on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<Report, ModelError> {
     request.check(config.vocab_size)?;
+    request
+        .cache_size(model, config)
+        .check(request.max_cache_bytes, 0, &model.device())?;
     let start = Start::of_prompts(model, config, request);
     let (report, ..) = run(model, config, request, start, on_token)?;
     Ok(report)
@@ -182,46 +226,63 @@ fn run<F: RowFlow>(
 ) -> Result<(Report, KvCache, RopeTables), ModelError> {
     let start = Instant::now();
     let rows = request.prompts.len();
-    let reused_tokens = prompts.held();
+    let held = prompts.held();
     let mut steps = Steps::new(model, config, request, prompts);
     let mut sampler = Sampler::new(request.sampling, rows);
 
     let mut tokens = vec![Vec::new(); rows];
-    let mut open = vec![true; rows];
+    let mut ends: Vec<Option<RowEnd>> = vec![None; rows];
     let mut prompt_time = None;
     let mut decoded_tokens = 0;
     let mut step_times = Vec::new();
     let mut step_start = start;
     for _ in 0..request.max_tokens {
-        let chosen = steps.next(&mut sampler)?;
+        if request.cancel.is_cancelled() {
+            break;
+        }
+        let Some(chosen) = steps.next(&mut sampler)? else {
+            break;
+        };
         if prompt_time.is_some() {
-            decoded_tokens += open.iter().filter(|&&open| open).count();
+            decoded_tokens += ends.iter().filter(|end| end.is_none()).count();
             step_times.push(step_start.elapsed());
         }
         prompt_time.get_or_insert_with(|| start.elapsed());
         step_start = Instant::now();
         for (row, &id) in chosen.iter().enumerate() {
-            if !open[row] {
+            if ends[row].is_some() {
                 continue;
             }
             if request.eos.contains(&id) {
-                open[row] = false;
+                ends[row] = Some(RowEnd::Eos);
                 continue;
             }
             tokens[row].push(id);
-            open[row] = !on_token(row, id)?.ends_row();
+            if on_token(row, id)?.ends_row() {
+                ends[row] = Some(RowEnd::Callback);
+            } else if tokens[row].len() == request.max_tokens {
+                ends[row] = Some(RowEnd::MaxTokens);
+            }
         }
-        if !open.contains(&true) {
+        if ends.iter().all(Option::is_some) {
             break;
         }
     }
+    let ends = ends.into_iter();
+    let ends = ends.map(|end| end.unwrap_or(RowEnd::Cancelled)).collect();
     let prompt_time = prompt_time.unwrap_or_default();
     step_times.sort_unstable();
     let (cache, rope, eager) = steps.finish();
+    let processed = cache.len().min(request.longest_prompt());
+    let of_rows = cache
+        .padding()
+        .iter()
+        .map(|pad| processed.saturating_sub(*pad));
     let report = Report {
         tokens,
-        prompt_tokens: request.prompts.iter().map(Vec::len).sum::<usize>() - reused_tokens,
-        reused_tokens,
+        ends,
+        prompt_tokens: of_rows.sum::<usize>() - held,
+        reused_tokens: held,
         prompt_time,
         decoded_tokens,
         decode_time: start.elapsed().saturating_sub(prompt_time),

@@ -261,15 +261,12 @@ fn check_last_run(output: &Output, start: usize, device: &Device) -> Result<(), 
 fn read_trace(output: &Output, device: &Device) -> Result<Vec<i64>, ModelError> {
     match output.trace.try_to_data() {
         Ok(trace) => Ok(trace.iter::<i64>().collect()),
-        Err(error) => Err(ModelError::Device {
-            device: format!("{device:?}"),
-            message: error.to_string(),
-        }),
+        Err(error) => Err(ModelError::device(device, error)),
     }
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use burn_nf4::checkpoint::CheckpointStore;
@@ -278,11 +275,15 @@ pub(super) mod tests {
     use super::*;
     use crate::model::{DecoderConfig, load};
 
-    /// A model of the fixtures, on the CPU.
+    /// A model of the fixtures of families, on the CPU.
     pub fn family(name: &str) -> (Decoder, DecoderConfig) {
+        fixture_model(&format!("families/{name}"))
+    }
+
+    /// A model of the fixtures, on the CPU.
+    pub fn fixture_model(path: &str) -> (Decoder, DecoderConfig) {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = package.join("tests/fixtures/families").join(name);
-        let folder = folder.join("model");
+        let folder = package.join("tests/fixtures").join(path).join("model");
         let config = DecoderConfig::from_folder(&folder).unwrap();
         let store = CheckpointStore::open(&folder).unwrap();
         let model = load(store, &config, config.dtype, &Device::default()).unwrap();

@@ -49,7 +49,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// Those of [`generate`](crate::generate::generate), and [`ModelError::Setting`] for several prompts.
     /// After one that comes of a step or of `on_token` nothing is held, and the next prompt is processed
-    /// whole.
+    /// whole. What a generation that is cancelled has processed is held.
     ///
     /// # Panics
     /// As [`generate`](crate::generate::generate).
@@ -64,6 +64,12 @@ impl<'a> Session<'a> {
             let name = "the number of prompts of a session";
             return Err(ModelError::setting(name, prompts, "1"));
         };
+        let held = self.cache.size_bytes() as u64;
+        request.cache_size(self.model, self.config).check(
+            request.max_cache_bytes,
+            held,
+            &self.model.device(),
+        )?;
         let kept = self.keep(prompt);
         let before = (kept > 0).then(|| self.row(&prompt[..kept]));
         let ids = self.row(&prompt[kept..]);
@@ -78,7 +84,8 @@ impl<'a> Session<'a> {
         self.rope = rope;
         let all = prompt.iter().chain(&report.tokens[0]);
         self.tokens = all.take(self.cache.len()).copied().collect();
-        self.longest = longest.max(self.cache.len());
+        // The angles are those of the whole prompt, also where only a part of it was processed.
+        self.longest = longest.max(self.cache.len()).max(prompt.len());
         Ok(report)
     }
 

@@ -1,17 +1,20 @@
 //! The steps of a generation: the prompts in one pass, then a token a row.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::op::has_graphs;
 
 use crate::error::ModelError;
+use crate::generate::memory::GROWTH;
 use crate::generate::replay::{RUNS, Recorded, Replay};
 use crate::generate::sample::Sampler;
-use crate::generate::{EagerReason, Request};
+use crate::generate::{Cancellation, EagerReason, Request};
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 use crate::model::rope::RopeConfig;
-use crate::model::{Decoder, RopeTables};
+use crate::model::{Decoder, PROMPT_CHUNK, RopeTables};
 
 /// Recording takes about as long as five steps, so that fewer replays are not worth it.
 const LEAST_REPLAYS: usize = 15;
@@ -22,15 +25,15 @@ const _: () = assert!(LEAST_REPLAYS >= RUNS);
 /// How steps are recorded.
 #[derive(Debug, Clone, Copy)]
 struct Recording {
-    /// Positions that the cache is reserved ahead. A recorded step writes to the buffers that it was
-    /// recorded with: when they are full, another is recorded.
-    chunk: usize,
+    /// Positions that the cache grows by, in a text that goes on beyond what was reserved for it. A recorded
+    /// step writes to the buffers that it was recorded with: when they are full, another is recorded.
+    growth: usize,
     /// Whether a step that is run again will do in place of a graph: what tests have on a CPU.
     reruns: bool,
 }
 
 const RECORDING: Recording = Recording {
-    chunk: 2048,
+    growth: GROWTH,
     reruns: false,
 };
 
@@ -104,6 +107,7 @@ pub(super) struct Steps<'a> {
     chosen: Vec<u32>,
     /// Tokens of a row that are still wanted.
     left: usize,
+    cancel: Cancellation,
     recording: Recording,
     replay: Option<Replay<'a>>,
     /// Why no step is recorded, if it is not.
@@ -131,10 +135,12 @@ impl<'a> Steps<'a> {
         let Start {
             ids,
             texts,
-            cache,
+            mut cache,
             rope,
         } = start;
-        let mut steps = Self {
+        // The cache does not grow before, so that it is never copied.
+        cache.reserve(request.reserved_positions(config, recording.growth));
+        Self {
             model,
             rope,
             texts,
@@ -142,22 +148,19 @@ impl<'a> Steps<'a> {
             ids,
             chosen: Vec::new(),
             left: request.max_tokens,
+            cancel: request.cancel.clone(),
             recording,
             replay: None,
             why: why_eager(model, config, request, recording),
-        };
-        if steps.why.is_none() {
-            steps.reserve(request.longest_prompt());
         }
-        steps
     }
 
-    /// Makes a step and chooses the next token of each row.
+    /// Makes a step and chooses the next token of each row; none if it was cancelled within the prompts.
     ///
     /// # Errors
     /// [`Nf4Error::NonFinite`] for logits of a prompt that are not finite, [`ModelError::Replay`] and
     /// [`ModelError::Device`] for a recording or a replay that went wrong.
-    pub fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
+    pub fn next(&mut self, sampler: &mut Sampler) -> Result<Option<Vec<u32>>, ModelError> {
         if self.replay.as_ref().is_some_and(Replay::is_full) {
             self.stop_replays();
         }
@@ -169,12 +172,15 @@ impl<'a> Steps<'a> {
                 false => self.reserve(held + 1),
             }
         }
-        self.chosen = match &mut self.replay {
-            Some(replay) => replay.next(sampler)?,
+        let chosen = match &mut self.replay {
+            Some(replay) => Some(replay.next(sampler)?),
             None => self.launch(sampler)?,
         };
-        self.left = self.left.saturating_sub(1);
-        Ok(self.chosen.clone())
+        if let Some(chosen) = &chosen {
+            self.chosen.clone_from(chosen);
+            self.left = self.left.saturating_sub(1);
+        }
+        Ok(chosen)
     }
 
     /// The cache, which holds all tokens but the last of each row, the tables, and why the host launched
@@ -184,9 +190,9 @@ impl<'a> Steps<'a> {
         (self.cache, self.rope, self.why)
     }
 
-    /// Has room made for the tokens after so many positions, up to a chunk of them.
+    /// Has room made for the tokens after so many positions, up to those that the cache grows by.
     fn reserve(&mut self, positions: usize) {
-        let ahead = self.left.min(self.recording.chunk).max(LEAST_REPLAYS);
+        let ahead = self.left.min(self.recording.growth).max(LEAST_REPLAYS);
         self.cache.reserve(positions.saturating_add(ahead));
     }
 
@@ -219,8 +225,8 @@ impl<'a> Steps<'a> {
         }
     }
 
-    /// Makes a step launch by launch.
-    fn launch(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
+    /// Makes a step launch by launch, of a long prompt in several passes.
+    fn launch(&mut self, sampler: &mut Sampler) -> Result<Option<Vec<u32>>, ModelError> {
         let held = self.cache.len();
         let sequence = held + self.ids.dims()[1];
         self.texts.push(&self.ids);
@@ -228,14 +234,28 @@ impl<'a> Steps<'a> {
             self.ids = self.texts.all();
             self.cache.truncate(0);
         }
+        let device = self.model.device();
         let ids = self.ids.clone();
-        let logits = self.model.next_logits(ids, &mut self.rope, &mut self.cache);
+        // The device is waited for, so that a generation can be cancelled while it works.
+        let between = |_| match device.sync() {
+            Err(error) => ControlFlow::Break(Err(ModelError::device(&device, error))),
+            Ok(()) if self.cancel.is_cancelled() => ControlFlow::Break(Ok(None)),
+            Ok(()) => ControlFlow::Continue(()),
+        };
+        let (rope, cache) = (&mut self.rope, &mut self.cache);
+        let logits = self
+            .model
+            .next_logits_unless(ids, PROMPT_CHUNK, rope, cache, between);
+        let logits = match logits {
+            ControlFlow::Continue(logits) => logits,
+            ControlFlow::Break(given) => return given,
+        };
         if self.chosen.is_empty() {
             check_finite(&logits)?;
         }
         let (next, chosen) = sampler.next(logits);
         self.ids = next;
-        Ok(chosen)
+        Ok(Some(chosen))
     }
 }
 
@@ -342,8 +362,8 @@ mod tests {
             prompts: vec![vec![5, 9, 2, 7, 3, 11, 4], vec![8, 1, 6], vec![12, 3, 9, 4]],
             max_tokens,
             sampling,
-            eos: Vec::new(),
             capture,
+            ..Request::default()
         }
     }
 
@@ -351,20 +371,20 @@ mod tests {
     fn made(
         name: &str,
         request: &Request,
-        chunk: usize,
+        growth: usize,
         steps: usize,
     ) -> (Vec<Vec<u32>>, usize, usize) {
         let (model, config) = family(name);
         let start = Start::of_prompts(&model, &config, request);
         let recording = Recording {
-            chunk,
+            growth,
             reruns: true,
         };
         let mut all = Steps::with_recording(&model, &config, request, start, recording);
         let mut sampler = Sampler::new(request.sampling, request.prompts.len());
         let (mut tokens, mut recorded, mut was_replay) = (Vec::new(), 0, false);
         for _ in 0..steps {
-            tokens.push(all.next(&mut sampler).unwrap());
+            tokens.push(all.next(&mut sampler).unwrap().unwrap());
             recorded += usize::from(all.replay.is_some() && !was_replay);
             was_replay = all.replay.is_some();
         }
@@ -378,7 +398,7 @@ mod tests {
     #[rstest]
     #[case::greedy(Sampling::greedy())]
     #[case::drawn(DRAWN)]
-    fn a_text_goes_on_across_the_border_of_a_chunk(#[case] sampling: Sampling) {
+    fn a_text_goes_on_across_the_border_of_a_cache(#[case] sampling: Sampling) {
         let of = |capture| made("qwen3", &request(300, sampling, capture), 20, 300);
         let ((replayed, recorded, room), (launched, none, _)) = (of(true), of(false));
         assert_eq!(replayed, launched);
@@ -395,13 +415,30 @@ mod tests {
         assert_eq!(recorded, 1);
     }
 
-    /// Room is made as a text grows, not for all that is allowed.
+    /// Between the passes over a long prompt; what was processed is held.
     #[test]
-    fn no_more_room_is_made_than_a_chunk() {
+    fn a_generation_is_cancelled_within_a_prompt() {
+        let (model, config) = family("llama3_tied");
+        let request = Request {
+            prompts: vec![vec![5; 2 * PROMPT_CHUNK + 1]],
+            ..Request::default()
+        };
+        request.cancel.cancel();
+        let start = Start::of_prompts(&model, &config, &request);
+        let mut steps = Steps::new(&model, &config, &request, start);
+        let mut sampler = Sampler::new(request.sampling, 1);
+        assert_eq!(steps.next(&mut sampler).unwrap(), None);
+        let (cache, ..) = steps.finish();
+        assert_eq!(cache.len(), PROMPT_CHUNK);
+    }
+
+    /// Beyond the positions that the model was made for, room is made as a text grows.
+    #[test]
+    fn no_more_room_is_made_than_a_text_can_fill() {
         let endless = request(usize::MAX, Sampling::greedy(), true);
-        let (_, recorded, room) = made("llama3_tied", &endless, RECORDING.chunk, 20);
+        let (_, recorded, room) = made("llama3_tied", &endless, GROWTH, 20);
         assert_eq!(recorded, 1);
-        let most = endless.longest_prompt() + RECORDING.chunk;
+        let most = endless.longest_prompt() + GROWTH;
         assert_eq!(room, most.next_multiple_of(256));
     }
 }

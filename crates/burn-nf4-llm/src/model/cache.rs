@@ -80,6 +80,13 @@ impl KvCache {
         }
     }
 
+    /// The positions that are allocated where so many are needed.
+    pub(crate) fn rounded(positions: usize) -> usize {
+        positions
+            .div_ceil(POSITIONS_STEP)
+            .saturating_mul(POSITIONS_STEP)
+    }
+
     /// Bytes allocated.
     pub fn size_bytes(&self) -> usize {
         let bytes = |tensor: &Option<Tensor<4>>| {
@@ -134,7 +141,7 @@ fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, room: usize
     let held = match slot.take() {
         Some(held) if held.dims()[2] >= room => held,
         held => {
-            let capacity = room.div_ceil(POSITIONS_STEP) * POSITIONS_STEP;
+            let capacity = KvCache::rounded(room);
             let shape = [batch, heads, capacity, head_dim];
             let grown = Tensor::zeros(shape, (&new.device(), new.dtype()));
             match held {

@@ -55,7 +55,7 @@ mod variants;
 
 pub use burn_nf4::op::NormForm;
 pub use config::DecoderConfig;
-pub use decoder::{Decoder, EMBEDDING, HEAD};
+pub use decoder::{Decoder, EMBEDDING, HEAD, PROMPT_CHUNK};
 pub use init::random;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};

@@ -1,10 +1,13 @@
 //! The cache, batches and sampling.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4_llm::ModelError;
+use burn_nf4_llm::error::MemoryLimit;
 use burn_nf4_llm::generate::sample::Sampling;
-use burn_nf4_llm::generate::{Request, generate};
+use burn_nf4_llm::generate::{Request, RowEnd, generate};
 use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::DecoderConfig;
@@ -86,6 +89,7 @@ fn request(prompts: Vec<Vec<u32>>, sampling: Sampling) -> Request {
         sampling,
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     }
 }
 
@@ -271,4 +275,99 @@ fn a_text_beyond_the_positions_is_warned_of() {
         both.iter().all(|number| warning.contains(number)),
         "{warning}"
     );
+}
+
+/// The bytes are known before anything is computed, and are those that are allocated.
+#[rstest]
+#[case::one_row(vec![prompts().remove(2)], 12)]
+#[case::rows(prompts(), 300)]
+fn the_memory_of_the_cache_is_known_before(
+    #[case] prompts: Vec<Vec<u32>>,
+    #[case] max_tokens: usize,
+) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut request = Request {
+        max_tokens,
+        ..request(prompts, GREEDY)
+    };
+    let size = request.cache_size(&model, &config);
+    assert_eq!(size.rows, request.prompts.len());
+    assert!(size.positions >= request.longest_prompt() + 12);
+    request.max_cache_bytes = Some(size.bytes);
+    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.cache_bytes as u64, size.bytes);
+    request.max_cache_bytes = Some(size.bytes - 1);
+    let nothing = |_, _| -> Result<(), ModelError> { panic!("nothing is generated") };
+    match generate(&model, &config, &request, nothing).unwrap_err() {
+        ModelError::Memory {
+            rows,
+            positions,
+            needed,
+            available,
+            limit: MemoryLimit::Request,
+        } => {
+            assert_eq!(
+                (rows, positions, needed),
+                (size.rows, size.positions, size.bytes)
+            );
+            assert_eq!(available, size.bytes - 1);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_ends_a_row_is_told() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let free = texts(&request(prompts(), GREEDY));
+    // The first token of a row that its text has at the place and not before.
+    let last = free[1]
+        .iter()
+        .position(|&id| !free[0].contains(&id))
+        .unwrap();
+    let mut request = request(prompts(), GREEDY);
+    request.eos = vec![free[1][last]];
+    let report = generate(&model, &config, &request, |row, _| {
+        Ok(match row {
+            2 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+    });
+    let report = report.unwrap();
+    assert_eq!(
+        report.ends,
+        [RowEnd::MaxTokens, RowEnd::Eos, RowEnd::Callback]
+    );
+    let lengths: Vec<usize> = report.tokens.iter().map(Vec::len).collect();
+    assert_eq!(lengths, [12, last, 1]);
+}
+
+/// What was generated until then is there, and the callback got it.
+#[rstest]
+#[case::at_once(0)]
+#[case::after_the_first(1)]
+#[case::later(5)]
+fn a_generation_is_cancelled_between_tokens(#[case] after: usize) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let free = texts(&request(prompts(), GREEDY));
+    let request = request(prompts(), GREEDY);
+    if after == 0 {
+        let cancel = request.cancel.clone();
+        std::thread::spawn(move || cancel.cancel()).join().unwrap();
+    }
+    let mut seen = 0;
+    let report = generate(&model, &config, &request, |row, _| {
+        seen += usize::from(row == 2);
+        if seen == after {
+            request.cancel.cancel();
+        }
+        Ok(())
+    });
+    let report = report.unwrap();
+    assert_eq!(report.ends, [RowEnd::Cancelled; 3]);
+    for (ours, free) in report.tokens.iter().zip(&free) {
+        assert_eq!(ours, &free[..after]);
+    }
+    let processed = if after == 0 { 0 } else { 9 + 2 + 24 };
+    assert_eq!(report.prompt_tokens, processed);
 }

@@ -3,7 +3,7 @@
 use std::io::{Write, stderr, stdout};
 
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{Report, Request, Sampling, TextReport, generate_text};
+use burn_nf4_llm::generate::{CacheSize, Report, Request, Sampling, TextReport, generate_text};
 use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use clap::Args;
@@ -92,12 +92,22 @@ impl GenerateArgs {
                 false => text.ends(&config, self.chat),
             },
             capture: !self.sampling.eager,
+            max_cache_bytes: self.sampling.max_cache_bytes(),
+            ..Request::default()
         };
         let longest = request.longest_prompt();
         let of_prompt = config.warn_of_length("the longest prompt", longest);
         if let Some(warning) = &of_prompt {
             eprintln!("{warning}");
         }
+
+        let CacheSize {
+            positions, bytes, ..
+        } = request.cache_size(&model, &config);
+        eprintln!(
+            "KV cache: {} for {rows} rows of {positions} positions",
+            mebibytes(bytes)
+        );
 
         // One row is shown as it comes; more would mix.
         let given = generate_text(&model, &config, &text, &request, &stop, |_, piece| {
