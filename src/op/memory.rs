@@ -35,3 +35,39 @@ pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
     let _ = device;
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn flex_does_not_tell() {
+        assert_eq!(device_memory(&Device::flex()), None);
+    }
+
+    /// Those of a tensor are counted, and are left again after it.
+    #[cfg(feature = "cpu")]
+    #[test]
+    fn the_bytes_of_a_tensor_are_counted() {
+        use burn::tensor::Tensor;
+
+        let device = Device::cpu();
+        let memory = || {
+            device.sync().unwrap();
+            device_memory(&device).unwrap()
+        };
+        let before = memory();
+        assert!(before.total > 1 << 20);
+        let tensor = Tensor::<1>::zeros([1 << 20], &device);
+        let during = memory();
+        assert_eq!(during.total, before.total);
+        assert!(
+            during.in_use >= before.in_use + (4 << 20),
+            "{before:?} {during:?}"
+        );
+        assert_eq!(during.left(), during.total - during.in_use);
+        drop(tensor);
+        assert!(memory().in_use < during.in_use);
+    }
+}

@@ -98,6 +98,7 @@ fn folder() -> TempDir {
     "generate --prompt a --max-tokens 0",
     "--max-tokens is 0, expected at least 1"
 )]
+#[case::max_batch("generate --prompt a --max-batch 0", "--max-batch is 0")]
 #[case::max_cache("generate --prompt a --max-cache 0", "--max-cache is 0")]
 #[case::stop_empty("generate --prompt a --stop=", "a stop string is empty")]
 #[case::system_alone("generate --prompt a --system b", "--chat")]
@@ -150,6 +151,7 @@ fn timing_nothing_is_refused(#[case] arguments: &str, #[case] expected: &str) {
 #[case::greedy("--prompt ab --max-tokens 3")]
 #[case::drawn("--prompt ab --max-tokens 3 --temperature 0.7 --top-k 9 --top-p 0.9 --seed 3")]
 #[case::rows("--prompt ab --prompt abc --batch 3 --max-tokens 2")]
+#[case::rows_that_wait("--prompt ab --prompt abc --batch 5 --max-batch 2 --max-tokens 3")]
 #[case::beyond_the_positions("--prompt abcdefghijklmnopqrstuvwxyz --max-tokens 2")]
 #[case::chat("--prompt ab --chat --system b --chat-template TEMPLATE --prefill abc --max-tokens 2")]
 fn a_text_is_continued(#[case] arguments: &str) {

@@ -81,19 +81,25 @@ impl CacheSize {
 
 impl Request {
     /// The room that the cache gets before the first pass: for the longest prompt and all tokens after it. A
-    /// text that is longer than the model was made for grows beyond that when it gets there.
+    /// text that is longer than the model was made for grows beyond that when it gets there. Where prompts
+    /// wait, the bytes are also of the longest of them, which is processed beside the others.
     ///
     /// The device needs more than these bytes: for the weights, which it has already, and for a pass
     /// over [`PROMPT_CHUNK`](crate::model::PROMPT_CHUNK) tokens.
     pub fn cache_size(&self, model: &Decoder, config: &DecoderConfig) -> CacheSize {
         let positions = self.reserved_positions(config, GROWTH);
-        CacheSize::new(model, config, self.prompts.len(), positions)
+        let mut size = CacheSize::new(model, config, self.rows(), positions);
+        if self.prompts.len() > self.rows() {
+            let waiting = CacheSize::new(model, config, 1, self.longest_prompt());
+            size.bytes = size.bytes.saturating_add(waiting.bytes);
+        }
+        size
     }
 
     /// Positions of each row that are reserved, where a longer text grows by so many at a time.
     pub(super) fn reserved_positions(&self, config: &DecoderConfig, growth: usize) -> usize {
         let longest = self.longest_prompt();
         let most = longest.saturating_add(growth).max(config.max_positions);
-        longest.saturating_add(self.max_tokens).min(most)
+        self.limit().min(most)
     }
 }

@@ -76,6 +76,12 @@ impl Sampler {
         }
     }
 
+    /// Has a row draw as that of the prompt `prompt` does from its beginning on.
+    pub fn begin_row(&mut self, row: usize, prompt: usize) {
+        let seed = self.sampling.seed.wrapping_add(prompt as u64);
+        self.rngs[row] = StdRng::seed_from_u64(seed);
+    }
+
     /// Whether each token is the likeliest.
     pub fn is_greedy(&self) -> bool {
         self.sampling.is_greedy()

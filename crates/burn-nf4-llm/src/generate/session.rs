@@ -1,10 +1,9 @@
 //! A text or conversation that is continued several times.
 
-use burn::tensor::{Int, Tensor, TensorData};
-
 use crate::error::ModelError;
+use crate::generate::batch::run;
 use crate::generate::steps::Start;
-use crate::generate::{Report, Request, RowFlow, run};
+use crate::generate::{Report, Request, RowFlow};
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 use crate::model::{Decoder, RopeTables};
@@ -70,15 +69,13 @@ impl<'a> Session<'a> {
             held,
             &self.model.device(),
         )?;
-        let kept = self.keep(prompt);
-        let before = (kept > 0).then(|| self.row(&prompt[..kept]));
-        let ids = self.row(&prompt[kept..]);
+        self.keep(prompt);
         // Nothing is held if this fails half way.
         let cache = std::mem::replace(&mut self.cache, empty_cache(self.config));
         self.tokens.clear();
         let longest = std::mem::take(&mut self.longest);
         let rope = self.rope.clone();
-        let start = Start::after(before, ids, cache, rope, self.config);
+        let start = Start::after(prompt, cache, rope);
         let (report, cache, rope) = run(self.model, self.config, request, start, on_token)?;
         self.cache = cache;
         self.rope = rope;
@@ -96,9 +93,8 @@ impl<'a> Session<'a> {
         self.longest = 0;
     }
 
-    /// Cuts the cache to what a prompt begins with and says how many tokens that is. At least one is left
-    /// to be processed, for its logits.
-    fn keep(&mut self, prompt: &[u32]) -> usize {
+    /// Cuts the cache to what a prompt begins with. At least one token is left to be processed, for its logits.
+    fn keep(&mut self, prompt: &[u32]) {
         let same = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b);
         let mut kept = same.count().min(prompt.len() - 1);
         // The angles of keys can depend on the length of the sequence.
@@ -116,12 +112,6 @@ impl<'a> Session<'a> {
         if kept == 0 {
             self.longest = 0;
         }
-        kept
-    }
-
-    fn row(&self, ids: &[u32]) -> Tensor<2, Int> {
-        let data: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-        Tensor::from_data(TensorData::new(data, [1, ids.len()]), &self.model.device())
     }
 }
 

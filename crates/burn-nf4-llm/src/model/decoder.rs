@@ -205,14 +205,13 @@ impl Decoder {
         x.sum()
     }
 
-    /// The logits of one token a row, `[batch, vocab_size]`, at a position that the device alone may know.
-    /// The shapes are the same at every position, and the host reads and writes nothing: what it takes to
+    /// The logits of one token a row, `[batch, vocab_size]`, each at a position of its own, which the device
+    /// alone may know. The shapes are the same at every position, and the host reads and writes nothing: what it takes to
     /// capture a step in a graph. The cache is not [advanced](KvCache::advance).
     ///
     /// # Shapes
     /// - `ids`: `[batch, 1]`
-    /// - `position`: `[1]`, the positions that the cache holds
-    /// - `starts`: `[batch]`, the padding of each row, if there is any
+    /// - `position`: `[batch]`, the positions of each row that the cache holds
     ///
     /// # Panics
     /// If `rope` was not [reserved](RopeTables::reserve), or the cache has no room reserved and filled.
@@ -220,18 +219,12 @@ impl Decoder {
         &self,
         ids: Tensor<2, Int>,
         position: Tensor<1, Int>,
-        starts: Option<Tensor<1, Int>>,
         rope: &RopeTables,
         cache: &mut KvCache,
     ) -> Tensor<2> {
-        let rows = ids.dims()[0];
-        let positions = match &starts {
-            Some(starts) => position.clone().expand([rows]) - starts.clone(),
-            None => position.clone(),
-        };
-        let rotations = rope.rotations_at(&positions);
+        let rotations = rope.rotations_at(&position);
         let windows = self.layers.iter().map(|layer| layer.self_attn.window);
-        let pass = Pass::at(position, rotations, windows, starts, rows, cache.room());
+        let pass = Pass::at(position, rotations, windows, cache.room());
         let hidden = self.through_layers(ids, &pass, Some(cache));
         self.head(hidden).squeeze_dim(1)
     }

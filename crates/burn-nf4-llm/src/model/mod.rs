@@ -63,6 +63,5 @@ pub use mixture::MixtureMlp;
 pub use mlp::{Activation, FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::RmsNorm;
 pub use pass::Pass;
-pub(crate) use pass::row_starts;
 pub use rotation::{RopeTables, Rotation};
 pub use scale::EmbeddingScale;

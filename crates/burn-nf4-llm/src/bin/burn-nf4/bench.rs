@@ -205,6 +205,7 @@ impl BenchArgs {
             },
             eos: Vec::new(),
             capture: !self.eager,
+            max_batch: rows,
             ..Request::default()
         };
         // The first time a graphics card compiles kernels and measures which are fastest.

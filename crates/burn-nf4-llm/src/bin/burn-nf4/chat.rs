@@ -86,6 +86,7 @@ impl ChatArgs {
                     capture: !self.sampling.eager,
                     max_cache_bytes: self.sampling.max_cache_bytes(),
                     cancel,
+                    ..Request::default()
                 };
                 session.generate_text(&text, &request, &stop, |_, piece| show(piece))
             })?;
