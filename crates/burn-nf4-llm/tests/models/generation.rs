@@ -463,7 +463,7 @@ fn families_take_prompts_that_wait(
     let mut request = request(prompts.map(within).collect(), GREEDY);
     request.max_tokens = 25;
     let run = |request: &Request| {
-        let mut seen = vec![0; 6];
+        let mut seen = [0; 6];
         let report = generate(&model, &config, request, |prompt, _| {
             seen[prompt] += 1;
             Ok(match seen[prompt] < 25 - 4 * prompt {
