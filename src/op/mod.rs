@@ -30,6 +30,7 @@ mod base;
 mod compiled;
 mod graphs;
 mod joined;
+mod memory;
 mod reproducible;
 mod rms_norm;
 mod rotary;
@@ -52,6 +53,7 @@ pub use graphs::has_graphs;
 #[doc(hidden)]
 pub use joined::{JoinedBackend, JoinedSpec};
 pub use joined::{LinearPart, gated_linear, joined_linear};
+pub use memory::{DeviceMemory, device_memory};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm};

@@ -145,6 +145,31 @@ impl SampleState {
         })
     }
 
+    /// Gives a row another seed and, where there is a history, another text, as at the beginning. What is held
+    /// is overwritten in its place, for the graphs that were recorded with it.
+    ///
+    /// # Errors
+    /// [`Nf4Error::RowRange`] if there is no such row, [`Nf4Error::IdRange`] for a token that the vocabulary
+    /// has not.
+    pub fn begin_row(&mut self, row: usize, seed: u64, text: &[u32]) -> Result<(), Nf4Error> {
+        let [rows, words] = self.words.dims();
+        if row >= rows {
+            return Err(Nf4Error::RowRange {
+                start: row,
+                end: row + 1,
+                rows,
+            });
+        }
+        let device = self.words.device();
+        let of_row = match self.history {
+            None => Self::new(&[seed], &device)?,
+            Some(vocabulary) => Self::with_history(&[seed], &[text], vocabulary, &device)?,
+        };
+        self.words
+            .inplace(|held| held.slice_assign([row..row + 1, 0..words], of_row.words));
+        Ok(())
+    }
+
     /// Rows.
     pub fn rows(&self) -> usize {
         self.words.dims()[0]

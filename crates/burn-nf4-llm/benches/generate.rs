@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             sampling: Sampling::greedy(),
             eos: Vec::new(),
             capture: true,
+            ..Request::default()
         };
         // The first warms up.
         generate(&model, &config, &request, |_, _| Ok(()))?;

@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         sampling: Sampling::greedy(),
         eos: text.ends(&config, false),
         capture: true,
+        ..Request::default()
     };
     print!("{prompt}");
     let stop = StopStrings::none();

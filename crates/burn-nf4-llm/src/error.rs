@@ -1,5 +1,6 @@
 //! What can go wrong when a model is opened, run or trained.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use burn::tensor::Device;
@@ -76,6 +77,26 @@ pub enum ModelError {
         /// What it says.
         message: String,
     },
+    /// The keys and values of a generation do not fit.
+    #[error(
+        "the KV cache of {rows} {} of {positions} positions needs {}, {} {}",
+        if *rows == 1 { "row" } else { "rows" },
+        mebibytes(*needed),
+        limit,
+        mebibytes(*available)
+    )]
+    Memory {
+        /// Rows of the batch.
+        rows: usize,
+        /// Positions of each row.
+        positions: usize,
+        /// Bytes that they need.
+        needed: u64,
+        /// Bytes that there are for them.
+        available: u64,
+        /// Who says so.
+        limit: MemoryLimit,
+    },
     /// A step of decoding that was recorded, or to be recorded, and went wrong. Without
     /// [`Request::capture`](crate::generate::Request::capture) none is.
     #[error("{device}: a replayed step: {message}")]
@@ -103,6 +124,30 @@ pub enum ModelError {
     },
 }
 
+/// What bounds the memory of a cache.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryLimit {
+    /// [`Request::max_cache_bytes`](crate::generate::Request::max_cache_bytes).
+    Request,
+    /// What the device has beside all tensors that are there.
+    Device,
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Request => "the limit given is",
+            Self::Device => "the device has room for",
+        })
+    }
+}
+
+/// Bytes for people.
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1024.0 * 1024.0))
+}
+
 impl ModelError {
     /// A setting that cannot be served.
     pub fn setting(
@@ -114,6 +159,14 @@ impl ModelError {
             name: name.into(),
             given: given.to_string(),
             expected: expected.into(),
+        }
+    }
+
+    /// A device that does not answer.
+    pub(crate) fn device(device: &Device, error: impl ToString) -> Self {
+        Self::Device {
+            device: format!("{device:?}"),
+            message: error.to_string(),
         }
     }
 

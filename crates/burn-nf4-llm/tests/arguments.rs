@@ -3,6 +3,8 @@
 #![cfg(feature = "cli")]
 
 use std::fs;
+#[cfg(unix)]
+use std::io::Read;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -96,6 +98,8 @@ fn folder() -> TempDir {
     "generate --prompt a --max-tokens 0",
     "--max-tokens is 0, expected at least 1"
 )]
+#[case::max_batch("generate --prompt a --max-batch 0", "--max-batch is 0")]
+#[case::max_cache("generate --prompt a --max-cache 0", "--max-cache is 0")]
 #[case::stop_empty("generate --prompt a --stop=", "a stop string is empty")]
 #[case::system_alone("generate --prompt a --system b", "--chat")]
 #[case::template_alone("generate --prompt a --chat-template b", "--chat")]
@@ -147,6 +151,7 @@ fn timing_nothing_is_refused(#[case] arguments: &str, #[case] expected: &str) {
 #[case::greedy("--prompt ab --max-tokens 3")]
 #[case::drawn("--prompt ab --max-tokens 3 --temperature 0.7 --top-k 9 --top-p 0.9 --seed 3")]
 #[case::rows("--prompt ab --prompt abc --batch 3 --max-tokens 2")]
+#[case::rows_that_wait("--prompt ab --prompt abc --batch 5 --max-batch 2 --max-tokens 3")]
 #[case::beyond_the_positions("--prompt abcdefghijklmnopqrstuvwxyz --max-tokens 2")]
 #[case::chat("--prompt ab --chat --system b --chat-template TEMPLATE --prefill abc --max-tokens 2")]
 fn a_text_is_continued(#[case] arguments: &str) {
@@ -164,6 +169,24 @@ fn a_text_is_continued(#[case] arguments: &str) {
         argument => argument,
     }));
     run(&all).unwrap();
+}
+
+#[test]
+fn a_text_whose_cache_does_not_fit_is_refused_with_its_size() {
+    let folder = folder();
+    let model = folder.path().to_str().unwrap();
+    let mut all = vec![
+        "generate", "--model", model, "--prompt", "ab", "--batch", "8",
+    ];
+    all.extend(["--max-tokens", "200", "--max-cache"]);
+    let told = told(&[&all[..], &["2"]].concat());
+    // 1 KiB a position of each row.
+    let size = "KV cache: 2.0 MiB for 8 rows of 256 positions";
+    assert!(told.contains(size), "{told}");
+    let error = run(&[&all[..], &["1"]].concat()).unwrap_err();
+    let expected =
+        "the KV cache of 8 rows of 256 positions needs 2.0 MiB, the limit given is 1.0 MiB";
+    assert!(error.contains(expected), "{error}");
 }
 
 /// The program's own output, with and without a stop string that the text has; one row and two.
@@ -333,6 +356,50 @@ fn a_conversation_is_answered_line_by_line() {
         answers.ends_with('\n') && answers.lines().count() >= 2,
         "{answers:?}"
     );
+}
+
+/// The program goes on to the next line, of which there is none.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_an_answer_and_not_the_chat() {
+    let folder = folder();
+    // Nothing ends a text but its length.
+    let config = folder.path().join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        config,
+        text.replace("\"eos_token_id\":2", "\"eos_token_id\":[]"),
+    )
+    .unwrap();
+    let template = folder.path().join("own.jinja");
+    fs::write(
+        &template,
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    .unwrap();
+    let mut chat = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args(["chat", "--max-tokens", "100000000", "--model"])
+        .arg(folder.path())
+        .arg("--chat-template")
+        .arg(&template)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = chat.stdin.take().unwrap();
+    stdin.write_all(b"ab\n").unwrap();
+    let mut stdout = chat.stdout.take().unwrap();
+    let mut answer = [0; 20];
+    stdout.read_exact(&mut answer).unwrap();
+    let id = chat.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &id]).status().unwrap();
+    assert!(sent.success());
+    let mut rest = Vec::new();
+    drop(stdin);
+    stdout.read_to_end(&mut rest).unwrap();
+    let status = chat.wait().unwrap();
+    assert!(status.success(), "{status}");
+    assert!(rest.ends_with(b"\n"));
 }
 
 fn finetune(folder: &Path, further: &str) -> Result<(), String> {

@@ -70,6 +70,7 @@ fn request(prompts: Vec<Vec<u32>>, max_tokens: usize, sampling: Sampling) -> Req
         sampling,
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     }
 }
 
@@ -217,4 +218,79 @@ fn what_is_not_recorded_is_told() {
     let (model, config) = family("qwen3_moe");
     let mixture = run(&model, &config, &request(prompts(), 20, Sampling::greedy()));
     assert_eq!(mixture.eager, Some(EagerReason::Mixture));
+}
+
+/// Rows that others take over in a recorded step: the texts of launches, and of each prompt alone.
+#[rstest]
+#[case::greedy(Sampling::greedy())]
+#[case::drawn(DRAWN)]
+fn prompts_that_wait_take_the_places_of_rows(
+    #[case] sampling: Sampling,
+    #[values("qwen3", "gemma3_text")] name: &str,
+) {
+    let _alone = alone();
+    let (model, config) = family(name);
+    let mut all = prompts();
+    all.extend([vec![9], (3..40).collect(), vec![2, 4]]);
+    let mut wanted = request(all, 40, sampling);
+    let free = run(&model, &config, &wanted).tokens;
+    wanted.max_batch = 2;
+    // Ends that single rows have, each at its own place.
+    wanted.eos = vec![free[0][5], free[1][20], free[4][11]];
+    assert_replays_as_launched(&model, &config, &wanted);
+    let waiting = run(&model, &config, &wanted);
+    let until_end = |text: &Vec<u32>| -> Vec<u32> {
+        let text = text.iter().take_while(|id| !wanted.eos.contains(id));
+        text.copied().collect()
+    };
+    let expected: Vec<Vec<u32>> = free.iter().map(until_end).collect();
+    assert_eq!(waiting.tokens, expected);
+}
+
+/// The greedy text is that of transformers, and the same again, in the same process and beside another model.
+#[rstest]
+fn recorded_texts_are_those_of_transformers(
+    #[values(
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama3_tied",
+        "llama_biases",
+        "mistral_window",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_window",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3"
+    )]
+    name: &str,
+) {
+    let _alone = alone();
+    let file = fixtures::fixture(&format!("families/{name}/io.safetensors"));
+    let file = burn_nf4::checkpoint::SafetensorsFile::open(file).unwrap();
+    let tokens = |key: &str| -> Vec<u32> {
+        let (ids, _) = fixtures::ints(&file, key);
+        ids.iter().map(|&id| id as u32).collect()
+    };
+    let (prompt, expected) = (tokens("input_ids")[..8].to_vec(), tokens("generated"));
+    let (model, config) = family(name);
+    // Longer than theirs, so that it is worth a recording.
+    let mut wanted = request(vec![prompt], expected.len().max(20), Sampling::greedy());
+    for _ in 0..2 {
+        let report = run(&model, &config, &wanted);
+        let mixture = name == "qwen3_moe";
+        assert_eq!(report.eager, mixture.then_some(EagerReason::Mixture));
+        assert_eq!(report.tokens[0][..expected.len()], expected);
+        let (other, of_other) = family("granite");
+        run(&other, &of_other, &request(vec![vec![3; 30]], 20, DRAWN));
+        drop(other);
+    }
+    // As rows that take turns.
+    wanted.prompts = vec![wanted.prompts[0].clone(); 3];
+    wanted.max_batch = 2;
+    for text in run(&model, &config, &wanted).tokens {
+        assert_eq!(text[..expected.len()], expected);
+    }
 }

@@ -121,6 +121,8 @@ impl Activation {
 
 /// What became of products that may be joined.
 enum Joined<'a, const D: usize> {
+    /// A result of each weight, or with a gate that of both.
+    #[cfg_attr(not(feature = "cube"), allow(dead_code))]
     Results(Vec<Tensor<D>>),
     /// Nothing: they are to be computed one by one.
     Apart(Tensor<D>, Vec<LinearPart<'a>>),

@@ -3,7 +3,6 @@
 #[cfg(feature = "cube")]
 mod launch;
 
-use burn::backend::DispatchDevice;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 
 #[cfg(feature = "cube")]
@@ -59,12 +58,11 @@ pub fn rotary_append(
     if token.q.shape().num_elements() == 0 {
         return Ok((token.q, cache));
     }
-    let device = token.q.device();
-    match device.as_dispatch() {
-        #[cfg(feature = "cube")]
-        DispatchDevice::Cube(_) => Ok(launch::launched(token, [cos, sin], cache, positions)),
-        _ => composed(token, [cos, sin], cache, positions),
+    #[cfg(feature = "cube")]
+    if let burn::backend::DispatchDevice::Cube(_) = token.q.device().as_dispatch() {
+        return Ok(launch::launched(token, [cos, sin], cache, positions));
     }
+    composed(token, [cos, sin], cache, positions)
 }
 
 fn check(

@@ -13,7 +13,9 @@ pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_
 pub use embedding::embedding;
 pub(crate) use empty::connect_empty;
 pub(super) use empty::tracked_zero;
+#[cfg(feature = "cube")]
+pub(super) use linear::checked_operands;
 pub(crate) use linear::effective_weight;
+pub(super) use linear::linear_at;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
-pub(super) use linear::{checked_operands, linear_at};
 pub use weight::Nf4Weight;

@@ -1,38 +1,45 @@
 //! Continuing texts token by token.
 
-mod replay;
+mod batch;
+mod cancel;
+mod memory;
+pub(crate) mod replay;
 pub mod sample;
 pub mod session;
 mod steps;
 pub mod text;
 
+pub use cancel::Cancellation;
+pub use memory::CacheSize;
 pub use sample::Sampling;
 pub use session::Session;
 pub use text::{TextReport, generate_text};
 
 use std::fmt;
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use burn_nf4::Nf4Error;
 
 use crate::error::ModelError;
-use crate::generate::sample::Sampler;
-use crate::generate::steps::{Start, Steps};
-use crate::model::cache::KvCache;
+use crate::generate::batch::run;
+use crate::generate::steps::Start;
+use crate::model::Decoder;
 use crate::model::config::DecoderConfig;
-use crate::model::{Decoder, RopeTables};
 
 /// What to generate.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// The tokens of each row.
+    /// The tokens of each prompt.
     pub prompts: Vec<Vec<u32>>,
-    /// Most tokens to generate for a row.
+    /// Most rows that are continued at a time. Further prompts wait; each takes the place of a row that
+    /// ends, while the others go on.
+    pub max_batch: usize,
+    /// Most tokens to generate for each prompt.
     pub max_tokens: usize,
     /// How a token is chosen.
     pub sampling: Sampling,
-    /// Tokens that end a row.
+    /// Tokens that end a text.
     pub eos: Vec<u32>,
     /// Whether a step may be recorded in a graph that the device replays, where that is faster.
     ///
@@ -41,12 +48,43 @@ pub struct Request {
     /// wait for each other's recordings, but not for the rest of what others do. So set it where one thread
     /// uses the device.
     pub capture: bool,
+    /// Most bytes that the keys and values of all rows may take: [`ModelError::Memory`] before the first pass
+    /// if they need more. What the device has bounds them too, where its runtime tells.
+    pub max_cache_bytes: Option<u64>,
+    /// Ends the generation from a callback or another thread.
+    pub cancel: Cancellation,
+}
+
+/// No prompts, 64 rows, 128 tokens, the likeliest each time; each step launched anew.
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            prompts: Vec::new(),
+            max_batch: 64,
+            max_tokens: 128,
+            sampling: Sampling::greedy(),
+            eos: Vec::new(),
+            capture: false,
+            max_cache_bytes: None,
+            cancel: Cancellation::new(),
+        }
+    }
 }
 
 impl Request {
     /// Tokens of the longest prompt.
     pub fn longest_prompt(&self) -> usize {
         self.prompts.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Rows that are continued at a time.
+    pub fn rows(&self) -> usize {
+        self.max_batch.min(self.prompts.len())
+    }
+
+    /// Tokens that no text has more of.
+    pub(crate) fn limit(&self) -> usize {
+        self.longest_prompt().saturating_add(self.max_tokens)
     }
 
     /// Refuses what a model of this vocabulary cannot continue.
@@ -56,6 +94,7 @@ impl Request {
         for (name, count) in [
             ("the number of prompts", rows),
             ("max_tokens", self.max_tokens),
+            ("max_batch", self.max_batch),
         ] {
             if count == 0 {
                 return Err(ModelError::setting(name, count, "at least 1"));
@@ -75,17 +114,19 @@ impl Request {
 /// How it went.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// The tokens generated for each row, without the one of [`Request::eos`] that ended it.
+    /// The tokens generated for each prompt, without the one of [`Request::eos`] that ended it.
     pub tokens: Vec<Vec<u32>>,
+    /// What ended each text.
+    pub ends: Vec<RowEnd>,
     /// Tokens of all prompts that were processed.
     pub prompt_tokens: usize,
     /// Tokens of the prompt that a [`Session`] held and that were not processed again.
     pub reused_tokens: usize,
-    /// Time up to the first token.
+    /// Time of the prompts: up to the first token, and of those that took the place of a row later.
     pub prompt_time: Duration,
-    /// Tokens after the first of each row, of all rows.
+    /// Tokens that steps gave after the first prompts, of all rows.
     pub decoded_tokens: usize,
-    /// Time of all further tokens.
+    /// Time of these steps, and of the callback.
     pub decode_time: Duration,
     /// The median time of a step after the first: on a GPU the first steps compile and tune.
     pub step_time: Duration,
@@ -93,6 +134,22 @@ pub struct Report {
     pub cache_bytes: usize,
     /// Why the host launched each step anew, if the device did not replay a recorded one.
     pub eager: Option<EagerReason>,
+}
+
+/// What ended a text.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowEnd {
+    /// One of [`Request::eos`].
+    Eos,
+    /// The callback, with the last token.
+    Callback,
+    /// [`Request::max_tokens`] are there.
+    MaxTokens,
+    /// [`Request::cancel`]. Prompts that were waiting have no tokens.
+    Cancelled,
+    /// The cache could not grow: only beyond [`Request::cache_size`].
+    Memory,
 }
 
 /// Why the host launches each step of a generation anew.
@@ -146,16 +203,20 @@ impl RowFlow for ControlFlow<()> {
 
 /// Continues every prompt until its row ends or `max_tokens` are there.
 ///
-/// The prompts are padded on the left to one length and processed in one forward pass. `on_token`
-/// gets each token as it comes, with its row; where it returns [`ControlFlow::Break`] the row ends with this
+/// The first [`Request::rows`] prompts are processed together, padded to one length, in passes of at most
+/// [`PROMPT_CHUNK`](crate::model::PROMPT_CHUNK) tokens; each further one by itself when a row has ended. With a
+/// rotary embedding that changes with the length of a text (dynamic, longrope) within the lengths that
+/// there can be, it changes for all rows with the longest, as in transformers: there the next rows begin when
+/// all have ended. `on_token` gets each token as it comes, with the index of its prompt; where it returns [`ControlFlow::Break`] the row ends with this
 /// token.
 ///
 /// # Errors
 /// - [`ModelError::Setting`] for a request for nothing, or [`Sampling`] that cannot be
 /// - [`Nf4Error::IdRange`] for tokens that the model does not know
 /// - [`Nf4Error::NonFinite`] if logits are NaN or infinite, or those of a row are all minus infinity
+/// - [`ModelError::Memory`] if the cache is known not to fit: see [`Request::cache_size`]
 /// - [`ModelError::Replay`] if a step was not recorded or replayed rightly: see [`Request::capture`]
-/// - [`ModelError::Device`] if the device does not answer after a replay
+/// - [`ModelError::Device`] if the device does not answer after a replay, or between passes over a prompt
 /// - those of `on_token`
 ///
 /// # Panics
@@ -167,73 +228,12 @@ pub fn generate<F: RowFlow>(
     on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<Report, ModelError> {
     request.check(config.vocab_size)?;
-    let start = Start::of_prompts(model, config, request);
+    request
+        .cache_size(model, config)
+        .check(request.max_cache_bytes, 0, &model.device())?;
+    let start = Start::of_prompts(model, config, &request.prompts[..request.rows()]);
     let (report, ..) = run(model, config, request, start, on_token)?;
     Ok(report)
-}
-
-/// Continues the prompts of a checked request, and gives back the cache and the tables.
-fn run<F: RowFlow>(
-    model: &Decoder,
-    config: &DecoderConfig,
-    request: &Request,
-    prompts: Start,
-    mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
-) -> Result<(Report, KvCache, RopeTables), ModelError> {
-    let start = Instant::now();
-    let rows = request.prompts.len();
-    let reused_tokens = prompts.held();
-    let mut steps = Steps::new(model, config, request, prompts);
-    let (texts, vocabulary) = (&request.prompts, config.vocab_size);
-    let mut sampler = Sampler::new(request.sampling, texts, vocabulary, &model.device())?;
-
-    let mut tokens = vec![Vec::new(); rows];
-    let mut open = vec![true; rows];
-    let mut prompt_time = None;
-    let mut decoded_tokens = 0;
-    let mut step_times = Vec::new();
-    let mut step_start = start;
-    for _ in 0..request.max_tokens {
-        let chosen = steps.next(&mut sampler)?;
-        if prompt_time.is_some() {
-            decoded_tokens += open.iter().filter(|&&open| open).count();
-            step_times.push(step_start.elapsed());
-        }
-        prompt_time.get_or_insert_with(|| start.elapsed());
-        step_start = Instant::now();
-        for (row, &id) in chosen.iter().enumerate() {
-            if !open[row] {
-                continue;
-            }
-            if request.eos.contains(&id) {
-                open[row] = false;
-                continue;
-            }
-            tokens[row].push(id);
-            open[row] = !on_token(row, id)?.ends_row();
-        }
-        if !open.contains(&true) {
-            break;
-        }
-    }
-    let prompt_time = prompt_time.unwrap_or_default();
-    step_times.sort_unstable();
-    let (cache, rope, eager) = steps.finish();
-    let report = Report {
-        tokens,
-        prompt_tokens: request.prompts.iter().map(Vec::len).sum::<usize>() - reused_tokens,
-        reused_tokens,
-        prompt_time,
-        decoded_tokens,
-        decode_time: start.elapsed().saturating_sub(prompt_time),
-        step_time: step_times
-            .get(step_times.len() / 2)
-            .copied()
-            .unwrap_or_default(),
-        cache_bytes: cache.size_bytes(),
-        eager,
-    };
-    Ok((report, cache, rope))
 }
 
 /// Refuses tokens that a model does not know.

@@ -1,8 +1,9 @@
-//! A step of decoding as one graph that the device replays.
+//! A step of decoding, launched or as one graph that the device replays.
 //!
 //! A step is hundreds of launches, and for one row they take the host longer than the device. Recorded
 //! once, they are a single call. What changes from step to step lies in buffers on the device, which the
-//! step itself carries on: the tokens, the position, the cache, and what the next tokens are chosen by.
+//! step itself carries on: the tokens, the positions, the cache, and what the next tokens are chosen by. A row
+//! whose text ends is given another by writing to them: the recorded step is the same.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,10 +13,9 @@ use burn::tensor::{Device, Graph, Int, Tensor, TensorData, capture};
 use burn_nf4::op::Sampled;
 
 use crate::error::ModelError;
-use crate::generate::sample::{Choosing, Sampler};
-use crate::model::Decoder;
+use crate::generate::sample::Choosing;
 use crate::model::cache::KvCache;
-use crate::model::{RopeTables, row_starts};
+use crate::model::{Decoder, RopeTables};
 
 /// Positions that [`Replay::record`] writes to, past those that the cache holds: [`capture`] runs a step three
 /// times, and a fourth time to record it.
@@ -27,74 +27,72 @@ static RECORDING: Mutex<()> = Mutex::new(());
 /// What is recorded.
 type Step<'a> = Box<dyn FnMut() -> Output + 'a>;
 
-/// A recorded step.
-pub(super) struct Replay<'a> {
-    graph: Graph<Output, Step<'a>>,
-    state: Rc<RefCell<State>>,
-    device: Device,
-    /// What the next replay is to read: the tokens of the rows, and the position.
-    tokens: Vec<i64>,
-    position: i64,
-    /// Positions that the cache has room for.
-    room: usize,
-}
-
-/// What became of a recording.
-#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
-pub(super) enum Recorded<'a> {
-    /// A step to replay.
-    Step(Replay<'a>),
-    /// The device records nothing: the cache, as it was.
-    Nothing(KvCache),
-}
-
 /// What the device carries from step to step.
-struct State {
-    /// `[rows, 1]`.
+pub(super) struct State {
+    /// `[rows, 1]`: the tokens that the next step reads.
     ids: Tensor<2, Int>,
-    /// `[1]`: positions that the cache holds.
-    position: Tensor<1, Int>,
-    /// `[rows]`: the padding of each row, if there is any.
-    starts: Option<Tensor<1, Int>>,
-    cache: KvCache,
-    choosing: Choosing,
+    /// `[rows]`: the positions that the cache holds of each row.
+    positions: Tensor<1, Int>,
+    /// The keys and values; its own length is not carried on.
+    pub cache: KvCache,
 }
 
-/// What a replay writes.
-struct Output {
+/// What a step gives.
+pub(super) struct Output {
     /// `[rows, vocab_size]`.
-    logits: Tensor<2>,
-    /// `[3 rows + 1]`: the tokens and the position that were read, the next tokens, and how many of each row
-    /// were chosen before.
+    pub logits: Tensor<2>,
+    /// `[4 rows]`: the tokens and the positions that were read, the next tokens, and how many of each row were
+    /// chosen before.
     trace: Tensor<1, Int>,
 }
 
 impl State {
+    /// Of so many rows, with nothing to read yet.
+    pub fn new(rows: usize, cache: KvCache, device: &Device) -> Self {
+        Self {
+            ids: Tensor::zeros([rows, 1], device),
+            positions: Tensor::zeros([rows], device),
+            cache,
+        }
+    }
+
     /// One step: every launch of it is recorded.
-    fn step(&mut self, model: &Decoder, rope: &RopeTables) -> Output {
+    ///
+    /// # Panics
+    /// If the choosing is not of as many rows.
+    pub fn step(&mut self, model: &Decoder, rope: &RopeTables, choosing: &Choosing) -> Output {
         let logits = model.next_logits_at(
             self.ids.clone(),
-            self.position.clone(),
-            self.starts.clone(),
+            self.positions.clone(),
             rope,
             &mut self.cache,
         );
         let [rows, _] = self.ids.dims();
-        let sampled = self.choosing.choose(logits.clone());
-        let Sampled { ids: next, numbers } = sampled.expect("the state is that of the rows");
+        let sampled = choosing.choose(logits.clone());
+        let Sampled { ids: next, numbers } = sampled.expect("the sampler is of these rows");
         let trace = Tensor::cat(
             vec![
                 self.ids.clone().reshape([rows]),
-                self.position.clone(),
+                self.positions.clone(),
                 next.clone(),
                 numbers,
             ],
             0,
         );
-        let after = self.position.clone() + 1;
+        let after = self.positions.clone() + 1;
         self.write_ids(next.reshape([rows, 1]));
-        self.write_position(after);
+        self.write_positions(after);
         Output { logits, trace }
+    }
+
+    /// Writes what the next step is to read.
+    pub fn write(&mut self, tokens: &[i64], positions: &[i64]) {
+        let rows = tokens.len();
+        let device = self.ids.device();
+        let ids = TensorData::new(tokens.to_vec(), [rows, 1]);
+        self.write_ids(Tensor::from_data(ids, &device));
+        let positions = TensorData::new(positions.to_vec(), [rows]);
+        self.write_positions(Tensor::from_data(positions, &device));
     }
 
     /// Writes tokens into the buffer that the graph reads.
@@ -104,20 +102,54 @@ impl State {
             .inplace(|held| held.slice_assign([0..rows, 0..1], ids));
     }
 
-    /// As [`write_ids`](Self::write_ids), the position.
-    fn write_position(&mut self, position: Tensor<1, Int>) {
+    /// As [`write_ids`](Self::write_ids), the positions.
+    fn write_positions(&mut self, positions: Tensor<1, Int>) {
+        let [rows] = positions.dims();
         #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
-        self.position
-            .inplace(|held| held.slice_assign([0..1], position));
+        self.positions
+            .inplace(|held| held.slice_assign([0..rows], positions));
     }
 }
 
-impl<'a> Replay<'a> {
-    /// Records a step that follows what the cache holds, and no step yet.
+impl Output {
+    /// The next token of each row, and how many were chosen before, if the step has read these tokens at these
+    /// positions.
     ///
-    /// - `cache`: with room for [`RUNS`] positions more than it holds
-    /// - `tokens`: the next token of each row
-    /// - `sampler`: what the tokens after them are chosen by
+    /// # Errors
+    /// [`ModelError::Replay`] if it has read something else, [`ModelError::Device`] if the device does not
+    /// answer.
+    pub fn chosen(
+        &self,
+        tokens: &[i64],
+        positions: &[i64],
+    ) -> Result<(Vec<i64>, Vec<i64>), ModelError> {
+        let device = self.trace.device();
+        let trace = self.trace.try_to_data();
+        let trace = trace.map_err(|error| ModelError::device(&device, error))?;
+        let trace: Vec<i64> = trace.iter::<i64>().collect();
+        let (read, next) = trace.split_at(2 * tokens.len());
+        let (read, at) = read.split_at(tokens.len());
+        if (read, at) != (tokens, positions) {
+            let message = format!(
+                "it read the tokens {read:?} at the positions {at:?}, expected {tokens:?} at {positions:?}"
+            );
+            return Err(ModelError::replay(&device, message));
+        }
+        let (next, numbers) = next.split_at(tokens.len());
+        Ok((next.to_vec(), numbers.to_vec()))
+    }
+}
+
+/// A recorded step.
+pub(super) struct Replay<'a>(Graph<Output, Step<'a>>);
+
+impl<'a> Replay<'a> {
+    /// Records a step of a state, if the device records any. What the next step reads is to be
+    /// [written](State::write) anew after that, as the step is run.
+    ///
+    /// - `state`: with room for [`RUNS`] positions more than each row holds
+    /// - `positions`: those that the state reads
+    /// - `choosing`: what tokens are chosen by; it is afterwards as it was
     /// - `reruns`: whether a step that is run again, launch by launch, will do where the device records none
     ///
     /// # Errors
@@ -125,73 +157,40 @@ impl<'a> Replay<'a> {
     pub fn record(
         model: &'a Decoder,
         rope: &mut RopeTables,
-        cache: KvCache,
-        tokens: &[u32],
-        sampler: &Sampler,
+        state: &Rc<RefCell<State>>,
+        positions: &[i64],
+        choosing: Choosing,
         reruns: bool,
-    ) -> Result<Recorded<'a>, ModelError> {
+    ) -> Result<Option<Self>, ModelError> {
         let device = model.device();
-        let (rows, position, room) = (tokens.len(), cache.len(), cache.room());
-        let tokens: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-        let ids = TensorData::new(tokens.clone(), [rows, 1]);
-        let ids = Tensor::<2, Int>::from_data(ids, &device);
-        let start = Tensor::<1, Int>::from_data([position as i64], &device);
-        rope.reserve(room, position);
+        let longest = positions.iter().copied().max().unwrap_or(0);
+        rope.reserve(state.borrow().cache.room(), longest as usize + 1);
         let rope = rope.clone();
-        let choosing = sampler.choosing();
         let before = choosing.snapshot();
-        let state = Rc::new(RefCell::new(State {
-            // Buffers of their own: the graph writes to them.
-            ids: ids.clone() + 0,
-            position: start.clone() + 0,
-            starts: row_starts(cache.padding(), &device),
-            cache,
-            choosing: choosing.clone(),
-        }));
-        let of_graph = state.clone();
-        let step: Step = Box::new(move || of_graph.borrow_mut().step(model, &rope));
+        let (of_graph, chooses) = (state.clone(), choosing.clone());
+        let step: Step = Box::new(move || of_graph.borrow_mut().step(model, &rope, &chooses));
         let graph = {
             let _alone = RECORDING.lock().unwrap_or_else(PoisonError::into_inner);
             capture(&device, step)
         };
         choosing.restore(&before)?;
         if !graph.is_hardware() {
-            check_last_run(graph.output(), position, &device)?;
+            check_last_run(graph.output(), positions, &device)?;
             if !reruns {
-                return Ok(Recorded::Nothing(cache_of(graph, state)));
+                return Ok(None);
             }
         }
-        {
-            let mut state = state.borrow_mut();
-            state.write_ids(ids);
-            state.write_position(start);
-        }
-        Ok(Recorded::Step(Self {
-            graph,
-            state,
-            device,
-            tokens,
-            position: position as i64,
-            room,
-        }))
+        Ok(Some(Self(graph)))
     }
 
-    /// Whether the cache has no room for another step.
-    pub fn is_full(&self) -> bool {
-        self.position as usize >= self.room
-    }
-
-    /// Makes a step and chooses the next token of each row.
-    ///
-    /// # Errors
-    /// [`ModelError::Replay`] if the step has not read what it should have, [`ModelError::Device`] if the device
-    /// does not answer, [`Nf4Error::NonFinite`](burn_nf4::Nf4Error::NonFinite) for such logits.
+    /// Makes a step.
     ///
     /// # Panics
-    /// If the cache is [full](Self::is_full), or the device does not take the step.
-    pub fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
-        // The step would write past the end of the cache.
-        assert!(!self.is_full(), "the cache is full");
+    /// If the device does not take it.
+    ///
+    /// # Safety
+    /// The cache has room for a position more than each row holds.
+    pub unsafe fn run(&mut self) -> &Output {
         // SAFETY: what `Graph::replay` asks for is there.
         // - What the launches touch is alive: the weights are those of the model, which is borrowed as long as
         //   this lives; the tables and the state belong to the closure, the output to the graph; the
@@ -202,128 +201,118 @@ impl<'a> Replay<'a> {
         //   on another thread, but here they are only read, and there too: Burn writes in place only to what
         //   has one owner.
         // - Writes between replays, reads and replays are on the stream of this thread, which recorded.
+        // - No launch writes past the end of the cache, says the caller.
         //
-        // Replays follow each other rightly only if the assignments of the step ran in place; else each
-        // would read the old buffers and write to new ones. Of tokens and position the trace tells. Of the
-        // cache nothing does: `LayerCache::put` takes a tensor out of its slot, so that it is the only owner
-        // when it assigns. A comparison with one launched step would not help, since the first replay is
-        // right either way; `tests/replay.rs` compares whole texts. Of what the tokens are chosen by the sampler
-        // sees the number.
-        let output = unsafe { self.graph.replay() };
-        let trace = read_trace(output, &self.device)?;
-        let (read, chosen) = trace.split_at(self.tokens.len() + 1);
-        let (position, tokens) = read.split_last().expect("the position is read");
-        if (tokens, *position) != (&self.tokens[..], self.position) {
-            let (expected, at) = (&self.tokens, self.position);
-            let message = format!(
-                "it read the tokens {tokens:?} at position {position}, expected {expected:?} at {at}"
-            );
-            return Err(ModelError::replay(&self.device, message));
-        }
-        self.position += 1;
-        self.state.borrow_mut().cache.advance(1);
-        let (next, numbers) = chosen.split_at(self.tokens.len());
-        // The step has written them where the next one reads.
-        self.tokens = next.to_vec();
-        sampler.accept(next, numbers, &output.logits)
+        // Replays follow each other rightly only if the assignments of the step, and those between steps, ran
+        // in place; else each would read the old buffers and write to new ones. Of tokens, positions and what
+        // chooses the trace tells. Of the cache nothing does: `LayerCache::put` and `KvCache::put_row` take a tensor out of
+        // its slot, so that it is the only owner when it assigns. A comparison with one launched step would
+        // not help, since the first replay is right either way; `tests/replay.rs` compares whole texts.
+        unsafe { self.0.replay() }
     }
-
-    /// The cache.
-    pub fn into_cache(self) -> KvCache {
-        cache_of(self.graph, self.state)
-    }
-}
-
-/// The cache of a step whose graph is not needed any more.
-fn cache_of(graph: Graph<Output, Step<'_>>, state: Rc<RefCell<State>>) -> KvCache {
-    // Its closure holds the state too.
-    drop(graph);
-    let state = Rc::into_inner(state).expect("nobody else holds it");
-    state.into_inner().cache
 }
 
 /// Refuses a recording that was broken off. Where a device has no graphs, the last run of a step was made like
 /// those before it; where the device could not close a recording, that run was not made, and cubecl lets
 /// nobody read what it would have written, the cache included.
-fn check_last_run(output: &Output, start: usize, device: &Device) -> Result<(), ModelError> {
+fn check_last_run(output: &Output, positions: &[i64], device: &Device) -> Result<(), ModelError> {
     let broken = |cause: String| {
         let message = format!("the recording was broken off, as another thread can cause: {cause}");
         ModelError::replay(device, message)
     };
-    let [rows, _] = output.logits.dims();
+    let rows = positions.len();
     let trace = output.trace.try_to_data();
     let trace = trace.map_err(|error| broken(error.to_string()))?;
-    let read = trace.iter::<i64>().nth(rows);
-    let expected = (start + RUNS - 1) as i64;
-    match read == Some(expected) {
+    let read: Vec<i64> = trace.iter::<i64>().skip(rows).take(rows).collect();
+    let after = positions.iter().map(|at| at + RUNS as i64 - 1);
+    let expected: Vec<i64> = after.collect();
+    match read == expected {
         true => Ok(()),
         false => Err(broken(format!(
-            "the last run read the position {read:?}, expected {expected}"
+            "the last run read the positions {read:?}, expected {expected:?}"
         ))),
     }
 }
 
-/// What a step traced, on the host.
-fn read_trace(output: &Output, device: &Device) -> Result<Vec<i64>, ModelError> {
-    match output.trace.try_to_data() {
-        Ok(trace) => Ok(trace.iter::<i64>().collect()),
-        Err(error) => Err(ModelError::Device {
-            device: format!("{device:?}"),
-            message: error.to_string(),
-        }),
-    }
-}
-
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use burn_nf4::checkpoint::CheckpointStore;
+    use burn_nf4::op::has_graphs;
     use rstest::rstest;
 
     use super::*;
-    use crate::generate::Sampling;
+    use crate::generate::sample::{Sampler, Sampling};
     use crate::model::{DecoderConfig, load};
 
-    /// A model of the fixtures, on the CPU.
+    /// For three rows.
+    fn greedy(model: &Decoder, config: &DecoderConfig) -> Sampler {
+        let (texts, vocabulary) = ([[0]; 3], config.vocab_size);
+        Sampler::new(Sampling::greedy(), 0, &texts, vocabulary, &model.device()).unwrap()
+    }
+
+    /// A model of the fixtures of families, on the CPU.
     pub fn family(name: &str) -> (Decoder, DecoderConfig) {
+        fixture_model(&format!("families/{name}"))
+    }
+
+    /// A model of the fixtures, on the CPU.
+    pub fn fixture_model(path: &str) -> (Decoder, DecoderConfig) {
+        model_on(path, &Device::default())
+    }
+
+    fn model_on(path: &str, device: &Device) -> (Decoder, DecoderConfig) {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = package.join("tests/fixtures/families").join(name);
-        let folder = folder.join("model");
+        let folder = package.join("tests/fixtures").join(path).join("model");
         let config = DecoderConfig::from_folder(&folder).unwrap();
         let store = CheckpointStore::open(&folder).unwrap();
-        let model = load(store, &config, config.dtype, &Device::default()).unwrap();
+        let model = load(store, &config, config.dtype, device).unwrap();
         (model, config)
     }
 
-    /// Rows of 7, 3 and 4 tokens, padded to one length.
-    fn prompts(device: &Device) -> (Tensor<2, Int>, Vec<usize>) {
-        let ids = [
-            [5, 9, 2, 7, 3, 11, 4],
-            [0, 0, 0, 0, 8, 1, 6],
-            [0, 0, 0, 12, 3, 9, 4],
-        ];
-        (Tensor::from_ints(ids, device), vec![0, 4, 3])
+    const TEXTS: [&[i64]; 3] = [&[5, 9, 2, 7, 3, 11, 4], &[8, 1, 6], &[12, 3, 9, 4]];
+    const NEXT: [i64; 3] = [3, 14, 7];
+
+    fn tokens(ids: &[i64], device: &Device) -> Tensor<2, Int> {
+        Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), device)
     }
 
-    /// A cache that holds the prompts, with room for more.
-    fn filled(model: &Decoder, config: &DecoderConfig, rope: &mut RopeTables) -> KvCache {
-        let (ids, padding) = prompts(&model.device());
-        let mut cache = KvCache::new(config.layers.len(), padding);
-        cache.reserve(ids.dims()[1] + 20);
-        model.next_logits(ids, rope, &mut cache);
+    fn positions() -> Vec<i64> {
+        TEXTS.iter().map(|text| text.len() as i64).collect()
+    }
+
+    /// A cache of one row that holds a text.
+    fn alone(
+        model: &Decoder,
+        config: &DecoderConfig,
+        rope: &mut RopeTables,
+        text: &[i64],
+    ) -> KvCache {
+        let mut cache = KvCache::new(config.layers.len(), vec![0]);
+        model.next_logits(tokens(text, &model.device()), rope, &mut cache);
         cache
     }
 
-    /// For the rows of [`prompts`].
-    fn greedy(model: &Decoder, config: &DecoderConfig) -> Sampler {
-        let texts = [[0]; 3];
-        let vocabulary = config.vocab_size;
-        Sampler::new(Sampling::greedy(), &texts, vocabulary, &model.device()).unwrap()
-    }
-
-    fn column(tokens: &[i64], device: &Device) -> Tensor<2, Int> {
-        Tensor::from_data(TensorData::new(tokens.to_vec(), [tokens.len(), 1]), device)
+    /// The texts in a cache of three rows, each of which begins at the first position, with room for more.
+    fn filled(
+        model: &Decoder,
+        config: &DecoderConfig,
+        rope: &mut RopeTables,
+        room: usize,
+    ) -> State {
+        let device = model.device();
+        let mut cache = KvCache::new(config.layers.len(), vec![0; 3]);
+        cache.reserve(room);
+        let zeros = Tensor::zeros([3, 7], &device);
+        model.next_logits(zeros, rope, &mut cache);
+        for (row, text) in TEXTS.iter().enumerate() {
+            cache.put_row(row, &alone(model, config, rope, text));
+        }
+        rope.reserve(cache.room(), 7);
+        let mut state = State::new(3, cache, &device);
+        state.write(&NEXT, &positions());
+        state
     }
 
     fn assert_close(ours: Tensor<2>, theirs: Tensor<2>, what: &str) {
@@ -332,10 +321,10 @@ pub(super) mod tests {
         assert!(difference < 1e-4, "{what}: {difference:e}");
     }
 
-    /// A step that reads its position from the device is a forward of one token, padded rows and windows
+    /// A step that reads its positions from the device is a forward of one token of each row alone, windows
     /// included, and carries on what the next one reads.
     #[rstest]
-    fn a_step_is_a_forward_of_one_token(
+    fn a_step_is_a_forward_of_one_token_of_each_row(
         #[values(
             "gemma2",
             "gemma3_text",
@@ -348,6 +337,7 @@ pub(super) mod tests {
             "qwen2",
             "qwen2_window",
             "qwen3",
+            "qwen3_moe",
             "smollm3"
         )]
         name: &str,
@@ -355,52 +345,110 @@ pub(super) mod tests {
         let (model, config) = family(name);
         let device = model.device();
         let mut rope = model.rope_tables(&config);
-        let mut eager = filled(&model, &config, &mut rope);
-        let cache = filled(&model, &config, &mut rope);
-        rope.reserve(cache.room(), cache.len());
-        let start = cache.len() as i64;
-        let mut tokens = vec![3, 14, 7];
-        let mut state = State {
-            ids: column(&tokens, &device),
-            position: Tensor::from_data([start], &device),
-            starts: row_starts(cache.padding(), &device),
-            cache,
-            choosing: greedy(&model, &config).choosing(),
-        };
-        for step in 0..4 {
-            let output = state.step(&model, &rope);
-            let ids = column(&tokens, &device);
-            let expected = model.next_logits(ids, &mut rope, &mut eager);
-            assert_close(output.logits, expected, &format!("{name}, step {step}"));
-            let trace = output.trace.to_data();
-            let trace: Vec<i64> = trace.iter::<i64>().collect();
-            assert_eq!(trace[..3], tokens);
-            assert_eq!(trace[3], start + step);
-            assert_eq!(trace[7..], [step; 3]);
-            tokens = trace[4..7].to_vec();
+        let mut rows = TEXTS.map(|text| alone(&model, &config, &mut rope, text));
+        let mut state = filled(&model, &config, &mut rope, 27);
+        let (mut read, mut at) = (NEXT.to_vec(), positions());
+        for step in 0..12 {
+            let output = state.step(&model, &rope, &greedy(&model, &config).choosing());
+            let expected = rows
+                .iter_mut()
+                .zip(&read)
+                .map(|(cache, &id)| model.next_logits(tokens(&[id], &device), &mut rope, cache));
+            let expected = Tensor::cat(expected.collect(), 0);
+            assert_close(
+                output.logits.clone(),
+                expected,
+                &format!("{name}, step {step}"),
+            );
+            read = output.chosen(&read, &at).unwrap().0;
+            at.iter_mut().for_each(|at| *at += 1);
         }
     }
 
-    /// What the runs of a recording wrote is overwritten.
+    /// Where the engine is held to launches: on the CPU, and where this build has it on wgpu, which records.
+    fn devices() -> Vec<Device> {
+        vec![
+            Device::flex(),
+            #[cfg(feature = "wgpu")]
+            Device::wgpu(Default::default()),
+        ]
+    }
+
+    /// The logits of a recorded step are at every one of 200 steps those of launches over a batch that is padded
+    /// on the left, whose positions the host knows: past windows, and beyond the positions of a table.
+    #[rstest]
+    fn recorded_steps_have_the_logits_of_launches(
+        #[values(
+            "gemma2",
+            "gemma3_text",
+            "llama3_tied",
+            "mistral_window",
+            "phi3",
+            "qwen2_window",
+            "smollm3"
+        )]
+        name: &str,
+    ) {
+        for device in devices() {
+            let (model, config) = model_on(&format!("families/{name}"), &device);
+            let mut rope = model.rope_tables(&config);
+            let padded: Vec<i64> = TEXTS
+                .iter()
+                .flat_map(|text| std::iter::repeat_n(0, 7 - text.len()).chain(text.iter().copied()))
+                .collect();
+            let padded = Tensor::from_data(TensorData::new(padded, [3, 7]), &device);
+            let mut cache = KvCache::new(config.layers.len(), vec![0, 4, 3]);
+            model.next_logits(padded, &mut rope, &mut cache);
+            let state = filled(&model, &config, &mut rope, 7 + 200 + RUNS);
+            let state = Rc::new(RefCell::new(state));
+            let reruns = !has_graphs(&device);
+            let replay = Replay::record(
+                &model,
+                &mut rope,
+                &state,
+                &positions(),
+                greedy(&model, &config).choosing(),
+                reruns,
+            );
+            let mut replay = replay.unwrap().expect("it is recorded");
+            state.borrow_mut().write(&NEXT, &positions());
+            let (mut read, mut at) = (NEXT.to_vec(), positions());
+            for step in 0..200 {
+                // SAFETY: the room was reserved.
+                let output = unsafe { replay.run() };
+                let ids = Tensor::from_data(TensorData::new(read.clone(), [3, 1]), &device);
+                let expected = model.next_logits(ids, &mut rope, &mut cache);
+                let ours = output.logits.clone();
+                assert_close(ours, expected, &format!("{name}, step {step}, {device:?}"));
+                read = output.chosen(&read, &at).unwrap().0;
+                at.iter_mut().for_each(|at| *at += 1);
+            }
+        }
+    }
+
+    /// Nothing is recorded on a CPU; what the runs of a recording wrote is overwritten.
     #[test]
-    fn a_cache_is_as_it_was_after_nothing_was_recorded() {
+    fn a_state_is_as_it_was_after_nothing_was_recorded() {
         let (model, config) = family("qwen3");
-        let device = model.device();
         let mut rope = model.rope_tables(&config);
-        let mut eager = filled(&model, &config, &mut rope);
-        let cache = filled(&model, &config, &mut rope);
-        let sampler = greedy(&model, &config);
-        let tokens = [3, 14, 7];
-        let recorded = Replay::record(&model, &mut rope, cache, &tokens, &sampler, false).unwrap();
-        let Recorded::Nothing(mut cache) = recorded else {
-            panic!("a CPU has no graphs");
-        };
-        assert_eq!(cache.len(), eager.len());
-        for tokens in [[3, 14, 7], [1, 2, 9], [30, 4, 5]] {
-            let ids = column(&tokens, &device);
-            let ours = model.next_logits(ids.clone(), &mut rope, &mut cache);
-            let theirs = model.next_logits(ids, &mut rope, &mut eager);
-            assert_eq!(ours.to_data(), theirs.to_data());
+        let mut eager = filled(&model, &config, &mut rope, 27);
+        let state = Rc::new(RefCell::new(filled(&model, &config, &mut rope, 27)));
+        let recorded = Replay::record(
+            &model,
+            &mut rope,
+            &state,
+            &positions(),
+            greedy(&model, &config).choosing(),
+            false,
+        );
+        assert!(recorded.unwrap().is_none());
+        let mut state = Rc::into_inner(state).unwrap().into_inner();
+        state.write(&NEXT, &positions());
+        for _ in 0..3 {
+            let [ours, theirs] = [&mut state, &mut eager]
+                .map(|state| state.step(&model, &rope, &greedy(&model, &config).choosing()));
+            assert_eq!(ours.logits.to_data(), theirs.logits.to_data());
+            assert_eq!(ours.trace.to_data(), theirs.trace.to_data());
         }
     }
 
@@ -408,29 +456,38 @@ pub(super) mod tests {
     fn a_step_that_read_something_else_is_an_error() {
         let (model, config) = family("qwen3");
         let mut rope = model.rope_tables(&config);
-        let cache = filled(&model, &config, &mut rope);
-        let mut sampler = greedy(&model, &config);
-        let tokens = [3, 14, 7];
-        let recorded = Replay::record(&model, &mut rope, cache, &tokens, &sampler, true).unwrap();
-        let Recorded::Step(mut replay) = recorded else {
-            panic!("a step is run again");
-        };
-        replay.next(&mut sampler).unwrap();
-        let at = Tensor::from_data([5], &model.device());
-        replay.state.borrow_mut().write_position(at);
-        let error = replay.next(&mut sampler).unwrap_err();
+        let state = Rc::new(RefCell::new(filled(&model, &config, &mut rope, 27)));
+        let replay = Replay::record(
+            &model,
+            &mut rope,
+            &state,
+            &positions(),
+            greedy(&model, &config).choosing(),
+            true,
+        );
+        let mut replay = replay.unwrap().unwrap();
+        state.borrow_mut().write(&NEXT, &positions());
+        // SAFETY: there is room for 27 positions.
+        let output = unsafe { replay.run() };
+        let (likeliest, _) = output.chosen(&NEXT, &positions()).unwrap();
+        let mut after: Vec<i64> = positions().iter().map(|at| at + 1).collect();
+        after[1] = 9;
+        // SAFETY: as before.
+        let output = unsafe { replay.run() };
+        let error = output.chosen(&likeliest, &after).unwrap_err();
         assert!(matches!(error, ModelError::Replay { .. }), "{error:?}");
     }
 
     #[test]
     fn a_recording_whose_last_run_was_not_made_is_an_error() {
         let device = Device::default();
-        let output = |position: i64| Output {
+        let output = |ran: i64| Output {
             logits: Tensor::zeros([2, 5], &device),
-            trace: Tensor::from_data([3, 4, position, 1, 1], &device),
+            trace: Tensor::from_data([3, 4, 9 + ran, 2 + ran, 1, 1], &device),
         };
-        assert!(check_last_run(&output(9 + RUNS as i64 - 1), 9, &device).is_ok());
-        let error = check_last_run(&output(9 + RUNS as i64 - 2), 9, &device).unwrap_err();
+        let runs = RUNS as i64;
+        assert!(check_last_run(&output(runs - 1), &[9, 2], &device).is_ok());
+        let error = check_last_run(&output(runs - 2), &[9, 2], &device).unwrap_err();
         assert!(matches!(error, ModelError::Replay { .. }), "{error:?}");
     }
 }

@@ -68,6 +68,11 @@ impl Sampling {
         Err(ModelError::setting(name, given, expected))
     }
 
+    /// The seed of a prompt's row.
+    fn seed_of(&self, prompt: usize) -> u64 {
+        self.seed.wrapping_add(prompt as u64)
+    }
+
     fn settings(&self) -> SampleSettings {
         SampleSettings {
             temperature: self.temperature,
@@ -84,7 +89,8 @@ impl Sampling {
 pub struct Sampler {
     choosing: Choosing,
     /// How many tokens of each row were chosen.
-    chosen: i64,
+    chosen: Vec<i64>,
+    sampling: Sampling,
 }
 
 /// What the device chooses by: a recorded step shares it with the sampler.
@@ -96,18 +102,19 @@ pub(super) struct Choosing {
 
 impl Sampler {
     /// A sampler for rows that have these texts so far, each with draws of its own, so that what a row says does
-    /// not depend on the rows beside it.
+    /// not depend on the rows beside it: those of the prompt `first` and those after it.
     ///
     /// # Errors
     /// [`Nf4Error::IdRange`] for a token that the vocabulary has not, [`Nf4Error::ElementCount`] for no rows or
     /// no vocabulary.
     pub fn new<T: AsRef<[u32]>>(
         sampling: Sampling,
+        first: usize,
         texts: &[T],
         vocabulary: usize,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let seeds = (0..texts.len() as u64).map(|row| sampling.seed.wrapping_add(row));
+        let seeds = (first..first + texts.len()).map(|prompt| sampling.seed_of(prompt));
         let seeds: Vec<u64> = seeds.collect();
         let state = match sampling.repetition_penalty == 1.0 {
             true => SampleState::new(&seeds, device)?,
@@ -118,8 +125,21 @@ impl Sampler {
                 settings: sampling.settings(),
                 state: Rc::new(RefCell::new(state)),
             },
-            chosen: 0,
+            chosen: vec![0; texts.len()],
+            sampling,
         })
+    }
+
+    /// Has a row choose for another prompt, as that would be chosen for from its beginning on.
+    ///
+    /// # Errors
+    /// [`Nf4Error::IdRange`] for a token that the vocabulary has not.
+    pub fn begin_row(&mut self, row: usize, prompt: usize, text: &[u32]) -> Result<(), ModelError> {
+        let seed = self.sampling.seed_of(prompt);
+        let mut state = self.choosing.state.borrow_mut();
+        state.begin_row(row, seed, text)?;
+        self.chosen[row] = 0;
+        Ok(())
     }
 
     /// One token for each row of `[batch, vocab_size]` logits, on the device as `[batch, 1]` and on
@@ -153,13 +173,14 @@ impl Sampler {
             return Err(not_finite(logits, row).into());
         }
         // As the device counts.
-        let expected = self.chosen & 0x7fff_ffff;
-        if numbers.iter().any(|&number| number != expected) {
+        let expected = self.chosen.iter().map(|chosen| chosen & 0x7fff_ffff);
+        if !expected.eq(numbers.iter().copied()) {
+            let expected = &self.chosen;
             let message =
-                format!("it chose the tokens of numbers {numbers:?}, expected {expected}");
+                format!("it chose the tokens of numbers {numbers:?}, expected {expected:?}");
             return Err(ModelError::replay(&logits.device(), message));
         }
-        self.chosen += 1;
+        self.chosen.iter_mut().for_each(|chosen| *chosen += 1);
         Ok(ids.iter().map(|&id| id as u32).collect())
     }
 }
@@ -203,7 +224,7 @@ mod tests {
 
     fn sampler(rows: usize) -> Sampler {
         let texts = vec![[1]; rows];
-        Sampler::new(Sampling::greedy(), &texts, 3, &Device::default()).unwrap()
+        Sampler::new(Sampling::greedy(), 0, &texts, 3, &Device::default()).unwrap()
     }
 
     fn logits() -> Tensor<2> {

@@ -1,10 +1,9 @@
 //! A text or conversation that is continued several times.
 
-use burn::tensor::{Int, Tensor, TensorData};
-
 use crate::error::ModelError;
+use crate::generate::batch::run;
 use crate::generate::steps::Start;
-use crate::generate::{Report, Request, RowFlow, run};
+use crate::generate::{Report, Request, RowFlow};
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 use crate::model::{Decoder, RopeTables};
@@ -49,7 +48,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// Those of [`generate`](crate::generate::generate), and [`ModelError::Setting`] for several prompts.
     /// After one that comes of a step or of `on_token` nothing is held, and the next prompt is processed
-    /// whole.
+    /// whole. What a generation that is cancelled has processed is held.
     ///
     /// # Panics
     /// As [`generate`](crate::generate::generate).
@@ -64,21 +63,26 @@ impl<'a> Session<'a> {
             let name = "the number of prompts of a session";
             return Err(ModelError::setting(name, prompts, "1"));
         };
-        let kept = self.keep(prompt);
-        let before = (kept > 0).then(|| self.row(&prompt[..kept]));
-        let ids = self.row(&prompt[kept..]);
+        let held = self.cache.size_bytes() as u64;
+        request.cache_size(self.model, self.config).check(
+            request.max_cache_bytes,
+            held,
+            &self.model.device(),
+        )?;
+        self.keep(prompt);
         // Nothing is held if this fails half way.
         let cache = std::mem::replace(&mut self.cache, empty_cache(self.config));
         self.tokens.clear();
         let longest = std::mem::take(&mut self.longest);
         let rope = self.rope.clone();
-        let start = Start::after(before, ids, cache, rope, self.config);
+        let start = Start::after(prompt, cache, rope);
         let (report, cache, rope) = run(self.model, self.config, request, start, on_token)?;
         self.cache = cache;
         self.rope = rope;
         let all = prompt.iter().chain(&report.tokens[0]);
         self.tokens = all.take(self.cache.len()).copied().collect();
-        self.longest = longest.max(self.cache.len());
+        // The angles are those of the whole prompt, also where only a part of it was processed.
+        self.longest = longest.max(self.cache.len()).max(prompt.len());
         Ok(report)
     }
 
@@ -89,9 +93,8 @@ impl<'a> Session<'a> {
         self.longest = 0;
     }
 
-    /// Cuts the cache to what a prompt begins with and says how many tokens that is. At least one is left
-    /// to be processed, for its logits.
-    fn keep(&mut self, prompt: &[u32]) -> usize {
+    /// Cuts the cache to what a prompt begins with. At least one token is left to be processed, for its logits.
+    fn keep(&mut self, prompt: &[u32]) {
         let same = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b);
         let mut kept = same.count().min(prompt.len() - 1);
         // The angles of keys can depend on the length of the sequence.
@@ -109,12 +112,6 @@ impl<'a> Session<'a> {
         if kept == 0 {
             self.longest = 0;
         }
-        kept
-    }
-
-    fn row(&self, ids: &[u32]) -> Tensor<2, Int> {
-        let data: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-        Tensor::from_data(TensorData::new(data, [1, ids.len()]), &self.model.device())
     }
 }
 

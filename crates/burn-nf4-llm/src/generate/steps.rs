@@ -1,16 +1,21 @@
-//! The steps of a generation: the prompts in one pass, then a token a row.
+//! The steps of a generation: the prompts in passes, then a token a row.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use std::cell::RefCell;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::op::has_graphs;
 
 use crate::error::ModelError;
-use crate::generate::replay::{RUNS, Recorded, Replay};
-use crate::generate::sample::Sampler;
-use crate::generate::{EagerReason, Request};
+use crate::generate::memory::{CacheSize, GROWTH};
+use crate::generate::replay::{RUNS, Replay, State};
+use crate::generate::sample::{Sampler, Sampling};
+use crate::generate::{Cancellation, EagerReason, Request};
 use crate::model::cache::KvCache;
 use crate::model::config::DecoderConfig;
 use crate::model::rope::RopeConfig;
-use crate::model::{Decoder, RopeTables};
+use crate::model::{Decoder, PROMPT_CHUNK, RopeTables};
 
 /// Recording takes about as long as five steps, so that fewer replays are not worth it.
 const LEAST_REPLAYS: usize = 15;
@@ -21,64 +26,41 @@ const _: () = assert!(LEAST_REPLAYS >= RUNS);
 /// How steps are recorded.
 #[derive(Debug, Clone, Copy)]
 struct Recording {
-    /// Positions that the cache is reserved ahead. A recorded step writes to the buffers that it was
-    /// recorded with: when they are full, another is recorded.
-    chunk: usize,
+    /// Positions that the cache grows by, in a text that goes on beyond what was reserved for it. A recorded
+    /// step writes to the buffers that it was recorded with: when they are full, another is recorded.
+    growth: usize,
     /// Whether a step that is run again will do in place of a graph: what tests have on a CPU.
     reruns: bool,
 }
 
 const RECORDING: Recording = Recording {
-    chunk: 2048,
+    growth: GROWTH,
     reruns: false,
 };
 
 /// Where a generation begins.
-pub(super) struct Start<'a> {
-    /// `[rows, tokens]`: what is left of the prompts to be processed.
-    ids: Tensor<2, Int>,
-    /// What was before, in case that its keys are needed anew.
-    texts: Texts<'a>,
-    /// The keys and values of what was before.
+pub(super) struct Start {
+    /// The text of each row.
+    texts: Vec<Vec<u32>>,
+    /// The keys and values of what is processed of it.
     cache: KvCache,
     rope: RopeTables,
 }
 
-impl<'a> Start<'a> {
-    /// With prompts of which nothing is processed, padded on the left to one length.
-    pub fn of_prompts(model: &Decoder, config: &'a DecoderConfig, request: &Request) -> Self {
-        let longest = request.longest_prompt();
-        let padding = request.prompts.iter().map(|p| longest - p.len());
-        let padding: Vec<usize> = padding.collect();
-        let rows = request.prompts.iter().zip(&padding);
-        let ids = rows.flat_map(|(prompt, &pad)| {
-            let prompt = prompt.iter().map(|&id| i64::from(id));
-            std::iter::repeat_n(0, pad).chain(prompt)
-        });
-        let ids = TensorData::new(ids.collect(), [padding.len(), longest]);
+impl Start {
+    /// With prompts of which nothing is processed.
+    pub fn of_prompts(model: &Decoder, config: &DecoderConfig, prompts: &[Vec<u32>]) -> Self {
         Self {
-            ids: Tensor::from_data(ids, &model.device()),
-            texts: Texts::new(config),
-            cache: KvCache::new(config.layers.len(), padding),
+            texts: prompts.to_vec(),
+            cache: KvCache::new(config.layers.len(), vec![0; prompts.len()]),
             rope: model.rope_tables(config),
         }
     }
 
-    /// With the tokens `ids` of one row, after those that the cache holds, which are `before`.
-    pub fn after(
-        before: Option<Tensor<2, Int>>,
-        ids: Tensor<2, Int>,
-        cache: KvCache,
-        rope: RopeTables,
-        config: &'a DecoderConfig,
-    ) -> Self {
-        let mut texts = Texts::new(config);
-        if let Some(before) = before {
-            texts.push(&before);
-        }
+    /// With one prompt, the beginning of which a cache holds.
+    pub fn after(prompt: &[u32], cache: KvCache, rope: RopeTables) -> Self {
         Self {
-            ids,
-            texts,
+            texts: vec![prompt.to_vec()],
             cache,
             rope,
         }
@@ -90,149 +72,417 @@ impl<'a> Start<'a> {
     }
 }
 
+/// What is left of a generation's steps.
+pub(super) struct Finished {
+    /// It holds all tokens but the last of each row.
+    pub cache: KvCache,
+    pub rope: RopeTables,
+    /// Why the host launched each step, if it did.
+    pub eager: Option<EagerReason>,
+    /// Tokens of prompts that were processed.
+    pub prompt_tokens: usize,
+}
+
 /// The steps of a generation: each is launched, or a replay of a recorded one.
+///
+/// Each row has a slot of the cache, which its text fills from the first position on.
 pub(super) struct Steps<'a> {
     model: &'a Decoder,
+    config: &'a DecoderConfig,
     rope: RopeTables,
-    texts: Texts<'a>,
-    /// Of no layers while `replay` has it.
-    cache: KvCache,
-    /// `[rows, tokens]`: what the next step that is launched reads.
-    ids: Tensor<2, Int>,
-    /// The last token of each row; none before the prompts are processed.
-    chosen: Vec<u32>,
-    /// Tokens of a row that are still wanted.
-    left: usize,
-    recording: Recording,
+    state: Rc<RefCell<State>>,
     replay: Option<Replay<'a>>,
+    /// The text of each slot. All but its last token is processed, once `started`.
+    texts: Vec<Vec<u32>>,
+    started: bool,
+    /// Whether the texts are other ones than those that the state reads.
+    stale: bool,
+    /// Where a prompt is processed that takes a slot.
+    scratch: KvCache,
+    longest_prompt: usize,
+    /// Positions that no text exceeds.
+    limit: usize,
+    max_cache_bytes: Option<u64>,
+    cancel: Cancellation,
+    recording: Recording,
     /// Why no step is recorded, if it is not.
     why: Option<EagerReason>,
+    prompt_tokens: usize,
 }
 
 impl<'a> Steps<'a> {
     /// The steps of a request, none of them made yet.
     pub fn new(
         model: &'a Decoder,
-        config: &DecoderConfig,
+        config: &'a DecoderConfig,
         request: &Request,
-        start: Start<'a>,
+        start: Start,
     ) -> Self {
         Self::with_recording(model, config, request, start, RECORDING)
     }
 
     fn with_recording(
         model: &'a Decoder,
-        config: &DecoderConfig,
+        config: &'a DecoderConfig,
         request: &Request,
-        start: Start<'a>,
+        start: Start,
         recording: Recording,
     ) -> Self {
         let Start {
-            ids,
             texts,
-            cache,
+            mut cache,
             rope,
         } = start;
-        let mut steps = Self {
+        // The cache does not grow before, so that it is never copied.
+        cache.reserve(request.reserved_positions(config, recording.growth));
+        let state = State::new(texts.len(), cache, &model.device());
+        Self {
             model,
+            config,
             rope,
-            texts,
-            cache,
-            ids,
-            chosen: Vec::new(),
-            left: request.max_tokens,
-            recording,
+            state: Rc::new(RefCell::new(state)),
             replay: None,
+            texts,
+            started: false,
+            stale: true,
+            scratch: KvCache::new(config.layers.len(), vec![0]),
+            longest_prompt: request.longest_prompt(),
+            limit: request.limit(),
+            max_cache_bytes: request.max_cache_bytes,
+            cancel: request.cancel.clone(),
+            recording,
             why: why_eager(model, config, request, recording),
-        };
-        if steps.why.is_none() {
-            steps.reserve(request.longest_prompt());
+            prompt_tokens: 0,
         }
-        steps
     }
 
-    /// Makes a step and chooses the next token of each row.
+    /// Rows that are continued together.
+    pub fn rows(&self) -> usize {
+        self.texts.len()
+    }
+
+    /// What chooses the tokens of rows whose prompts are `prompts`, of which the first is the request's
+    /// `first`-th.
     ///
     /// # Errors
-    /// [`Nf4Error::NonFinite`](burn_nf4::Nf4Error::NonFinite) for logits that are not finite,
-    /// [`ModelError::Replay`] and [`ModelError::Device`] for a recording or a replay that went wrong.
-    pub fn next(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
-        if self.replay.as_ref().is_some_and(Replay::is_full) {
-            self.stop_replays();
-        }
-        if self.replay.is_none() && self.is_worth_recording() {
-            let held = self.cache.len();
-            match self.cache.room() >= held + LEAST_REPLAYS {
-                true => self.record(sampler)?,
-                // The next step that is launched makes the room.
-                false => self.reserve(held + 1),
-            }
-        }
-        self.chosen = match &mut self.replay {
-            Some(replay) => replay.next(sampler)?,
-            None => self.launch(sampler)?,
+    /// Those of [`Sampler::new`].
+    pub fn sampler(
+        &self,
+        sampling: Sampling,
+        first: usize,
+        prompts: &[Vec<u32>],
+    ) -> Result<Sampler, ModelError> {
+        let vocabulary = self.config.vocab_size;
+        Sampler::new(sampling, first, prompts, vocabulary, &self.model.device())
+    }
+
+    /// Chooses the next token of each row; none if it was cancelled within the prompts.
+    ///
+    /// - `left`: steps that are wanted with this one, as far as is known
+    ///
+    /// # Errors
+    /// [`Nf4Error::NonFinite`](burn_nf4::Nf4Error::NonFinite) for logits that are not finite, [`ModelError::Memory`] if there is no
+    /// room for another position of the [full](Self::is_full) rows, [`ModelError::Replay`] and
+    /// [`ModelError::Device`] for a recording or a replay that went wrong.
+    pub fn next(
+        &mut self,
+        sampler: &mut Sampler,
+        left: usize,
+    ) -> Result<Option<Vec<u32>>, ModelError> {
+        let chosen = if self.started && !self.invalidates_keys() {
+            self.step(sampler, left)?
+        } else {
+            let Some(logits) = self.process()? else {
+                return Ok(None);
+            };
+            self.started = true;
+            self.stale = true;
+            sampler.next(logits)?.1
         };
-        self.left = self.left.saturating_sub(1);
-        Ok(self.chosen.clone())
+        for (text, &id) in self.texts.iter_mut().zip(&chosen) {
+            text.push(id);
+        }
+        Ok(Some(chosen))
     }
 
-    /// The cache, which holds all tokens but the last of each row, the tables, and why the host launched
-    /// each step, if it did.
-    pub fn finish(mut self) -> (KvCache, RopeTables, Option<EagerReason>) {
-        self.stop_replays();
-        (self.cache, self.rope, self.why)
+    /// Gives a slot to another prompt, all of which but the last token is processed here; the next step chooses
+    /// its first token. False if it was cancelled meanwhile.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`] if the device does not answer.
+    pub fn fill(&mut self, slot: usize, prompt: &[u32]) -> Result<bool, ModelError> {
+        let (_, before) = prompt.split_last().expect("a prompt has a token");
+        if !before.is_empty() && !self.process_alone(slot, before)? {
+            return Ok(false);
+        }
+        self.prompt_tokens += 1;
+        self.texts[slot] = prompt.to_vec();
+        self.stale = true;
+        Ok(true)
     }
 
-    /// Has room made for the tokens after so many positions, up to a chunk of them.
-    fn reserve(&mut self, positions: usize) {
-        let ahead = self.left.min(self.recording.chunk).max(LEAST_REPLAYS);
-        self.cache.reserve(positions.saturating_add(ahead));
+    /// Processes tokens of one row beside the others, and writes what comes of them to its slot.
+    fn process_alone(&mut self, slot: usize, tokens: &[u32]) -> Result<bool, ModelError> {
+        self.scratch.truncate(0);
+        self.scratch.reserve(self.longest_prompt);
+        let device = self.model.device();
+        let ids = padded(&[tokens], &device);
+        let (cancel, rope) = (&self.cancel, &mut self.rope);
+        let flow =
+            self.model
+                .hidden_in_chunks(&ids, PROMPT_CHUNK, rope, &mut self.scratch, |_, _| {
+                    between(&device, cancel)
+                });
+        self.prompt_tokens += self.scratch.len();
+        if let ControlFlow::Break(broken) = flow {
+            return broken.map(|()| false);
+        }
+        let mut state = self.state.borrow_mut();
+        state.cache.put_row(slot, &self.scratch);
+        Ok(true)
     }
 
-    fn is_worth_recording(&self) -> bool {
-        self.why.is_none() && !self.chosen.is_empty() && self.left >= LEAST_REPLAYS
+    /// Leaves a slot without a text: it goes on with tokens that nobody reads, from the first position on.
+    pub fn vacate(&mut self, slot: usize) {
+        self.texts[slot] = vec![0];
+        self.stale = true;
     }
 
-    /// Records the next step, and hands the cache to it.
-    fn record(&mut self, sampler: &Sampler) -> Result<(), ModelError> {
-        let cache = std::mem::take(&mut self.cache);
-        let rope = &mut self.rope;
-        let reruns = self.recording.reruns;
-        match Replay::record(self.model, rope, cache, &self.chosen, sampler, reruns)? {
-            Recorded::Step(replay) => self.replay = Some(replay),
-            Recorded::Nothing(cache) => {
-                self.cache = cache;
-                self.why = Some(EagerReason::NotRecorded);
+    /// Whether the cache has no room for the last token of a slot's text.
+    pub fn is_full(&self, slot: usize) -> bool {
+        self.texts[slot].len() > self.state.borrow().cache.room()
+    }
+
+    /// What is left.
+    pub fn finish(mut self) -> Finished {
+        // Its closure holds the state too.
+        self.replay = None;
+        let longest = self.longest();
+        let state = Rc::into_inner(self.state).expect("nobody else holds it");
+        let mut cache = state.into_inner().cache;
+        if self.started {
+            cache.advance((longest - 1).saturating_sub(cache.len()));
+        }
+        Finished {
+            cache,
+            rope: self.rope,
+            eager: self.why,
+            prompt_tokens: self.prompt_tokens,
+        }
+    }
+
+    /// Tokens of the longest text.
+    fn longest(&self) -> usize {
+        self.texts.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// The last token of each row and its position.
+    fn read_next(&self) -> (Vec<i64>, Vec<i64>) {
+        let of_row = |text: &Vec<u32>| {
+            let last = text.last().copied().unwrap_or(0);
+            (i64::from(last), text.len() as i64 - 1)
+        };
+        self.texts.iter().map(of_row).unzip()
+    }
+
+    /// Whether the keys that are held are not those of texts with one token more.
+    fn invalidates_keys(&self) -> bool {
+        let longest = self.longest();
+        let ropes = self.config.ropes.iter();
+        ropes
+            .filter(|rope| rope.recomputes_keys())
+            .any(|rope| rope.regime(longest - 1) != rope.regime(longest))
+    }
+
+    /// Processes what the cache does not hold of the texts, padded on the right to one length, in passes; all of
+    /// them if keys were held. The logits of the last token of each, none if it was cancelled.
+    fn process(&mut self) -> Result<Option<Tensor<2>>, ModelError> {
+        let device = self.model.device();
+        let mut state = self.state.borrow_mut();
+        let cache = &mut state.cache;
+        let again = std::mem::take(&mut self.started);
+        if again {
+            cache.truncate(0);
+        }
+        let held = cache.len();
+        let rest: Vec<&[u32]> = self.texts.iter().map(|text| &text[held..]).collect();
+        let ids = padded(&rest, &device);
+        let [_, length] = ids.dims();
+        let mut last = LastStates::new(rest.iter().map(|row| row.len() - 1).collect());
+        let (cancel, rope) = (&self.cancel, &mut self.rope);
+        let visit = |start, x: Tensor<3>| {
+            let end = start + x.dims()[1];
+            last.take(start, x);
+            match end < length {
+                true => between(&device, cancel),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        let flow = self
+            .model
+            .hidden_in_chunks(&ids, PROMPT_CHUNK, rope, cache, visit);
+        if !again {
+            let processed = cache.len() - held;
+            let of_rows = rest.iter().map(|row| row.len().min(processed));
+            self.prompt_tokens += of_rows.sum::<usize>();
+        }
+        match flow {
+            ControlFlow::Break(broken) => broken.map(|()| None),
+            ControlFlow::Continue(()) => {
+                let x = last.into_tensor(&device);
+                Ok(Some(self.model.head(x).squeeze_dim(1)))
             }
         }
+    }
+
+    /// Makes a step.
+    fn step(&mut self, sampler: &mut Sampler, left: usize) -> Result<Vec<u32>, ModelError> {
+        let longest = self.longest();
+        if longest > self.room() {
+            self.grow(left)?;
+        }
+        if self.replay.is_none() && self.why.is_none() && left >= LEAST_REPLAYS {
+            let needed = longest - 1 + LEAST_REPLAYS;
+            if needed > self.room() && needed <= self.limit {
+                // What it cannot grow by now, it may not need: texts end.
+                let _ = self.grow(left);
+            }
+            if needed <= self.room() {
+                self.record(sampler)?;
+            }
+        }
+        let (tokens, positions) = self.read_next();
+        if std::mem::take(&mut self.stale) {
+            self.state.borrow_mut().write(&tokens, &positions);
+        }
+        let launched;
+        let output = match &mut self.replay {
+            // SAFETY: `longest` positions fit into the cache, which is of each row one more than it holds.
+            Some(replay) => unsafe { replay.run() },
+            None => {
+                self.rope.reserve(longest, longest);
+                let choosing = sampler.choosing();
+                launched = self
+                    .state
+                    .borrow_mut()
+                    .step(self.model, &self.rope, &choosing);
+                &launched
+            }
+        };
+        let (ids, numbers) = output.chosen(&tokens, &positions)?;
+        // The step has written them where the next one reads.
+        sampler.accept(&ids, &numbers, &output.logits)
+    }
+
+    /// Positions that the cache has room for.
+    fn room(&self) -> usize {
+        self.state.borrow().cache.room()
+    }
+
+    /// Makes room for the tokens that are wanted, up to those that the cache grows by.
+    fn grow(&mut self, left: usize) -> Result<(), ModelError> {
+        let ahead = left.min(self.recording.growth).max(LEAST_REPLAYS);
+        let positions = self.longest().saturating_add(ahead);
+        let mut state = self.state.borrow_mut();
+        let held = state.cache.size_bytes() as u64;
+        CacheSize::new(self.model, self.config, self.texts.len(), positions).check(
+            self.max_cache_bytes,
+            held,
+            &self.model.device(),
+        )?;
+        // It is of the buffers that are given up.
+        self.replay = None;
+        state.cache.grow(positions);
         Ok(())
     }
 
-    /// Takes the cache back from the recorded step, if there is one.
-    fn stop_replays(&mut self) {
-        if let Some(replay) = self.replay.take() {
-            self.cache = replay.into_cache();
-            let ids: Vec<i64> = self.chosen.iter().map(|&id| i64::from(id)).collect();
-            let ids = TensorData::new(ids, [self.chosen.len(), 1]);
-            self.ids = Tensor::from_data(ids, &self.model.device());
+    /// Records the next step.
+    fn record(&mut self, sampler: &Sampler) -> Result<(), ModelError> {
+        let (tokens, positions) = self.read_next();
+        self.state.borrow_mut().write(&tokens, &positions);
+        let (rope, state) = (&mut self.rope, &self.state);
+        let reruns = self.recording.reruns;
+        let choosing = sampler.choosing();
+        self.replay = Replay::record(self.model, rope, state, &positions, choosing, reruns)?;
+        if self.replay.is_none() {
+            self.why = Some(EagerReason::NotRecorded);
+        }
+        // The runs of the recording have carried it on.
+        self.stale = true;
+        Ok(())
+    }
+}
+
+/// The hidden states of the last tokens of rows, as passes over them come.
+struct LastStates {
+    /// The place of the last token of each row.
+    ends: Vec<usize>,
+    /// Rows in the order of `parts`.
+    rows: Vec<usize>,
+    /// `[rows, hidden_size]` each.
+    parts: Vec<Tensor<2>>,
+}
+
+impl LastStates {
+    fn new(ends: Vec<usize>) -> Self {
+        Self {
+            ends,
+            rows: Vec::new(),
+            parts: Vec::new(),
         }
     }
 
-    /// Makes a step launch by launch.
-    fn launch(&mut self, sampler: &mut Sampler) -> Result<Vec<u32>, ModelError> {
-        let held = self.cache.len();
-        let sequence = held + self.ids.dims()[1];
-        self.texts.push(&self.ids);
-        if self.texts.invalidates_keys(held, sequence) {
-            self.ids = self.texts.all();
-            self.cache.truncate(0);
+    /// Takes what there is in a pass of all rows, `[rows, length, hidden_size]`, from the place `start` on.
+    fn take(&mut self, start: usize, x: Tensor<3>) {
+        let [rows, length, hidden_size] = x.dims();
+        let ends = self.ends.iter().enumerate();
+        let here = ends.filter(|(_, end)| (start..start + length).contains(end));
+        let (of_rows, at): (Vec<usize>, Vec<i64>) = here
+            .map(|(row, end)| (row, (row * length + end - start) as i64))
+            .unzip();
+        if at.is_empty() {
+            return;
         }
-        let ids = self.ids.clone();
-        let logits = self.model.next_logits(ids, &mut self.rope, &mut self.cache);
-        let (next, chosen) = sampler.next(logits)?;
-        self.ids = next;
-        Ok(chosen)
+        let at = Tensor::<1, Int>::from_data(at.as_slice(), &x.device());
+        self.parts
+            .push(x.reshape([rows * length, hidden_size]).select(0, at));
+        self.rows.extend(of_rows);
     }
+
+    /// Those of all rows, `[rows, 1, hidden_size]`.
+    fn into_tensor(self, device: &Device) -> Tensor<3> {
+        let all = Tensor::cat(self.parts, 0);
+        if self.rows.is_sorted() {
+            return all.unsqueeze_dim(1);
+        }
+        let mut at = vec![0; self.rows.len()];
+        for (place, row) in self.rows.into_iter().enumerate() {
+            at[row] = place as i64;
+        }
+        let at = Tensor::<1, Int>::from_data(at.as_slice(), device);
+        all.select(0, at).unsqueeze_dim(1)
+    }
+}
+
+/// Between two passes over a prompt: whether it is to go on. The device is waited for, so that it can be
+/// cancelled while the device works.
+fn between(device: &Device, cancel: &Cancellation) -> ControlFlow<Result<(), ModelError>> {
+    match device.sync() {
+        Err(error) => ControlFlow::Break(Err(ModelError::device(device, error))),
+        Ok(()) if cancel.is_cancelled() => ControlFlow::Break(Ok(())),
+        Ok(()) => ControlFlow::Continue(()),
+    }
+}
+
+/// Rows padded on the right to the longest, `[rows, tokens]`.
+fn padded(rows: &[&[u32]], device: &Device) -> Tensor<2, Int> {
+    let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+    let ids = rows.iter().flat_map(|row| {
+        let padding = std::iter::repeat_n(0, longest - row.len());
+        row.iter().map(|&id| i64::from(id)).chain(padding)
+    });
+    let ids = TensorData::new(ids.collect(), [rows.len(), longest]);
+    Tensor::from_data(ids, device)
 }
 
 /// Why no step of a request can be recorded, or is worth it.
@@ -242,12 +492,12 @@ fn why_eager(
     request: &Request,
     recording: Recording,
 ) -> Option<EagerReason> {
-    let longest = request.longest_prompt();
-    let end = longest.saturating_add(request.max_tokens);
-    let changes = |rope: &RopeConfig| rope.regime(longest) != rope.regime(end);
+    let changes =
+        |rope: &RopeConfig| rope.regime(request.longest_prompt()) != rope.regime(request.limit());
+    let turns = request.prompts.len().div_ceil(request.rows());
     if !request.capture {
         Some(EagerReason::Asked)
-    } else if request.max_tokens <= LEAST_REPLAYS {
+    } else if request.max_tokens.saturating_mul(turns) <= LEAST_REPLAYS {
         Some(EagerReason::FewTokens)
     } else if !recording.reruns && !has_graphs(&model.device()) {
         Some(EagerReason::NoGraphs)
@@ -257,41 +507,6 @@ fn why_eager(
         Some(EagerReason::RopeChanges)
     } else {
         None
-    }
-}
-
-/// All tokens so far, for models whose keys are to be computed again when a text gets long. None are kept
-/// for others.
-struct Texts<'a> {
-    ropes: Vec<&'a RopeConfig>,
-    parts: Vec<Tensor<2, Int>>,
-}
-
-impl<'a> Texts<'a> {
-    fn new(config: &'a DecoderConfig) -> Self {
-        let ropes = config.ropes.iter();
-        Self {
-            ropes: ropes.filter(|rope| rope.recomputes_keys()).collect(),
-            parts: Vec::new(),
-        }
-    }
-
-    fn push(&mut self, ids: &Tensor<2, Int>) {
-        if !self.ropes.is_empty() {
-            self.parts.push(ids.clone());
-        }
-    }
-
-    /// Whether the keys of the first `held` tokens are not those of a text of `sequence` tokens.
-    fn invalidates_keys(&self, held: usize, sequence: usize) -> bool {
-        let mut ropes = self.ropes.iter();
-        held > 0 && ropes.any(|rope| rope.regime(held) != rope.regime(sequence))
-    }
-
-    fn all(&mut self) -> Tensor<2, Int> {
-        let all = Tensor::cat(std::mem::take(&mut self.parts), 1);
-        self.parts.push(all.clone());
-        all
     }
 }
 
@@ -307,13 +522,7 @@ mod tests {
         temperature: 0.9,
         top_k: 20,
         top_p: 0.95,
-        min_p: 0.01,
-        repetition_penalty: 1.2,
         seed: 7,
-    };
-
-    const PENALISED: Sampling = Sampling {
-        repetition_penalty: 1.5,
         ..Sampling::greedy()
     };
 
@@ -322,8 +531,8 @@ mod tests {
             prompts: vec![vec![5, 9, 2, 7, 3, 11, 4], vec![8, 1, 6], vec![12, 3, 9, 4]],
             max_tokens,
             sampling,
-            eos: Vec::new(),
             capture,
+            ..Request::default()
         }
     }
 
@@ -331,37 +540,38 @@ mod tests {
     fn made(
         name: &str,
         request: &Request,
-        chunk: usize,
+        growth: usize,
         steps: usize,
     ) -> (Vec<Vec<u32>>, usize, usize) {
         let (model, config) = family(name);
-        let start = Start::of_prompts(&model, &config, request);
+        let start = Start::of_prompts(&model, &config, &request.prompts);
         let recording = Recording {
-            chunk,
+            growth,
             reruns: true,
         };
         let mut all = Steps::with_recording(&model, &config, request, start, recording);
-        let (sampling, prompts) = (request.sampling, &request.prompts);
-        let mut sampler =
-            Sampler::new(sampling, prompts, config.vocab_size, &model.device()).unwrap();
-        let (mut tokens, mut recorded, mut was_replay) = (Vec::new(), 0, false);
-        for _ in 0..steps {
-            tokens.push(all.next(&mut sampler).unwrap());
-            recorded += usize::from(all.replay.is_some() && !was_replay);
-            was_replay = all.replay.is_some();
+        let sampler = all.sampler(request.sampling, 0, &request.prompts);
+        let mut sampler = sampler.unwrap();
+        let (mut tokens, mut recorded, mut room) = (Vec::new(), 0, None);
+        for step in 0..steps {
+            let left = request.max_tokens - step;
+            tokens.push(all.next(&mut sampler, left).unwrap().unwrap());
+            // A step is recorded for the buffers that there are.
+            let room_of_replay = all.replay.is_some().then(|| all.room());
+            recorded += usize::from(room_of_replay.is_some() && room_of_replay != room);
+            room = room_of_replay;
         }
-        let (cache, _, why) = all.finish();
-        assert_eq!(why.is_none(), request.capture);
-        assert_eq!(cache.len(), request.longest_prompt() + steps - 1);
-        (tokens, recorded, cache.room())
+        let finished = all.finish();
+        assert_eq!(finished.eager.is_none(), request.capture);
+        assert_eq!(finished.cache.len(), request.longest_prompt() + steps - 1);
+        (tokens, recorded, finished.cache.room())
     }
 
     /// The cache grows by 256 positions at least: there is one border, and a second recording.
     #[rstest]
     #[case::greedy(Sampling::greedy())]
     #[case::drawn(DRAWN)]
-    #[case::penalised(PENALISED)]
-    fn a_text_goes_on_across_the_border_of_a_chunk(#[case] sampling: Sampling) {
+    fn a_text_goes_on_across_the_border_of_a_cache(#[case] sampling: Sampling) {
         let of = |capture| made("qwen3", &request(300, sampling, capture), 20, 300);
         let ((replayed, recorded, room), (launched, none, _)) = (of(true), of(false));
         assert_eq!(replayed, launched);
@@ -378,13 +588,32 @@ mod tests {
         assert_eq!(recorded, 1);
     }
 
-    /// Room is made as a text grows, not for all that is allowed.
+    /// Between the passes over a long prompt; what was processed is held.
     #[test]
-    fn no_more_room_is_made_than_a_chunk() {
+    fn a_generation_is_cancelled_within_a_prompt() {
+        let (model, config) = family("llama3_tied");
+        let request = Request {
+            prompts: vec![vec![5; 2 * PROMPT_CHUNK + 1]],
+            ..Request::default()
+        };
+        request.cancel.cancel();
+        let start = Start::of_prompts(&model, &config, &request.prompts);
+        let mut steps = Steps::new(&model, &config, &request, start);
+        let sampler = steps.sampler(request.sampling, 0, &request.prompts[..1]);
+        let mut sampler = sampler.unwrap();
+        assert_eq!(steps.next(&mut sampler, 1).unwrap(), None);
+        let finished = steps.finish();
+        assert_eq!(finished.cache.len(), PROMPT_CHUNK);
+        assert_eq!(finished.prompt_tokens, PROMPT_CHUNK);
+    }
+
+    /// Beyond the positions that the model was made for, room is made as a text grows.
+    #[test]
+    fn no_more_room_is_made_than_a_text_can_fill() {
         let endless = request(usize::MAX, Sampling::greedy(), true);
-        let (_, recorded, room) = made("llama3_tied", &endless, RECORDING.chunk, 20);
+        let (_, recorded, room) = made("llama3_tied", &endless, GROWTH, 20);
         assert_eq!(recorded, 1);
-        let most = endless.longest_prompt() + RECORDING.chunk;
+        let most = endless.longest_prompt() + GROWTH;
         assert_eq!(room, most.next_multiple_of(256));
     }
 }

@@ -46,6 +46,40 @@ impl KvCache {
         }
     }
 
+    /// Makes room for so many positions in all at once, if anything is held.
+    pub(crate) fn grow(&mut self, positions: usize) {
+        for layer in &mut self.layers {
+            for slot in [&mut layer.keys, &mut layer.values] {
+                if let Some(held) = slot.take() {
+                    let used = held.dims()[2];
+                    *slot = Some(with_room(held, used, positions));
+                }
+            }
+        }
+    }
+
+    /// Writes what another cache holds of one row to the first positions of the row `row`, in place.
+    ///
+    /// # Panics
+    /// If it holds several rows or has no room for them, or they are of other models.
+    pub(crate) fn put_row(&mut self, row: usize, from: &Self) {
+        let length = from.len();
+        for (layer, from) in self.layers.iter_mut().zip(&from.layers) {
+            let slots = [
+                (&mut layer.keys, &from.keys),
+                (&mut layer.values, &from.values),
+            ];
+            for (slot, from) in slots {
+                let (Some(held), Some(from)) = (slot.take(), from) else {
+                    panic!("a prompt was processed");
+                };
+                let [_, heads, _, head_dim] = held.dims();
+                let at = [row..row + 1, 0..heads, 0..length, 0..head_dim];
+                *slot = Some(held.slice_assign(at, from.clone().narrow(2, 0, length)));
+            }
+        }
+    }
+
     /// Positions that there is room for now.
     pub fn room(&self) -> usize {
         let keys = self.layers.first().and_then(|layer| layer.keys.as_ref());
@@ -83,6 +117,13 @@ impl KvCache {
         }
     }
 
+    /// The positions that are allocated where so many are needed.
+    pub(crate) fn rounded(positions: usize) -> usize {
+        positions
+            .div_ceil(POSITIONS_STEP)
+            .saturating_mul(POSITIONS_STEP)
+    }
+
     /// Bytes allocated.
     pub fn size_bytes(&self) -> usize {
         let bytes = |tensor: &Option<Tensor<4>>| {
@@ -109,9 +150,9 @@ impl LayerCache {
         (keys, values)
     }
 
-    /// Rotates queries and keys of one token, `[batch, heads, 1, head_dim]`, writes keys and values to the
-    /// position `at`, `[1]`, which may be known on the device only, and returns the queries and all keys and
-    /// values that are allocated.
+    /// Rotates queries and keys of one token a row, `[batch, heads, 1, head_dim]`, writes keys and values
+    /// each to its position in `at`, `[batch]`, which may be known on the device only, and returns the queries
+    /// and all keys and values that are allocated.
     ///
     /// # Panics
     /// If nothing is allocated yet.
@@ -137,8 +178,10 @@ impl LayerCache {
                 (q, cache.keys, cache.values)
             }
             None => {
+                let shape = k.dims();
+                let at = at.clone().reshape([shape[0], 1, 1, 1]).expand(shape);
                 let put = |held: Tensor<4>, new| {
-                    held.select_assign(2, at.clone(), new, IndexingUpdateOp::Assign)
+                    held.scatter(2, at.clone(), new, IndexingUpdateOp::Assign)
                 };
                 (q, put(keys, k), put(values, v))
             }
@@ -154,22 +197,31 @@ fn store(slot: &mut Option<Tensor<4>>, new: Tensor<4>, start: usize, room: usize
     let [batch, heads, positions, head_dim] = new.dims();
     let end = start + positions;
     let held = match slot.take() {
-        Some(held) if held.dims()[2] >= room => held,
-        held => {
-            let capacity = room.div_ceil(POSITIONS_STEP) * POSITIONS_STEP;
-            let shape = [batch, heads, capacity, head_dim];
-            let grown = Tensor::zeros(shape, (&new.device(), new.dtype()));
-            match held {
-                Some(held) => {
-                    let used = held.narrow(2, 0, start);
-                    grown.slice_assign([0..batch, 0..heads, 0..start, 0..head_dim], used)
-                }
-                None => grown,
-            }
+        Some(held) => with_room(held, start, room),
+        None => {
+            let shape = [batch, heads, KvCache::rounded(room), head_dim];
+            Tensor::zeros(shape, (&new.device(), new.dtype()))
         }
     };
     let held = held.slice_assign([0..batch, 0..heads, start..end, 0..head_dim], new);
     slot.insert(held).clone()
+}
+
+/// The first `used` positions of a buffer, in one with room for at least `room` positions.
+fn with_room(held: Tensor<4>, used: usize, room: usize) -> Tensor<4> {
+    let [batch, heads, capacity, head_dim] = held.dims();
+    if capacity >= room {
+        return held;
+    }
+    let shape = [batch, heads, KvCache::rounded(room), head_dim];
+    let grown = Tensor::zeros(shape, (&held.device(), held.dtype()));
+    match used {
+        0 => grown,
+        _ => {
+            let at = [0..batch, 0..heads, 0..used, 0..head_dim];
+            grown.slice_assign(at, held.narrow(2, 0, used))
+        }
+    }
 }
 
 /// Bytes of one element.

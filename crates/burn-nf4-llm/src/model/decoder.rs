@@ -1,5 +1,7 @@
 //! The whole model.
 
+use std::ops::ControlFlow;
+
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::checkpoint::is_expert;
@@ -21,6 +23,12 @@ pub const EMBEDDING: &str = "model.embed_tokens";
 
 /// The path of the head.
 pub const HEAD: &str = "lm_head";
+
+/// Most tokens of a prompt, those of all rows together, that go through the layers in one pass.
+///
+/// A longer prompt takes several passes, one after another: what is held meanwhile does not grow with its
+/// length, but for the cache.
+pub const PROMPT_CHUNK: usize = 2048;
 
 /// How the name of a router ends.
 pub(super) const ROUTER: &str = ".mlp.gate";
@@ -93,8 +101,20 @@ impl Decoder {
 
     /// What the layers share when they see `length` tokens after what the cache holds.
     pub fn pass(&self, length: usize, rope: &mut RopeTables, cache: Option<&KvCache>) -> Pass {
+        let end = cache.map_or(0, KvCache::len) + length;
+        self.pass_within(end, length, rope, cache)
+    }
+
+    /// As [`pass`](Self::pass), of a text that goes on to the position `end`.
+    fn pass_within(
+        &self,
+        end: usize,
+        length: usize,
+        rope: &mut RopeTables,
+        cache: Option<&KvCache>,
+    ) -> Pass {
         let (start, padding) = cache.map_or((0, &[][..]), |cache| (cache.len(), cache.padding()));
-        let rotations = rope.rotations(start, length, padding);
+        let rotations = rope.rotations_within(end, start, length, padding);
         let windows = self.layers.iter().map(|layer| layer.self_attn.window);
         Pass::new(rotations, windows, start, length, padding, &self.device())
     }
@@ -142,6 +162,34 @@ impl Decoder {
         x
     }
 
+    /// As [`hidden`](Self::hidden), in passes of at most `chunk` tokens of all rows together, one position
+    /// at least. The angles of all of them are those of the whole text.
+    ///
+    /// `visit` gets the index in `ids` of the first position of each pass, and the output. Where it breaks
+    /// off, the cache holds the passes so far.
+    pub(crate) fn hidden_in_chunks<B>(
+        &self,
+        ids: &Tensor<2, Int>,
+        chunk: usize,
+        rope: &mut RopeTables,
+        cache: &mut KvCache,
+        mut visit: impl FnMut(usize, Tensor<3>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let [rows, length] = ids.dims();
+        let end = cache.len() + length;
+        cache.reserve(end);
+        let positions = (chunk / rows.max(1)).max(1);
+        for start in (0..length).step_by(positions) {
+            let count = positions.min(length - start);
+            let pass = self.pass_within(end, count, rope, Some(cache));
+            let part = ids.clone().narrow(1, start, count);
+            let x = self.through_layers(part, &pass, Some(cache));
+            cache.advance(count);
+            visit(start, x)?;
+        }
+        ControlFlow::Continue(())
+    }
+
     /// The output of the last layer for tokens whose [`Pass`] is made.
     fn through_layers(
         &self,
@@ -157,14 +205,13 @@ impl Decoder {
         x.sum()
     }
 
-    /// The logits of one token a row, `[batch, vocab_size]`, at a position that the device alone may know.
-    /// The shapes are the same at every position, and the host reads and writes nothing: what it takes to
+    /// The logits of one token a row, `[batch, vocab_size]`, each at a position of its own, which the device
+    /// alone may know. The shapes are the same at every position, and the host reads and writes nothing: what it takes to
     /// capture a step in a graph. The cache is not [advanced](KvCache::advance).
     ///
     /// # Shapes
     /// - `ids`: `[batch, 1]`
-    /// - `position`: `[1]`, the positions that the cache holds
-    /// - `starts`: `[batch]`, the padding of each row, if there is any
+    /// - `position`: `[batch]`, the positions of each row that the cache holds
     ///
     /// # Panics
     /// If `rope` was not [reserved](RopeTables::reserve), or the cache has no room reserved and filled.
@@ -172,18 +219,12 @@ impl Decoder {
         &self,
         ids: Tensor<2, Int>,
         position: Tensor<1, Int>,
-        starts: Option<Tensor<1, Int>>,
         rope: &RopeTables,
         cache: &mut KvCache,
     ) -> Tensor<2> {
-        let rows = ids.dims()[0];
-        let positions = match &starts {
-            Some(starts) => position.clone().expand([rows]) - starts.clone(),
-            None => position.clone(),
-        };
-        let rotations = rope.rotations_at(&positions);
+        let rotations = rope.rotations_at(&position);
         let windows = self.layers.iter().map(|layer| layer.self_attn.window);
-        let pass = Pass::at(position, rotations, windows, starts, rows, cache.room());
+        let pass = Pass::at(position, rotations, windows, cache.room());
         let hidden = self.through_layers(ids, &pass, Some(cache));
         self.head(hidden).squeeze_dim(1)
     }
@@ -208,16 +249,51 @@ impl Decoder {
         )
     }
 
-    /// The logits of the last position, `[batch, vocab_size]`.
+    /// The logits of the last position, `[batch, vocab_size]`. More than [`PROMPT_CHUNK`] tokens go through
+    /// the layers in several passes.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, length]`
+    ///
+    /// # Panics
+    /// Without a token.
     pub fn next_logits(
         &self,
         ids: Tensor<2, Int>,
         rope: &mut RopeTables,
         cache: &mut KvCache,
     ) -> Tensor<2> {
-        let hidden = self.hidden(ids, rope, Some(cache));
-        let [_, length, _] = hidden.dims();
-        self.head(hidden.narrow(1, length - 1, 1)).squeeze_dim(1)
+        let on = |_| ControlFlow::Continue(());
+        match self.next_logits_unless::<()>(ids, PROMPT_CHUNK, rope, cache, on) {
+            ControlFlow::Continue(logits) => logits,
+            ControlFlow::Break(()) => unreachable!("nothing breaks off"),
+        }
+    }
+
+    /// As [`next_logits`](Self::next_logits), in passes of at most `chunk` tokens. `between` is asked
+    /// after each pass but the last, with the positions that the cache holds, and can break off.
+    pub(crate) fn next_logits_unless<B>(
+        &self,
+        ids: Tensor<2, Int>,
+        chunk: usize,
+        rope: &mut RopeTables,
+        cache: &mut KvCache,
+        mut between: impl FnMut(usize) -> ControlFlow<B>,
+    ) -> ControlFlow<B, Tensor<2>> {
+        let [_, length] = ids.dims();
+        let mut last = None;
+        self.hidden_in_chunks(&ids, chunk, rope, cache, |start, x| {
+            let end = start + x.dims()[1];
+            if end < length {
+                return between(end);
+            }
+            last = Some(x);
+            ControlFlow::Continue(())
+        })?;
+        let x = last.expect("there is a token");
+        let [_, count, _] = x.dims();
+        let logits = self.head(x.narrow(1, count - 1, 1));
+        ControlFlow::Continue(logits.squeeze_dim(1))
     }
 
     /// The layers that are adapted unless others are asked for, by the ends of their names: all linear ones
@@ -248,5 +324,141 @@ impl Decoder {
         let packed = linears.iter().map(|(_, layer)| layer.packed_bytes());
         let float = linears.iter().map(|(_, layer)| layer.float_bytes());
         (packed.sum(), embedding + float.sum::<usize>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::TensorData;
+    use burn_nf4::format::FloatType;
+    use rstest::rstest;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::generate::replay::tests::fixture_model;
+    use crate::model::random;
+
+    fn ids(rows: usize, length: usize, device: &Device) -> Tensor<2, Int> {
+        let ids = (0..rows * length).map(|i| ((i * 37 + i * i + 5) % 60) as i64);
+        Tensor::from_data(TensorData::new(ids.collect(), [rows, length]), device)
+    }
+
+    /// That a prompt in passes has the logits of one pass, and leaves a cache that a text goes on from alike.
+    fn assert_chunks_are_one_pass(model: &Decoder, config: &DecoderConfig, padding: &[usize]) {
+        let (rows, length) = (padding.len(), 40);
+        let device = model.device();
+        let run = |positions: usize| {
+            let mut rope = model.rope_tables(config);
+            let mut cache = KvCache::new(config.layers.len(), padding.to_vec());
+            let mut passes = 1;
+            let between = |_| {
+                passes += 1;
+                ControlFlow::<()>::Continue(())
+            };
+            let prompt = ids(rows, length, &device);
+            let chunk = positions * rows;
+            let logits = model.next_logits_unless(prompt, chunk, &mut rope, &mut cache, between);
+            let ControlFlow::Continue(logits) = logits else {
+                panic!("nothing breaks off");
+            };
+            let mut all = vec![logits];
+            for _ in 0..2 {
+                all.push(model.next_logits(ids(rows, 1, &device), &mut rope, &mut cache));
+            }
+            (Tensor::cat(all, 0), passes)
+        };
+        let (whole, one) = run(length);
+        assert_eq!(one, 1);
+        for (positions, expected) in [(1, 40), (7, 6), (39, 2)] {
+            let (parts, passes) = run(positions);
+            assert_eq!(passes, expected);
+            let difference = (parts - whole.clone()).abs().max().into_scalar::<f32>();
+            // The same products over other numbers of rows.
+            assert!(difference < 2e-5, "{positions}: {difference:e}");
+        }
+    }
+
+    /// Of every family and of the text part of a model of text and images, with windows of 12 tokens.
+    #[rstest]
+    fn a_prompt_in_passes_is_the_prompt_in_one(
+        #[values(
+            "families/gemma2",
+            "families/gemma3_text",
+            "families/granite",
+            "families/llama3_tied",
+            "families/llama_biases",
+            "families/mistral_window",
+            "families/olmo2",
+            "families/phi3",
+            "families/qwen2",
+            "families/qwen2_window",
+            "families/qwen3",
+            "families/qwen3_moe",
+            "families/smollm3",
+            "vision/gemma3"
+        )]
+        name: &str,
+        #[values(&[0], &[0, 11, 3], &[5, 30])] padding: &[usize],
+    ) {
+        let (model, config) = fixture_model(name);
+        assert_chunks_are_one_pass(&model, &config, padding);
+    }
+
+    /// Angles that change with the length of a text are those of all of it from the first pass on.
+    #[rstest]
+    #[case::dynamic(json!({"rope_type": "dynamic", "factor": 2.0}), "llama", 16)]
+    #[case::longrope(
+        json!({"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3],
+               "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 16}),
+        "phi3", 64
+    )]
+    fn passes_have_the_angles_of_the_whole_prompt(
+        #[case] rope: Value,
+        #[case] family: &str,
+        #[case] positions: usize,
+        #[values(&[0], &[0, 30])] padding: &[usize],
+    ) {
+        let mut rope = rope;
+        rope["rope_theta"] = json!(10000.0);
+        let config = json!({
+            "model_type": family, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": positions, "original_max_position_embeddings": 16,
+            "rope_parameters": rope, "torch_dtype": "float32", "pad_token_id": 0,
+        });
+        let config =
+            DecoderConfig::from_json(config.to_string().as_bytes(), Path::new("config.json"));
+        let config = config.unwrap();
+        let model = random(&config, FloatType::F32, None, &Device::default()).unwrap();
+        assert_chunks_are_one_pass(&model, &config, padding);
+    }
+
+    /// What was processed is held, and what is allocated does not grow.
+    #[test]
+    fn a_prompt_that_is_broken_off_leaves_what_was_processed() {
+        let (model, config) = fixture_model("families/qwen3");
+        let device = model.device();
+        let mut rope = model.rope_tables(&config);
+        let mut cache = KvCache::new(config.layers.len(), vec![0]);
+        let prompt = ids(1, 300, &device);
+        let mut bytes = Vec::new();
+        let first = model.hidden_in_chunks(&prompt, 128, &mut rope, &mut cache, |start, x| {
+            bytes.push((start, x.dims()[1]));
+            match start {
+                128 => ControlFlow::Break(start),
+                _ => ControlFlow::Continue(()),
+            }
+        });
+        assert_eq!(first, ControlFlow::Break(128));
+        assert_eq!(bytes, [(0, 128), (128, 128)]);
+        assert_eq!((cache.len(), cache.room()), (256, 512));
+        let rest = prompt.clone().narrow(1, 256, 44);
+        let ours = model.next_logits(rest, &mut rope, &mut cache);
+        let mut whole = KvCache::new(config.layers.len(), vec![0]);
+        let theirs = model.next_logits(prompt, &mut rope, &mut whole);
+        let difference = (ours - theirs).abs().max().into_scalar::<f32>();
+        assert!(difference < 2e-5, "{difference:e}");
     }
 }

@@ -55,7 +55,7 @@ mod variants;
 
 pub use burn_nf4::op::{Activation, NormForm};
 pub use config::DecoderConfig;
-pub use decoder::{Decoder, EMBEDDING, HEAD};
+pub use decoder::{Decoder, EMBEDDING, HEAD, PROMPT_CHUNK};
 pub use init::random;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};
@@ -63,6 +63,5 @@ pub use mixture::MixtureMlp;
 pub use mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::RmsNorm;
 pub use pass::Pass;
-pub(crate) use pass::row_starts;
 pub use rotation::{RopeTables, Rotation};
 pub use scale::EmbeddingScale;

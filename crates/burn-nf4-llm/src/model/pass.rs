@@ -12,7 +12,7 @@ pub struct Pass {
     rotations: Vec<Rotation>,
     /// One for each window that layers of the model have.
     ranges: Vec<(Option<usize>, KeyRanges)>,
-    /// `[1]`: where the cache gets the keys and values, if the device alone knows.
+    /// `[batch]`: where the cache gets the keys and values of each row, if the device alone knows.
     position: Option<Tensor<1, Int>>,
 }
 
@@ -41,10 +41,9 @@ impl Pass {
         }
     }
 
-    /// Of one query a row at a position that the device alone may know.
+    /// Of one query a row, each at a position of its own, which the device alone may know.
     ///
-    /// - `position`: `[1]`, the positions that the cache holds before
-    /// - `starts`: `[batch]`, the padding of each row, if there is any
+    /// - `position`: `[batch]`, the positions of each row that the cache holds before
     /// - `capacity`: positions that the cache has room for
     ///
     /// # Panics
@@ -53,14 +52,11 @@ impl Pass {
         position: Tensor<1, Int>,
         rotations: Vec<Rotation>,
         windows: impl IntoIterator<Item = Option<usize>>,
-        starts: Option<Tensor<1, Int>>,
-        rows: usize,
         capacity: usize,
     ) -> Self {
         let device = position.device();
         let mask = AttentionMask {
-            lengths: Some((position.clone() + 1).expand([rows])),
-            starts,
+            lengths: Some(position.clone() + 1),
             ..AttentionMask::causal()
         };
         Self {
@@ -70,7 +66,7 @@ impl Pass {
         }
     }
 
-    /// `[1]`: where the cache gets the keys and values, if that is not at its end.
+    /// `[batch]`: where the cache gets the keys and values of each row, if that is not at its end.
     pub(super) fn position(&self) -> Option<&Tensor<1, Int>> {
         self.position.as_ref()
     }
@@ -89,7 +85,7 @@ impl Pass {
 }
 
 /// The first token of each row, `[batch]`, if any row is padded.
-pub(crate) fn row_starts(padding: &[usize], device: &Device) -> Option<Tensor<1, Int>> {
+fn row_starts(padding: &[usize], device: &Device) -> Option<Tensor<1, Int>> {
     padding.iter().any(|&pad| pad > 0).then(|| {
         let starts: Vec<i32> = padding.iter().map(|&pad| pad as i32).collect();
         Tensor::from_data(TensorData::new(starts, [padding.len()]), device)

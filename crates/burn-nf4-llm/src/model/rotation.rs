@@ -53,9 +53,20 @@ impl RopeTables {
     /// The rotations of positions `start..start + length`, one for each rotary embedding, each row of the
     /// batch shifted left by its padding.
     pub fn rotations(&mut self, start: usize, length: usize, padding: &[usize]) -> Vec<Rotation> {
+        self.rotations_within(start + length, start, length, padding)
+    }
+
+    /// As [`rotations`](Self::rotations), with the angles of a text that goes on to the position `end`.
+    pub(crate) fn rotations_within(
+        &mut self,
+        end: usize,
+        start: usize,
+        length: usize,
+        padding: &[usize],
+    ) -> Vec<Rotation> {
         let tables = self.0.iter_mut();
         tables
-            .map(|table| table.rotation(start, length, padding))
+            .map(|table| table.rotation(end, start, length, padding))
             .collect()
     }
 
@@ -101,11 +112,17 @@ impl RopeTable {
         }
     }
 
-    fn rotation(&mut self, start: usize, length: usize, padding: &[usize]) -> Rotation {
+    fn rotation(
+        &mut self,
+        text_end: usize,
+        start: usize,
+        length: usize,
+        padding: &[usize],
+    ) -> Rotation {
         let end = start + length;
         // The longest row is the sequence.
-        let sequence = end - padding.iter().min().copied().unwrap_or(0).min(end);
-        let (cos, sin) = self.tables(end, sequence);
+        let sequence = text_end.saturating_sub(padding.iter().min().copied().unwrap_or(0));
+        let (cos, sin) = self.tables(text_end, sequence);
         let rotary_dim = self.config.rotary_dim;
         if padding.iter().all(|&pad| pad == 0) {
             let rows = |table: Tensor<2>| {

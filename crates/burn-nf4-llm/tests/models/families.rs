@@ -118,6 +118,7 @@ fn generates_the_same_text(family: &Family) {
         sampling: Sampling::greedy(),
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     };
     let report = generate(&family.model, &family.config, &request, |_, _| Ok(())).unwrap();
     assert_eq!(report.tokens[0], expected);
@@ -392,6 +393,7 @@ fn configs_that_say_something_else_have_the_texts_of_transformers() {
             sampling: Sampling::greedy(),
             eos: Vec::new(),
             capture: true,
+            ..Request::default()
         };
         let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
         assert_eq!(report.tokens[0], variant.generated, "{}", variant.name);

@@ -1,17 +1,20 @@
 //! The cache, batches and sampling.
 
 use std::fs;
+use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
+use burn_nf4::format::FloatType;
 use burn_nf4_llm::ModelError;
+use burn_nf4_llm::error::MemoryLimit;
 use burn_nf4_llm::generate::sample::Sampling;
-use burn_nf4_llm::generate::{Request, Session, generate};
-use burn_nf4_llm::model::Decoder;
+use burn_nf4_llm::generate::{Request, RowEnd, Session, generate};
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::DecoderConfig;
+use burn_nf4_llm::model::{Decoder, random};
 use rstest::rstest;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixtures::{fixture, floats, io, logits, max_difference, open};
 
@@ -131,6 +134,7 @@ fn request(prompts: Vec<Vec<u32>>, sampling: Sampling) -> Request {
         sampling,
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     }
 }
 
@@ -322,4 +326,367 @@ fn a_text_beyond_the_positions_is_warned_of() {
         both.iter().all(|number| warning.contains(number)),
         "{warning}"
     );
+}
+
+/// The bytes are known before anything is computed, and are those that are allocated.
+#[rstest]
+#[case::one_row(vec![prompts().remove(2)], 12)]
+#[case::rows(prompts(), 300)]
+fn the_memory_of_the_cache_is_known_before(
+    #[case] prompts: Vec<Vec<u32>>,
+    #[case] max_tokens: usize,
+) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut request = Request {
+        max_tokens,
+        ..request(prompts, GREEDY)
+    };
+    let size = request.cache_size(&model, &config);
+    assert_eq!(size.rows, request.prompts.len());
+    assert!(size.positions >= request.longest_prompt() + 12);
+    request.max_cache_bytes = Some(size.bytes);
+    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.cache_bytes as u64, size.bytes);
+    request.max_cache_bytes = Some(size.bytes - 1);
+    let nothing = |_, _| -> Result<(), ModelError> { panic!("nothing is generated") };
+    match generate(&model, &config, &request, nothing).unwrap_err() {
+        ModelError::Memory {
+            rows,
+            positions,
+            needed,
+            available,
+            limit: MemoryLimit::Request,
+        } => {
+            assert_eq!(
+                (rows, positions, needed),
+                (size.rows, size.positions, size.bytes)
+            );
+            assert_eq!(available, size.bytes - 1);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_ends_a_row_is_told() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let free = texts(&request(prompts(), GREEDY));
+    // The first token of a row that its text has at the place and not before.
+    let last = free[1]
+        .iter()
+        .position(|&id| !free[0].contains(&id))
+        .unwrap();
+    let mut request = request(prompts(), GREEDY);
+    request.eos = vec![free[1][last]];
+    let report = generate(&model, &config, &request, |row, _| {
+        Ok(match row {
+            2 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+    });
+    let report = report.unwrap();
+    assert_eq!(
+        report.ends,
+        [RowEnd::MaxTokens, RowEnd::Eos, RowEnd::Callback]
+    );
+    let lengths: Vec<usize> = report.tokens.iter().map(Vec::len).collect();
+    assert_eq!(lengths, [12, last, 1]);
+}
+
+/// What was generated until then is there, and the callback got it.
+#[rstest]
+#[case::at_once(0)]
+#[case::after_the_first(1)]
+#[case::later(5)]
+fn a_generation_is_cancelled_between_tokens(#[case] after: usize) {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let free = texts(&request(prompts(), GREEDY));
+    let request = request(prompts(), GREEDY);
+    if after == 0 {
+        let cancel = request.cancel.clone();
+        std::thread::spawn(move || cancel.cancel()).join().unwrap();
+    }
+    let mut seen = 0;
+    let report = generate(&model, &config, &request, |row, _| {
+        seen += usize::from(row == 2);
+        if seen == after {
+            request.cancel.cancel();
+        }
+        Ok(())
+    });
+    let report = report.unwrap();
+    assert_eq!(report.ends, [RowEnd::Cancelled; 3]);
+    for (ours, free) in report.tokens.iter().zip(&free) {
+        assert_eq!(ours, &free[..after]);
+    }
+    let processed = if after == 0 { 0 } else { 9 + 2 + 24 };
+    assert_eq!(report.prompt_tokens, processed);
+}
+
+/// Six prompts of one to 24 tokens.
+fn more_prompts() -> Vec<Vec<u32>> {
+    let [a, b, c] = prompts().try_into().unwrap();
+    vec![
+        a.clone(),
+        b,
+        c.clone(),
+        vec![a[3]],
+        c[..5].to_vec(),
+        a[2..].to_vec(),
+    ]
+}
+
+/// A prompt that waits takes the place of a row that ends, while the others go on; its text is the one that it
+/// has in a batch of all, as far as to the bit in f32.
+#[rstest]
+#[case::greedy(GREEDY)]
+#[case::sampled(Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, seed: 3, ..Sampling::greedy() })]
+fn prompts_that_wait_have_the_texts_of_a_batch_of_all(
+    #[case] sampling: Sampling,
+    #[values(1, 2, 4)] max_batch: usize,
+) {
+    let all = texts(&request(more_prompts(), sampling));
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut request = Request {
+        max_batch,
+        // What ends a row early, at another place in each.
+        eos: vec![all[0][3], all[4][1]],
+        ..request(more_prompts(), sampling)
+    };
+    let until_end = |text: &Vec<u32>| -> Vec<u32> {
+        let text = text.iter().take_while(|id| !request.eos.contains(id));
+        text.copied().collect()
+    };
+    let expected: Vec<Vec<u32>> = all.iter().map(until_end).collect();
+    let mut streamed = vec![Vec::new(); 6];
+    let report = generate(&model, &config, &request, |prompt, id| {
+        streamed[prompt].push(id);
+        Ok(())
+    });
+    let report = report.unwrap();
+    assert_eq!(report.tokens, expected);
+    assert_eq!(streamed, expected);
+    for (end, text) in report.ends.iter().zip(&expected) {
+        let by_eos = text.len() < 12;
+        assert_eq!(
+            *end,
+            if by_eos {
+                RowEnd::Eos
+            } else {
+                RowEnd::MaxTokens
+            }
+        );
+    }
+    assert!(report.ends.contains(&RowEnd::MaxTokens) && report.ends.contains(&RowEnd::Eos));
+    assert_eq!(report.prompt_tokens, more_prompts().concat().len());
+    // The bytes are those of the rows at a time, and of a prompt beside them.
+    let rows = request.cache_size(&model, &config);
+    request.max_batch = 6;
+    let of_all = request.cache_size(&model, &config);
+    assert_eq!((rows.rows, of_all.rows), (max_batch, 6));
+    assert_eq!(of_all.bytes / 6 * (max_batch as u64 + 1), rows.bytes);
+}
+
+/// With windows, two rotary embeddings, soft caps, experts, layers without rotation.
+#[rstest]
+fn families_take_prompts_that_wait(
+    #[values(
+        "gemma2",
+        "gemma3_text",
+        "mistral_window",
+        "qwen3_moe",
+        "phi3",
+        "smollm3"
+    )]
+    family: &str,
+) {
+    let folder = format!("families/{family}/model");
+    let (model, config) = open(&folder, None, &Device::default());
+    let prompts = more_prompts().into_iter();
+    let within = |prompt: Vec<u32>| {
+        prompt
+            .iter()
+            .map(|id| id % config.vocab_size as u32)
+            .collect()
+    };
+    let mut request = request(prompts.map(within).collect(), GREEDY);
+    request.max_tokens = 25;
+    let run = |request: &Request| {
+        let mut seen = [0; 6];
+        let report = generate(&model, &config, request, |prompt, _| {
+            seen[prompt] += 1;
+            Ok(match seen[prompt] < 25 - 4 * prompt {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            })
+        });
+        report.unwrap().tokens
+    };
+    let all = run(&request);
+    for max_batch in [1, 2, 3] {
+        request.max_batch = max_batch;
+        assert_eq!(run(&request), all, "{max_batch}");
+    }
+}
+
+/// Nothing is lost of prompts that have ended, and those that wait are not begun.
+#[test]
+fn prompts_that_wait_are_cancelled_too() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let all = texts(&request(more_prompts(), GREEDY));
+    let request = Request {
+        max_batch: 2,
+        ..request(more_prompts(), GREEDY)
+    };
+    let report = generate(&model, &config, &request, |prompt, _| {
+        if prompt == 3 {
+            request.cancel.cancel();
+        }
+        Ok(())
+    });
+    let report = report.unwrap();
+    let (whole, none) = (RowEnd::MaxTokens, RowEnd::Cancelled);
+    assert_eq!(report.ends, [whole, whole, none, none, none, none]);
+    let lengths: Vec<usize> = report.tokens.iter().map(Vec::len).collect();
+    assert_eq!(lengths, [12, 12, 1, 1, 0, 0]);
+    assert_eq!(report.tokens[..2], all[..2]);
+}
+
+/// A text that may go on beyond the model's positions ends where the cache cannot grow; the others go on.
+#[test]
+fn a_text_ends_where_the_cache_cannot_grow() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut request = Request {
+        max_tokens: usize::MAX,
+        ..request(vec![vec![5; 30], vec![7; 3]], GREEDY)
+    };
+    let size = request.cache_size(&model, &config);
+    request.max_cache_bytes = Some(size.bytes);
+    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.ends, [RowEnd::Memory; 2]);
+    for (prompt, text) in request.prompts.iter().zip(&report.tokens) {
+        // The last token needs no place.
+        assert_eq!(prompt.len() + text.len(), size.positions + 1);
+    }
+    assert_eq!(report.cache_bytes as u64, size.bytes);
+}
+
+/// The same text, whatever else the process did.
+#[test]
+fn a_seed_gives_the_same_text_after_another_model() {
+    let request = request(more_prompts(), sampling(0.9, 20, 0.95));
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let draw = || {
+        let report = generate(&model, &config, &request, |_, _| Ok(()));
+        report.unwrap().tokens
+    };
+    let first = draw();
+    assert_eq!(draw(), first);
+    {
+        let (other, of_other) = open("families/gemma2/model", None, &Device::default());
+        let request = Request {
+            prompts: vec![vec![3; 40]],
+            ..request.clone()
+        };
+        generate(&other, &of_other, &request, |_, _| Ok(())).unwrap();
+    }
+    assert_eq!(draw(), first);
+}
+
+/// Angles that change with the length of the longest row, as keys are computed again (LongRoPE of Phi-3) and as
+/// they are not (dynamic).
+fn model_of_changing_angles(
+    rope: Value,
+    family: &str,
+    positions: usize,
+) -> (Decoder, DecoderConfig) {
+    let mut rope = rope;
+    rope["rope_theta"] = json!(10000.0);
+    let config = json!({
+        "model_type": family, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": positions, "original_max_position_embeddings": 16,
+        "rope_parameters": rope, "torch_dtype": "float32", "pad_token_id": 0,
+    });
+    let path = std::path::Path::new("config.json");
+    let config = DecoderConfig::from_json(config.to_string().as_bytes(), path).unwrap();
+    let model = random(&config, FloatType::F32, None, &Device::default()).unwrap();
+    (model, config)
+}
+
+fn dynamic() -> (Decoder, DecoderConfig) {
+    let rope = json!({"rope_type": "dynamic", "factor": 2.0});
+    model_of_changing_angles(rope, "llama", 16)
+}
+
+fn longrope() -> (Decoder, DecoderConfig) {
+    let rope = json!({"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 16});
+    model_of_changing_angles(rope, "phi3", 64)
+}
+
+/// Where the longest row decides on the angles of all, prompts wait for all rows to end.
+#[rstest]
+#[case::dynamic(dynamic())]
+#[case::longrope(longrope())]
+fn prompts_of_changing_angles_wait_for_all_rows(#[case] (model, config): (Decoder, DecoderConfig)) {
+    let all: Vec<Vec<u32>> = [12, 4, 9, 3, 15]
+        .iter()
+        .map(|&n| (1..=n).collect())
+        .collect();
+    let of = |prompts: &[Vec<u32>], max_batch| {
+        let request = Request {
+            max_batch,
+            ..request(prompts.to_vec(), GREEDY)
+        };
+        let mut seen = vec![0; prompts.len()];
+        // The longest rows end first.
+        let report = generate(&model, &config, &request, |row, _| {
+            seen[row] += 1;
+            Ok(match seen[row] + prompts[row].len() < 14 {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            })
+        });
+        report.unwrap().tokens
+    };
+    let expected: Vec<_> = all.chunks(2).flat_map(|group| of(group, 2)).collect();
+    assert_eq!(of(&all, 2), expected);
+}
+
+/// A row that has ended is still the longest: the keys of the other are computed again when it passes the border.
+#[test]
+fn keys_are_computed_again_for_all_rows() {
+    let (model, config) = longrope();
+    let prompts: Vec<Vec<u32>> = vec![(1..=12).collect(), (5..=8).collect()];
+    let report = generate(
+        &model,
+        &config,
+        &request(prompts.clone(), GREEDY),
+        |row, _| {
+            Ok(match row {
+                0 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            })
+        },
+    );
+    let ours = report.unwrap().tokens.remove(1);
+    assert_eq!(ours.len(), 12);
+    // Both rows padded on the left, all of them anew for each token.
+    let mut rows: Vec<Vec<i64>> = prompts
+        .iter()
+        .map(|prompt| prompt.iter().map(|&id| i64::from(id)).collect())
+        .collect();
+    rows[1].splice(0..0, [0; 8]);
+    for &id in &ours {
+        let mut rope = model.rope_tables(&config);
+        let mut cache = KvCache::new(config.layers.len(), vec![0, 8]);
+        let ids = TensorData::new(rows.concat(), [2, rows[0].len()]);
+        let ids = Tensor::from_data(ids, &model.device());
+        let next = model.next_logits(ids, &mut rope, &mut cache).argmax(1);
+        let next: Vec<i64> = next.into_data().iter::<i64>().collect();
+        assert_eq!(next[1], i64::from(id), "{} tokens", rows[0].len());
+        rows.iter_mut().zip(next).for_each(|(row, id)| row.push(id));
+    }
+    assert!(rows[0].len() > 20);
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use burn::tensor::Device;
 use burn_nf4::format::FloatType;
-use burn_nf4_llm::generate::{Report, Request, Sampling, Session, generate};
+use burn_nf4_llm::generate::{Report, Request, RowEnd, Sampling, Session, generate};
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use burn_nf4_llm::text::chat::Ending;
@@ -21,6 +21,7 @@ fn request(prompt: &[u32]) -> Request {
         sampling: Sampling::greedy(),
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     }
 }
 
@@ -173,6 +174,36 @@ fn angles_that_change_are_computed_again(
         );
         assert_eq!(given.reused_tokens > 0, reuses, "{length}");
     }
+}
+
+/// What was processed of a prompt that is cancelled is not processed again, nor is its answer.
+#[test]
+fn a_session_keeps_what_was_generated_before_it_was_cancelled() {
+    let (model, config) = open("hf/f32/model", None, &Device::default());
+    let mut session = Session::new(&model, &config);
+    let mut prompt: Vec<u32> = (20..30).collect();
+    let cancelled = request(&prompt);
+    let mut seen = 0;
+    let given = session.generate(&cancelled, |_, _| {
+        seen += 1;
+        if seen == 4 {
+            cancelled.cancel.cancel();
+        }
+        Ok(())
+    });
+    let given = given.unwrap();
+    assert_eq!(given.ends, [RowEnd::Cancelled]);
+    assert_eq!(
+        given.tokens[0],
+        fresh(&model, &config, &request(&prompt)).tokens[0][..4]
+    );
+    prompt.extend(&given.tokens[0]);
+    prompt.extend([3, 1]);
+    let next = request(&prompt);
+    let given = session.generate(&next, |_, _| Ok(())).unwrap();
+    assert_eq!(given.tokens, fresh(&model, &config, &next).tokens);
+    // The last token that was chosen was not processed.
+    assert_eq!(given.reused_tokens, 13);
 }
 
 #[test]

@@ -187,6 +187,7 @@ fn rows_stop_by_themselves() {
         },
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     };
     let free = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
     let whole: Vec<String> = free

@@ -88,6 +88,7 @@ fn the_text_part_has_the_text_of_the_whole() {
         sampling: Sampling::greedy(),
         eos: Vec::new(),
         capture: true,
+        ..Request::default()
     };
     let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
     assert_eq!(report.tokens[0], expected);

@@ -206,6 +206,8 @@ impl BenchArgs {
             },
             eos: Vec::new(),
             capture: !self.eager,
+            max_batch: rows,
+            ..Request::default()
         };
         // The first time a graphics card compiles kernels and measures which are fastest.
         let start = Instant::now();

@@ -8,6 +8,7 @@ use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message};
 use clap::Args;
 
+use crate::interrupt::Interrupts;
 use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
 
 #[derive(Args, Debug)]
@@ -27,7 +28,7 @@ pub struct ChatArgs {
 }
 
 impl ChatArgs {
-    /// Answers each line of stdin, until it ends.
+    /// Answers each line of stdin, until it ends. Ctrl-C ends an answer; where there is none, the program.
     pub fn run(&self) -> Result<(), ModelError> {
         let (sampling, stop) = self.sampling.check()?;
         let adapter = self.adapter.read()?;
@@ -53,6 +54,7 @@ impl ChatArgs {
         };
         let ends = text.ends(&config, true);
         let mut session = Session::new(&model, &config);
+        let interrupts = Interrupts::new()?;
         let prompts = stdin().is_terminal();
         let mut warned = false;
         loop {
@@ -76,14 +78,19 @@ impl ChatArgs {
                 eprintln!("{warning}");
                 warned = true;
             }
-            let request = Request {
-                prompts: vec![prompt],
-                max_tokens: self.sampling.max_tokens,
-                sampling,
-                eos: ends.clone(),
-                capture: !self.sampling.eager,
-            };
-            let given = session.generate_text(&text, &request, &stop, |_, piece| show(piece))?;
+            let given = interrupts.during(|cancel| {
+                let request = Request {
+                    prompts: vec![prompt],
+                    max_tokens: self.sampling.max_tokens,
+                    sampling,
+                    eos: ends.clone(),
+                    capture: !self.sampling.eager,
+                    max_cache_bytes: self.sampling.max_cache_bytes(),
+                    cancel,
+                    ..Request::default()
+                };
+                session.generate_text(&text, &request, &stop, |_, piece| show(piece))
+            })?;
             show("\n")?;
             let answer = &given.texts[0];
             let answer = Message::new("assistant", answer);

@@ -3,12 +3,12 @@
 use std::io::{Write, stderr, stdout};
 
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{Report, Request, Sampling, TextReport, generate_text};
+use burn_nf4_llm::generate::{CacheSize, Report, Request, Sampling, TextReport, generate_text};
 use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use clap::Args;
 
-use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs, check_rows};
+use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs, at_least, check_rows};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 
 /// Continue a text.
@@ -38,6 +38,9 @@ pub struct GenerateArgs {
     /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
     #[arg(long)]
     pub batch: Option<usize>,
+    /// Rows that are continued at a time: further ones wait, and each takes the place of one that ends.
+    #[arg(long, default_value_t = 64)]
+    pub max_batch: usize,
     /// Go on to the last token even where the model ends its text: for timing.
     #[arg(long)]
     pub ignore_eos: bool,
@@ -48,6 +51,7 @@ impl GenerateArgs {
     fn check(&self) -> Result<(Sampling, StopStrings), ModelError> {
         let checked = self.sampling.check()?;
         let prompts = self.prompt.len();
+        at_least(1, "--max-batch", self.max_batch)?;
         check_rows("--batch", self.batch.unwrap_or(1).max(1))?;
         match self.batch {
             Some(batch) if batch < prompts => Err(ModelError::setting(
@@ -92,13 +96,26 @@ impl GenerateArgs {
                 true => Vec::new(),
                 false => text.ends(&config, self.chat),
             },
+            max_batch: self.max_batch,
             capture: !self.sampling.eager,
+            max_cache_bytes: self.sampling.max_cache_bytes(),
+            ..Request::default()
         };
         let longest = request.longest_prompt();
         let of_prompt = config.warn_of_length("the longest prompt", longest);
         if let Some(warning) = &of_prompt {
             eprintln!("{warning}");
         }
+
+        let CacheSize {
+            rows: at_a_time,
+            positions,
+            bytes,
+        } = request.cache_size(&model, &config);
+        eprintln!(
+            "KV cache: {} for {at_a_time} rows of {positions} positions",
+            mebibytes(bytes)
+        );
 
         // One row is shown as it comes; more would mix.
         let given = generate_text(&model, &config, &text, &request, &stop, |_, piece| {
@@ -121,7 +138,7 @@ impl GenerateArgs {
         if let Some(warning) = of_text.filter(|_| of_prompt.is_none()) {
             eprintln!("{warning}");
         }
-        print_report(&report, rows);
+        print_report(&report, at_a_time);
         Ok(())
     }
 

@@ -10,6 +10,7 @@ mod device;
 mod finetune;
 mod generate;
 mod inspect;
+mod interrupt;
 mod merge;
 mod model_args;
 mod progress;

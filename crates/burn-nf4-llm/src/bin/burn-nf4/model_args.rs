@@ -243,9 +243,18 @@ pub struct SamplingArgs {
     /// Launch each step anew, also where the device could replay a recorded one.
     #[arg(long)]
     pub eager: bool,
+    /// Most memory for keys and values: a text that could need more is refused.
+    #[arg(long, value_name = "MIB")]
+    pub max_cache: Option<u64>,
 }
 
 impl SamplingArgs {
+    /// The bound of the cache, in bytes.
+    pub fn max_cache_bytes(&self) -> Option<u64> {
+        self.max_cache
+            .map(|mebibytes| mebibytes.saturating_mul(1 << 20))
+    }
+
     /// The settings, unless they cannot be served.
     pub fn check(&self) -> Result<(Sampling, StopStrings), ModelError> {
         let sampling = Sampling {
@@ -258,6 +267,7 @@ impl SamplingArgs {
         };
         sampling.check()?;
         at_least(1, "--max-tokens", self.max_tokens)?;
+        at_least(1, "--max-cache", self.max_cache.unwrap_or(1) as usize)?;
         let stop = self.stop.iter().map(|stop| unescaped(stop));
         Ok((sampling, StopStrings::new(stop)?))
     }
