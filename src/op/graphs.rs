@@ -1,4 +1,4 @@
-//! Which devices record what they compute.
+//! What devices say of themselves.
 
 use burn::tensor::Device;
 
@@ -12,4 +12,16 @@ pub fn has_graphs(device: &Device) -> bool {
     }
     let _ = device;
     false
+}
+
+/// The bytes that a device has for all that it holds, where it says so: CUDA, ROCm and CubeCL's CPU do.
+pub fn device_memory_bytes(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cube")]
+    if let burn::backend::DispatchDevice::Cube(device) =
+        device.clone().without_autodiff().as_dispatch()
+    {
+        return device.client().properties().memory.max_memory();
+    }
+    let _ = device;
+    None
 }

@@ -42,7 +42,7 @@ pub use attention::{
 };
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
-pub use graphs::has_graphs;
+pub use graphs::{device_memory_bytes, has_graphs};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm};

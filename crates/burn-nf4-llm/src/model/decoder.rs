@@ -2,9 +2,11 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::is_expert;
+use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
-use burn_nf4::model::{LinearLayers, TiedHead};
+use burn_nf4::model::{LinearLayers, QuantizeLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::{MatmulOptions, matmul};
 
@@ -218,6 +220,21 @@ impl Decoder {
         let hidden = self.hidden(ids, rope, Some(cache));
         let [_, length, _] = hidden.dims();
         self.head(hidden.narrow(1, length - 1, 1)).squeeze_dim(1)
+    }
+
+    /// The model with its head in 4 bit too: one that is tied to the table becomes one of its own, and the
+    /// table stays as it is for the embeddings.
+    ///
+    /// # Errors
+    /// Those of [`LinearLayers::quantize`].
+    pub fn quantize_head(self, config: QuantConfig) -> Result<Self, Nf4Error> {
+        self.quantize(&QuantizeLayers {
+            config,
+            // All but the head.
+            skip_modules: vec!["model".into()],
+            heads: true,
+            ..QuantizeLayers::default()
+        })
     }
 
     /// The layers that are adapted unless others are asked for, by the ends of their names: all linear ones
