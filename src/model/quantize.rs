@@ -42,7 +42,9 @@ pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> R
     check_used(&patterns, &names.modules_of_parameters())?;
     let is_skipped = |name: &str| -> Result<bool, Nf4Error> {
         let matches = |pattern: &SkipPattern<'_>| pattern.matches(name);
-        patterns.iter().try_fold(false, |any, pattern| Ok(any || matches(pattern)?))
+        patterns
+            .iter()
+            .try_fold(false, |any, pattern| Ok(any || matches(pattern)?))
     };
     let head = model.head_name();
     let model = match model.tied_head() {
