@@ -25,6 +25,7 @@
 //! rule instead. Gradients always go over the decoded weight.
 
 mod attention;
+mod awake;
 mod backends;
 mod base;
 mod compiled;
@@ -32,6 +33,7 @@ mod graphs;
 mod reproducible;
 mod rms_norm;
 mod rotary;
+mod table;
 mod tensor;
 
 pub use crate::norm_form::NormForm;
@@ -40,6 +42,7 @@ pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{
     AttentionMask, AttentionOptions, KeyRanges, MAX_HEAD_DIM, attention, attention_with_lse,
 };
+pub use awake::{Awake, keep_threads_awake};
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
 pub use graphs::{device_memory_bytes, has_graphs};
@@ -49,6 +52,8 @@ pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary;
 #[doc(hidden)]
 pub use rotary::{RotaryBackend, RotarySpec};
+#[doc(hidden)]
+pub use table::TableBackend;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]

@@ -64,7 +64,9 @@ fn a_tied_head_in_4_bit_is_one_of_its_own(
     assert_eq!(quantized(&model).contains(&"lm_head".to_string()), expected);
     assert_eq!(model.tied_head().is_none(), expected);
     model
-        .embed_tokens.weight.val()
+        .embed_tokens
+        .weight
+        .val()
         .into_data()
         .assert_eq(&table.clone().into_data(), true);
     if expected {

@@ -8,3 +8,4 @@ pub(super) mod cube;
 pub(super) mod flex;
 mod rms_norm;
 mod rotary;
+mod table;

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::checkpoint::{
     Checkpoint, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
 };
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::{LinearLayers, SaveFolder};
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::peft::{Adapter, MergeOptions, merge_4bit, merge_16bit};
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::config::DecoderConfig;
@@ -168,4 +169,43 @@ fn adapters_go_onto_a_head_in_4_bit() {
         );
     }
     assert!(heads.iter().all(|&count| count > 2), "{heads:?}");
+}
+
+/// Published in 16 bit and loaded in f32: the table goes back to what it was, and nothing else changes.
+#[rstest]
+fn a_table_goes_back_to_16_bit(
+    #[values("llama3_tied", "gemma2", "qwen3", "smollm3")] name: &str,
+    #[values(DType::BF16, DType::F16)] dtype: DType,
+) {
+    let folder = format!("families/{name}/model");
+    let (mut model, config) = open(&folder, Some(FloatType::F32), &Device::default());
+    let as_published = |table: Tensor<2>| table.cast(dtype).cast(DType::F32);
+    model.embed_tokens = model.embed_tokens.map(as_published);
+    if let Some(AnyLinear::Dense(head)) = &model.lm_head {
+        let weight = as_published(head.weight.val().transpose());
+        model.lm_head = Some(AnyLinear::from_weight(weight, None));
+    }
+    let small = model.clone().with_exact_tables();
+    assert_eq!(small.embed_tokens.dtype(), dtype);
+    let [_, floats] = <[usize; 2]>::from(small.size_bytes());
+    let [_, before] = <[usize; 2]>::from(model.size_bytes());
+    assert_eq!(2 * floats, before);
+    assert_eq!(text(&small, &config), text(&model, &config));
+    let difference = max_difference(&logits_of(&small, &config), &logits_of(&model, &config));
+    assert!(difference < 1e-5, "{difference:e}");
+}
+
+/// One value that has no such type keeps the table in f32, and a model in another type is as it was.
+#[rstest]
+#[case::f32(FloatType::F32, DType::F32)]
+#[case::bf16(FloatType::BF16, DType::BF16)]
+fn a_table_that_would_lose_something_stays(#[case] dtype: FloatType, #[case] expected: DType) {
+    let (model, config) = open(
+        "families/llama3_tied/model",
+        Some(dtype),
+        &Device::default(),
+    );
+    let same = model.clone().with_exact_tables();
+    assert_eq!(same.embed_tokens.dtype(), expected);
+    assert_eq!(logits_of(&same, &config), logits_of(&model, &config));
 }

@@ -42,6 +42,16 @@ impl DeviceName {
         value.map_or_else(String::new, |value| value.get_name().into())
     }
 
+    /// Has the CPU compute on this thread too, and not on others while this one sleeps: for commands that
+    /// compute on one thread only. To be called before anything is computed.
+    pub fn use_this_thread(self) {
+        if self == Self::Cpu {
+            let pool = rayon::ThreadPoolBuilder::new().use_current_thread();
+            // There is one already, which does as well.
+            let _ = pool.build_global();
+        }
+    }
+
     /// What the device calls itself.
     pub fn own_name(self, device: &Device) -> String {
         #[cfg(any(feature = "cuda", feature = "wgpu", feature = "rocm", feature = "cpu"))]

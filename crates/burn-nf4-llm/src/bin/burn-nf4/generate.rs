@@ -63,6 +63,7 @@ impl GenerateArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         let (sampling, stop) = self.check()?;
         let adapter = self.adapter.read()?;
+        self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
@@ -82,6 +83,7 @@ impl GenerateArgs {
             text,
         } = prepared.load()?;
         let model = self.adapter.apply(adapter, model, &config)?;
+        let model = model.with_exact_tables();
         let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),

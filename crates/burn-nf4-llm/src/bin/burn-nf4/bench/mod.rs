@@ -119,6 +119,7 @@ impl BenchArgs {
         self.check()?;
         let size = self.size.read()?;
         let config = &size.config;
+        self.device.use_this_thread();
         let device = &self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, device)?;
         let plan = self.plan();
@@ -269,6 +270,7 @@ impl BenchArgs {
         if self.quantize_head {
             model = model.quantize_head(QuantConfig::default())?;
         }
+        let model = model.with_exact_tables();
         measure::sync(device)?;
         report.first_token = Some(measure::first_token(&model, config)?);
         let copy = measure::copy(self.device, device)?;
