@@ -204,7 +204,7 @@ pub fn matmul<const D: usize>(
             m: batch * m,
             ..spec
         };
-        let y = match spec.m <= FEW_ROWS && is_flex(&lhs.device()) {
+        let y = match spec.m <= FEW_ROWS && reads_tables(&lhs.device()) {
             true => by_table(lhs, rhs, bias, spec),
             false => product(lhs, rhs, bias, spec, on_cublaslt),
         };
@@ -256,8 +256,9 @@ fn by_cublaslt<const D: usize>(
 /// takes it as it lies, unless there is a graph.
 const FEW_ROWS: usize = 64;
 
-/// Whether a device is Burn's CPU, without a graph.
-fn is_flex(device: &Device) -> bool {
+/// Whether [`matmul`] reads a matrix of 16 bit as it lies for a few rows of f32, and need not cast it each time:
+/// on Flex, without autodiff.
+pub fn reads_tables(device: &Device) -> bool {
     #[cfg(feature = "flex")]
     if let burn::backend::DispatchDevice::Flex(_) = device.as_dispatch() {
         return true;

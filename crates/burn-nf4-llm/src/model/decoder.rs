@@ -8,7 +8,7 @@ use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, QuantizeLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
-use burn_nf4::op::{MatmulOptions, keep_threads_awake, matmul};
+use burn_nf4::op::{MatmulOptions, matmul, reads_tables};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
@@ -249,8 +249,7 @@ impl Decoder {
     ///
     /// For a model that is done: what is merged or put on it later would be rounded to that type.
     pub fn with_exact_tables(mut self) -> Self {
-        let is_flex = keep_threads_awake(&self.device()).is_some();
-        if !is_flex || self.dtype() != DType::F32 {
+        if !reads_tables(&self.device()) || self.dtype() != DType::F32 {
             return self;
         }
         self.embed_tokens = self.embed_tokens.map(|table| match exact(&table) {
