@@ -15,6 +15,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn_nf4::Nf4Error;
+use burn_nf4::op::keep_threads_awake;
 
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
@@ -181,6 +182,7 @@ fn run<F: RowFlow>(
     mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<(Report, KvCache, RopeTables), ModelError> {
     let start = Instant::now();
+    let _awake = keep_threads_awake(&model.device());
     let rows = request.prompts.len();
     let reused_tokens = prompts.held();
     let mut steps = Steps::new(model, config, request, prompts);
