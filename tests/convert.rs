@@ -231,6 +231,82 @@ fn a_transposed_weight_is_decoded_the_way_the_model_has_it() {
     assert_eq!(report.parameters[0].difference, Difference::IdenticalValues);
 }
 
+/// transformers loads it as any quantized head: the table is left to the embeddings.
+#[rstest]
+#[case::said(json!({"tie_word_embeddings": true}))]
+#[case::by_default(json!({}))]
+fn a_tied_head_is_quantized_as_a_weight_of_its_own(
+    #[case] config: Value,
+    #[values(None, Some(FloatType::BF16))] dtype: Option<FloatType>,
+) {
+    let folder = temp();
+    let (source, out) = (folder.path().join("source"), folder.path().join("out"));
+    let (table, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    write_model(
+        &source,
+        &config,
+        &[(table, &[96, 64]), ("model.up.weight", &[64, 64])],
+    );
+    let options = QuantizeOptions {
+        head: true,
+        dtype,
+        ..QuantizeOptions::default()
+    };
+    let said = quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
+    assert_eq!((said.converted, said.kept), (2, 1));
+    let written = open(&out);
+    assert_eq!(written.quantized_weights(), [head, "model.up.weight"]);
+    let (values, shape) = open(&source).load_float::<f32>(table).unwrap();
+    let config = options.config;
+    let expected = match dtype {
+        None => Nf4Tensor::quantize(&values, &shape, config),
+        Some(_) => {
+            let rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+            assert_eq!(written.load_float::<bf16>(table).unwrap().0, rounded);
+            Nf4Tensor::quantize(&rounded, &shape, config)
+        }
+    };
+    assert_eq!(written.load_nf4(head).unwrap(), expected.unwrap());
+    let config = config_of(&out);
+    assert_eq!(config["tie_word_embeddings"], false);
+    assert_eq!(
+        config["quantization_config"]["llm_int8_skip_modules"],
+        json!([])
+    );
+    let faults: Vec<String> = written.faults().iter().map(ToString::to_string).collect();
+    assert_eq!(faults, Vec::<String>::new());
+}
+
+#[rstest]
+#[case::none(json!({"tie_word_embeddings": false}), "model.embed_tokens.weight")]
+#[case::another_name(json!({"tie_word_embeddings": true}), "transformer.wte.weight")]
+fn a_head_that_is_not_there_is_an_error(#[case] config: Value, #[case] table: &str) {
+    let folder = temp();
+    let source = folder.path().join("source");
+    write_model(
+        &source,
+        &config,
+        &[(table, &[96, 64]), ("model.up.weight", &[64, 64])],
+    );
+    let options = QuantizeOptions {
+        head: true,
+        ..QuantizeOptions::default()
+    };
+    let error = refused(&source, &options);
+    assert!(
+        matches!(error, Nf4Error::Config { field: "head", .. }),
+        "{error}"
+    );
+    let options = QuantizeOptions {
+        embeddings: true,
+        ..options
+    };
+    // With the embedding: one weight for both, whatever its name, or none.
+    let out = folder.path().join("out");
+    let result = quantize_checkpoint(&open(&source), &out, &options, quiet);
+    assert_eq!(result.is_ok(), config["tie_word_embeddings"] == true);
+}
+
 #[test]
 fn other_files_come_along_and_other_weights_do_not() {
     let folder = temp();

@@ -19,14 +19,14 @@ use super::dequantize::round;
 use crate::format::{FloatElement, FloatType};
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(super) mod avx512;
 mod backward;
 mod forward;
-mod portable;
+pub(super) mod portable;
 mod product;
-mod vector;
+pub(super) mod vector;
 
 use backward::KeyGrads;
 use forward::State;

@@ -10,7 +10,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::dequantize::{BATCH, Scales, Source, Task, round};
-use super::{Simd, dequantize};
+use super::{Simd, awake, dequantize};
 use crate::format::{FloatElement, FloatType, PackedLayout};
 
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +34,9 @@ const TILE: usize = 4;
 /// Bytes of a row in the buffer of decoded weights; those of a tile fill a quarter of the first
 /// cache.
 const PIECE_BYTES: usize = 2048;
+
+/// Weights that are worth handing to a thread that waits for them.
+const AWAKE_TASK_ELEMS: usize = 1 << 16;
 
 /// Sums written to the output in a task.
 const TASK_SUMS: usize = 1 << 16;
@@ -236,7 +239,11 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
     fn divide(&self, first: usize, sums: &mut [f32], multiply_rows: Rows<T, E>) {
         let rows = sums.len() / self.m;
         let work = rows * self.k * self.m.div_ceil(FUSED_ROWS);
-        if rows <= TILE || work <= dequantize::task_elems(self.decoder.simd) {
+        let least = match awake::is_awake() {
+            true => AWAKE_TASK_ELEMS,
+            false => dequantize::task_elems(self.decoder.simd),
+        };
+        if rows <= TILE || work <= least {
             // SAFETY: `matmul_with` chose `multiply_rows` by the instructions that it checked.
             return unsafe { multiply_rows(self, first, sums) };
         }

@@ -21,9 +21,13 @@
 //! ```
 
 mod attention;
+mod awake;
 mod dequantize;
 mod embedding;
+mod float_matmul;
 mod matmul;
+#[cfg(feature = "flex")]
+mod norm;
 mod quantize;
 mod sample;
 mod simd;
@@ -32,9 +36,13 @@ pub use attention::{
     AttentionSettings, Heads, attention, attention_backward, attention_backward_with,
     attention_with,
 };
+pub use awake::{Awake, keep_awake};
 pub use dequantize::{dequantize, dequantize_with};
 pub use embedding::embedding;
+pub use float_matmul::{float_matmul, float_matmul_with};
 pub use matmul::{matmul, matmul_with};
+#[cfg(feature = "flex")]
+pub(crate) use norm::{RmsNorm, Rotation, rms_norm, rotate};
 pub use quantize::{quantize, quantize_with};
 pub use sample::{Choice, sample, sample_candidates};
 pub use simd::Simd;

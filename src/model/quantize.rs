@@ -24,6 +24,9 @@ pub struct QuantizeLayers {
     /// `score`, `classifier` or `qa_outputs`, and routers that are called `gate` or `router`. A head of
     /// another name is known by [`head_name`](LinearLayers::head_name), or is to be among
     /// [`skip_modules`](Self::skip_modules).
+    ///
+    /// A head that is [tied](LinearLayers::tied_head) to the embedding becomes one of its own: in 4 bit it
+    /// is another weight, and the table stays as it is.
     pub heads: bool,
     /// Whether to quantize the experts of a mixture too, layers with `experts` in their path.
     /// transformers 5 has all experts of a layer in one tensor of floats and does not load a folder with
@@ -37,12 +40,20 @@ pub(super) fn quantize<M: LinearLayers>(model: M, options: &QuantizeLayers) -> R
     let patterns = SkipPattern::all(&options.skip_modules)?;
     let names = ModelNames::of(&model, &other_floats(&model));
     check_used(&patterns, &names.modules_of_parameters())?;
+    let is_skipped = |name: &str| -> Result<bool, Nf4Error> {
+        let matches = |pattern: &SkipPattern<'_>| pattern.matches(name);
+        patterns
+            .iter()
+            .try_fold(false, |any, pattern| Ok(any || matches(pattern)?))
+    };
     let head = model.head_name();
+    let model = match model.tied_head() {
+        Some(tied) if options.heads && !is_skipped(&tied.head)? => model.untie_head(),
+        _ => model,
+    };
     model.try_map_linears(|name, layer| {
-        for pattern in &patterns {
-            if pattern.matches(name)? {
-                return Ok(layer);
-            }
+        if is_skipped(name)? {
+            return Ok(layer);
         }
         let is_head = head.as_deref() == Some(name);
         if !options.heads && (is_head || is_kept_by_default(name)) {

@@ -20,10 +20,12 @@ impl DeviceMemory {
 }
 
 /// The memory of a device, where its runtime tells: CUDA, ROCm, Metal, Vulkan and CubeCL's CPU runtime do. None
-/// for Flex, wgpu's other back ends, and devices with autodiff.
+/// for Flex and wgpu's other back ends.
 pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
     #[cfg(feature = "cube")]
-    if let burn::backend::DispatchDevice::Cube(device) = device.as_dispatch() {
+    if let burn::backend::DispatchDevice::Cube(device) =
+        device.clone().without_autodiff().as_dispatch()
+    {
         let client = device.client();
         let total = client.properties().memory.max_memory()?;
         let report = client.memory_report(cubecl::MemoryScope::Device);

@@ -25,6 +25,7 @@
 //! rule instead. Gradients always go over the decoded weight.
 
 mod attention;
+mod awake;
 mod backends;
 mod base;
 mod compiled;
@@ -36,6 +37,7 @@ mod rms_norm;
 mod rotary;
 mod rotary_append;
 mod sample;
+mod table;
 mod tensor;
 
 pub use crate::activation::Activation;
@@ -46,6 +48,7 @@ pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{
     AttentionMask, AttentionOptions, KeyRanges, MAX_HEAD_DIM, attention, attention_with_lse,
 };
+pub use awake::{Awake, keep_threads_awake};
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
 pub use graphs::has_graphs;
@@ -67,6 +70,8 @@ pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
 #[doc(hidden)]
 pub use sample::{SampleBackend, SampleSpec};
 pub use sample::{SampleState, Sampled, sample};
+#[doc(hidden)]
+pub use table::TableBackend;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[doc(hidden)]
@@ -77,7 +82,7 @@ pub use base::{
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use tensor::{
     DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, embedding, expert_linear,
-    linear, linear_with, lora_linear, matmul, set_dense_provider,
+    linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider,
 };
 pub(crate) use tensor::{connect_empty, effective_weight};
 

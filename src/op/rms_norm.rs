@@ -34,7 +34,7 @@ impl RmsNormSpec {
     }
 }
 
-/// Normalisation of a backend: by one kernel on CubeCL, of Burn's operations on others.
+/// Normalisation of a backend: by one kernel on CubeCL, by `host` on Flex.
 #[backend_extension(
     Autodiff,
     Cube: cfg(feature = "cube"),
@@ -100,23 +100,6 @@ fn factors<B: Backend>(weight: FloatTensor<B>, spec: RmsNormSpec) -> FloatTensor
         NormForm::CastThenWeight | NormForm::WeightThenCast => weight,
         NormForm::OnePlusWeight => B::float_add_scalar(weight, 1.0.into()),
     }
-}
-
-/// A norm of Burn's operations.
-#[cfg_attr(not(feature = "flex"), allow(dead_code))]
-pub(super) fn composed<B: Backend>(
-    x: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    spec: RmsNormSpec,
-) -> FloatTensor<B> {
-    let dtype = x.dtype();
-    let Normed { values, .. } = normed::<B>(x, spec.eps);
-    if spec.form == NormForm::CastThenWeight {
-        let weight = B::float_reshape(weight, Shape::from([1, spec.size]));
-        return B::float_mul(B::float_cast(values, dtype.into()), weight);
-    }
-    let y = B::float_mul(values, factors::<B>(weight, spec));
-    B::float_cast(y, dtype.into())
 }
 
 /// The gradients of `x` and, if it is asked for, of the weight. With `n` the normalised row, `w` the factors

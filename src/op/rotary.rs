@@ -1,8 +1,8 @@
 //! Rotary position embeddings (arXiv 2104.09864).
 
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{Shape, Slice, Tensor};
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::{Shape, Tensor};
 
 use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
@@ -49,7 +49,7 @@ impl RotarySpec {
     }
 }
 
-/// Rotations of a backend: by one kernel on CubeCL, of Burn's operations on others.
+/// Rotations of a backend: by one kernel on CubeCL, by `host` on Flex.
 #[backend_extension(
     Autodiff,
     Cube: cfg(feature = "cube"),
@@ -71,53 +71,6 @@ pub trait RotaryBackend: Backend {
         sin: FloatTensor<Self>,
         spec: RotarySpec,
     ) -> FloatTensor<Self>;
-}
-
-/// A rotation of Burn's operations.
-#[cfg_attr(not(feature = "flex"), allow(dead_code))]
-pub(super) fn composed<B: Backend>(
-    x: FloatTensor<B>,
-    cos: FloatTensor<B>,
-    sin: FloatTensor<B>,
-    spec: RotarySpec,
-) -> FloatTensor<B> {
-    let RotarySpec {
-        tokens,
-        head_dim,
-        rotary_dim,
-        table_rows,
-        ..
-    } = spec;
-    let half = rotary_dim / 2;
-    let dtype = x.dtype();
-    let part = |x: &FloatTensor<B>, start: usize, end: usize| {
-        let mut slices = vec![Slice::full(); x.shape().rank() - 1];
-        slices.push(Slice::from(start..end));
-        B::float_slice(x.clone(), &slices)
-    };
-    let swapped = |x: &FloatTensor<B>| {
-        B::float_cat(
-            vec![part(x, half, rotary_dim), part(x, 0, half)],
-            x.shape().rank() - 1,
-        )
-    };
-    let sin = match spec.inverse {
-        false => sin,
-        true => swapped(&sin),
-    };
-    let table = |table| B::float_reshape(table, Shape::from([table_rows, tokens, 1, rotary_dim]));
-    let first = match rotary_dim == head_dim {
-        true => x.clone(),
-        false => part(&x, 0, rotary_dim),
-    };
-    let first = B::float_cast(first, cos.dtype().into());
-    let other = B::float_mul(swapped(&first), table(sin));
-    let rotated = B::float_add(B::float_mul(first, table(cos)), other);
-    let rotated = B::float_cast(rotated, dtype.into());
-    match rotary_dim == head_dim {
-        true => rotated,
-        false => B::float_cat(vec![rotated, part(&x, rotary_dim, head_dim)], 3),
-    }
 }
 
 /// Rotates queries or keys by their positions: `x cos + swap_halves(x) sin` of the first elements of each

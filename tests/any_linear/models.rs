@@ -4,13 +4,13 @@ use burn::module::Module;
 use burn::nn::LinearConfig;
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, ParameterCount, PeftModel, QuantizeLayers, SaveFolder};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::MatmulStrategy;
 use burn_nf4::peft::{LoraBias, LoraConfig, TargetModules};
+use burn_nf4::{Nf4Error, Nf4Weight};
 use rstest::rstest;
 
 use crate::peft_cases::{IDS, model};
@@ -46,6 +46,49 @@ fn layers_are_handed_out_under_the_names_of_a_checkpoint() {
     assert_eq!(names.len(), 8);
     assert_eq!(names[0], "model.layers.0.self_attn.q_proj");
     assert_eq!(names[7], "lm_head");
+}
+
+/// The table stays as it is for the embeddings, and so does a head that is to be skipped.
+#[rstest]
+#[case::asked_for(&[], true, true)]
+#[case::skipped(&["lm_head"], true, false)]
+#[case::not_asked_for(&[], false, false)]
+fn a_tied_head_in_4_bit_is_one_of_its_own(
+    #[case] skip: &[&str],
+    #[case] heads: bool,
+    #[case] expected: bool,
+) {
+    let tied = toy(true, &Device::default());
+    let table = tied.embed_tokens.weight.val();
+    let model = tied.quantize(&quantize(skip, heads)).expect("finite");
+    assert_eq!(quantized(&model).contains(&"lm_head".to_string()), expected);
+    assert_eq!(model.tied_head().is_none(), expected);
+    model
+        .embed_tokens
+        .weight
+        .val()
+        .into_data()
+        .assert_eq(&table.clone().into_data(), true);
+    if expected {
+        let packed = Nf4Weight::quantize(table, QuantConfig::default()).expect("finite");
+        let decoded = packed
+            .dequantize::<2>(FloatType::F32)
+            .expect("a dtype")
+            .into_data();
+        let head = model
+            .linear("lm_head")
+            .clone()
+            .dequantize(FloatType::F32)
+            .expect("a dtype");
+        let AnyLinear::Dense(head) = head else {
+            panic!("{head:?}")
+        };
+        head.weight
+            .val()
+            .transpose()
+            .into_data()
+            .assert_eq(&decoded, true);
+    }
 }
 
 #[rstest]

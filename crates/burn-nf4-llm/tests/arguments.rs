@@ -139,15 +139,6 @@ fn what_cannot_be_served_is_refused_at_once(#[case] arguments: &str, #[case] exp
 }
 
 #[rstest]
-#[case::batch("bench --batch 0", "--batch is 0")]
-#[case::tokens("bench --tokens 0", "--tokens is 0")]
-#[case::rank("bench --rank 0", "--rank is 0")]
-fn timing_nothing_is_refused(#[case] arguments: &str, #[case] expected: &str) {
-    let arguments: Vec<&str> = arguments.split(' ').collect();
-    assert!(run(&arguments).unwrap_err().contains(expected));
-}
-
-#[rstest]
 #[case::greedy("--prompt ab --max-tokens 3")]
 #[case::drawn("--prompt ab --max-tokens 3 --temperature 0.7 --top-k 9 --top-p 0.9 --seed 3")]
 #[case::rows("--prompt ab --prompt abc --batch 3 --max-tokens 2")]

@@ -338,3 +338,63 @@ fn head_and_embeddings_are_quantized_when_asked() {
         assert!(more.iter().all(|name| names.contains(name)), "{names:?}");
     }
 }
+
+/// When it is written, or when it is loaded.
+#[test]
+fn a_head_in_4_bit_is_read_by_all_commands() {
+    let (_parent, [dense, packed, again, merged]) = folders(["dense", "packed", "again", "merged"]);
+    succeeds(["dequantize", F32, text(&dense)]);
+    let said = succeeds(["quantize", "--quantize-head", text(&dense), text(&packed)]);
+    assert!(
+        said.starts_with("quantized 15 parameters, kept 6"),
+        "{said}"
+    );
+    let table = succeeds(["inspect", text(&packed)]);
+    let head = table
+        .lines()
+        .find(|line| line.starts_with("lm_head.weight"));
+    assert!(head.unwrap().contains("nf4"), "{table}");
+    succeeds(["dequantize", text(&packed), text(&again)]);
+    let same = succeeds(["verify", text(&packed), text(&again)]);
+    assert!(same.contains("15 with identical values, 0 other"), "{same}");
+    let said = succeeds([
+        "merge",
+        text(&packed),
+        ADAPTER,
+        text(&merged),
+        "--requantize",
+    ]);
+    assert!(said.starts_with("merged "), "{said}");
+
+    let tokenizer = "tests/fixtures/tokenizers/bytes.json";
+    let text_of = |folder: &Path, flags: &[&str]| {
+        fs::copy(tokenizer, folder.join("tokenizer.json")).unwrap();
+        fs::write(folder.join("tokenizer_config.json"), "{}").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+            .args([
+                "generate",
+                "--prompt",
+                "ab",
+                "--max-tokens",
+                "12",
+                "--ignore-eos",
+                "--model",
+            ])
+            .arg(folder)
+            .args(flags)
+            .output()
+            .unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        stdout(&output)
+    };
+    let nf4 = packed.with_file_name("nf4");
+    succeeds(["quantize", text(&dense), text(&nf4)]);
+    let written = text_of(&packed, &[]);
+    assert_eq!(written, text_of(&nf4, &["--quantize-head"]));
+    assert_ne!(written, text_of(&nf4, &[]), "the head has no part in it");
+}

@@ -19,6 +19,8 @@ mod families;
 mod fixtures;
 #[path = "models/generation.rs"]
 mod generation;
+#[path = "models/heads.rs"]
+mod heads;
 #[path = "models/mixtures.rs"]
 mod mixtures;
 #[path = "models/optimizers.rs"]

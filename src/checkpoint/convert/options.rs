@@ -33,8 +33,9 @@ pub struct QuantizeOptions {
     /// quantized one: `llm_int8_skip_modules` is then a list without it, empty if nothing else is kept,
     /// and `tie_word_embeddings` false.
     ///
-    /// A head that is the embedding has no weight of its own, and is quantized by
-    /// [`embeddings`](Self::embeddings).
+    /// A head that is the embedding `model.embed_tokens` becomes a weight of its own, `lm_head.weight`, and
+    /// the table stays as it is, as transformers knows no packed embeddings. With
+    /// [`embeddings`](Self::embeddings) it is quantized with the embedding, as one weight.
     pub head: bool,
     /// Whether to quantize the embeddings of tokens too (`embed_tokens`, `wte` and the like; those of
     /// positions are always kept). An output head that is tied to one is quantized with it: one packed

@@ -8,7 +8,7 @@ use super::model_config::ModelConfig;
 use super::options::QuantizeOptions;
 use super::select::Selection;
 use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
-use crate::checkpoint::elements::{cast, elements, float_type, with_float_type};
+use crate::checkpoint::elements::{cast, elements, expect_float, with_float_type};
 use crate::checkpoint::{Checkpoint, Progress};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, PackedImage, PackedLayout, QuantConfig};
@@ -73,27 +73,33 @@ pub fn quantize_checkpoint(
         options.overwrite,
     )?;
     let mut reporter = Reporter::new(source, parameters.len(), progress);
-    let mut converted = 0;
+    let (mut converted, mut kept) = (0, 0);
     let mut compute_dtype = options.compute_dtype;
     for &key in &parameters {
         let info = source.tensor_info(key)?;
         let bytes = source.tensor_bytes(key)?;
-        match float_type(info.dtype) {
-            Some(stored) if selection.is_quantized(key) => {
-                let weight = match options.dtype.filter(|&dtype| dtype != stored) {
-                    None => with_float_type!(stored, T => {
-                        quantize(&elements::<T>(bytes), info.shape, options.config, key)?
-                    }),
-                    Some(dtype) => with_float_type!(stored, S => with_float_type!(dtype, T => {
-                        let rounded = cast::<S, T>(&elements::<S>(bytes), key)?;
-                        quantize(&rounded, info.shape, options.config, key)?
-                    })),
-                };
-                compute_dtype.get_or_insert(weight.dtype());
-                writer.write_parts(key, weight.parts(), options.storage, false)?;
-                converted += 1;
+        let packed = match selection.is_quantized(key) {
+            true => Some(key),
+            false => {
+                write_dense(&mut writer, key, info, bytes, options.dtype)?;
+                kept += 1;
+                selection.head_of(key)
             }
-            _ => write_dense(&mut writer, key, info, bytes, options.dtype)?,
+        };
+        if let Some(name) = packed {
+            let stored = expect_float(info.dtype, key)?;
+            let weight = match options.dtype.filter(|&dtype| dtype != stored) {
+                None => with_float_type!(stored, T => {
+                    quantize(&elements::<T>(bytes), info.shape, options.config, key)?
+                }),
+                Some(dtype) => with_float_type!(stored, S => with_float_type!(dtype, T => {
+                    let rounded = cast::<S, T>(&elements::<S>(bytes), key)?;
+                    quantize(&rounded, info.shape, options.config, key)?
+                })),
+            };
+            compute_dtype.get_or_insert(weight.dtype());
+            writer.write_parts(name, weight.parts(), options.storage, false)?;
+            converted += 1;
         }
         reporter.done(key);
     }
@@ -115,7 +121,7 @@ pub fn quantize_checkpoint(
     }
     Ok(Converted {
         converted,
-        kept: parameters.len() - converted,
+        kept,
         source_bytes: source.size_bytes(),
         written: writer.finish()?,
     })

@@ -46,6 +46,11 @@ const TOKEN_EMBEDDINGS: [&str; 9] = [
     "wte",
 ];
 
+/// The table of a language model, and the head of its own that it gets where it is the head and that is to be
+/// quantized: transformers knows both by these names.
+const TIED_TABLE: &str = "model.embed_tokens.weight";
+const TIED_HEAD: &str = "lm_head.weight";
+
 /// Layers that choose between experts.
 const ROUTERS: [&str; 2] = ["gate", "router"];
 
@@ -55,6 +60,7 @@ pub(super) struct Selection {
     quantized: BTreeSet<String>,
     skip_entry: Option<Vec<String>>,
     quantizes_head: bool,
+    head_of_table: bool,
 }
 
 /// Why a matrix keeps its dtype.
@@ -118,9 +124,19 @@ impl Selection {
             return missing("embeddings", "a checkpoint with a token embedding", source);
         }
         let is_embedding = options.embeddings && tied != Some(false);
+        let mut head_of_table = false;
         if options.head && !any_head && !is_embedding {
-            let expected = "a checkpoint with an output head that is not the embedding";
-            return missing("head", expected, source);
+            if tied == Some(false) || !parameters.contains(&TIED_TABLE) {
+                let expected =
+                    "a checkpoint with an output head, or one that is `model.embed_tokens`";
+                return missing("head", expected, source);
+            }
+            let head = module_of(TIED_HEAD);
+            head_of_table = reason_to_keep(head, false, options, &patterns)?.is_none();
+            if head_of_table {
+                expect_float(source.tensor_info(TIED_TABLE)?.dtype, TIED_TABLE)?;
+                quantized.insert(TIED_HEAD.into());
+            }
         }
         let skip_entry = skip_entry(&quantized, &kept, &options.skip_modules);
         let quantizes_head = quantized.iter().any(|key| is_head(module_of(key)));
@@ -128,7 +144,14 @@ impl Selection {
             quantized,
             skip_entry,
             quantizes_head,
+            head_of_table,
         })
+    }
+
+    /// The head that a parameter is tied to and that is quantized as one of its own: the parameter itself
+    /// stays for the embeddings.
+    pub fn head_of(&self, key: &str) -> Option<&'static str> {
+        (self.head_of_table && key == TIED_TABLE).then_some(TIED_HEAD)
     }
 
     /// Whether an output head of its own is quantized.

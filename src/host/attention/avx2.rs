@@ -20,7 +20,7 @@ pub(super) fn kernels<T: FloatElement>() -> Kernels<T> {
 
 /// 8 lanes of AVX2.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256);
+pub(in crate::host) struct Avx2(__m256);
 
 impl Vector for Avx2 {
     const LANES: usize = 8;
@@ -43,6 +43,15 @@ impl Vector for Avx2 {
     unsafe fn load_f16(from: *const u16) -> Self {
         // SAFETY: the caller vouches for the features and pointers.
         unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the features and pointers.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+        }
     }
 
     #[inline(always)]

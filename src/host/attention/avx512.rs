@@ -20,7 +20,7 @@ pub(super) fn kernels<T: FloatElement>() -> Kernels<T> {
 
 /// 16 lanes of AVX-512.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(in crate::host) struct Avx512(__m512);
 
 impl Vector for Avx512 {
     const LANES: usize = 16;
@@ -43,6 +43,15 @@ impl Vector for Avx512 {
     unsafe fn load_f16(from: *const u16) -> Self {
         // SAFETY: the caller vouches for the features and pointers.
         unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the features and pointers.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
     }
 
     #[inline(always)]

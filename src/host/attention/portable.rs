@@ -23,7 +23,7 @@ pub(super) fn kernels<T: FloatElement>() -> Kernels<T> {
 
 /// As many lanes as most processors have vectors of.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([f32; LANES]);
+pub(in crate::host) struct Portable([f32; LANES]);
 
 impl Vector for Portable {
     const LANES: usize = LANES;
@@ -47,6 +47,15 @@ impl Vector for Portable {
         unsafe {
             let bits = from.cast::<[u16; LANES]>().read_unaligned();
             Self(bits.map(|bits| f16::from_bits(bits).to_f32()))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the pointer.
+        unsafe {
+            let bits = from.cast::<[u16; LANES]>().read_unaligned();
+            Self(bits.map(|bits| f32::from_bits(u32::from(bits) << 16)))
         }
     }
 

@@ -1,4 +1,4 @@
-//! What attention does in terms of one set of vector instructions.
+//! Numbers in terms of one set of vector instructions.
 
 /// A vector of f32.
 ///
@@ -7,7 +7,7 @@
 /// # Safety
 /// For each method: the processor must have the instructions, and pointers must be to
 /// [`LANES`](Self::LANES) numbers.
-pub(super) trait Vector: Copy {
+pub(in crate::host) trait Vector: Copy {
     const LANES: usize;
     /// Most rows in a tile of a product, a power of two up to 8; registers hold two vectors of each.
     const ROWS: usize;
@@ -18,6 +18,8 @@ pub(super) trait Vector: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// As many numbers in f16, by their bits.
     unsafe fn load_f16(from: *const u16) -> Self;
+    /// As many numbers in bf16, by their bits.
+    unsafe fn load_bf16(from: *const u16) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn splat_int(number: i32) -> Self::Ints;
     unsafe fn load_ints(from: *const i32) -> Self::Ints;

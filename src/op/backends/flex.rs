@@ -83,6 +83,21 @@ impl Nf4Backend for Flex {
     }
 }
 
+/// The numbers of a contiguous tensor.
+pub(super) fn contents<T: FloatElement>(tensor: &FlexTensor) -> &[T] {
+    let (start, elems) = (
+        tensor.layout().start_offset(),
+        tensor.layout().num_elements(),
+    );
+    &bytemuck::cast_slice(tensor.bytes())[start..start + elems]
+}
+
+/// A tensor of these numbers.
+pub(super) fn tensor_of<T: FloatElement>(values: Vec<T>, shape: Shape) -> FlexTensor {
+    let bytes = Bytes::from_elems(values);
+    FlexTensor::from_data(TensorData::from_bytes(bytes, shape, T::FLOAT_TYPE.into()))
+}
+
 /// Rows up to which the packed weight is read as it is. At eight that takes half the time of decoding
 /// it for Burn's own product at nine (SmolLM2-135M in f32); where the two cross was not measured.
 const MATMUL_ROWS: usize = 8;

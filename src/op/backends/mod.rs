@@ -11,3 +11,4 @@ pub(super) mod joined;
 mod rms_norm;
 mod rotary;
 mod sample;
+mod table;

@@ -64,7 +64,32 @@ impl RmsNormBackend for burn_flex::Flex {
         weight: FloatTensor<Self>,
         spec: RmsNormSpec,
     ) -> FloatTensor<Self> {
-        crate::op::rms_norm::composed::<Self>(x, weight, spec)
+        use half::{bf16, f16};
+
+        use super::flex::{contents, tensor_of};
+        use crate::format::{FloatElement, FloatType};
+        use crate::host;
+
+        fn norm<T: FloatElement>(
+            [x, weight]: &[burn_flex::FlexTensor; 2],
+            spec: RmsNormSpec,
+        ) -> burn_flex::FlexTensor {
+            let RmsNormSpec {
+                size, eps, form, ..
+            } = spec;
+            let norm = host::RmsNorm { size, eps, form };
+            tensor_of(
+                host::rms_norm::<T>(contents(x), contents(weight), norm),
+                spec.shape(),
+            )
+        }
+
+        let operands = [x, weight].map(|tensor| tensor.to_contiguous());
+        match spec.dtype {
+            FloatType::F16 => norm::<f16>(&operands, spec),
+            FloatType::BF16 => norm::<bf16>(&operands, spec),
+            FloatType::F32 => norm::<f32>(&operands, spec),
+        }
     }
 }
 

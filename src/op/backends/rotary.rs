@@ -58,7 +58,45 @@ impl RotaryBackend for burn_flex::Flex {
         sin: FloatTensor<Self>,
         spec: RotarySpec,
     ) -> FloatTensor<Self> {
-        crate::op::rotary::composed::<Self>(x, cos, sin, spec)
+        use half::{bf16, f16};
+
+        use super::flex::{contents, tensor_of};
+        use crate::format::{FloatElement, FloatType};
+        use crate::host;
+
+        fn rotate<T: FloatElement, D: FloatElement>(
+            [x, cos, sin]: &[burn_flex::FlexTensor; 3],
+            spec: RotarySpec,
+        ) -> burn_flex::FlexTensor {
+            let rotation = host::Rotation {
+                tokens: spec.tokens,
+                heads: spec.heads,
+                head_dim: spec.head_dim,
+                rotary_dim: spec.rotary_dim,
+                table_rows: spec.table_rows,
+                inverse: spec.inverse,
+            };
+            let y = host::rotate::<T, D>(contents(x), contents(cos), contents(sin), rotation);
+            tensor_of(y, spec.shape())
+        }
+
+        fn by_table<T: FloatElement>(
+            operands: &[burn_flex::FlexTensor; 3],
+            spec: RotarySpec,
+        ) -> burn_flex::FlexTensor {
+            match spec.table_dtype {
+                FloatType::F16 => rotate::<T, f16>(operands, spec),
+                FloatType::BF16 => rotate::<T, bf16>(operands, spec),
+                FloatType::F32 => rotate::<T, f32>(operands, spec),
+            }
+        }
+
+        let operands = [x, cos, sin].map(|tensor| tensor.to_contiguous());
+        match spec.dtype {
+            FloatType::F16 => by_table::<f16>(&operands, spec),
+            FloatType::BF16 => by_table::<bf16>(&operands, spec),
+            FloatType::F32 => by_table::<f32>(&operands, spec),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::format::{FloatType, check_shape};
 #[cfg(feature = "cublaslt")]
 use crate::launch::DensePlan;
 use crate::op::base::{DenseSpec, Nf4Backend};
+use crate::op::table::TableBackend;
 
 /// Who computes products of dense matrices: those of [`matmul`], and those with a decoded weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -137,9 +138,12 @@ impl MatmulOptions {
 /// - `bias`: `[n]`
 /// - returns `[..., m, n]`
 ///
+/// `rhs` may be of f16 or bf16 where `lhs` is of f32: its exact values are multiplied. For a few rows and one
+/// matrix `[n, k]`, such as a head, Flex reads it as it is; elsewhere it is cast for each product.
+///
 /// # Errors
 /// [`Nf4Error::Rank`] for fewer than two dimensions, [`Nf4Error::Shape`] for shapes that do not fit,
-/// [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32, [`Nf4Error::Device`] unless all are
+/// [`Nf4Error::Dtype`] unless all are of one type, f16, bf16 or f32, but for `rhs` as above, [`Nf4Error::Device`] unless all are
 /// on one device, and where cuBLASLt was asked for and cannot be used [`Nf4Error::Library`] or
 /// [`Nf4Error::Variant`].
 pub fn matmul<const D: usize>(
@@ -149,7 +153,11 @@ pub fn matmul<const D: usize>(
     options: MatmulOptions,
 ) -> Result<Tensor<D>, Nf4Error> {
     let dtype = FloatType::from_dtype(lhs.dtype(), "lhs")?;
-    check_dtype("rhs", &rhs, "as lhs", &[lhs.dtype()])?;
+    let of_rhs: &[DType] = match lhs.dtype() {
+        DType::F32 => &[DType::F32, DType::F16, DType::BF16],
+        _ => &[lhs.dtype()],
+    };
+    check_dtype("rhs", &rhs, "as lhs", of_rhs)?;
     check_device("rhs", &rhs.device(), &lhs.device())?;
     let sizes = Sizes::new(lhs.dims(), rhs.dims(), options)?;
     if let Some(bias) = &bias {
@@ -196,7 +204,11 @@ pub fn matmul<const D: usize>(
             m: batch * m,
             ..spec
         };
-        return Ok(product(lhs, rhs, bias, spec, on_cublaslt).reshape(shape));
+        let y = match spec.m <= FEW_ROWS && reads_tables(&lhs.device()) {
+            true => by_table(lhs, rhs, bias, spec),
+            false => product(lhs, rhs, bias, spec, on_cublaslt),
+        };
+        return Ok(y.reshape(shape));
     }
     let lhs = lhs.reshape([batch, lhs_rows, lhs_columns]);
     let of_rhs = if sizes.shared_rhs { 1 } else { batch };
@@ -214,6 +226,10 @@ fn product<const D: usize>(
     spec: DenseSpec,
     cublaslt: bool,
 ) -> Tensor<D> {
+    let rhs = match rhs.dtype() == lhs.dtype() {
+        true => rhs,
+        false => rhs.cast(lhs.dtype()),
+    };
     match cublaslt {
         true => by_cublaslt(lhs, rhs, bias, spec),
         false => by_burn(lhs, rhs, bias, spec),
@@ -236,8 +252,34 @@ fn by_cublaslt<const D: usize>(
 }
 
 /// Rows up to which a product with a stored transpose, such as a head with the table of embeddings, is
-/// `(B Aᵀ)ᵀ`: on the CPU `B`, often the largest matrix of a model, would be transposed for each token.
+/// `(B Aᵀ)ᵀ`: on the CPU `B`, often the largest matrix of a model, would be transposed for each token. Flex
+/// takes it as it lies, unless there is a graph.
 const FEW_ROWS: usize = 64;
+
+/// Whether [`matmul`] reads a matrix of 16 bit as it lies for a few rows of f32, and need not cast it each time:
+/// on Flex, without autodiff.
+pub fn reads_tables(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    if let burn::backend::DispatchDevice::Flex(_) = device.as_dispatch() {
+        return true;
+    }
+    let _ = device;
+    false
+}
+
+/// By rows of the right matrix, as it lies.
+fn by_table(lhs: Tensor<2>, rhs: Tensor<2>, bias: Option<Tensor<1>>, spec: DenseSpec) -> Tensor<2> {
+    let table = match spec.transpose_rhs {
+        true => rhs,
+        false => rhs.transpose(),
+    };
+    let (x, table) = (lhs.into_dispatch(), table.into_dispatch());
+    let y = Tensor::from_dispatch(<Dispatch as TableBackend>::table_matmul(x, table));
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+}
 
 fn by_burn<const D: usize>(
     lhs: Tensor<D>,

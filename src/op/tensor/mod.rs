@@ -9,7 +9,9 @@ mod spec;
 mod weight;
 
 pub(super) use check::{check_device, check_dtype};
-pub use dense::{DenseProvider, MatmulOptions, dense_provider, matmul, set_dense_provider};
+pub use dense::{
+    DenseProvider, MatmulOptions, dense_provider, matmul, reads_tables, set_dense_provider,
+};
 pub use embedding::embedding;
 pub(crate) use empty::connect_empty;
 pub(super) use empty::tracked_zero;

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use burn_nf4::op::keep_threads_awake;
+
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
 use crate::generate::steps::{Finished, Start, Steps};
@@ -22,6 +24,7 @@ pub(super) fn run<F: RowFlow>(
     start: Start,
     mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<(Report, KvCache, RopeTables), ModelError> {
+    let _awake = keep_threads_awake(&model.device());
     let mut batch = Batch::new(request, start.held());
     let prompts = request.prompts.len();
     let takes_over = request.takes_over_slots(config);

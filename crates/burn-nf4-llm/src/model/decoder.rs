@@ -4,11 +4,13 @@ use std::ops::ControlFlow;
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::is_expert;
+use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
-use burn_nf4::model::{LinearLayers, TiedHead};
+use burn_nf4::model::{LinearLayers, QuantizeLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
-use burn_nf4::op::{MatmulOptions, matmul};
+use burn_nf4::op::{MatmulOptions, matmul, reads_tables};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
@@ -89,9 +91,14 @@ impl Decoder {
     pub fn rope_tables(&self, config: &DecoderConfig) -> RopeTables {
         let dtype = match config.rotates_in_f32 {
             true => DType::F32,
-            false => self.embed_tokens.dtype(),
+            false => self.dtype(),
         };
         RopeTables::new(&config.ropes, &self.device(), dtype)
+    }
+
+    /// The type that is computed in.
+    fn dtype(&self) -> DType {
+        self.norm.weight.dtype()
     }
 
     /// The device of the weights.
@@ -128,10 +135,10 @@ impl Decoder {
         let [batch, length] = ids.dims();
         let table = self.embed_tokens.val();
         let hidden_size = table.dims()[1];
-        let x =
-            table
-                .select(0, ids.reshape([batch * length]))
-                .reshape([batch, length, hidden_size]);
+        let x = table
+            .select(0, ids.reshape([batch * length]))
+            .cast(self.dtype())
+            .reshape([batch, length, hidden_size]);
         match self.embedding_scale {
             Some(scale) => scale.apply(x),
             None => x,
@@ -296,6 +303,44 @@ impl Decoder {
         ControlFlow::Continue(logits.squeeze_dim(1))
     }
 
+    /// The model with its head in 4 bit too: one that is tied to the table becomes one of its own, and the
+    /// table stays as it is for the embeddings.
+    ///
+    /// # Errors
+    /// Those of [`LinearLayers::quantize`].
+    pub fn quantize_head(self, config: QuantConfig) -> Result<Self, Nf4Error> {
+        self.quantize(&QuantizeLayers {
+            config,
+            // All but the head.
+            skip_modules: vec!["model".into()],
+            heads: true,
+            ..QuantizeLayers::default()
+        })
+    }
+
+    /// On the CPU (Flex) the model with its table of embeddings, and a head of floats, in 16 bit where that
+    /// loses nothing: a token reads half as much. What is computed is the same, in the type of the other
+    /// weights. So it is with a published checkpoint of 16 bit that was loaded in f32. On other devices, and
+    /// with autodiff, the model is as it was.
+    ///
+    /// For a model that is done: what is merged or put on it later would be rounded to that type.
+    pub fn with_exact_tables(mut self) -> Self {
+        if !reads_tables(&self.device()) || self.dtype() != DType::F32 {
+            return self;
+        }
+        self.embed_tokens = self.embed_tokens.map(|table| match exact(&table) {
+            Some(exact) => exact,
+            None => table,
+        });
+        if let Some(AnyLinear::Dense(head)) = &self.lm_head
+            && let Some(weight) = exact(&head.weight.val().transpose())
+        {
+            let bias = head.bias.as_ref().map(Param::val);
+            self.lm_head = Some(AnyLinear::from_weight(weight, bias));
+        }
+        self
+    }
+
     /// The layers that are adapted unless others are asked for, by the ends of their names: all linear ones
     /// of attention and MLPs, as PEFT's `all-linear` has them, but for experts and routers, of which there
     /// are many, or which are better left alone. So there are none of the MLPs of a mixture.
@@ -325,6 +370,18 @@ impl Decoder {
         let float = linears.iter().map(|(_, layer)| layer.float_bytes());
         (packed.sum(), embedding + float.sum::<usize>())
     }
+}
+
+/// An f32 matrix in the type of 16 bit that has all its values, if there is one.
+fn exact(matrix: &Tensor<2>) -> Option<Tensor<2>> {
+    if matrix.dtype() != DType::F32 {
+        return None;
+    }
+    [DType::BF16, DType::F16].into_iter().find_map(|dtype| {
+        let cast = matrix.clone().cast(dtype);
+        let same = cast.clone().cast(DType::F32).equal(matrix.clone()).all();
+        same.into_scalar::<bool>().then_some(cast)
+    })
 }
 
 #[cfg(test)]

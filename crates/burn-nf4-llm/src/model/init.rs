@@ -189,14 +189,26 @@ pub fn random(
         norm_weight: &norm_weight,
     }
     .decoder();
-    model.embed_tokens = matrix([config.vocab_size, config.hidden_size]);
+    // As in a checkpoint of that type.
+    let stored = |matrix: Param<Tensor<2>>| {
+        matrix.map(|values| {
+            values
+                .cast(DType::from(config.dtype))
+                .cast(DType::from(dtype))
+        })
+    };
+    model.embed_tokens = stored(matrix([config.vocab_size, config.hidden_size]));
     let model = model.try_map_linears(|name, layer| {
         let [d_output, d_input] = layer.dims();
+        if name == HEAD {
+            let weight = stored(matrix([d_output, d_input])).val();
+            return Ok(AnyLinear::from_weight(weight, None));
+        }
         let dense = Linear {
             weight: matrix([d_input, d_output]),
             bias: None,
         };
-        if name == HEAD || name.ends_with(ROUTER) {
+        if name.ends_with(ROUTER) {
             return Ok(dense.into());
         }
         let packed = AnyLinear::Nf4(Nf4Linear::quantize(dense, QuantConfig::default())?);

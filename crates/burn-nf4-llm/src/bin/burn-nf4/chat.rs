@@ -32,6 +32,7 @@ impl ChatArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         let (sampling, stop) = self.sampling.check()?;
         let adapter = self.adapter.read()?;
+        self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
         let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
         if let Some(name) = &self.chat_template {
@@ -44,6 +45,7 @@ impl ChatArgs {
             text,
         } = prepared.load()?;
         let model = self.adapter.apply(adapter, model, &config)?;
+        let model = model.with_exact_tables();
         let system = self
             .system
             .iter()

@@ -153,8 +153,9 @@ pub struct Quantization {
     /// load those)
     #[arg(long)]
     experts: bool,
-    /// Quantize the output head too
-    #[arg(long)]
+    /// Quantize the output head too. One that is tied to the embeddings becomes a weight of its own, and
+    /// the embeddings stay as they are
+    #[arg(long = "quantize-head", alias = "head")]
     head: bool,
     /// Quantize the embeddings of tokens too, and a head that is tied to them. For Nf4Embedding of the
     /// library alone: neither generate, chat and finetune nor transformers load those

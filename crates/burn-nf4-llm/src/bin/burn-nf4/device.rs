@@ -37,9 +37,29 @@ impl DeviceName {
     }
 
     /// The name as it is given.
-    fn name(self) -> String {
+    pub fn name(self) -> String {
         let value = self.to_possible_value();
         value.map_or_else(String::new, |value| value.get_name().into())
+    }
+
+    /// Has the CPU compute on this thread too, and not on others while this one sleeps: for commands that
+    /// compute on one thread only. To be called before anything is computed.
+    pub fn use_this_thread(self) {
+        if self == Self::Cpu {
+            let pool = rayon::ThreadPoolBuilder::new().use_current_thread();
+            // There is one already, which does as well.
+            let _ = pool.build_global();
+        }
+    }
+
+    /// What the device calls itself.
+    pub fn own_name(self, device: &Device) -> String {
+        #[cfg(any(feature = "cuda", feature = "wgpu", feature = "rocm", feature = "cpu"))]
+        if let Some(identity) = device.identity() {
+            return identity.name;
+        }
+        let _ = device;
+        processor().unwrap_or_else(|| std::env::consts::ARCH.into())
     }
 
     /// The device, if its feature is compiled in.
@@ -90,4 +110,11 @@ impl DeviceName {
         }
         Ok(dtype)
     }
+}
+
+/// The processor's name, where the system tells (Linux).
+fn processor() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("model name"))?;
+    line.split_once(": ").map(|(_, name)| name.trim().into())
 }

@@ -67,6 +67,7 @@ impl GenerateArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         let (sampling, stop) = self.check()?;
         let adapter = self.adapter.read()?;
+        self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
         let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
         if let Some(name) = &self.chat_template {
@@ -87,6 +88,7 @@ impl GenerateArgs {
             text,
         } = prepared.load()?;
         let model = self.adapter.apply(adapter, model, &config)?;
+        let model = model.with_exact_tables();
         let rows = self.batch.unwrap_or(prompts.len());
         let request = Request {
             prompts: prompts.iter().cycle().take(rows).cloned().collect(),

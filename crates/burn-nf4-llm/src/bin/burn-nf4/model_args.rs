@@ -6,7 +6,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::CheckpointStore;
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
@@ -33,6 +33,10 @@ pub struct ModelArgs {
     /// The type to compute in: f32 on the CPU, elsewhere the model's own.
     #[arg(long, value_enum)]
     pub dtype: Option<FloatArg>,
+    /// Have the head in NF4 too, with double quantization, whatever it is in the folder. One that is tied
+    /// to the embeddings becomes one of its own, and the embeddings stay as they are.
+    #[arg(long)]
+    pub quantize_head: bool,
 }
 
 /// A model with all that belongs to it.
@@ -48,6 +52,7 @@ pub struct Prepared {
     name: DeviceName,
     pub device: Device,
     dtype: FloatType,
+    quantize_head: bool,
     pub config: DecoderConfig,
     pub generation: GenerationConfig,
     pub text: Text,
@@ -70,6 +75,7 @@ impl ModelArgs {
             name: self.device,
             device: if train { device.autodiff() } else { device },
             dtype,
+            quantize_head: self.quantize_head,
             config,
             generation,
             text,
@@ -85,17 +91,22 @@ impl Prepared {
             name,
             device,
             dtype,
+            quantize_head,
             config,
             text,
             ..
         } = self;
         let start = Instant::now();
-        let model = load_model(&folder, &config, dtype, &device)?;
+        let mut model = load_model(&folder, &config, dtype, &device)?;
+        let has_own_head = model.lm_head.is_some();
+        if quantize_head {
+            model = model.quantize_head(QuantConfig::default())?;
+        }
         device.sync().map_err(|error| ModelError::Device {
             device: format!("{device:?}"),
             message: error.to_string(),
         })?;
-        if config.tie_word_embeddings && model.lm_head.is_some() {
+        if config.tie_word_embeddings && has_own_head {
             eprintln!(
                 "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
                  model holds two different ones: both are used"

@@ -1,0 +1,351 @@
+//! The command `bench`: how fast a model of a known size is, with random weights.
+
+mod chart;
+mod measure;
+mod peer;
+mod report;
+mod size;
+mod train;
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use burn::tensor::Device;
+use burn_nf4::format::{FloatType, QuantConfig};
+use burn_nf4::op::{DenseProvider, device_memory, set_dense_provider};
+use burn_nf4_llm::ModelError;
+use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
+use clap::{Args, ValueEnum};
+
+use crate::args::FloatArg;
+use crate::device::DeviceName;
+use crate::model_args::{at_least, check_rows};
+use crate::progress::mebibytes;
+use measure::Floor;
+use peer::{Job, Peer};
+use report::{BenchReport, DecodeRow, LeftOut, PrefillRow, TrainRow, Weights};
+use size::SizeArgs;
+
+/// Time decoding, prompts and training steps with random weights: needs no checkpoint.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    size: SizeArgs,
+    /// Rows that are decoded together; several give several measurements. By default 1, 4, 16 and 64, on
+    /// a CPU 1 and 4.
+    #[arg(long, value_name = "ROWS")]
+    batch: Vec<usize>,
+    /// Tokens that the cache holds when decoding begins: each row has a prompt of this length. Several
+    /// give several measurements. By default 128, 2048 and 8192, on a CPU 128 and 2048.
+    #[arg(long, value_name = "TOKENS")]
+    context: Vec<usize>,
+    /// Tokens generated for each row after the first.
+    #[arg(long, default_value_t = 64)]
+    tokens: usize,
+    /// Time the pass over a prompt of so many tokens; may be given several times. By default 512, 2048
+    /// and 8192, on a CPU 512, unless decoding or training is asked for alone.
+    #[arg(long, value_name = "TOKENS")]
+    prefill: Vec<usize>,
+    /// Time steps of QLoRA, AdamW on all linear layers but the head, of so many rows of so many tokens,
+    /// such as 4x2048; may be given several times.
+    #[arg(long, value_name = "ROWSxTOKENS", value_parser = parse_shape)]
+    train: Vec<[usize; 2]>,
+    /// Train without computing each layer twice: more memory, less time.
+    #[arg(long)]
+    keep_all: bool,
+    /// Rank of a low-rank branch on every linear layer but the head: none without it, in training 16.
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Have the head in 4 bit too, also one that is tied to the embeddings, which stay as they are.
+    #[arg(long)]
+    quantize_head: bool,
+    /// Who computes products of many rows.
+    #[arg(long, value_enum, default_value_t = ProviderName::Auto)]
+    provider: ProviderName,
+    /// Launch each step of decoding anew, also where the device could replay a recorded one.
+    #[arg(long)]
+    eager: bool,
+    /// Write all that was measured as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the steps of decoding as an SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    chart: Option<PathBuf>,
+    /// Measure transformers with bitsandbytes too, by this Python, which must have both.
+    #[arg(long, value_name = "PYTHON")]
+    peer: Option<String>,
+    /// Where to run.
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    device: DeviceName,
+    /// The type to compute in: f32 on the CPU, elsewhere bf16.
+    #[arg(long, value_enum)]
+    dtype: Option<FloatArg>,
+}
+
+/// `4x2048`.
+fn parse_shape(text: &str) -> Result<[usize; 2], String> {
+    let sizes: Option<Vec<usize>> = text.split('x').map(|size| size.parse().ok()).collect();
+    match sizes.as_deref() {
+        Some(&[rows, tokens]) if rows > 0 && tokens > 1 => Ok([rows, tokens]),
+        _ => Err("expected rows and tokens, such as 4x2048".into()),
+    }
+}
+
+/// See `burn_nf4::op::DenseProvider`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ProviderName {
+    /// cuBLASLt where it is there, else Burn.
+    Auto,
+    Cublaslt,
+    Burn,
+}
+
+/// What is to be measured.
+struct Plan {
+    /// Batches and contexts.
+    decode: Vec<[usize; 2]>,
+    prefill: Vec<usize>,
+}
+
+/// What all measurements have in common.
+struct Setting<'a> {
+    config: &'a DecoderConfig,
+    dtype: FloatType,
+    device: &'a Device,
+}
+
+impl BenchArgs {
+    pub fn run(&self) -> Result<(), ModelError> {
+        self.check()?;
+        let size = self.size.read()?;
+        let config = &size.config;
+        self.device.use_this_thread();
+        let device = &self.device.open()?;
+        let dtype = self.device.dtype(self.dtype, config.dtype, device)?;
+        let plan = self.plan();
+        let peer = self.peer.as_deref();
+        let peer = peer.map(|python| Peer::find(python, self.device));
+        let peer = peer.transpose()?;
+        set_dense_provider(match self.provider {
+            ProviderName::Auto => DenseProvider::Auto,
+            ProviderName::Cublaslt => DenseProvider::CublasLt,
+            ProviderName::Burn => DenseProvider::Burn,
+        });
+        let mut report = BenchReport {
+            date: report::date(),
+            burn_nf4: env!("CARGO_PKG_VERSION"),
+            size: size.name.clone(),
+            device: self.device.name(),
+            device_name: self.device.own_name(device),
+            dtype: dtype.name(),
+            rank: self.rank,
+            quantized_head: self.quantize_head,
+            weights: None,
+            copy: None,
+            first_token: None,
+            decode: Vec::new(),
+            prefill: Vec::new(),
+            train: Vec::new(),
+            left_out: Vec::new(),
+            peer: None,
+        };
+        report.write(self.json.as_deref())?;
+        report.print_head();
+        self.warn_of_length(config, &plan);
+        let setting = Setting {
+            config,
+            dtype,
+            device,
+        };
+        self.inference(&setting, &plan, &mut report)?;
+        self.training(&setting, &mut report)?;
+        if let Some(peer) = peer {
+            device.memory_cleanup();
+            report.peer = Some(peer.measure(&Job {
+                config: &size.json,
+                dtype,
+                quantize_head: self.quantize_head,
+                decode: plan.decode,
+                tokens: self.tokens,
+                prefill: &plan.prefill,
+            })?);
+            report.compare();
+            report.print_peer();
+            report.write(self.json.as_deref())?;
+        }
+        match &self.chart {
+            Some(path) => chart::draw(&report, path),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what cannot be measured, before anything is.
+    fn check(&self) -> Result<(), ModelError> {
+        at_least(1, "--tokens", self.tokens)?;
+        for rows in &self.batch {
+            check_rows("--batch", *rows)?;
+        }
+        for (name, lengths) in [("--context", &self.context), ("--prefill", &self.prefill)] {
+            for tokens in lengths {
+                at_least(1, name, *tokens)?;
+            }
+        }
+        at_least(1, "--rank", self.rank.unwrap_or(1))?;
+        let plan = self.plan();
+        if self.peer.is_some() && plan.decode.is_empty() && plan.prefill.is_empty() {
+            let expected = "left out, or decoding or prompts that are measured";
+            return Err(ModelError::setting(
+                "--peer",
+                "given for training alone",
+                expected,
+            ));
+        }
+        if let Some(path) = &self.chart {
+            if plan.decode.is_empty() {
+                let expected = "left out, or decoding that is measured";
+                return Err(ModelError::setting("--chart", path.display(), expected));
+            }
+            if path.extension().is_none_or(|extension| extension != "svg") {
+                let expected = "a file that ends with .svg";
+                return Err(ModelError::setting("--chart", path.display(), expected));
+            }
+        }
+        // Not after minutes of measurements.
+        for path in [&self.json, &self.chart].into_iter().flatten() {
+            File::create(path).map_err(ModelError::io(path))?;
+        }
+        Ok(())
+    }
+
+    fn plan(&self) -> Plan {
+        let is_cpu = matches!(self.device, DeviceName::Cpu | DeviceName::CubeclCpu);
+        let or = |given: &[usize], on_cpu: &[usize], on_gpu: &[usize]| match given {
+            [] if is_cpu => on_cpu.to_vec(),
+            [] => on_gpu.to_vec(),
+            given => given.to_vec(),
+        };
+        let decoding = !(self.batch.is_empty() && self.context.is_empty());
+        let others = !(self.prefill.is_empty() && self.train.is_empty());
+        let (mut decode, mut prefill) = (Vec::new(), self.prefill.clone());
+        if decoding || !others {
+            let batches = or(&self.batch, &[1, 4], &[1, 4, 16, 64]);
+            for context in or(&self.context, &[128, 2048], &[128, 2048, 8192]) {
+                decode.extend(batches.iter().map(|&batch| [batch, context]));
+            }
+        }
+        if !(decoding || others) {
+            prefill = or(&[], &[512], &[512, 2048, 8192]);
+        }
+        Plan { decode, prefill }
+    }
+
+    fn warn_of_length(&self, config: &DecoderConfig, plan: &Plan) {
+        let texts = plan.decode.iter();
+        let texts = texts.map(|&[_, context]| context.saturating_add(self.tokens + 1));
+        let longest = texts
+            .chain(plan.prefill.iter().copied())
+            .chain(self.train.iter().map(|&[_, tokens]| tokens))
+            .max();
+        if let Some(warning) = config.warn_of_length("the longest text", longest.unwrap_or(0)) {
+            eprintln!("{warning}");
+        }
+    }
+
+    /// Decoding and prompts.
+    fn inference(
+        &self,
+        setting: &Setting<'_>,
+        plan: &Plan,
+        report: &mut BenchReport,
+    ) -> Result<(), ModelError> {
+        if plan.decode.is_empty() && plan.prefill.is_empty() {
+            return Ok(());
+        }
+        let &Setting {
+            config,
+            dtype,
+            device,
+        } = setting;
+        let mut model = random(config, dtype, self.rank, device)?;
+        if self.quantize_head {
+            model = model.quantize_head(QuantConfig::default())?;
+        }
+        let model = model.with_exact_tables();
+        measure::sync(device)?;
+        report.first_token = Some(measure::first_token(&model, config)?);
+        let copy = measure::copy(self.device, device)?;
+        report.copy = Some(copy.clone());
+        let floor = Floor::new(&model, config, copy);
+        let (packed_bytes, float_bytes) = model.size_bytes();
+        report.weights = Some(Weights {
+            packed_bytes,
+            float_bytes,
+            read_bytes: floor.weight_bytes,
+        });
+        report.print_model();
+        report.write(self.json.as_deref())?;
+        if !plan.decode.is_empty() {
+            DecodeRow::print_head();
+        }
+        for &[batch, context] in &plan.decode {
+            if let Some(left_out) = self.does_not_fit(setting, &model, batch, context) {
+                left_out.print();
+                report.left_out.push(left_out);
+                continue;
+            }
+            let of = [batch, context, self.tokens];
+            let row = measure::decode(&model, config, &floor, of, self.eager)?;
+            row.print();
+            report.decode.push(row);
+            report.write(self.json.as_deref())?;
+        }
+        if !plan.prefill.is_empty() {
+            PrefillRow::print_head();
+        }
+        for &tokens in &plan.prefill {
+            let row = measure::prefill(&model, config, tokens)?;
+            row.print();
+            report.prefill.push(row);
+            report.write(self.json.as_deref())?;
+        }
+        Ok(())
+    }
+
+    /// Why a measurement is not made, if the device says how much memory it has.
+    fn does_not_fit(
+        &self,
+        setting: &Setting<'_>,
+        model: &Decoder,
+        batch: usize,
+        context: usize,
+    ) -> Option<LeftOut> {
+        let there = device_memory(setting.device)?.total;
+        let positions = context.saturating_add(self.tokens + 1);
+        let needed = measure::expected_bytes(model, setting.config, batch, positions) as u64;
+        (needed > there).then(|| LeftOut {
+            what: format!("batch {batch} at {context}"),
+            why: format!(
+                "it needs about {}, the device has {}",
+                mebibytes(needed),
+                mebibytes(there)
+            ),
+        })
+    }
+
+    fn training(&self, setting: &Setting<'_>, report: &mut BenchReport) -> Result<(), ModelError> {
+        if self.train.is_empty() {
+            return Ok(());
+        }
+        let device = setting.device.clone().autodiff();
+        let model = random(setting.config, setting.dtype, None, &device)?;
+        let mut trainer = train::trainer(model, setting.config, self.rank, self.keep_all)?;
+        TrainRow::print_head();
+        for &shape in &self.train {
+            let row = train::train(&mut trainer, setting.config, shape)?;
+            row.print();
+            report.train.push(row);
+            report.write(self.json.as_deref())?;
+        }
+        Ok(())
+    }
+}

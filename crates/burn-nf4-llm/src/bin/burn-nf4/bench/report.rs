@@ -1,0 +1,358 @@
+//! What was measured, for people and for machines.
+
+use std::fs;
+use std::path::Path;
+
+use burn_nf4_llm::ModelError;
+use chrono::{SecondsFormat, Utc};
+use serde::Serialize;
+
+use crate::progress::mebibytes;
+
+/// All that a run measured. Written as JSON as it is: fields are added, but none changes its meaning.
+#[derive(Debug, Serialize)]
+pub struct BenchReport {
+    /// When it began, RFC 3339.
+    pub date: String,
+    /// The version of this crate.
+    pub burn_nf4: &'static str,
+    /// Whose sizes the model has.
+    pub size: String,
+    /// The value of `--device`.
+    pub device: String,
+    /// What the device calls itself.
+    pub device_name: String,
+    /// The type that is computed in.
+    pub dtype: &'static str,
+    /// Of the branches that are decoded with.
+    pub rank: Option<usize>,
+    /// Whether the head is in 4 bit.
+    pub quantized_head: bool,
+    pub weights: Option<Weights>,
+    pub copy: Option<Copy>,
+    pub first_token: Option<FirstToken>,
+    pub decode: Vec<DecodeRow>,
+    pub prefill: Vec<PrefillRow>,
+    pub train: Vec<TrainRow>,
+    /// What was asked for and not measured.
+    pub left_out: Vec<LeftOut>,
+    pub peer: Option<PeerReport>,
+}
+
+/// Bytes of the weights.
+#[derive(Debug, Serialize)]
+pub struct Weights {
+    pub packed_bytes: usize,
+    pub float_bytes: usize,
+    /// Of those what a step reads.
+    pub read_bytes: usize,
+}
+
+/// How fast memory is copied.
+#[derive(Debug, Clone, Serialize)]
+pub struct Copy {
+    pub bytes: usize,
+    pub how: String,
+    /// Bytes read and written a second.
+    pub bytes_s: f64,
+}
+
+/// From the end of loading to the first token.
+#[derive(Debug, Serialize)]
+pub struct FirstToken {
+    pub prompt_tokens: usize,
+    pub first_ms: f64,
+    pub second_ms: f64,
+}
+
+/// What is held, where that is told.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct Memory {
+    /// Of the device, by CubeCL.
+    pub in_use_bytes: Option<u64>,
+    pub reserved_bytes: Option<u64>,
+    /// The most that the process has held so far (Linux).
+    pub process_peak_bytes: Option<u64>,
+}
+
+/// Steps of decoding.
+#[derive(Debug, Serialize)]
+pub struct DecodeRow {
+    pub batch: usize,
+    /// Positions that the cache holds before the first step.
+    pub context: usize,
+    /// Steps.
+    pub tokens: usize,
+    /// Of all rows.
+    pub tokens_s: f64,
+    /// The median.
+    pub step_ms: f64,
+    /// The whole text the first time.
+    pub first_s: f64,
+    /// Why steps were launched and not replayed.
+    pub launched_because: Option<String>,
+    pub cache_bytes: usize,
+    pub memory: Memory,
+    /// Packed weights, head and cache: what a step must read.
+    pub read_bytes: usize,
+    /// The time of reading that at the speed of the copy.
+    pub floor_ms: f64,
+    /// `floor_ms / step_ms`.
+    pub share_of_floor: f64,
+}
+
+/// The pass over a prompt.
+#[derive(Debug, Serialize)]
+pub struct PrefillRow {
+    pub tokens: usize,
+    pub ms: f64,
+    pub tokens_s: f64,
+}
+
+/// A step of training.
+#[derive(Debug, Serialize)]
+pub struct TrainRow {
+    pub rows: usize,
+    pub tokens: usize,
+    pub ms: f64,
+    pub tokens_s: f64,
+}
+
+/// What was not measured, and why.
+#[derive(Debug, Serialize)]
+pub struct LeftOut {
+    pub what: String,
+    pub why: String,
+}
+
+/// transformers with bitsandbytes on the same machine.
+#[derive(Debug, Serialize)]
+pub struct PeerReport {
+    /// Its versions.
+    pub versions: String,
+    pub decode: Vec<PeerDecode>,
+    pub prefill: Vec<PeerPrefill>,
+    pub left_out: Vec<LeftOut>,
+}
+
+/// Steps of the peer.
+#[derive(Debug, Serialize)]
+pub struct PeerDecode {
+    pub batch: usize,
+    pub context: usize,
+    pub tokens_s: f64,
+    pub step_ms: f64,
+    /// The most that PyTorch's allocator held.
+    pub peak_bytes: Option<u64>,
+    /// How many times as fast as the peer ours is, by tokens a second.
+    pub ratio: Option<f64>,
+}
+
+/// A prompt of the peer.
+#[derive(Debug, Serialize)]
+pub struct PeerPrefill {
+    pub tokens: usize,
+    pub ms: f64,
+    pub ratio: Option<f64>,
+}
+
+/// Now, as the report has it.
+pub fn date() -> String {
+    Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+impl BenchReport {
+    /// Writes all so far: a run that breaks off leaves what it measured.
+    pub fn write(&self, path: Option<&Path>) -> Result<(), ModelError> {
+        let Some(path) = path else {
+            return Ok(());
+        };
+        let mut text = serde_json::to_string_pretty(self).map_err(ModelError::json(path))?;
+        text.push('\n');
+        fs::write(path, text).map_err(ModelError::io(path))
+    }
+
+    /// Sets the ratios of the peer's rows to ours.
+    pub fn compare(&mut self) {
+        let Some(peer) = &mut self.peer else { return };
+        for theirs in &mut peer.decode {
+            let same =
+                |ours: &&DecodeRow| (ours.batch, ours.context) == (theirs.batch, theirs.context);
+            let ours = self.decode.iter().find(same);
+            theirs.ratio = ours.map(|ours| ours.tokens_s / theirs.tokens_s);
+        }
+        for theirs in &mut peer.prefill {
+            let ours = self
+                .prefill
+                .iter()
+                .find(|ours| ours.tokens == theirs.tokens);
+            theirs.ratio = ours.map(|ours| theirs.ms / ours.ms);
+        }
+    }
+
+    /// What the measurements are of.
+    pub fn print_head(&self) {
+        println!(
+            "{}, random weights, {} ({}), {}{}{}",
+            self.size,
+            self.device,
+            self.device_name,
+            self.dtype,
+            self.rank
+                .map_or_else(String::new, |rank| format!(", branches of rank {rank}")),
+            if self.quantized_head {
+                ", head in 4 bit"
+            } else {
+                ""
+            },
+        );
+    }
+
+    /// The weights, the speed of memory and the first token.
+    pub fn print_model(&self) {
+        if let Some(weights) = &self.weights {
+            println!(
+                "weights: {} packed, {} of floats",
+                mebibytes(weights.packed_bytes as u64),
+                mebibytes(weights.float_bytes as u64),
+            );
+        }
+        if let Some(first) = &self.first_token {
+            println!(
+                "first token of a prompt of {}: {:.1} ms after loading, {:.1} ms the second time",
+                first.prompt_tokens, first.first_ms, first.second_ms
+            );
+        }
+        if let Some(copy) = &self.copy {
+            println!(
+                "copy of {}: {:.1} GB/s read and written ({})",
+                mebibytes(copy.bytes as u64),
+                copy.bytes_s / 1e9,
+                copy.how
+            );
+        }
+    }
+
+    /// Ours beside the peer's.
+    pub fn print_peer(&self) {
+        let Some(peer) = &self.peer else { return };
+        println!("\n{}", peer.versions);
+        if !peer.decode.is_empty() {
+            println!(
+                "{:>5} {:>8} {:>14} {:>14} {:>9}",
+                "batch", "context", "tokens/s ours", "theirs", "ratio"
+            );
+        }
+        for theirs in &peer.decode {
+            let ours = theirs.ratio.map(|ratio| ratio * theirs.tokens_s);
+            println!(
+                "{:>5} {:>8} {:>14} {:>14.1} {:>9}",
+                theirs.batch,
+                theirs.context,
+                or_dash(ours, 1),
+                theirs.tokens_s,
+                or_dash(theirs.ratio, 2)
+            );
+        }
+        if !peer.prefill.is_empty() {
+            println!(
+                "{:>14} {:>14} {:>14} {:>9}",
+                "prompt", "ms ours", "theirs", "ratio"
+            );
+        }
+        for theirs in &peer.prefill {
+            let ours = theirs.ratio.map(|ratio| theirs.ms / ratio);
+            println!(
+                "{:>14} {:>14} {:>14.1} {:>9}",
+                theirs.tokens,
+                or_dash(ours, 1),
+                theirs.ms,
+                or_dash(theirs.ratio, 2)
+            );
+        }
+        for left_out in &peer.left_out {
+            left_out.print();
+        }
+    }
+}
+
+fn or_dash(number: Option<f64>, digits: usize) -> String {
+    number.map_or_else(|| "-".into(), |number| format!("{number:.digits$}"))
+}
+
+fn or_unknown(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "-".into(), mebibytes)
+}
+
+impl DecodeRow {
+    /// The head of the rows of a table.
+    pub fn print_head() {
+        println!(
+            "\n{:>5} {:>8} {:>10} {:>9} {:>9} {:>7} {:>12} {:>12} {:>12}  steps",
+            "batch",
+            "context",
+            "tokens/s",
+            "ms/step",
+            "floor ms",
+            "share",
+            "cache",
+            "in use",
+            "reserved"
+        );
+    }
+
+    /// A row.
+    pub fn print(&self) {
+        let steps = match &self.launched_because {
+            None => "replayed".into(),
+            Some(why) => format!("launched: {why}"),
+        };
+        println!(
+            "{:>5} {:>8} {:>10.1} {:>9.2} {:>9.2} {:>6.0}% {:>12} {:>12} {:>12}  {steps}",
+            self.batch,
+            self.context,
+            self.tokens_s,
+            self.step_ms,
+            self.floor_ms,
+            100.0 * self.share_of_floor,
+            mebibytes(self.cache_bytes as u64),
+            or_unknown(self.memory.in_use_bytes),
+            or_unknown(self.memory.reserved_bytes),
+        );
+    }
+}
+
+impl PrefillRow {
+    /// The head of the rows of a table.
+    pub fn print_head() {
+        println!("\n{:>14} {:>10} {:>10}", "prompt", "ms", "tokens/s");
+    }
+
+    /// A row.
+    pub fn print(&self) {
+        println!(
+            "{:>14} {:>10.1} {:>10.0}",
+            self.tokens, self.ms, self.tokens_s
+        );
+    }
+}
+
+impl TrainRow {
+    /// The head of the rows of a table.
+    pub fn print_head() {
+        println!("\n{:>14} {:>10} {:>10}", "training step", "ms", "tokens/s");
+    }
+
+    /// A row.
+    pub fn print(&self) {
+        let shape = format!("{} x {}", self.rows, self.tokens);
+        println!("{shape:>14} {:>10.0} {:>10.0}", self.ms, self.tokens_s);
+    }
+}
+
+impl LeftOut {
+    /// A line.
+    pub fn print(&self) {
+        println!("left out: {}: {}", self.what, self.why);
+    }
+}

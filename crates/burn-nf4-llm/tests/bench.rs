@@ -1,0 +1,303 @@
+//! The command `bench`.
+#![cfg(feature = "cli")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rstest::rstest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const CONFIG: &str = "tests/fixtures/families/llama3_tied/model/config.json";
+
+fn run(arguments: &str, folder: &Path) -> Output {
+    let place = |argument: &str| argument.replace("FOLDER", folder.to_str().unwrap());
+    Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .arg("bench")
+        .args(arguments.split(' ').map(place))
+        .output()
+        .unwrap()
+}
+
+/// What a run of a small model says, and its JSON.
+#[track_caller]
+fn measured(arguments: &str, folder: &Path) -> (String, Value) {
+    let arguments = format!("--config {CONFIG} --json FOLDER/bench.json {arguments}");
+    let output = run(&arguments, folder);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    let json = fs::read(folder.join("bench.json")).unwrap();
+    (
+        String::from_utf8(output.stdout).unwrap(),
+        serde_json::from_slice(&json).unwrap(),
+    )
+}
+
+#[track_caller]
+fn refused(arguments: &str, folder: &Path) -> String {
+    let output = run(arguments, folder);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn keys(object: &Value) -> Vec<&str> {
+    object
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect()
+}
+
+#[track_caller]
+fn positive(object: &Value, names: &[&str]) {
+    for name in names {
+        let number = object[name].as_f64().unwrap_or(f64::NAN);
+        assert!(number > 0.0 && number.is_finite(), "{name}: {object}");
+    }
+}
+
+#[test]
+fn a_run_is_written_as_json_with_all_that_it_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let (said, json) = measured(
+        "--batch 1 --batch 2 --context 3 --context 5 --tokens 4 --prefill 6 --train 1x4 \
+         --chart FOLDER/bench.svg",
+        folder.path(),
+    );
+    let expected = [
+        "burn_nf4",
+        "copy",
+        "date",
+        "decode",
+        "device",
+        "device_name",
+        "dtype",
+        "first_token",
+        "left_out",
+        "peer",
+        "prefill",
+        "quantized_head",
+        "rank",
+        "size",
+        "train",
+        "weights",
+    ];
+    let mut found = keys(&json);
+    found.sort_unstable();
+    assert_eq!(found, expected);
+    assert_eq!(
+        (&json["device"], &json["dtype"]),
+        (&json!("cpu"), &json!("float32"))
+    );
+    assert_eq!(
+        (&json["peer"], &json["left_out"]),
+        (&Value::Null, &json!([]))
+    );
+    positive(&json["copy"], &["bytes", "bytes_s"]);
+    positive(
+        &json["first_token"],
+        &["prompt_tokens", "first_ms", "second_ms"],
+    );
+    positive(
+        &json["weights"],
+        &["packed_bytes", "float_bytes", "read_bytes"],
+    );
+
+    let rows = json["decode"].as_array().unwrap();
+    let shapes: Vec<_> = rows
+        .iter()
+        .map(|row| [&row["batch"], &row["context"]])
+        .collect();
+    let expected = [[1, 3], [2, 3], [1, 5], [2, 5]].map(|shape| shape.map(Value::from));
+    assert!(
+        shapes
+            .iter()
+            .zip(&expected)
+            .all(|(shape, [batch, context])| *shape == [batch, context])
+    );
+    assert_eq!(rows.len(), expected.len());
+    let config: Value = serde_json::from_slice(&fs::read(CONFIG).unwrap()).unwrap();
+    let of = |name: &str| config[name].as_u64().unwrap();
+    let position = of("num_hidden_layers") * 2 * of("num_key_value_heads") * of("head_dim") * 4;
+    for row in rows {
+        positive(
+            row,
+            &[
+                "tokens_s",
+                "step_ms",
+                "first_s",
+                "floor_ms",
+                "share_of_floor",
+            ],
+        );
+        assert_eq!(row["tokens"], 4);
+        assert_eq!(row["launched_because"], "there are few tokens");
+        let [batch, context] = ["batch", "context"].map(|name| row[name].as_u64().unwrap());
+        // The cache of the middle step.
+        let read =
+            json["weights"]["read_bytes"].as_u64().unwrap() + batch * (context + 2) * position;
+        assert_eq!(row["read_bytes"], read);
+        assert_eq!(row["cache_bytes"], batch * 256 * position);
+        assert_eq!(row["memory"]["in_use_bytes"], Value::Null);
+        let share = row["floor_ms"].as_f64().unwrap() / row["step_ms"].as_f64().unwrap();
+        assert!((row["share_of_floor"].as_f64().unwrap() / share - 1.0).abs() < 1e-9);
+    }
+    positive(&json["prefill"][0], &["ms", "tokens_s"]);
+    assert_eq!(json["prefill"][0]["tokens"], 6);
+    positive(&json["train"][0], &["ms", "tokens_s"]);
+    assert_eq!(
+        [&json["train"][0]["rows"], &json["train"][0]["tokens"]],
+        [1, 4]
+    );
+
+    for part in [
+        "first token of a prompt of 128",
+        "GB/s read and written",
+        "floor ms",
+        "training step",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let chart = fs::read_to_string(folder.path().join("bench.svg")).unwrap();
+    assert!(
+        chart.starts_with("<svg") && chart.contains("batch 2"),
+        "{chart}"
+    );
+}
+
+/// A step reads a tied table, or a head in 4 bit and not the table.
+#[test]
+fn a_head_in_4_bit_is_read_in_place_of_the_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |flags: &str| {
+        let arguments = format!("--batch 1 --context 3 --tokens 1 {flags}");
+        let (_, json) = measured(arguments.trim(), folder.path());
+        let bytes = |name: &str| json["weights"][name].as_u64().unwrap();
+        (
+            ["packed_bytes", "float_bytes", "read_bytes"].map(bytes),
+            json,
+        )
+    };
+    let ([packed, floats, read], dense) = of("");
+    let ([packed_with, floats_with, read_with], json) = of("--quantize-head");
+    assert_eq!(dense["quantized_head"], false);
+    assert_eq!(json["quantized_head"], true);
+    assert_eq!(read, packed + floats);
+    assert_eq!(floats_with, floats);
+    assert!(packed_with > packed);
+    assert_eq!(read_with, packed_with);
+}
+
+#[rstest]
+#[case::prompts_alone("--prefill 4", [0, 1, 0])]
+#[case::training_alone("--train 1x4", [0, 0, 1])]
+#[case::decoding_alone("--batch 1 --context 2 --tokens 1", [1, 0, 0])]
+fn what_is_not_asked_for_is_not_measured(#[case] arguments: &str, #[case] expected: [usize; 3]) {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, json) = measured(arguments, folder.path());
+    let rows = ["decode", "prefill", "train"].map(|name| json[name].as_array().unwrap().len());
+    assert_eq!(rows, expected);
+}
+
+#[rstest]
+#[case::batch("--batch 0", "--batch is 0")]
+#[case::batch_large("--batch 100000000", "--batch is 100000000, expected at most")]
+#[case::context("--context 0", "--context is 0")]
+#[case::prefill("--prefill 0", "--prefill is 0")]
+#[case::tokens("--tokens 0", "--tokens is 0")]
+#[case::rank("--rank 0", "--rank is 0")]
+#[case::shape("--train 4", "expected rows and tokens")]
+#[case::two_sizes("--size smollm2 --config none", "--config")]
+#[case::no_config("--config FOLDER/none.json", "none.json")]
+#[case::no_folder("--json FOLDER/none/out.json", "none/out.json")]
+#[case::chart_of_nothing("--prefill 4 --chart FOLDER/out.svg", "expected left out, or decoding")]
+#[case::chart_in_png("--chart FOLDER/out.png", "expected a file that ends with .svg")]
+#[case::peer_in_training("--train 1x4 --peer python3", "--peer is given for training alone")]
+#[case::no_python("--peer FOLDER/python", "expected a program that is there")]
+fn what_cannot_be_measured_is_refused_at_once(#[case] arguments: &str, #[case] expected: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let error = refused(arguments, folder.path());
+    assert!(error.contains(expected), "{error}");
+    assert!(!folder.path().join("out.svg").exists());
+}
+
+/// A program in the place of Python, which says these lines if it is asked to measure and if not.
+#[cfg(unix)]
+fn python(folder: &TempDir, first: &str, measured: &str, code: u8) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+
+    let path = folder.path().join("python");
+    let script = format!(
+        "#!/bin/sh\ncat > \"$(dirname \"$0\")/script.py\"\ncase \"$2\" in\n*config*) printf '%s\\n' '{first}' \
+         '{measured}';;\n*) printf '%s\\n' '{first}';;\nesac\nexit {code}\n"
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[cfg(unix)]
+const HELLO: &str = r#"{"what": "hello", "text": "transformers 0"}"#;
+
+#[cfg(unix)]
+#[test]
+fn the_peer_stands_beside_ours_with_the_ratio() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [
+        r#"{"what": "decode", "batch": 1, "context": 3, "tokens_s": 0.5, "step_ms": 2000, "peak_bytes": null}"#,
+        r#"{"what": "decode", "batch": 9, "context": 9, "tokens_s": 1, "step_ms": 1, "peak_bytes": 5}"#,
+        "a word of a library",
+        r#"{"what": "prefill", "tokens": 6, "ms": 1e9}"#,
+        r#"{"what": "left_out", "of": "batch 64 at 8192", "why": "no memory"}"#,
+    ];
+    python(&folder, HELLO, &rows.join("' '"), 0);
+    let (said, json) = measured(
+        "--batch 1 --context 3 --tokens 2 --prefill 6 --peer FOLDER/python --chart FOLDER/bench.svg",
+        folder.path(),
+    );
+    let peer = &json["peer"];
+    assert_eq!(peer["versions"], "transformers 0");
+    let ours = json["decode"][0]["tokens_s"].as_f64().unwrap();
+    assert_eq!(peer["decode"][0]["ratio"], ours / 0.5);
+    // There is none of ours.
+    assert_eq!(peer["decode"][1]["ratio"], Value::Null);
+    let ms = json["prefill"][0]["ms"].as_f64().unwrap();
+    assert_eq!(peer["prefill"][0]["ratio"], 1e9 / ms);
+    assert_eq!(peer["left_out"][0]["why"], "no memory");
+    assert!(
+        said.contains("left out: batch 64 at 8192: no memory"),
+        "{said}"
+    );
+    let chart = fs::read_to_string(folder.path().join("bench.svg")).unwrap();
+    assert!(chart.contains("bitsandbytes"), "{chart}");
+    let script = fs::read_to_string(folder.path().join("script.py")).unwrap();
+    assert!(script.contains("import importlib"), "{script}");
+}
+
+#[cfg(unix)]
+#[rstest]
+#[case::package(
+    r#"{"what": "missing", "name": "bitsandbytes", "message": "ModuleNotFoundError"}"#,
+    3,
+    "no bitsandbytes: ModuleNotFoundError"
+)]
+#[case::card(
+    r#"{"what": "missing", "name": "CUDA", "message": "none"}"#,
+    3,
+    "no CUDA: none"
+)]
+#[case::fault(HELLO, 1, "the script of the peer failed")]
+#[case::no_python("good morning", 0, "the script of the peer failed")]
+fn a_peer_that_lacks_something_is_an_error(
+    #[case] line: &str,
+    #[case] code: u8,
+    #[case] expected: &str,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    python(&folder, line, line, code);
+    let error = refused("--batch 1 --context 3 --peer FOLDER/python", folder.path());
+    assert!(error.contains(expected), "{error}");
+}
