@@ -239,13 +239,17 @@ pub(super) fn dense_linear<const D: usize>(
     if matches!(weight.dtype(), DType::QFloat(_)) {
         return burn::tensor::module::linear(x, weight, bias);
     }
-    // A vector has no rows to multiply.
-    let y = match D {
-        1 => {
-            let row = x.unsqueeze::<2>();
-            matmul(row, weight, bias, MatmulOptions::default()).map(|y| y.squeeze_dim(0))
-        }
-        _ => matmul(x, weight.unsqueeze(), bias, MatmulOptions::default()),
+    // As one matrix: the weight, often a view of a checkpoint's transpose, would be copied if it were given
+    // as many dimensions as `x`.
+    let mut shape = x.dims();
+    let [d_input, d_output] = weight.dims();
+    let rows = shape[..D - 1].iter().product();
+    shape[D - 1] = d_output;
+    let options = MatmulOptions::default();
+    let y = match rows {
+        // Not a reshape: it would read the zero as "keep this dimension".
+        0 => matmul(x, weight.unsqueeze(), bias, options),
+        _ => matmul(x.reshape([rows, d_input]), weight, bias, options).map(|y| y.reshape(shape)),
     };
     match y {
         Ok(y) => y,

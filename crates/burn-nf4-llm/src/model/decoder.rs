@@ -15,6 +15,7 @@ use burn_nf4::op::{MatmulOptions, matmul, reads_tables};
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
 use crate::model::layer::{DecoderLayer, Residual};
+use crate::model::load::by_rule;
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
 use crate::model::rotation::RopeTables;
@@ -30,7 +31,7 @@ pub const HEAD: &str = "lm_head";
 ///
 /// A longer prompt takes several passes, one after another: what is held meanwhile does not grow with its
 /// length, but for the cache.
-pub const PROMPT_CHUNK: usize = 2048;
+pub const PROMPT_CHUNK: usize = 4096;
 
 /// How the name of a router ends.
 pub(super) const ROUTER: &str = ".mlp.gate";
@@ -309,13 +310,14 @@ impl Decoder {
     /// # Errors
     /// Those of [`LinearLayers::quantize`].
     pub fn quantize_head(self, config: QuantConfig) -> Result<Self, Nf4Error> {
-        self.quantize(&QuantizeLayers {
+        let model = self.quantize(&QuantizeLayers {
             config,
             // All but the head.
             skip_modules: vec!["model".into()],
             heads: true,
             ..QuantizeLayers::default()
-        })
+        })?;
+        by_rule(model)
     }
 
     /// On the CPU (Flex) the model with its table of embeddings, and a head of floats, in 16 bit where that

@@ -12,6 +12,7 @@ use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
 use crate::model::config::{DecoderConfig, LayerConfig, MixtureConfig, NormPlacement, QkNorm};
 use crate::model::decoder::{Decoder, HEAD, ROUTER};
 use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
+use crate::model::load::by_rule;
 use crate::model::mixture::MixtureMlp;
 use crate::model::mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 use crate::model::norm::RmsNorm;
@@ -217,5 +218,5 @@ pub fn random(
             None => Ok(packed),
         }
     })?;
-    Ok(model.no_grad())
+    Ok(by_rule(model.no_grad())?)
 }

@@ -2,9 +2,11 @@
 
 use burn::module::Module;
 use burn::tensor::Device;
+use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore};
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
+use burn_nf4::op::MatmulStrategy;
 
 use crate::error::ModelError;
 use crate::model::family::vision;
@@ -53,7 +55,15 @@ pub fn load(
             store = store.with_key_remapping(key, of_text)?;
         }
     }
-    Ok(config.init(device).load_checkpoint(store)?.no_grad())
+    let model = config.init(device).load_checkpoint(store)?.no_grad();
+    Ok(by_rule(model)?)
+}
+
+/// The model with products of weights in 4 bit by kernels that follow from the sizes. To measure which are
+/// fastest, for each size and number of rows, takes several times as long as a first text, and in steps of 1,
+/// 16 and 64 rows of an 8B model on an H100 it gained less than 1%.
+pub(super) fn by_rule(model: Decoder) -> Result<Decoder, Nf4Error> {
+    model.try_map_linears(|_, layer| Ok(layer.with_strategy(MatmulStrategy::Rule)))
 }
 
 /// Refuses a packed table of the embedding, which `quantize --embeddings` makes.
