@@ -31,7 +31,7 @@ pub const HEAD: &str = "lm_head";
 ///
 /// A longer prompt takes several passes, one after another: what is held meanwhile does not grow with its
 /// length, but for the cache.
-pub const PROMPT_CHUNK: usize = 4096;
+pub const PROMPT_CHUNK: usize = 8192;
 
 /// How the name of a router ends.
 pub(super) const ROUTER: &str = ".mlp.gate";
