@@ -2,7 +2,7 @@
 #![cfg(feature = "flex")]
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_nf4::format::{BlockSize, FloatType, QuantConfig, QuantType};
+use burn_nf4::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
 use burn_nf4::op::{
     Activation, LinearPart, LowRank, MatmulStrategy, gated_linear, joined_linear, lora_linear,
 };
@@ -54,7 +54,27 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 /// Weights of magnitudes of their own, so that no two have the same offset of their scales.
 fn weight(n: usize, k: usize, number: usize, config: QuantConfig, device: &Device) -> Nf4Weight {
     let size = 0.02 * (number + 1) as f64;
-    Nf4Weight::quantize(random([n, k], device) * size, config).expect("it can be quantized")
+    let weight = Nf4Weight::quantize(random([n, k], device) * size, config);
+    with_own_map(weight.expect("it can be quantized"), number, device)
+}
+
+/// The weight with another map of its scales, as a checkpoint can have: no two have the same.
+fn with_own_map(weight: Nf4Weight, number: usize, device: &Device) -> Nf4Weight {
+    let host = weight.to_host().expect("it can be read");
+    let Absmax::Nested(mut nested) = host.absmax().clone() else {
+        return weight;
+    };
+    let factor = 1.0 - 0.25 * number as f32;
+    nested.map.iter_mut().for_each(|value| *value *= factor);
+    let host = Nf4Tensor::from_parts(
+        host.codes().to_vec(),
+        Absmax::Nested(nested),
+        host.shape().to_vec(),
+        host.config().block_size,
+        host.dtype(),
+        host.config().quant_type,
+    );
+    Nf4Weight::from_host(&host.expect("its parts fit"), device)
 }
 
 fn part<'a>(

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::format::FloatElement;
 use crate::sampling::{
-    DISTANCE_UNITS, POWER, STATE_HEADER, SampleConstants, SampleSettings, TOO_FAR,
+    DISTANCE_UNITS, POWER, STATE_HEADER, SampleConstants, SampleSettings, TOO_FAR, state_words,
 };
 
 /// What is chosen for a row.
@@ -22,7 +22,7 @@ pub struct Choice {
 ///   bit for each token that says whether the text has it; it is carried on
 ///
 /// # Panics
-/// If there is no vocabulary, or the state or the logits are no whole rows.
+/// If there is no vocabulary, or the state or the logits are no whole rows, or a bit stands for no token.
 pub fn sample<T: FloatElement>(
     logits: &[T],
     vocabulary: usize,
@@ -35,7 +35,8 @@ pub fn sample<T: FloatElement>(
         return Vec::new();
     }
     let words = state.len() / rows;
-    assert!(words >= STATE_HEADER && words * rows == state.len());
+    let fits = [None, Some(vocabulary)].map(state_words).contains(&words);
+    assert!(fits && words * rows == state.len());
     let constants = settings.constants();
     let rows = logits
         .par_chunks(vocabulary)

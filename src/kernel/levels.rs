@@ -60,6 +60,11 @@ impl LevelsBlueprint {
         }
     }
 
+    /// Maps of scales that the planes of a cube use.
+    const fn maps(&self) -> usize {
+        if self.is_gated() { 2 } else { 1 }
+    }
+
     /// Results of a cube.
     pub const fn result_rows(&self) -> usize {
         16 * self.sums.row_tiles * self.result_planes()
@@ -87,7 +92,7 @@ impl LevelsBlueprint {
 
     /// Bytes of shared memory that a cube takes.
     pub const fn shared_bytes(&self) -> usize {
-        TABLE_BYTES + 256 * 4 + 32 * 4 + self.shared_vectors() * 16
+        TABLE_BYTES + self.maps() * 256 * 4 + 32 * 4 + self.shared_vectors() * 16
     }
 }
 
@@ -192,6 +197,9 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let mut scales = Scales::new(ScalePlace::of_sums(), plane_row, k, n, k, scale_blueprint);
     let mut at = k_plane * comptime!(depth * CHUNK);
     let ahead_by = comptime!(usize::max(depth - 1, 1));
+    let units = comptime!(blueprint.sums.units());
+    let maps = comptime!(blueprint.maps());
+    let mut map = ScaleMap::new(zero, maps, units);
     let mut offset = 0.0f32;
     #[unroll]
     for w in 0..count {
@@ -211,17 +219,27 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 );
             }
             offset = load_offset(&weight.words, &weight.view, scale_blueprint);
+            if comptime!(maps == 1) {
+                map.load(&weight.words, &weight.view, 0usize, units, scale_blueprint);
+            }
         }
     }
-    // The tables are those of the way to quantize.
-    let units = comptime!(blueprint.sums.units());
-    let mut map = ScaleMap::load(&first.words, &first.view, units, scale_blueprint);
-    map.set_offset(offset);
+    if comptime!(maps == 1) {
+        map.select(0usize.runtime(), offset);
+    } else {
+        #[unroll]
+        for w in 0..count {
+            let weight = weights.index(w);
+            map.load(&weight.words, &weight.view, w, units, scale_blueprint);
+        }
+        map.select(part, offset);
+    }
+    // The codebook is that of the way to quantize.
     let level = load_level(&first.words, &first.view);
     let values = load_x(x, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
     fill_levels(level, &mut table, units);
-    map.store(units, scale_blueprint);
+    map.store(maps, units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
     let unscale = stage_x(&values, &mut staged, blueprint);

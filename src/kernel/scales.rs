@@ -160,7 +160,8 @@ impl Scales {
         if comptime!(blueprint.nested_log2 != 0) {
             let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
             let code = (self.codes[slot] >> ((block as u32 & 3) * 8)) & 255;
-            scale = opaque(map.values[code as usize] * scale, map.zero) + map.offset;
+            let value = map.values[map.first + code as usize];
+            scale = opaque(value * scale, map.zero) + map.offset;
         }
         scale
     }
@@ -177,55 +178,80 @@ pub fn load_offset(words: &[u32], view: &PackedView, #[comptime] blueprint: Scal
     offset
 }
 
-/// What turns codes of scales into scales, with the values in shared memory.
+/// What turns codes of scales into scales, with the values in shared memory: the map of one weight, or those
+/// of several, of which each plane uses one.
 #[derive(CubeType)]
 pub struct ScaleMap {
     values: Shared<[f32]>,
+    /// A unit's share of the maps, on its way there.
     share: Array<u32>,
+    /// Where the plane's map starts.
+    first: usize,
     offset: f32,
     zero: u32,
 }
 
+/// Values of a map.
+const MAP: usize = PackedLayout::NESTED_MAP_WORDS;
+
 #[cube]
 impl ScaleMap {
-    /// Loads a unit's share of the map of a packed weight; [`store`](Self::store) puts it into
-    /// shared memory.
-    pub fn load(
-        words: &[u32],
-        view: &PackedView,
-        #[comptime] units: usize,
-        #[comptime] blueprint: ScaleBlueprint,
-    ) -> Self {
-        let shares = comptime!(256usize.div_ceil(units));
-        let mut share = Array::<u32>::new(shares);
-        if comptime!(blueprint.nested_log2 != 0) {
-            #[unroll]
-            for s in 0..shares {
-                let i = (UNIT_POS as usize + comptime!(s * units)) & 255;
-                share[s] = words[view.codebook + comptime!(PackedLayout::NESTED_MAP) + i];
-            }
-        }
+    /// Room for so many maps.
+    pub fn new(zero: u32, #[comptime] maps: usize, #[comptime] units: usize) -> Self {
         ScaleMap {
-            values: Shared::new_slice(256usize),
-            share,
-            offset: load_offset(words, view, blueprint),
-            zero: view.zero,
+            values: Shared::new_slice(comptime!(maps * MAP)),
+            share: Array::new(comptime!(maps * MAP.div_ceil(units))),
+            first: 0usize.runtime(),
+            offset: 0.0f32,
+            zero,
         }
     }
 
-    /// The same with the offset of another weight, which differs where the map does not.
-    pub fn set_offset(&mut self, offset: f32) {
+    /// Loads a unit's share of the map of a packed weight into a slot; [`store`](Self::store) puts it into
+    /// shared memory.
+    pub fn load(
+        &mut self,
+        words: &[u32],
+        view: &PackedView,
+        #[comptime] slot: usize,
+        #[comptime] units: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) {
+        let shares = comptime!(MAP.div_ceil(units));
+        if comptime!(blueprint.nested_log2 != 0) {
+            #[unroll]
+            for s in 0..shares {
+                let i = (UNIT_POS as usize + comptime!(s * units)) & comptime!(MAP - 1);
+                self.share[comptime!(slot * shares + s)] =
+                    words[view.codebook + comptime!(PackedLayout::NESTED_MAP) + i];
+            }
+        }
+    }
+
+    /// Has the plane use the map in a slot, with the offset of its weight.
+    pub fn select(&mut self, slot: usize, offset: f32) {
+        self.first = slot * MAP;
         self.offset = offset;
     }
 
     /// The caller puts a barrier behind it.
-    pub fn store(&mut self, #[comptime] units: usize, #[comptime] blueprint: ScaleBlueprint) {
+    pub fn store(
+        &mut self,
+        #[comptime] maps: usize,
+        #[comptime] units: usize,
+        #[comptime] blueprint: ScaleBlueprint,
+    ) {
+        let shares = comptime!(MAP.div_ceil(units));
         if comptime!(blueprint.nested_log2 != 0) {
             #[unroll]
-            for s in 0..comptime!(256usize.div_ceil(units)) {
-                let i = UNIT_POS as usize + comptime!(s * units);
-                if i < 256 {
-                    self.values[i] = f32::reinterpret(self.share[s]);
+            for slot in 0..maps {
+                #[unroll]
+                for s in 0..shares {
+                    let i = UNIT_POS as usize + comptime!(s * units);
+                    if i < MAP {
+                        self.values[i + comptime!(slot * MAP)] =
+                            f32::reinterpret(self.share[comptime!(slot * shares + s)]);
+                    }
                 }
             }
         }

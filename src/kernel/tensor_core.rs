@@ -20,7 +20,7 @@ use cubecl::prelude::*;
 use super::decode::PackedView;
 use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_table, fragment, load_level};
 use super::lora::{LoraBranch, UP_LOADS};
-use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales};
+use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales, load_offset};
 use super::stage::{load_first_x, load_x, stage_first_x, store_x, x_places};
 use super::sums::{Target, store_sums};
 use super::tensor_core_blueprint::{PARTS, TensorCoreBlueprint};
@@ -120,8 +120,10 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     let first_x = load_first_x(x, first_stage * stage_k, m, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
     fill_table(load_level(words, &view), &mut table, units);
-    let mut map = ScaleMap::load(words, &view, units, scale_blueprint);
-    map.store(units, scale_blueprint);
+    let mut map = ScaleMap::new(view.zero, 1usize, units);
+    map.load(words, &view, 0usize, units, scale_blueprint);
+    map.select(0usize.runtime(), load_offset(words, &view, scale_blueprint));
+    map.store(1usize, units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
     stage_first_x(

@@ -251,6 +251,20 @@ pub fn rotary_append(
             shape: vec![rows, kv_heads, capacity, head_dim],
         });
     }
+    for sizes in [
+        [rows, heads, head_dim, 1],
+        [rows, kv_heads, capacity, head_dim],
+    ] {
+        let elems = sizes
+            .iter()
+            .try_fold(1usize, |elems, &size| elems.checked_mul(size));
+        if elems.is_none_or(|elems| elems > isize::MAX as usize / 8) {
+            return Err(Nf4Error::ElementCount {
+                tensor: "keys".into(),
+                shape: sizes.to_vec(),
+            });
+        }
+    }
     check_dtype(client, dtype)?;
     check_dtype(client, table_dtype)?;
     let queries = [rows * heads, head_dim];

@@ -242,7 +242,8 @@ pub(super) fn dense_linear<const D: usize>(
     // As one matrix: the weight, often a view of a checkpoint's transpose, would be copied if it were given
     // as many dimensions as `x`.
     let mut shape = x.dims();
-    let [d_input, d_output] = weight.dims();
+    let [_, d_output] = weight.dims();
+    let d_input = shape[D - 1];
     let rows = shape[..D - 1].iter().product();
     shape[D - 1] = d_output;
     let options = MatmulOptions::default();

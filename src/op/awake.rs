@@ -13,7 +13,8 @@ pub struct Awake {
 /// what is returned is dropped: for many small ones in a row, such as the steps of generating a text. Nothing on
 /// other devices, and with autodiff.
 ///
-/// See [`host::keep_awake`](crate::host::keep_awake()) for what it costs.
+/// See [`host::keep_awake`](crate::host::keep_awake()) for what it costs, and for what else must not use the
+/// threads meanwhile.
 pub fn keep_threads_awake(device: &Device) -> Option<Awake> {
     #[cfg(feature = "flex")]
     if let burn::backend::DispatchDevice::Flex(_) = device.as_dispatch() {

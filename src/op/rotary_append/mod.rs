@@ -42,12 +42,14 @@ pub struct TokenHeads {
 /// # Shapes
 /// - `token`: see [`TokenHeads`]; `cache`: see [`CachedKeys`]
 /// - `cos`, `sin`: `[batch or 1, 1, rotary_dim]`, as for [`rotary`]
-/// - `positions`: `[1]`, for all rows, or `[batch]`; below the cache's capacity
+/// - `positions`: `[1]`, for all rows, or `[batch]`; they must be below the cache's capacity: what others write
+///   is not defined, but lies within the cache, or they panic
 /// - returns the queries, `[batch, heads, 1, head_dim]`
 ///
 /// # Errors
 /// Those of [`rotary`], [`Nf4Error::Shape`] for keys, values, positions or a cache that do not fit,
-/// [`Nf4Error::Dtype`] unless queries, keys, values and cache are of one type.
+/// [`Nf4Error::ElementCount`] for a cache without room, [`Nf4Error::Dtype`] unless queries, keys, values and
+/// cache are of one type.
 pub fn rotary_append(
     token: TokenHeads,
     [cos, sin]: [Tensor<3>; 2],
@@ -89,6 +91,12 @@ fn check(
         )?;
         check_dtype(name, tensor, "as q", &[q.dtype()])?;
         check_device(name, &tensor.device(), &q.device())?;
+    }
+    if kv_heads == 0 || capacity == 0 {
+        return Err(Nf4Error::ElementCount {
+            tensor: "keys".into(),
+            shape: keys.dims().to_vec(),
+        });
     }
     let [given] = positions.dims();
     let expected = if given == 1 { 1 } else { batch };

@@ -204,7 +204,8 @@ pub fn matmul<const D: usize>(
             m: batch * m,
             ..spec
         };
-        let y = match spec.m <= FEW_ROWS && reads_tables(&lhs.device()) {
+        let of_table = lhs.dtype() == DType::F32 && spec.m <= FEW_ROWS;
+        let y = match of_table && reads_tables(&lhs.device()) {
             true => by_table(lhs, rhs, bias, spec),
             false => product(lhs, rhs, bias, spec, on_cublaslt),
         };

@@ -4,8 +4,6 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use burn_nf4::op::keep_threads_awake;
-
 use crate::error::ModelError;
 use crate::generate::sample::Sampler;
 use crate::generate::steps::{Finished, Start, Steps};
@@ -24,7 +22,6 @@ pub(super) fn run<F: RowFlow>(
     start: Start,
     mut on_token: impl FnMut(usize, u32) -> Result<F, ModelError>,
 ) -> Result<(Report, KvCache, RopeTables), ModelError> {
-    let _awake = keep_threads_awake(&model.device());
     let mut batch = Batch::new(request, start.held());
     let prompts = request.prompts.len();
     let takes_over = request.takes_over_slots(config);
@@ -40,6 +37,8 @@ pub(super) fn run<F: RowFlow>(
     )?;
     for first in (group..prompts).step_by(group) {
         let group = first..(first + group).min(prompts);
+        // Not two caches at a time.
+        drop(finished);
         let start = Start::of_prompts(model, config, &request.prompts[group.clone()]);
         let steps = Steps::new(model, config, request, start);
         finished = batch.continue_group(steps, group, takes_over, &mut on_token)?;

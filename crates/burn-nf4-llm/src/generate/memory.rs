@@ -32,7 +32,7 @@ impl CacheSize {
         positions: usize,
     ) -> Self {
         let positions = KvCache::rounded(positions);
-        let element = element_bytes(model.embed_tokens.dtype());
+        let element = element_bytes(model.dtype());
         let row = config.num_key_value_heads as u64 * config.head_dim as u64 * element as u64;
         let of_position = row.saturating_mul(2 * config.layers.len() as u64);
         Self {

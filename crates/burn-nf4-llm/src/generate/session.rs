@@ -82,7 +82,7 @@ impl<'a> Session<'a> {
         let all = prompt.iter().chain(&report.tokens[0]);
         self.tokens = all.take(self.cache.len()).copied().collect();
         // The angles are those of the whole prompt, also where only a part of it was processed.
-        self.longest = longest.max(self.cache.len()).max(prompt.len());
+        self.longest = longest.max(prompt.len() + report.tokens[0].len());
         Ok(report)
     }
 

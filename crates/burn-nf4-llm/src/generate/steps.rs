@@ -107,6 +107,8 @@ pub(super) struct Steps<'a> {
     recording: Recording,
     /// Why no step is recorded, if it is not.
     why: Option<EagerReason>,
+    /// Whether one was.
+    recorded: bool,
     prompt_tokens: usize,
 }
 
@@ -152,6 +154,7 @@ impl<'a> Steps<'a> {
             cancel: request.cancel.clone(),
             recording,
             why: why_eager(model, config, request, recording),
+            recorded: false,
             prompt_tokens: 0,
         }
     }
@@ -266,7 +269,9 @@ impl<'a> Steps<'a> {
         Finished {
             cache,
             rope: self.rope,
-            eager: self.why,
+            eager: self
+                .why
+                .or((!self.recorded).then_some(EagerReason::FewTokens)),
             prompt_tokens: self.prompt_tokens,
         }
     }
@@ -404,8 +409,9 @@ impl<'a> Steps<'a> {
         let reruns = self.recording.reruns;
         let choosing = sampler.choosing();
         self.replay = Replay::record(self.model, rope, state, &positions, choosing, reruns)?;
-        if self.replay.is_none() {
-            self.why = Some(EagerReason::NotRecorded);
+        match self.replay {
+            Some(_) => self.recorded = true,
+            None => self.why = Some(EagerReason::NotRecorded),
         }
         // The runs of the recording have carried it on.
         self.stale = true;

@@ -10,12 +10,11 @@ use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, QuantizeLayers, TiedHead};
 use burn_nf4::nn::AnyLinear;
-use burn_nf4::op::{MatmulOptions, matmul, reads_tables};
+use burn_nf4::op::{MatmulOptions, MatmulStrategy, matmul, reads_tables};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
 use crate::model::layer::{DecoderLayer, Residual};
-use crate::model::load::by_rule;
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
 use crate::model::rotation::RopeTables;
@@ -98,7 +97,7 @@ impl Decoder {
     }
 
     /// The type that is computed in.
-    fn dtype(&self) -> DType {
+    pub(crate) fn dtype(&self) -> DType {
         self.norm.weight.dtype()
     }
 
@@ -310,14 +309,17 @@ impl Decoder {
     /// # Errors
     /// Those of [`LinearLayers::quantize`].
     pub fn quantize_head(self, config: QuantConfig) -> Result<Self, Nf4Error> {
-        let model = self.quantize(&QuantizeLayers {
+        let mut model = self.quantize(&QuantizeLayers {
             config,
             // All but the head.
             skip_modules: vec!["model".into()],
             heads: true,
             ..QuantizeLayers::default()
         })?;
-        by_rule(model)
+        model.lm_head = model
+            .lm_head
+            .map(|head| head.with_strategy(MatmulStrategy::Rule));
+        Ok(model)
     }
 
     /// On the CPU (Flex) the model with its table of embeddings, and a head of floats, in 16 bit where that

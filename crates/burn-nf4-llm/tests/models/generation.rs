@@ -690,3 +690,25 @@ fn keys_are_computed_again_for_all_rows() {
     }
     assert!(rows[0].len() > 20);
 }
+
+/// A table that is kept in 16 bit does not say in what keys and values are.
+#[test]
+fn the_cache_is_of_the_type_that_is_computed_in() {
+    let config = r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "torch_dtype": "bfloat16"}"#;
+    let config = DecoderConfig::from_json(config.as_bytes(), "config.json".as_ref()).unwrap();
+    let model = random(&config, FloatType::F32, None, &Device::flex()).unwrap();
+    let model = model.with_exact_tables();
+    let request = Request {
+        prompts: vec![vec![1, 2, 3]],
+        max_tokens: 4,
+        sampling: GREEDY,
+        ..Request::default()
+    };
+    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
+    let size = request.cache_size(&model, &config);
+    assert_eq!(size.bytes, report.cache_bytes as u64);
+    // Keys and values, f32.
+    assert_eq!(size.bytes, 2 * 2 * 2 * 8 * 4 * size.positions as u64);
+}

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
 
+use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Request, Session};
 use burn_nf4_llm::text::chat::Ending;
@@ -55,6 +56,7 @@ impl ChatArgs {
             ..Conversation::default()
         };
         let ends = text.ends(&config, true);
+        let device = model.device();
         let mut session = Session::new(&model, &config);
         let interrupts = Interrupts::new()?;
         let prompts = stdin().is_terminal();
@@ -91,6 +93,7 @@ impl ChatArgs {
                     cancel,
                     ..Request::default()
                 };
+                let _awake = keep_threads_awake(&device);
                 session.generate_text(&text, &request, &stop, |_, piece| show(piece))
             })?;
             show("\n")?;

@@ -2,6 +2,7 @@
 
 use std::io::{Write, stderr, stdout};
 
+use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{CacheSize, Report, Request, Sampling, TextReport, generate_text};
 use burn_nf4_llm::text::chat::Ending;
@@ -120,6 +121,7 @@ impl GenerateArgs {
         );
 
         // One row is shown as it comes; more would mix.
+        let _awake = keep_threads_awake(&model.device());
         let given = generate_text(&model, &config, &text, &request, &stop, |_, piece| {
             if rows == 1 {
                 print!("{piece}");

@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Report, Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, PROMPT_CHUNK};
 
 use super::report::{Copy, DecodeRow, FirstToken, Memory, PrefillRow};
 use crate::device::DeviceName;
@@ -113,14 +114,18 @@ pub fn expected_bytes(
     let (packed, floats) = model.size_bytes();
     let element = model.norm.weight.val().dtype().size();
     let passing = 6 * config.hidden_size + 3 * config.intermediate_size;
-    let of_position = position_bytes(model, config) + passing * element;
-    let of_all = rows.saturating_mul(positions).saturating_mul(of_position);
-    packed.saturating_add(floats).saturating_add(of_all)
+    let tokens = rows.saturating_mul(positions);
+    let of_cache = tokens.saturating_mul(position_bytes(model, config));
+    let of_pass = tokens.min(PROMPT_CHUNK.max(rows)) * passing * element;
+    [floats, of_cache, of_pass]
+        .into_iter()
+        .fold(packed, usize::saturating_add)
 }
 
 /// Times the first token of a prompt, twice: a device that has computed nothing yet compiles and tunes
 /// first. To be called before anything else.
 pub fn first_token(model: &Decoder, config: &DecoderConfig) -> Result<FirstToken, ModelError> {
+    let _awake = keep_threads_awake(&model.device());
     let request = request(config, 1, FIRST_PROMPT, 1);
     let mut times = [0.0; 2];
     for time in &mut times {
@@ -151,6 +156,7 @@ pub fn decode(
     // The first time a graphics card compiles kernels and measures which are fastest.
     let start = Instant::now();
     let device = model.device();
+    let _awake = keep_threads_awake(&device);
     let (mut left, mut memory) = (batch * (tokens + 1), None);
     generate(model, config, &request, |_, _| {
         left -= 1;
