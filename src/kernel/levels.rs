@@ -175,7 +175,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     let mut cube = CUBE_POS;
     if comptime!(blueprint.is_gated()) {
         part = row_plane / comptime!(blueprint.result_planes());
-        row_plane = row_plane % comptime!(blueprint.result_planes());
+        row_plane %= comptime!(blueprint.result_planes());
     } else {
         #[unroll]
         for w in 1..count {

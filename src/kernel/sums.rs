@@ -180,7 +180,7 @@ fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
         Activation::Silu => x / (1.0f32 + f32::exp(-x)),
         Activation::GeluTanh => {
             // sqrt(2 / pi)
-            let inner = 0.797_884_56f32 * (x + 0.044_715f32 * x * x * x);
+            let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
             0.5f32 * x * (1.0f32 + f32::tanh(inner))
         }
     }

@@ -2,6 +2,11 @@
 //!
 //! Arguments are validated by the functions over [`Tensor`](burn::tensor::Tensor) in front.
 
+#![allow(
+    clippy::large_enum_variant,
+    reason = "they live for a call, and so do those that the macro makes of them"
+)]
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 use burn::tensor::Shape;

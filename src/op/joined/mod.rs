@@ -120,6 +120,10 @@ impl Activation {
 }
 
 /// What became of products that may be joined.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is taken apart where it is made"
+)]
 enum Joined<'a, const D: usize> {
     /// A result of each weight, or with a gate that of both.
     #[cfg_attr(not(feature = "cube"), allow(dead_code))]

@@ -61,7 +61,11 @@ impl Sampling {
                 "above 0 with top-k, top-p and min-p, which choose among tokens that are drawn";
             ("the temperature", temperature, expected)
         } else if self.settings().check().is_err() {
-            ("the repetition penalty", penalty, "a number above 0")
+            (
+                "the repetition penalty",
+                penalty,
+                "a number above 0, and so that neither it nor its reciprocal is infinite",
+            )
         } else {
             return Ok(());
         };

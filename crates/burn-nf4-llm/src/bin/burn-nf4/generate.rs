@@ -132,7 +132,7 @@ impl GenerateArgs {
         let TextReport { texts, report } = given;
         println!();
         if rows > 1 {
-            self.print_rows(&texts, prompts.len());
+            self.print_rows(&texts, prompts.len())?;
         }
         let rows_of_tokens = request.prompts.iter().zip(&report.tokens);
         let longest = rows_of_tokens
@@ -146,15 +146,16 @@ impl GenerateArgs {
         Ok(())
     }
 
-    fn print_rows(&self, texts: &[String], prompts: usize) {
+    fn print_rows(&self, texts: &[String], prompts: usize) -> Result<(), ModelError> {
         // Rows of the same prompt say the same when nothing is drawn.
         let shown = match self.sampling.temperature > 0.0 {
             true => texts.len(),
             false => prompts,
         };
         for (row, text) in texts.iter().take(shown).enumerate() {
-            println!("[{row}] {text}");
+            writeln!(stdout(), "[{row}] {text}").map_err(ModelError::io("stdout"))?;
         }
+        Ok(())
     }
 
     fn encode(&self, text: &Text, prompt: &str) -> Result<Vec<u32>, ModelError> {

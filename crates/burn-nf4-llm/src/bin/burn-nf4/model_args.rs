@@ -243,7 +243,7 @@ pub struct SamplingArgs {
     /// for no penalty.
     #[arg(long)]
     pub repetition_penalty: Option<f32>,
-    /// Seed of the draws.
+    /// Seed of the draws: row `i` draws with the seed that is larger by `i`.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
     /// End a text before this one, wherever it comes behind the prompt: `\n`, `\t` and `\\` are a line

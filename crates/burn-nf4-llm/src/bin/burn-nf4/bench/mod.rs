@@ -10,9 +10,9 @@ mod train;
 use std::fs::File;
 use std::path::PathBuf;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::op::{DenseProvider, device_memory, set_dense_provider};
+use burn_nf4::op::{DenseProvider, MatmulOptions, device_memory, matmul, set_dense_provider};
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use clap::{Args, ValueEnum};
@@ -131,6 +131,9 @@ impl BenchArgs {
             ProviderName::Cublaslt => DenseProvider::CublasLt,
             ProviderName::Burn => DenseProvider::Burn,
         });
+        // What cannot be had is an error before anything is made.
+        let one = Tensor::<2>::ones([1, 8], (device, DType::from(dtype)));
+        matmul(one.clone(), one, None, MatmulOptions::TRANSPOSE_RHS)?;
         let mut report = BenchReport {
             date: report::date(),
             burn_nf4: env!("CARGO_PKG_VERSION"),
