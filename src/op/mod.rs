@@ -37,6 +37,7 @@ mod rms_norm;
 mod rotary;
 mod rotary_append;
 mod sample;
+#[cfg(feature = "flex")]
 mod table;
 mod tensor;
 
@@ -70,6 +71,7 @@ pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
 #[doc(hidden)]
 pub use sample::{SampleBackend, SampleSpec};
 pub use sample::{SampleState, Sampled, sample};
+#[cfg(feature = "flex")]
 #[doc(hidden)]
 pub use table::TableBackend;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call

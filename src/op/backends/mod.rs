@@ -11,4 +11,5 @@ pub(super) mod joined;
 mod rms_norm;
 mod rotary;
 mod sample;
+#[cfg(feature = "flex")]
 mod table;

@@ -45,6 +45,7 @@ impl RotaryAppendSpec {
         Shape::from([self.batch, 1, self.heads, self.head_dim])
     }
 
+    #[cfg(feature = "fusion")]
     fn cache_shape(&self) -> Shape {
         Shape::from([self.batch, self.kv_heads, self.capacity, self.head_dim])
     }

@@ -14,6 +14,7 @@ use crate::format::{FloatType, check_shape};
 #[cfg(feature = "cublaslt")]
 use crate::launch::DensePlan;
 use crate::op::base::{DenseSpec, Nf4Backend};
+#[cfg(feature = "flex")]
 use crate::op::table::TableBackend;
 
 /// Who computes products of dense matrices: those of [`matmul`], and those with a decoded weight.
@@ -204,11 +205,11 @@ pub fn matmul<const D: usize>(
             m: batch * m,
             ..spec
         };
-        let of_table = lhs.dtype() == DType::F32 && spec.m <= FEW_ROWS;
-        let y = match of_table && reads_tables(&lhs.device()) {
-            true => by_table(lhs, rhs, bias, spec),
-            false => product(lhs, rhs, bias, spec, on_cublaslt),
-        };
+        #[cfg(feature = "flex")]
+        if lhs.dtype() == DType::F32 && spec.m <= FEW_ROWS && reads_tables(&lhs.device()) {
+            return Ok(by_table(lhs, rhs, bias, spec).reshape(shape));
+        }
+        let y = product(lhs, rhs, bias, spec, on_cublaslt);
         return Ok(y.reshape(shape));
     }
     let lhs = lhs.reshape([batch, lhs_rows, lhs_columns]);
@@ -269,6 +270,7 @@ pub fn reads_tables(device: &Device) -> bool {
 }
 
 /// By rows of the right matrix, as it lies.
+#[cfg(feature = "flex")]
 fn by_table(lhs: Tensor<2>, rhs: Tensor<2>, bias: Option<Tensor<1>>, spec: DenseSpec) -> Tensor<2> {
     let table = match spec.transpose_rhs {
         true => rhs,

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::op::{SampleSettings, SampleState, Sampled, sample};
 
@@ -146,19 +146,17 @@ impl Sampler {
         Ok(())
     }
 
-    /// One token for each row of `[batch, vocab_size]` logits, on the device as `[batch, 1]` and on
-    /// the host. The device is read once.
+    /// One token for each row of `[batch, vocab_size]` logits. The device is read once.
     ///
     /// # Errors
     /// [`Nf4Error::NonFinite`] for logits that are NaN or infinite, or all minus infinity; those of [`sample`].
-    pub fn next(&mut self, logits: Tensor<2>) -> Result<(Tensor<2, Int>, Vec<u32>), ModelError> {
+    pub fn next(&mut self, logits: Tensor<2>) -> Result<Vec<u32>, ModelError> {
         let [rows, _] = logits.dims();
         let Sampled { ids, numbers } = self.choosing.choose(logits.clone())?;
-        let both = Tensor::cat(vec![ids.clone(), numbers], 0).to_data();
+        let both = Tensor::cat(vec![ids, numbers], 0).to_data();
         let both: Vec<i64> = both.iter::<i64>().collect();
         let (chosen, numbers) = both.split_at(rows);
-        let chosen = self.accept(chosen, numbers, &logits)?;
-        Ok((ids.reshape([rows, 1]), chosen))
+        self.accept(chosen, numbers, &logits)
     }
 
     /// What a recorded step chooses by.

@@ -200,7 +200,7 @@ impl<'a> Steps<'a> {
             };
             self.started = true;
             self.stale = true;
-            sampler.next(logits)?.1
+            sampler.next(logits)?
         };
         for (text, &id) in self.texts.iter_mut().zip(&chosen) {
             text.push(id);
