@@ -5,6 +5,7 @@ pub mod attention;
 pub mod decode;
 pub mod embedding;
 pub mod fragments;
+pub mod gated;
 pub mod gemv;
 pub mod levels;
 pub mod lora;

@@ -174,8 +174,9 @@ pub fn store_gated<F: Float>(
     }
 }
 
+/// An activation of a value.
 #[cube]
-fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
+pub fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
     match comptime!(activation) {
         Activation::Silu => x / (1.0f32 + f32::exp(-x)),
         Activation::GeluTanh => {

@@ -5,6 +5,7 @@ mod attention;
 mod dense;
 mod dequantize;
 mod embedding;
+mod gated;
 mod levels;
 mod lora;
 mod matmul;
@@ -28,12 +29,13 @@ pub use dense::{
 };
 pub use dequantize::{DequantizePlan, Variant};
 pub use embedding::{EmbeddingPlan, EmbeddingProblem};
+pub use gated::{GatedProblem, gated, gated_backward};
 pub use levels::{JoinedPlan, JoinedWeight, MAX_JOINED};
 pub use lora::Lora;
 pub use matmul::{MatmulPlan, Operands};
 pub use product::Product;
 pub use quantize::quantize;
-pub use rms_norm::{Residual, RmsNormProblem, rms_norm};
+pub use rms_norm::{Residual, RmsNormProblem, rms_norm, rms_norm_backward};
 pub use rotary::{RotaryAppendBuffers, RotaryAppendProblem, RotaryProblem, rotary, rotary_append};
 pub use sample::{SampleBuffers, SampleProblem, sample};
 pub(crate) use strategy::Candidate;
@@ -154,13 +156,18 @@ fn cube_count(client: &Client, cubes: usize) -> CubeCount {
 
 /// Units of a cube for kernels that do not care: 256, or what the device allows.
 fn units_per_cube(client: &Client) -> u32 {
+    units_up_to(client, 256)
+}
+
+/// As [`units_per_cube`], with another limit of ours, a power of two.
+fn units_up_to(client: &Client, most: u32) -> u32 {
     let hardware = &client.properties().hardware;
     if !has_barriers(client) {
         return 1;
     }
     let limit = hardware.max_units_per_cube.min(hardware.max_cube_dim.0);
     // A power of two, so that tiles come out even.
-    256.min(1 << limit.max(1).ilog2())
+    most.min(1 << limit.max(1).ilog2())
 }
 
 /// The index type that reaches past the last element, overshoot of the last cube included.

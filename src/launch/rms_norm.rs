@@ -4,13 +4,16 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_up_to,
     vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::kernel::rms_norm::{RmsNormBlueprint, rms_norm_kernel};
+use crate::kernel::rms_norm::{RmsNormBlueprint, rms_norm_backward_kernel, rms_norm_kernel};
 use crate::norm_form::NormForm;
+
+/// Units of a cube: a row of 4,096 elements in vectors of eight is one vector a unit.
+const MOST_UNITS: u32 = 512;
 
 /// What to normalise.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,53 +64,26 @@ pub fn rms_norm(
     weight: Handle,
     out: Handle,
 ) -> Result<(), Nf4Error> {
-    let RmsNormProblem {
-        rows,
-        size,
-        eps,
-        form,
-        dtype,
-    } = problem;
-    let elems = rows * size;
-    if elems == 0 {
-        return Err(Nf4Error::ElementCount {
-            tensor: "x".into(),
-            shape: vec![rows, size],
-        });
-    }
-    check_dtype(client, dtype)?;
     let adds = residual.is_some();
     let Residual { added, sum } = residual.unwrap_or_else(|| Residual {
         added: x.clone(),
         sum: out.clone(),
     });
-    let whole = [rows, size];
-    for (name, handle, dims) in [
-        ("x", &x, whole),
-        ("added", &added, whole),
-        ("sum", &sum, whole),
-        ("weight", &weight, [1, size]),
-        ("normalised", &out, whole),
-    ] {
-        Buffer {
-            name,
-            handle,
-            dims,
-            elem_bytes: dtype.size_bytes(),
-        }
-        .check()?;
-    }
-    let vector = vector_size(client, dtype, 8, &[size]);
-    let vectors = size / vector;
-    let units = (units_per_cube(client) as usize).min(vectors.next_power_of_two());
-    let blueprint = RmsNormBlueprint {
-        vectors,
-        units,
-        rounds_first: form == NormForm::CastThenWeight,
-        one_plus: form == NormForm::OnePlusWeight,
-        adds,
-        barriers: has_barriers(client),
-    };
+    problem.check(
+        client,
+        [
+            ("x", &x),
+            ("added", &added),
+            ("sum", &sum),
+            ("normalised", &out),
+        ],
+        &weight,
+    )?;
+    let (vector, blueprint) = problem.blueprint(client, adds);
+    let RmsNormProblem {
+        rows, size, eps, ..
+    } = problem;
+    let elems = rows * size;
     // SAFETY: the buffers hold at least the elements that are declared here, and begin where vectors may
     // (checked above). A cube without a row does nothing, and a unit walks within its row. Without a residual
     // the kernel neither reads `added` nor writes `sum`.
@@ -115,7 +91,7 @@ pub fn rms_norm(
         rms_norm_kernel::launch_unchecked(
             client,
             cube_count(client, rows),
-            CubeDim::new_1d(units as u32),
+            CubeDim::new_1d(blueprint.units as u32),
             address_type(elems),
             vector,
             BufferArg::from_raw_parts(x, elems),
@@ -126,8 +102,113 @@ pub fn rms_norm(
             rows,
             eps,
             blueprint,
-            elem_type(dtype),
+            elem_type(problem.dtype),
         );
     }
     Ok(())
+}
+
+/// The gradient of what was normalised, and with `residual` that and a gradient that comes past the norm.
+///
+/// # Shapes
+/// - `x`: what was normalised; `grad`: the gradient of the result; `residual`, `out`: `[rows, size]` each,
+///   contiguous
+/// - `weight`: `[size]`
+///
+/// # Errors
+/// Those of [`rms_norm`].
+pub fn rms_norm_backward(
+    client: &Client,
+    problem: RmsNormProblem,
+    x: Handle,
+    grad: Handle,
+    residual: Option<Handle>,
+    weight: Handle,
+    out: Handle,
+) -> Result<(), Nf4Error> {
+    let adds = residual.is_some();
+    let residual = residual.unwrap_or_else(|| grad.clone());
+    problem.check(
+        client,
+        [
+            ("x", &x),
+            ("grad", &grad),
+            ("residual", &residual),
+            ("gradient of x", &out),
+        ],
+        &weight,
+    )?;
+    let (vector, blueprint) = problem.blueprint(client, adds);
+    let RmsNormProblem {
+        rows, size, eps, ..
+    } = problem;
+    let elems = rows * size;
+    // SAFETY: as in `rms_norm`; without `adds` the kernel does not read `residual`.
+    unsafe {
+        rms_norm_backward_kernel::launch_unchecked(
+            client,
+            cube_count(client, rows),
+            CubeDim::new_1d(blueprint.units as u32),
+            address_type(elems),
+            vector,
+            BufferArg::from_raw_parts(x, elems),
+            BufferArg::from_raw_parts(grad, elems),
+            BufferArg::from_raw_parts(weight, size),
+            BufferArg::from_raw_parts(residual, elems),
+            BufferArg::from_raw_parts(out, elems),
+            rows,
+            eps,
+            blueprint,
+            elem_type(problem.dtype),
+        );
+    }
+    Ok(())
+}
+
+impl RmsNormProblem {
+    /// Checks the type, that there are elements, and the buffers, of `[rows, size]` but for the weight's.
+    fn check(
+        &self,
+        client: &Client,
+        buffers: [(&'static str, &Handle); 4],
+        weight: &Handle,
+    ) -> Result<(), Nf4Error> {
+        let &Self {
+            rows, size, dtype, ..
+        } = self;
+        if rows * size == 0 {
+            return Err(Nf4Error::ElementCount {
+                tensor: "x".into(),
+                shape: vec![rows, size],
+            });
+        }
+        check_dtype(client, dtype)?;
+        let buffers = buffers.map(|(name, handle)| (name, handle, [rows, size]));
+        for (name, handle, dims) in buffers.into_iter().chain([("weight", weight, [1, size])]) {
+            Buffer {
+                name,
+                handle,
+                dims,
+                elem_bytes: dtype.size_bytes(),
+            }
+            .check()?;
+        }
+        Ok(())
+    }
+
+    /// The size of a vector, and what forks the kernel.
+    fn blueprint(&self, client: &Client, adds: bool) -> (usize, RmsNormBlueprint) {
+        let vector = vector_size(client, self.dtype, 8, &[self.size]);
+        let vectors = self.size / vector;
+        let units = units_up_to(client, MOST_UNITS) as usize;
+        let blueprint = RmsNormBlueprint {
+            vectors,
+            units: units.min(vectors.next_power_of_two()),
+            rounds_first: self.form == NormForm::CastThenWeight,
+            one_plus: self.form == NormForm::OnePlusWeight,
+            adds,
+            barriers: has_barriers(client),
+        };
+        (vector, blueprint)
+    }
 }

@@ -8,7 +8,7 @@ use super::lora::{LoraLinear, dense_linear};
 use super::{Nf4Linear, Nf4Reparameterization, QLoraLinear, QLoraLinearConfig};
 use crate::error::Nf4Error;
 use crate::format::{FloatType, QuantConfig, check_shape};
-use crate::op::MatmulStrategy;
+use crate::op::{MatmulStrategy, Seed};
 
 /// A linear layer in whatever form it is: of floats or in 4 bit, with or without a low-rank branch.
 ///
@@ -108,6 +108,31 @@ impl AnyLinear {
             Self::Nf4(layer) => layer.forward(x),
             Self::Lora(layer) => layer.forward(x),
             Self::QLora(layer) => layer.forward(x),
+        }
+    }
+
+    /// Where a backward pass begins that knows the gradient of the layer's result, which is not computed where
+    /// that can be, see [`Seed::of_lora_linear`].
+    ///
+    /// # Shapes
+    /// - `x`: `[..., d_input]`, `grad`: `[..., d_output]`, of one dtype
+    ///
+    /// # Panics
+    /// Where [`forward`](Self::forward) does, and if `grad` does not fit.
+    pub fn seed<const D: usize>(&self, x: Tensor<D>, grad: Tensor<D>) -> Seed {
+        let seed = match self {
+            Self::QLora(layer) if layer.enabled => match layer.plain_branch(&x) {
+                Some(branch) => {
+                    let (base, bias) = (&layer.base, layer.base.bias_of(&x));
+                    Seed::of_lora_linear(x, &base.weight, bias, branch, base.strategy, grad)
+                }
+                None => Seed::of(layer.forward(x), grad),
+            },
+            _ => Seed::of(self.forward(x), grad),
+        };
+        match seed {
+            Ok(seed) => seed,
+            Err(error) => panic!("AnyLinear::seed: {error}"),
         }
     }
 

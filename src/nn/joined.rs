@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 
 use super::AnyLinear;
 use crate::error::Nf4Error;
-use crate::op::{Activation, LinearPart, gated_linear, joined_linear};
+use crate::op::{Activation, LinearPart, gated, gated_linear, joined_linear};
 
 /// Applies layers to the same `x`, such as those to queries, keys and values. Of a single row the products
 /// with weights in 4 bit are one launch where the device has a kernel for it, see
@@ -63,7 +63,7 @@ pub fn gated_forward<const D: usize>(
 ) -> Tensor<D> {
     match (gate.as_part(&x), up.as_part(&x)) {
         (Some(gate), Some(up)) => expect(gated_linear(x, gate, up, activation)),
-        _ => activation.forward(gate.forward(x.clone())) * up.forward(x),
+        _ => expect(gated(gate.forward(x.clone()), up.forward(x), activation)),
     }
 }
 

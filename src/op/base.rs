@@ -201,6 +201,15 @@ impl MatmulSpec {
         })
     }
 
+    /// Whether it goes over the decoded weight whatever is measured.
+    pub(super) fn decodes(&self) -> bool {
+        match self.strategy {
+            MatmulStrategy::Auto | MatmulStrategy::Rule => self.m > Self::MAX_ROWS,
+            MatmulStrategy::Decode => true,
+            MatmulStrategy::Gemv | MatmulStrategy::TensorCore | MatmulStrategy::Levels => false,
+        }
+    }
+
     /// The same without the number of rows.
     pub fn linear(&self) -> LinearSpec {
         LinearSpec {
@@ -487,6 +496,36 @@ pub trait Nf4Backend: Backend {
         add_bias::<Self>(Self::dense_matmul(lhs, rhs, spec), bias)
     }
 
+    /// A zero, `[1]`. Under autodiff its backward pass gives `y` the gradient `grad`, whatever comes back.
+    ///
+    /// # Shapes
+    /// - `grad`: that of `y`
+    #[fusion(default)]
+    fn gradient_seed(y: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let _ = grad;
+        let (device, dtype) = (y.device(), y.dtype());
+        Self::float_zeros(Shape::from([1]), &device, dtype.into())
+    }
+
+    /// A zero, `[1]`. Under autodiff its backward pass gives the operands of
+    /// [`nf4_matmul_lora`](Self::nf4_matmul_lora) their gradients for a gradient `grad` of its result, which is
+    /// not computed; by cuBLASLt.
+    ///
+    /// # Shapes
+    /// - `grad`: `[m, n]`
+    #[fusion(default)]
+    fn nf4_lora_seed(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        let _ = (packed, a, b, spec);
+        Self::gradient_seed(x, grad)
+    }
+
     /// `C + s A B`, in the place of `C` if nobody else needs it, otherwise as
     /// [`dense_matmul`](Self::dense_matmul).
     ///
@@ -546,6 +585,53 @@ pub(super) fn decoded_matmul<B: Nf4Backend>(
             }
         }
     }
+}
+
+/// A product with a branch, `x Wᵀ + b + s (x A) B` by cuBLASLt in the dtype of `x`, and `s x A`.
+///
+/// The small product comes first, and the large one adds to it while it multiplies: the other way round the
+/// result would be read and written once more. Few rows go over the packed weight.
+pub(super) fn lora_product<B: Nf4Backend>(
+    x: FloatTensor<B>,
+    packed: IntTensor<B>,
+    [a, b]: [FloatTensor<B>; 2],
+    bias: Option<FloatTensor<B>>,
+    spec: LoraSpec,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let MatmulSpec { weight, m, .. } = spec.matmul;
+    let dtype = weight.dtype;
+    let down = B::dense_matmul(x.clone(), a, spec.down(dtype));
+    if !spec.matmul.decodes() {
+        let y = match bias {
+            None => B::nf4_matmul(x, packed, spec.matmul),
+            Some(bias) => B::nf4_matmul_bias(x, packed, bias, spec.matmul),
+        };
+        return (
+            B::dense_matmul_add(y, down.clone(), b, spec.up(dtype)),
+            down,
+        );
+    }
+    let branch = match bias {
+        None => B::dense_matmul(down.clone(), b, spec.up(dtype)),
+        Some(bias) => B::dense_matmul_bias(down.clone(), b, bias, spec.up(dtype)),
+    };
+    let decoded = B::nf4_dequantize(packed, weight);
+    let product = DenseSpec::of_matrices([m, weight.rows, weight.columns], true, dtype);
+    (B::dense_matmul_add(branch, x, decoded, product), down)
+}
+
+/// `C + dy W` by cuBLASLt, in the place of `C` if nobody else needs it.
+pub(super) fn linear_backward_add<B: Nf4Backend>(
+    addend: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    packed: IntTensor<B>,
+    spec: MatmulSpec,
+) -> FloatTensor<B> {
+    let weight = spec.weight;
+    let sizes = [spec.m, weight.columns, weight.rows];
+    let decoded = B::nf4_dequantize(packed, weight);
+    let product = DenseSpec::of_matrices(sizes, false, weight.dtype);
+    B::dense_matmul_add(addend, grad, decoded, product)
 }
 
 /// Adds a bias to the rows of `y`.

@@ -29,6 +29,7 @@ mod awake;
 mod backends;
 mod base;
 mod compiled;
+mod gated;
 mod graphs;
 mod joined;
 mod memory;
@@ -37,6 +38,7 @@ mod rms_norm;
 mod rotary;
 mod rotary_append;
 mod sample;
+mod seed;
 #[cfg(feature = "flex")]
 mod table;
 mod tensor;
@@ -52,15 +54,19 @@ pub use attention::{
 pub use awake::{Awake, keep_threads_awake};
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
+pub use gated::gated;
+#[cfg(feature = "cube")]
+#[doc(hidden)]
+pub use gated::{GatedBackend, GatedSpec};
 pub use graphs::has_graphs;
 #[cfg(feature = "cube")]
 #[doc(hidden)]
-pub use joined::{JoinedBackend, JoinedSpec};
+pub use joined::{JoinedBackend, JoinedLoraSpec, JoinedSpec};
 pub use joined::{LinearPart, gated_linear, joined_linear};
 pub use memory::{DeviceMemory, device_memory};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
-pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_beside};
 pub use rotary::rotary;
 #[doc(hidden)]
 pub use rotary::{RotaryBackend, RotarySpec};
@@ -71,6 +77,7 @@ pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
 #[doc(hidden)]
 pub use sample::{SampleBackend, SampleSpec};
 pub use sample::{SampleState, Sampled, sample};
+pub use seed::Seed;
 #[cfg(feature = "flex")]
 #[doc(hidden)]
 pub use table::TableBackend;

@@ -72,6 +72,56 @@ pub trait RmsNormBackend: Backend {
         let sum = Self::float_add(x, y);
         (sum.clone(), Self::rms_norm(sum, weight, spec))
     }
+
+    /// `x`, to go past the norm, and [`rms_norm`](Self::rms_norm) of it.
+    ///
+    /// # Shapes
+    /// - `x`: [`RmsNormSpec::shape`], and so the results
+    #[fusion(default)]
+    fn rms_norm_beside(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        spec: RmsNormSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        (x.clone(), Self::rms_norm(x, weight, spec))
+    }
+
+    /// The gradient of `x` in [`rms_norm`](Self::rms_norm).
+    ///
+    /// # Shapes
+    /// - `x`, `grad`: [`RmsNormSpec::shape`], and so the result
+    #[fusion(meta = |x: &TensorSpec, _weight: &TensorSpec, _grad: &TensorSpec, spec: &RmsNormSpec| {
+        TensorSpec::new(spec.shape(), x.dtype)
+    })]
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        spec: RmsNormSpec,
+    ) -> FloatTensor<Self> {
+        gradient_of_x::<Self>(x, weight, grad, spec)
+    }
+
+    /// That gradient and `residual`, the one that comes past the norm.
+    ///
+    /// # Shapes
+    /// - `residual`: [`RmsNormSpec::shape`]
+    #[fusion(meta = |
+        x: &TensorSpec,
+        _weight: &TensorSpec,
+        _grad: &TensorSpec,
+        _residual: &TensorSpec,
+        spec: &RmsNormSpec,
+    | { TensorSpec::new(spec.shape(), x.dtype) })]
+    fn rms_norm_backward_add(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        spec: RmsNormSpec,
+    ) -> FloatTensor<Self> {
+        Self::float_add(Self::rms_norm_backward(x, weight, grad, spec), residual)
+    }
 }
 
 /// What norms are made of, in f32.
@@ -102,28 +152,34 @@ fn factors<B: Backend>(weight: FloatTensor<B>, spec: RmsNormSpec) -> FloatTensor
     }
 }
 
-/// The gradients of `x` and, if it is asked for, of the weight. With `n` the normalised row, `w` the factors
-/// and `s` the scale: `dx = s (g w - n mean(g w n))`, `dw = Σ g n`.
-pub(super) fn gradients<B: Backend>(
+/// With `n` the normalised row, `w` the factors and `s` the scale: `s (g w - n mean(g w n))`.
+fn gradient_of_x<B: Backend>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     grad: FloatTensor<B>,
-    of_weight: bool,
     spec: RmsNormSpec,
-) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+) -> FloatTensor<B> {
     let dtype = x.dtype();
     let Normed { values, scale } = normed::<B>(x, spec.eps);
     let grad = B::float_cast(grad, DType::F32.into());
-    let d_weight = of_weight.then(|| {
-        let sum = B::float_sum_dim(B::float_mul(grad.clone(), values.clone()), 0);
-        let sum = B::float_reshape(sum, Shape::from([spec.size]));
-        B::float_cast(sum, dtype.into())
-    });
     let weighted = B::float_mul(grad, factors::<B>(weight, spec));
     let along = B::float_mean_dim(B::float_mul(weighted.clone(), values.clone()), 1);
     let across = B::float_sub(weighted, B::float_mul(values, along));
-    let dx = B::float_cast(B::float_mul(across, scale), dtype.into());
-    (dx, d_weight)
+    B::float_cast(B::float_mul(across, scale), dtype.into())
+}
+
+/// The sum of `g n` over the rows.
+pub(super) fn gradient_of_weight<B: Backend>(
+    x: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    spec: RmsNormSpec,
+) -> FloatTensor<B> {
+    let dtype = x.dtype();
+    let Normed { values, .. } = normed::<B>(x, spec.eps);
+    let grad = B::float_cast(grad, DType::F32.into());
+    let sum = B::float_sum_dim(B::float_mul(grad, values), 0);
+    let sum = B::float_reshape(sum, Shape::from([spec.size]));
+    B::float_cast(sum, dtype.into())
 }
 
 /// `x / rms(x) * weight` over the last axis, in f32 inside whatever the type: `rms(x)` is the root of the mean
@@ -189,6 +245,32 @@ pub fn add_rms_norm<const D: usize>(
         <Dispatch as RmsNormBackend>::add_rms_norm(x, y, weight.into_dispatch(), spec);
     let back = |tensor| Tensor::<2>::from_dispatch(tensor).reshape(shape.clone());
     Ok((back(sum), back(normed)))
+}
+
+/// `x`, to go past the norm, and [`rms_norm`] of it. The gradients that come back by both ways are added in one
+/// operation, which two uses of `x` would not have.
+///
+/// # Shapes
+/// - `x`: `[.., size]`, and so the results; `weight`: `[size]`
+///
+/// # Errors
+/// Those of [`rms_norm`].
+pub fn rms_norm_beside<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    eps: f64,
+    form: NormForm,
+) -> Result<(Tensor<D>, Tensor<D>), Nf4Error> {
+    let shape = x.shape();
+    let spec = check(&x, &weight, eps, form)?;
+    if shape.num_elements() == 0 {
+        return Ok((x.clone(), x));
+    }
+    let x = x.reshape([spec.rows, spec.size]).into_dispatch();
+    let (x, normed) =
+        <Dispatch as RmsNormBackend>::rms_norm_beside(x, weight.into_dispatch(), spec);
+    let back = |tensor| Tensor::<2>::from_dispatch(tensor).reshape(shape.clone());
+    Ok((back(x), back(normed)))
 }
 
 fn check<const D: usize>(

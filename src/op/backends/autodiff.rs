@@ -15,9 +15,10 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use burn::tensor::Shape;
 
+use super::lora::{LoraBackward, lora, lora_seed};
 use crate::op::base::{
     DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy,
-    Nf4Backend, QuantizeSpec, WeightLoraSpec, add_lora, cast,
+    Nf4Backend, QuantizeSpec, WeightLoraSpec, add_lora,
 };
 
 impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
@@ -102,7 +103,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .prepare::<C>([x.node(), a.node(), b.node()])
             .compute_bound()
             .stateful();
-        lora(kind, x, packed, [a, b], None, spec)
+        lora(kind, x, packed, [a, b], None, spec, None)
     }
 
     fn nf4_matmul_bias_lora(
@@ -121,7 +122,29 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .prepare::<C>([x.node(), a.node(), b.node(), bias.node()])
             .compute_bound()
             .stateful();
-        lora(kind, x, packed, [a, b], Some(bias.into_primitive()), spec)
+        let bias = Some(bias.into_primitive());
+        lora(kind, x, packed, [a, b], bias, spec, None)
+    }
+
+    fn gradient_seed(y: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let kind = SeedBackward.prepare::<C>([y.node()]);
+        let (y, grad) = (y.into_primitive(), grad.into_primitive());
+        let zero = B::gradient_seed(y, grad.clone());
+        match kind.compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(grad, zero),
+            OpsKind::UnTracked(prep) => prep.finish(zero),
+        }
+    }
+
+    fn nf4_lora_seed(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        spec: LoraSpec,
+    ) -> FloatTensor<Self> {
+        lora_seed::<B, C>(x, packed, [a, b], grad.into_primitive(), spec)
     }
 
     fn dense_matmul(
@@ -241,41 +264,24 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
     }
 }
 
+/// Backward of a seed: the gradient that it was made with.
+#[derive(Debug)]
+struct SeedBackward;
+
+impl<B: Nf4Backend> Backward<B, 1> for SeedBackward {
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        grads.consume::<B>(&ops.node);
+        for parent in ops.parents.into_iter().flatten() {
+            grads.register::<B>(parent.id, ops.state.clone());
+        }
+    }
+}
+
 /// Whether a device keeps whatever the backward pass needs.
 fn keeps_all<C: CheckpointStrategy>() -> bool {
     TypeId::of::<C>() == TypeId::of::<NoCheckpointing>()
-}
-
-/// A product with a low-rank branch, and with a bias where that is the last of the parents.
-fn lora<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
-    kind: OpsKind<LoraBackward, B, LoraState<B>, C, N>,
-    x: FloatTensor<Autodiff<B, C>>,
-    packed: IntTensor<B>,
-    factors: [FloatTensor<Autodiff<B, C>>; 2],
-    bias: Option<FloatTensor<B>>,
-    spec: LoraSpec,
-) -> FloatTensor<Autodiff<B, C>> {
-    match kind {
-        OpsKind::Tracked(mut prep) => {
-            let x_id = prep.checkpoint(&x);
-            let x = x.into_primitive();
-            let y = match bias {
-                None => B::nf4_matmul(x.clone(), packed.clone(), spec.matmul),
-                Some(bias) => B::nf4_matmul_bias(x.clone(), packed.clone(), bias, spec.matmul),
-            };
-            let factors = factors.map(|factor| factor.into_primitive());
-            let (y, kept) = Kept::add_branch::<B>(y, x, factors, spec);
-            prep.finish((x_id, packed, kept), y)
-        }
-        OpsKind::UnTracked(prep) => {
-            let x = x.into_primitive();
-            let [a, b] = factors.map(|factor| factor.into_primitive());
-            prep.finish(match bias {
-                None => B::nf4_matmul_lora(x, packed, a, b, spec),
-                Some(bias) => B::nf4_matmul_bias_lora(x, packed, bias, a, b, spec),
-            })
-        }
-    }
 }
 
 /// A product of dense matrices, with a bias where that is the last of the parents.
@@ -306,7 +312,7 @@ fn dense<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
 
 /// Registers the gradient of a bias, the sum of the rows of `grad`, if there is a parent behind the first
 /// `M`; returns these.
-fn register_bias<B: Nf4Backend, const M: usize, const N: usize>(
+pub(super) fn register_bias<B: Nf4Backend, const M: usize, const N: usize>(
     parents: [Option<NodeId>; N],
     grad: &FloatTensor<B>,
     grads: &mut Gradients,
@@ -422,96 +428,6 @@ impl<B: Nf4Backend> RetroForward for RecomputeWeightLora<B> {
         let (anchor, packed) = (self.anchor.clone(), self.packed.clone());
         let [a, b] = self.factors.clone();
         states.save(out, B::nf4_weight_lora(anchor, packed, a, b, self.spec));
-    }
-}
-
-/// Backward of a product with a low-rank branch. With `g = dy` and `h = s g Bᵀ`:
-/// `dx = g W + h Aᵀ`, `dA = xᵀ h`, `dB = (s x A)ᵀ g`, and `db` the sum of the rows of `g`.
-#[derive(Debug)]
-struct LoraBackward;
-
-/// What the backward pass of a low-rank branch needs beside `x` and the weight.
-#[derive(Debug, Clone)]
-struct Kept<F> {
-    /// `A`, in the dtype of `x`.
-    a: F,
-    /// `B`, in the dtype of `x`.
-    b: F,
-    /// `s x A`.
-    down: F,
-    spec: LoraSpec,
-}
-
-impl<F> Kept<F> {
-    /// `y + s (x A) B`, in the dtype of `x`, and what is kept.
-    fn add_branch<B>(y: F, x: F, [a, b]: [F; 2], spec: LoraSpec) -> (F, Self)
-    where
-        B: Nf4Backend<FloatTensorPrimitive = F>,
-        F: TensorMetadata,
-    {
-        let dtype = spec.matmul.weight.dtype;
-        let [a, b] = [a, b].map(|matrix| cast::<B>(matrix, dtype));
-        let down = B::dense_matmul(x, a.clone(), spec.down(dtype));
-        let y = B::dense_matmul_add(y, down.clone(), b.clone(), spec.up(dtype));
-        (y, Self { a, b, down, spec })
-    }
-}
-
-type LoraState<B> = (NodeId, IntTensor<B>, Kept<FloatTensor<B>>);
-
-impl LoraBackward {
-    fn register<B: Nf4Backend>(
-        (x, packed, kept): LoraState<B>,
-        grad: FloatTensor<B>,
-        [of_x, of_a, of_b]: [Option<NodeId>; 3],
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let Kept { a, b, down, spec } = kept;
-        let MatmulSpec { m, weight, .. } = spec.matmul;
-        let (n, k, rank, dtype) = (weight.rows, weight.columns, spec.rank, weight.dtype);
-        let transposed_lhs = |sizes| DenseSpec {
-            transpose_lhs: true,
-            ..DenseSpec::of_matrices(sizes, false, dtype)
-        };
-        if let Some(node) = of_b {
-            let db = B::dense_matmul(down, grad.clone(), transposed_lhs([rank, n, m]));
-            grads.register::<B>(node, cast::<B>(db, spec.dtype));
-        }
-        if of_x.is_none() && of_a.is_none() {
-            return;
-        }
-        let of_h = DenseSpec {
-            scale: spec.scale as f32,
-            ..DenseSpec::of_matrices([m, rank, n], true, dtype)
-        };
-        let h = B::dense_matmul(grad.clone(), b, of_h);
-        if let Some(node) = of_a {
-            let x = checkpointer.retrieve_node_output(x);
-            let da = B::dense_matmul(x, h.clone(), transposed_lhs([k, rank, m]));
-            grads.register::<B>(node, cast::<B>(da, spec.dtype));
-        }
-        if let Some(node) = of_x {
-            let dx = B::nf4_linear_backward(grad, packed, spec.matmul.linear());
-            let of_branch = DenseSpec::of_matrices([m, k, rank], true, dtype);
-            grads.register::<B>(node, B::dense_matmul_add(dx, h, a, of_branch));
-        }
-    }
-}
-
-impl<B: Nf4Backend, const N: usize> Backward<B, N> for LoraBackward {
-    type State = LoraState<B>;
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, N>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let grad = grads.consume::<B>(&ops.node);
-        let parents = ops.parents.map(|parent| parent.map(|parent| parent.id));
-        let parents = register_bias::<B, 3, N>(parents, &grad, grads);
-        Self::register::<B>(ops.state, grad, parents, grads, checkpointer);
     }
 }
 

@@ -1,5 +1,8 @@
 //! Joined products on CubeCL runtimes.
 
+use burn::backend::Autodiff;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::ops::Backward;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
@@ -7,9 +10,11 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
+use super::lora::{LoraBackward, fork, lora};
 use crate::launch::{JoinedPlan, JoinedWeight as Operands, Lora};
 use crate::op::joined::{
-    JoinedBackend, JoinedPart, JoinedResults, JoinedSpec, JoinedWeight, JoinedWeights,
+    JoinedBackend, JoinedLoraSpec, JoinedPart, JoinedResults, JoinedSpec, JoinedWeight,
+    JoinedWeights,
 };
 
 /// Whether a device computes it in one launch.
@@ -25,6 +30,44 @@ fn plan(client: &Client, spec: &JoinedSpec) -> Result<JoinedPlan, crate::Nf4Erro
     JoinedPlan::new(client, &spec.weights(), spec.k, spec.dtype, spec.gate)
 }
 
+impl<B: JoinedBackend, C: CheckpointStrategy> JoinedBackend for Autodiff<B, C> {
+    fn nf4_joined(
+        _x: FloatTensor<Self>,
+        _weights: JoinedWeights<Self>,
+        _spec: JoinedSpec,
+    ) -> JoinedResults<Self> {
+        unreachable!("a single row is not joined with autodiff")
+    }
+
+    fn nf4_joined_lora(
+        x: FloatTensor<Self>,
+        weights: JoinedWeights<Self>,
+        spec: JoinedLoraSpec,
+    ) -> JoinedResults<Self> {
+        let (x, shared) = fork::<B, C>(x);
+        let weights = weights.into_vec().into_iter().zip(spec.parts);
+        JoinedResults::of(weights.map(|(weight, spec)| {
+            let (x, shared) = (x.clone(), Some(shared.clone()));
+            match weight {
+                JoinedWeight::Lora { packed, a, b } => {
+                    let kind = LoraBackward.prepare::<C>([x.node(), a.node(), b.node()]);
+                    let kind = kind.compute_bound().stateful();
+                    lora(kind, x, packed, [a, b], None, spec, shared)
+                }
+                JoinedWeight::BiasLora { packed, bias, a, b } => {
+                    let nodes = [x.node(), a.node(), b.node(), bias.node()];
+                    let kind = LoraBackward.prepare::<C>(nodes).compute_bound().stateful();
+                    let bias = Some(bias.into_primitive());
+                    lora(kind, x, packed, [a, b], bias, spec, shared)
+                }
+                JoinedWeight::Plain { .. } | JoinedWeight::Bias { .. } => {
+                    unreachable!("arguments were validated")
+                }
+            }
+        }))
+    }
+}
+
 impl JoinedBackend for CubeBackend {
     fn nf4_joined(
         x: FloatTensor<Self>,
@@ -33,11 +76,7 @@ impl JoinedBackend for CubeBackend {
     ) -> JoinedResults<Self> {
         let x = into_contiguous(x);
         let plan = plan(&x.client, &spec).expect("arguments were validated");
-        let weights = match weights {
-            JoinedWeights::Two(first, second) => vec![first, second],
-            JoinedWeights::Three(first, second, third) => vec![first, second, third],
-        };
-        let weights = weights.into_iter().zip(&spec.parts);
+        let weights = weights.into_vec().into_iter().zip(&spec.parts);
         let weights: Vec<Operands> = weights
             .map(|(weight, part)| operands(weight, part))
             .collect();

@@ -7,7 +7,10 @@ pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
 #[cfg(feature = "cube")]
+mod gated;
+#[cfg(feature = "cube")]
 pub(super) mod joined;
+mod lora;
 mod rms_norm;
 mod rotary;
 mod sample;

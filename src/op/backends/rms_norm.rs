@@ -1,58 +1,166 @@
 //! Norms on each backend.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use burn::backend::Autodiff;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
-use crate::op::rms_norm::{RmsNormBackend, RmsNormSpec, gradients};
+use crate::op::rms_norm::{RmsNormBackend, RmsNormSpec, gradient_of_weight};
 
+// What is normalised and goes past the norm too is three nodes: one that it comes from, and one for each
+// way on. Those put their gradients down, and the first adds both in one operation; registered by
+// themselves, Burn would add them in an operation of its own.
 impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C> {
     fn rms_norm(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         spec: RmsNormSpec,
     ) -> FloatTensor<Self> {
-        let prep = RmsNormBackward.prepare::<C>([x.node(), weight.node()]);
-        match prep.compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let ids = [prep.checkpoint(&x), prep.checkpoint(&weight)];
-                let [x, weight] = [x, weight].map(|tensor| tensor.into_primitive());
-                prep.finish((ids, spec), B::rms_norm(x, weight, spec))
-            }
-            OpsKind::UnTracked(prep) => {
-                let [x, weight] = [x, weight].map(|tensor| tensor.into_primitive());
-                prep.finish(B::rms_norm(x, weight, spec))
-            }
+        Self::rms_norm_beside(x, weight, spec).1
+    }
+
+    fn rms_norm_beside(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        spec: RmsNormSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (kind, x) = (Origin.prepare::<C>([x.node()]), x.into_primitive());
+        let values = B::rms_norm(x.clone(), weight.primitive().clone(), spec);
+        ways(kind.compute_bound().stateful(), x, values, weight, spec)
+    }
+
+    fn add_rms_norm(
+        x: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        spec: RmsNormSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kind = Origin.prepare::<C>([x.node(), y.node()]);
+        let [x, y] = [x, y].map(|tensor| tensor.into_primitive());
+        let (sum, values) = B::add_rms_norm(x, y, weight.primitive().clone(), spec);
+        ways(kind.compute_bound().stateful(), sum, values, weight, spec)
+    }
+}
+
+/// The gradients of both ways.
+#[derive(Debug)]
+struct Returned<F> {
+    past: Option<F>,
+    normed: Option<F>,
+}
+
+type Shared<F> = Arc<Mutex<Returned<F>>>;
+
+/// The nodes of what was normalised, with what they hold.
+fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
+    kind: OpsKind<Origin, B, OriginState<B>, C, N>,
+    x: FloatTensor<B>,
+    normed: FloatTensor<B>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    spec: RmsNormSpec,
+) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+    let returned = Arc::new(Mutex::new(Returned {
+        past: None,
+        normed: None,
+    }));
+    let origin = match kind {
+        OpsKind::Tracked(prep) => {
+            let state = (
+                returned.clone(),
+                x.clone(),
+                weight.primitive().clone(),
+                spec,
+            );
+            prep.finish(state, x.clone())
+        }
+        OpsKind::UnTracked(prep) => prep.finish(x.clone()),
+    };
+    let past = match Past
+        .prepare::<C>([origin.node()])
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(prep) => prep.finish(returned.clone(), x.clone()),
+        OpsKind::UnTracked(prep) => prep.finish(x.clone()),
+    };
+    let kind = Norm.prepare::<C>([origin.node(), weight.node()]);
+    let normed = match kind.compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish((returned, x, spec), normed),
+        OpsKind::UnTracked(prep) => prep.finish(normed),
+    };
+    (past, normed)
+}
+
+fn put_down<F>(returned: &Shared<F>, put: impl FnOnce(&mut Returned<F>)) {
+    put(&mut returned.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// What is normalised: its gradient is that of all its parents.
+#[derive(Debug)]
+struct Origin;
+
+type OriginState<B> = (
+    Shared<FloatTensor<B>>,
+    FloatTensor<B>,
+    FloatTensor<B>,
+    RmsNormSpec,
+);
+
+impl<B: RmsNormBackend, const N: usize> Backward<B, N> for Origin {
+    type State = OriginState<B>;
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (returned, x, weight, spec) = ops.state;
+        let (mut past, mut normed) = (None, None);
+        put_down(&returned, |returned| {
+            (past, normed) = (returned.past.take(), returned.normed.take());
+        });
+        let gradient = match (past, normed) {
+            (None, None) => return,
+            (Some(past), None) => past,
+            (None, Some(grad)) => B::rms_norm_backward(x, weight, grad, spec),
+            (Some(past), Some(grad)) => B::rms_norm_backward_add(x, weight, grad, past, spec),
+        };
+        for parent in ops.parents.into_iter().flatten() {
+            grads.register::<B>(parent.id, gradient.clone());
         }
     }
 }
 
+/// The way past the norm.
 #[derive(Debug)]
-struct RmsNormBackward;
+struct Past;
 
-impl<B: RmsNormBackend> Backward<B, 2> for RmsNormBackward {
-    type State = ([NodeId; 2], RmsNormSpec);
+impl<B: RmsNormBackend> Backward<B, 1> for Past {
+    type State = Shared<FloatTensor<B>>;
 
-    fn backward(
-        self,
-        ops: Ops<Self::State, 2>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let (ids, spec) = ops.state;
-        let [x, weight] = ids.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        put_down(&ops.state, |returned| returned.past = Some(gradient));
+    }
+}
+
+/// The norm.
+#[derive(Debug)]
+struct Norm;
+
+impl<B: RmsNormBackend> Backward<B, 2> for Norm {
+    type State = (Shared<FloatTensor<B>>, FloatTensor<B>, RmsNormSpec);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (returned, x, spec) = ops.state;
         let grad = grads.consume::<B>(&ops.node);
-        let [of_x, of_weight] = ops.parents;
-        let (dx, d_weight) = gradients::<B>(x, weight, grad, of_weight.is_some(), spec);
-        if let Some(parent) = of_x {
-            grads.register::<B>(parent.id, dx);
+        let [origin, of_weight] = ops.parents;
+        if let Some(parent) = of_weight {
+            let gradient = gradient_of_weight::<B>(x, grad.clone(), spec);
+            grads.register::<B>(parent.id, gradient);
         }
-        if let (Some(parent), Some(d_weight)) = (of_weight, d_weight) {
-            grads.register::<B>(parent.id, d_weight);
+        if origin.is_some() {
+            put_down(&returned, |returned| returned.normed = Some(grad));
         }
     }
 }
@@ -119,6 +227,64 @@ mod cube {
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
             launched(x, Some(y), weight, spec)
         }
+
+        fn rms_norm_backward(
+            x: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            spec: RmsNormSpec,
+        ) -> FloatTensor<Self> {
+            backward(x, weight, grad, None, spec)
+        }
+
+        fn rms_norm_backward_add(
+            x: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            residual: FloatTensor<Self>,
+            spec: RmsNormSpec,
+        ) -> FloatTensor<Self> {
+            backward(x, weight, grad, Some(residual), spec)
+        }
+    }
+
+    fn problem_of(spec: RmsNormSpec) -> RmsNormProblem {
+        RmsNormProblem {
+            rows: spec.rows,
+            size: spec.size,
+            eps: spec.eps as f32,
+            form: spec.form,
+            dtype: spec.dtype,
+        }
+    }
+
+    fn empty_like(x: &CubeTensor, spec: RmsNormSpec) -> CubeTensor {
+        let handle = x.client.empty(problem_of(spec).out_bytes());
+        let (client, device) = (x.client.clone(), x.device.clone());
+        CubeTensor::new_contiguous(client, device, spec.shape(), handle, spec.dtype.into())
+    }
+
+    fn backward(
+        x: CubeTensor,
+        weight: CubeTensor,
+        grad: CubeTensor,
+        residual: Option<CubeTensor>,
+        spec: RmsNormSpec,
+    ) -> CubeTensor {
+        let [x, weight, grad] = [x, weight, grad].map(into_contiguous);
+        let residual = residual.map(into_contiguous);
+        let out = empty_like(&x, spec);
+        launch::rms_norm_backward(
+            &x.client,
+            problem_of(spec),
+            x.handle.clone(),
+            grad.handle,
+            residual.map(|residual| residual.handle),
+            weight.handle,
+            out.handle.clone(),
+        )
+        .expect("arguments were validated");
+        out
     }
 
     /// The sum, or `x` without one, and the norm.
@@ -129,23 +295,12 @@ mod cube {
         spec: RmsNormSpec,
     ) -> (CubeTensor, CubeTensor) {
         let [x, weight] = [x, weight].map(into_contiguous);
-        let problem = RmsNormProblem {
-            rows: spec.rows,
-            size: spec.size,
-            eps: spec.eps as f32,
-            form: spec.form,
-            dtype: spec.dtype,
-        };
-        let empty = || {
-            let handle = x.client.empty(problem.out_bytes());
-            let (client, device) = (x.client.clone(), x.device.clone());
-            CubeTensor::new_contiguous(client, device, spec.shape(), handle, spec.dtype.into())
-        };
-        let out = empty();
+        let problem = problem_of(spec);
+        let out = empty_like(&x, spec);
         let (sum, residual) = match y.map(into_contiguous) {
             None => (x.clone(), None),
             Some(y) => {
-                let sum = empty();
+                let sum = empty_like(&x, spec);
                 let residual = Residual {
                     added: y.handle,
                     sum: sum.handle.clone(),

@@ -13,6 +13,7 @@ use burn::tensor::Shape;
 
 use crate::activation::Activation;
 use crate::format::{FloatType, PackedLayout};
+use crate::op::base::{LoraSpec, Nf4Backend};
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -132,12 +133,20 @@ pub enum JoinedResults<B: Backend> {
     Three(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
 }
 
+/// Products of one `x` with several weights, each with a low-rank branch, by cuBLASLt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JoinedLoraSpec {
+    /// Those of each weight, for as many rows.
+    pub parts: Vec<LoraSpec>,
+}
+
 /// Joined products of a backend. The functions in front of it call it only where a CubeCL device has the kernel.
 #[backend_extension(
+    Autodiff,
     Cube,
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait JoinedBackend: Backend {
+pub trait JoinedBackend: Nf4Backend {
     /// `x Wᵀ + b + s (x A) B` of each weight.
     ///
     /// # Shapes
@@ -159,4 +168,56 @@ pub trait JoinedBackend: Backend {
         #[extension_type] weights: JoinedWeights<Self>,
         spec: JoinedSpec,
     ) -> JoinedResults<Self>;
+
+    /// `x Wᵀ + b + s (x A) B` of each weight. Under autodiff the gradients of `x` are added to each other by
+    /// the products that make them.
+    ///
+    /// # Shapes
+    /// - `x`: `[m, k]`
+    /// - `weights`: with a branch each
+    /// - returns `[m, n]` of each
+    #[fusion(default)]
+    fn nf4_joined_lora(
+        x: FloatTensor<Self>,
+        #[extension_type] weights: JoinedWeights<Self>,
+        spec: JoinedLoraSpec,
+    ) -> JoinedResults<Self> {
+        let weights = weights.into_vec().into_iter().zip(spec.parts);
+        let results = weights.map(|(weight, spec)| {
+            let x = x.clone();
+            match weight {
+                JoinedWeight::Lora { packed, a, b } => Self::nf4_matmul_lora(x, packed, a, b, spec),
+                JoinedWeight::BiasLora { packed, bias, a, b } => {
+                    Self::nf4_matmul_bias_lora(x, packed, bias, a, b, spec)
+                }
+                JoinedWeight::Plain { .. } | JoinedWeight::Bias { .. } => {
+                    unreachable!("arguments were validated")
+                }
+            }
+        });
+        JoinedResults::of(results)
+    }
+}
+
+impl<B: Backend> JoinedWeights<B> {
+    /// One after the other.
+    pub(in crate::op) fn into_vec(self) -> Vec<JoinedWeight<B>> {
+        match self {
+            Self::Two(first, second) => vec![first, second],
+            Self::Three(first, second, third) => vec![first, second, third],
+        }
+    }
+}
+
+impl<B: Backend> JoinedResults<B> {
+    /// Those of two or three weights.
+    pub(in crate::op) fn of(results: impl Iterator<Item = FloatTensor<B>>) -> Self {
+        let mut results = results;
+        let mut next = || results.next();
+        match (next(), next(), next()) {
+            (Some(first), Some(second), None) => Self::Two(first, second),
+            (Some(first), Some(second), Some(third)) => Self::Three(first, second, third),
+            _ => unreachable!("two or three weights have a specification"),
+        }
+    }
 }

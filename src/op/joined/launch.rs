@@ -5,7 +5,8 @@ use burn::tensor::Tensor;
 
 use super::LinearPart;
 use super::base::{
-    JoinedBackend, JoinedBranch, JoinedPart, JoinedResults, JoinedSpec, JoinedWeight, JoinedWeights,
+    JoinedBackend, JoinedBranch, JoinedLoraSpec, JoinedPart, JoinedResults, JoinedSpec,
+    JoinedWeight, JoinedWeights,
 };
 use crate::activation::Activation;
 use crate::error::Nf4Error;
@@ -25,14 +26,45 @@ pub(super) fn launched<const D: usize>(
         .into_iter()
         .map(|part| part.into_dispatch(&x))
         .collect::<Result<Vec<_>, _>>()?;
+    let weights = joined_weights(weights);
+    let x = x.reshape([1, spec.k]).into_dispatch();
+    let results = <Dispatch as JoinedBackend>::nf4_joined(x, weights, spec);
+    Ok(results_of(results, shape))
+}
+
+/// The results of each weight, with gradients.
+pub(super) fn trained<const D: usize>(
+    x: Tensor<D>,
+    parts: Vec<LinearPart>,
+    spec: JoinedLoraSpec,
+) -> Result<Vec<Tensor<D>>, Nf4Error> {
+    let shape = x.dims();
+    let weights = parts
+        .into_iter()
+        .map(|part| part.into_dispatch(&x))
+        .collect::<Result<Vec<_>, _>>()?;
+    let k = shape[D - 1];
+    let rows = x.shape().num_elements() / k;
+    let x = x.reshape([rows, k]).into_dispatch();
+    let results = <Dispatch as JoinedBackend>::nf4_joined_lora(x, joined_weights(weights), spec);
+    Ok(results_of(results, shape))
+}
+
+fn joined_weights(weights: Vec<JoinedWeight<Dispatch>>) -> JoinedWeights<Dispatch> {
     let mut weights = weights.into_iter();
-    let weights = match (weights.next(), weights.next(), weights.next()) {
+    match (weights.next(), weights.next(), weights.next()) {
         (Some(first), Some(second), None) => JoinedWeights::Two(first, second),
         (Some(first), Some(second), Some(third)) => JoinedWeights::Three(first, second, third),
         _ => unreachable!("two or three weights have a specification"),
-    };
-    let x = x.reshape([1, spec.k]).into_dispatch();
-    let results = match <Dispatch as JoinedBackend>::nf4_joined(x, weights, spec) {
+    }
+}
+
+/// Results in the shape of the input but for the last dimension.
+fn results_of<const D: usize>(
+    results: JoinedResults<Dispatch>,
+    shape: [usize; D],
+) -> Vec<Tensor<D>> {
+    let results = match results {
         JoinedResults::Gated(y) => vec![y],
         JoinedResults::Two(first, second) => vec![first, second],
         JoinedResults::Three(first, second, third) => vec![first, second, third],
@@ -43,7 +75,26 @@ pub(super) fn launched<const D: usize>(
         shape[D - 1] = y.dims()[1];
         y.reshape(shape)
     };
-    Ok(results.into_iter().map(back).collect())
+    results.into_iter().map(back).collect()
+}
+
+/// The products with gradients by cuBLASLt, if all are.
+///
+/// # Errors
+/// Those of [`lora_linear`](crate::op::lora_linear).
+pub(super) fn trained_spec<const D: usize>(
+    x: &Tensor<D>,
+    parts: &[LinearPart],
+) -> Result<Option<JoinedLoraSpec>, Nf4Error> {
+    if !(2..=3).contains(&parts.len()) {
+        return Ok(None);
+    }
+    let specs = parts.iter().map(|part| match &part.branch {
+        None => Ok(None),
+        Some(branch) => branch.trained_spec(x, part.weight, part.bias.as_ref(), part.strategy),
+    });
+    let parts: Result<Option<Vec<_>>, _> = specs.collect();
+    Ok(parts?.map(|parts| JoinedLoraSpec { parts }))
 }
 
 impl LinearPart<'_> {

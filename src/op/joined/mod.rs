@@ -5,15 +5,15 @@ mod base;
 #[cfg(feature = "cube")]
 mod launch;
 
-use burn::tensor::activation::{gelu_approximate, silu};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 
 #[cfg(feature = "cube")]
-pub use base::{JoinedBackend, JoinedSpec};
+pub use base::{JoinedBackend, JoinedLoraSpec, JoinedSpec};
 #[cfg(feature = "cube")]
 pub(super) use base::{JoinedPart, JoinedResults, JoinedWeight, JoinedWeights};
 
 use super::base::MatmulStrategy;
+use super::gated::gated;
 use super::tensor::{LowRank, Nf4Weight, linear_at};
 use crate::activation::Activation;
 use crate::error::Nf4Error;
@@ -97,24 +97,9 @@ pub fn gated_linear<const D: usize>(
     match joined(x, vec![gate, up], Some(activation))? {
         Joined::Results(mut results) => Ok(results.remove(0)),
         Joined::Apart(x, parts) => {
-            let mut parts = parts.into_iter();
-            let mut next = |x| parts.next().expect("there are two").forward(x);
-            let gate = next(x.clone())?;
-            Ok(activation.forward(gate) * next(x)?)
-        }
-    }
-}
-
-impl Activation {
-    /// The activation of each element, in the dtype of `x`.
-    pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::Silu => silu(x),
-            Self::GeluTanh => {
-                // PyTorch computes it in f32 and rounds once.
-                let dtype = x.dtype();
-                gelu_approximate(x.cast(DType::F32)).cast(dtype)
-            }
+            let parts: [LinearPart; 2] = parts.try_into().expect("there are two");
+            let [gate, up] = joined_linear(x, parts)?;
+            gated(gate, up, activation)
         }
     }
 }
@@ -141,6 +126,10 @@ fn joined<const D: usize>(
     #[cfg(feature = "cube")]
     if let Some(spec) = launch::spec_of(&x, &parts, gate)? {
         return launch::launched(x, parts, spec).map(Joined::Results);
+    }
+    #[cfg(feature = "cube")]
+    if let (None, Some(spec)) = (gate, launch::trained_spec(&x, &parts)?) {
+        return launch::trained(x, parts, spec).map(Joined::Results);
     }
     let _ = gate;
     Ok(Joined::Apart(x, parts))

@@ -105,6 +105,44 @@ impl LowRank {
         Ok(matmul(down, self.b, None, options)? * self.scale)
     }
 
+    /// The product with this branch for training, in the dtype of `x` by cuBLASLt; `None` if it is another way.
+    ///
+    /// # Errors
+    /// Those of [`lora_linear`].
+    #[cfg(feature = "cube")]
+    pub(in crate::op) fn trained_spec<const D: usize>(
+        &self,
+        x: &Tensor<D>,
+        weight: &Nf4Weight,
+        bias: Option<&Tensor<1>>,
+        strategy: MatmulStrategy,
+    ) -> Result<Option<LoraSpec>, Nf4Error> {
+        let dims = weight.matrix_dims()?;
+        let (dtype, _) = checked_operands(x, weight, dims, bias, Some(self))?;
+        let device = x.device();
+        let [rows, columns] = dims;
+        let m = x.shape().num_elements() / columns;
+        let alike = x.dtype() == DType::from(dtype)
+            && bias.is_none_or(|bias| bias.dtype() == x.dtype())
+            && !strategy.is_kernel()
+            && !weight.is_transposed();
+        if m == 0 || !alike || !device.is_autodiff() || !uses_cublaslt(&device)? {
+            return Ok(None);
+        }
+        let spec = LinearSpec {
+            weight: DequantizeSpec {
+                layout: *weight.layout(),
+                rows,
+                columns,
+                start: 0,
+                dtype,
+            },
+            strategy,
+            cublaslt: true,
+        };
+        Ok(MatmulSpec::of(spec, m).and_then(|matmul| self.spec(matmul, true)))
+    }
+
     /// The branch as part of the product; `None` if it has to be computed apart: its dtype is neither
     /// that of `x` nor f32, or it is tracked and either cuBLASLt is not used or the dtype of `x` is too
     /// narrow for it.

@@ -241,7 +241,7 @@ impl Nf4Weight {
     }
 
     /// The packed tensor, which a module mapper may have replaced by another.
-    pub(super) fn checked_packed(&self) -> Result<Tensor<1, Int>, Nf4Error> {
+    pub(in crate::op) fn checked_packed(&self) -> Result<Tensor<1, Int>, Nf4Error> {
         let packed = self.packed.val();
         let (expected, given) = (self.spec.layout.words(), packed.shape().num_elements());
         check_len("packed weight", expected, given)?;

@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
+use burn_nf4::op::Seed;
 
 use crate::model::attention::Attention;
 use crate::model::cache::LayerCache;
@@ -141,7 +142,7 @@ impl BlockNorms<'_> {
 }
 
 /// What layers pass on: a sum, to which the last output is still to be added. The next norm does it.
-pub(super) struct Residual {
+pub(crate) struct Residual {
     sum: Tensor<3>,
     output: Option<Tensor<3>>,
 }
@@ -167,7 +168,7 @@ impl Residual {
     fn normalised(self, norm: Option<&RmsNorm>) -> (Tensor<3>, Tensor<3>) {
         match (self.output, norm) {
             (Some(output), Some(norm)) => norm.add_forward(self.sum, output),
-            (None, Some(norm)) => (self.sum.clone(), norm.forward(self.sum)),
+            (None, Some(norm)) => norm.forward_beside(self.sum),
             (output, None) => {
                 let sum = Self { output, ..self }.sum();
                 (sum.clone(), sum)
@@ -186,7 +187,7 @@ impl DecoderLayer {
     }
 
     /// The same, with sums that norms make.
-    pub(super) fn add_to(
+    pub(crate) fn add_to(
         &self,
         residual: Residual,
         pass: &Pass,
@@ -198,6 +199,28 @@ impl DecoderLayer {
         let norms = self.norms.of_mlp();
         let (sum, x) = residual.normalised(norms.before);
         self.added(sum, norms.after(self.mlp.forward(x)))
+    }
+
+    /// Where a backward pass begins that knows the gradient of the layer's output. The output itself is not
+    /// computed where that can be.
+    ///
+    /// # Shapes
+    /// - `x`, `grad`: `[batch, length, hidden_size]`
+    pub fn seed(&self, x: Tensor<3>, pass: &Pass, grad: Tensor<3>) -> Seed {
+        let norms = self.norms.of_attention();
+        let (sum, x) = Residual::new(x).normalised(norms.before);
+        let residual = self.added(sum, norms.after(self.self_attn.forward(x, pass, None)));
+        let norms = self.norms.of_mlp();
+        let (sum, x) = residual.normalised(norms.before);
+        let of_sum = Seed::of(sum, grad.clone()).expect("the gradient fits");
+        let of_output = match (&self.mlp, norms.after) {
+            (Mlp::Dense(mlp), None) => mlp.seed(x, scaled(grad, self.residual_multiplier)),
+            (mlp, _) => {
+                let output = norms.after(mlp.forward(x));
+                Seed::of(scaled(output, self.residual_multiplier), grad).expect("the gradient fits")
+            }
+        };
+        of_sum.and(of_output)
     }
 
     fn added(&self, sum: Tensor<3>, output: Tensor<3>) -> Residual {

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
 use burn_nf4::nn::{AnyLinear, gated_forward};
-use burn_nf4::op::Activation;
+use burn_nf4::op::{Activation, Seed, gated};
 
 use crate::model::variants::linear_variants;
 
@@ -65,6 +65,17 @@ impl GatedMlp {
     }
 }
 
+impl GatedMlp {
+    /// Where a backward pass begins that knows the gradient of the output, see [`AnyLinear::seed`].
+    ///
+    /// # Shapes
+    /// - `x`, `grad`: `[batch, length, hidden_size]`
+    pub fn seed(&self, x: Tensor<3>, grad: Tensor<3>) -> Seed {
+        let x = self.gate_up.forward(x, self.activation);
+        self.down_proj.seed(x, grad)
+    }
+}
+
 impl GateUpProjections {
     /// `activation(gate(x)) up(x)`.
     fn forward(&self, x: Tensor<3>, activation: Activation) -> Tensor<3> {
@@ -76,7 +87,8 @@ impl GateUpProjections {
                 let both = gate_up_proj.forward(x);
                 let inner = both.dims()[2] / 2;
                 let gate = both.clone().narrow(2, 0, inner);
-                activation.forward(gate) * both.narrow(2, inner, inner)
+                let up = both.narrow(2, inner, inner);
+                gated(gate, up, activation).expect("both are halves")
             }
         }
     }

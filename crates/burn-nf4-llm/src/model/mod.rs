@@ -57,6 +57,7 @@ pub use burn_nf4::op::{Activation, NormForm};
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, EMBEDDING, HEAD, PROMPT_CHUNK};
 pub use init::random;
+pub(crate) use layer::Residual;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};
 pub use mixture::MixtureMlp;

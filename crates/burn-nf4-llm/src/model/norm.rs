@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use burn_nf4::op::{NormForm, add_rms_norm, rms_norm};
+use burn_nf4::op::{NormForm, add_rms_norm, rms_norm, rms_norm_beside};
 
 /// Root-mean-square normalisation, in f32 whatever the dtype of the model, as in transformers.
 #[derive(Module, Debug)]
@@ -24,6 +24,15 @@ impl RmsNorm {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let weight = self.weight.val().cast(x.dtype());
         rms_norm(x, weight, self.eps, self.form).expect("the weight fits")
+    }
+
+    /// `x`, to go past the norm, and the norm of it.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., size]`, and so the results
+    pub fn forward_beside<const D: usize>(&self, x: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        let weight = self.weight.val().cast(x.dtype());
+        rms_norm_beside(x, weight, self.eps, self.form).expect("the weight fits")
     }
 
     /// `x + y`, and the norm of it.

@@ -3,11 +3,11 @@
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::model::Pass;
 use crate::model::RopeTables;
-use crate::model::{Decoder, DecoderLayer};
+use crate::model::{Decoder, DecoderLayer, Residual};
 use crate::train::data::Batch;
 
 /// How a pass through the layers is made.
@@ -37,10 +37,12 @@ pub fn backward(
     let pass = model.pass(batch.length, rope, None);
     let mut x = model.embed(ids.clone());
     if !options.checkpointing {
+        let mut residual = Residual::new(x);
         for (index, layer) in model.layers.iter().enumerate() {
-            x = forward(layer, x, &pass, index, options);
+            seed_dropout(&device, index, options);
+            residual = layer.add_to(residual, &pass, None);
         }
-        let loss = loss(model, x, ids, batch, targets);
+        let loss = loss(model, residual.sum(), ids, batch, targets);
         let gradients = GradientsParams::from_grads(loss.backward(), model);
         grads.accumulate(model, gradients);
         return loss.detach();
@@ -63,9 +65,8 @@ pub fn backward(
             break;
         };
         let x = x.require_grad();
-        let y = forward(layer, x.clone(), &pass, index, options);
-        // The gradient of this sum with respect to `y` is the gradient that came from above.
-        let mut gradients = (y * gradient.autodiff()).sum().backward();
+        seed_dropout(&device, index, options);
+        let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
         grads.accumulate(model, GradientsParams::from_grads(gradients, model));
     }
@@ -80,10 +81,14 @@ fn forward(
     index: usize,
     options: PassOptions,
 ) -> Tensor<3> {
-    if let Some(seed) = options.dropout_seed {
-        x.device().seed(seed.wrapping_add(index as u64));
-    }
+    seed_dropout(&x.device(), index, options);
     layer.forward(x, pass, None)
+}
+
+fn seed_dropout(device: &Device, index: usize, options: PassOptions) {
+    if let Some(seed) = options.dropout_seed {
+        device.seed(seed.wrapping_add(index as u64));
+    }
 }
 
 /// The cross-entropy of every token given those before it, summed, over `targets`.

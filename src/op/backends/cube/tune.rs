@@ -16,7 +16,9 @@ use crate::error::Nf4Error;
 use crate::launch::{
     Candidate, Lora, MatmulKey, MatmulPlan, MatmulVariant, Operands, TileRule, has_tensor_cores,
 };
-use crate::op::base::{LoraSpec, MatmulSpec, add_lora, decoded_matmul};
+use crate::op::base::{
+    LoraSpec, MatmulSpec, MatmulStrategy, add_lora, cast, decoded_matmul, lora_product,
+};
 
 /// Bytes written to push a weight out of the caches before it is read for a measurement.
 const EVICTION_BYTES: usize = 128 << 20;
@@ -51,6 +53,26 @@ impl LoraInputs {
     /// Adds the branch with products of its own.
     fn add(self, y: CubeTensor, x: CubeTensor) -> CubeTensor {
         add_lora::<CubeBackend>(y, x, self.a, self.b, self.spec)
+    }
+
+    /// Whether the whole is products of dense matrices by cuBLASLt, in the dtype of `x`.
+    fn is_dense(&self) -> bool {
+        self.spec.matmul.cublaslt && self.spec.fits_x()
+    }
+
+    /// The product over the decoded weight, with the branch.
+    fn product(self, x: CubeTensor, packed: CubeTensor, bias: Option<CubeTensor>) -> CubeTensor {
+        let matmul = MatmulSpec {
+            strategy: MatmulStrategy::Decode,
+            ..self.spec.matmul
+        };
+        let spec = LoraSpec {
+            matmul,
+            ..self.spec
+        };
+        let dtype = matmul.weight.dtype;
+        let factors = [self.a, self.b].map(|factor| cast::<CubeBackend>(factor, dtype));
+        lora_product::<CubeBackend>(x, packed, factors, bias, spec).0
     }
 
     /// The branch as a kernel adds it, if the device can.
@@ -101,6 +123,11 @@ pub(super) fn run(
             )?)
         }
     };
+    if let (None, Some(lora)) = (&plan, &lora)
+        && lora.is_dense()
+    {
+        return Ok(lora.clone().product(x, packed, bias));
+    }
     // A branch that a kernel cannot add is added after it.
     let joined = plan.as_ref().and(lora.as_ref());
     let joined = joined.and_then(LoraInputs::joined);
