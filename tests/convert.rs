@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Difference, Dtype,
-    QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
+    Checkpoint, CheckpointWriter, ComparedParameter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions,
+    Difference, Dtype, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
 };
 use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
 use half::{bf16, f16};
@@ -622,6 +622,65 @@ fn a_report_lists_what_only_one_has_and_what_exceeds() {
     assert_eq!(names(f64::INFINITY, 0.24), ["both", "ids"]);
     assert!(!report.is_within(f64::INFINITY, f64::INFINITY));
     assert!(verify(&a, &a, quiet).unwrap().is_within(0.0, 0.0));
+}
+
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Whichever is the first, a head of its own is compared with the table that is the head of the other.
+#[rstest]
+#[case::said(json!({"tie_word_embeddings": true}))]
+#[case::not_said(json!({}))]
+fn a_tied_head_is_compared_as_its_table(#[case] config: Value) {
+    let folder = temp();
+    let [tied, packed, dense] = ["tied", "packed", "dense"].map(|name| folder.path().join(name));
+    write_model(&tied, &config, &[(TABLE, &[64, 64])]);
+    let options = QuantizeOptions {
+        head: true,
+        ..QuantizeOptions::default()
+    };
+    quantize_checkpoint(&open(&tied), &packed, &options, quiet).unwrap();
+    let options = DequantizeOptions::default();
+    dequantize_checkpoint(&open(&packed), &dense, &options, quiet).unwrap();
+    for other in [&packed, &dense] {
+        let report = verify(&open(&tied), &open(other), quiet).unwrap();
+        assert!(report.missing.is_empty() && report.extra.is_empty());
+        let [head, table] = &report.parameters[..] else {
+            panic!("{report:?}");
+        };
+        let tied_to = |parameter: &ComparedParameter| parameter.tied_to.clone();
+        assert_eq!(
+            (head.name.as_str(), tied_to(head)),
+            (HEAD, Some(TABLE.into()))
+        );
+        assert!(
+            matches!(head.difference, Difference::Values { relative_rms_error, .. }
+                if (0.01..0.12).contains(&relative_rms_error)),
+            "{head:?}"
+        );
+        assert_eq!((table.name.as_str(), tied_to(table)), (TABLE, None));
+        assert_eq!(table.difference, Difference::IdenticalBytes);
+        let turned = verify(&open(other), &open(&tied), quiet).unwrap();
+        assert!(turned.missing.is_empty() && turned.extra.is_empty());
+        assert_eq!(turned.max_abs_error(), report.max_abs_error());
+    }
+}
+
+#[rstest]
+#[case::not_tied(json!({"tie_word_embeddings": false}), TABLE)]
+#[case::no_table(json!({}), "transformer.wte.weight")]
+fn a_head_that_is_not_tied_is_missing_where_it_is_not(
+    #[case] config: Value,
+    #[case] table: &'static str,
+) {
+    let folder = temp();
+    let [whole, lacking] = ["whole", "lacking"].map(|name| folder.path().join(name));
+    write_model(&whole, &config, &[(table, &[64, 64]), (HEAD, &[64, 64])]);
+    write_model(&lacking, &config, &[(table, &[64, 64])]);
+    let report = verify(&open(&whole), &open(&lacking), quiet).unwrap();
+    assert_eq!(report.missing, [HEAD]);
+    let report = verify(&open(&lacking), &open(&whole), quiet).unwrap();
+    assert_eq!(report.extra, [HEAD]);
 }
 
 /// Rounding to 4 bit shows, and is of the size that NF4 has.
