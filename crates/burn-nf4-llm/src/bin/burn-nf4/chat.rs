@@ -1,6 +1,6 @@
 //! The command `chat`.
 
-use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+use std::io::{BufRead, IsTerminal, stdin};
 
 use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::interrupt::Interrupts;
 use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
+use crate::output::show;
 
 #[derive(Args, Debug)]
 pub struct ChatArgs {
@@ -102,9 +103,4 @@ impl ChatArgs {
             conversation.messages.push(answer);
         }
     }
-}
-
-fn show(text: &str) -> Result<(), ModelError> {
-    print!("{text}");
-    stdout().flush().map_err(ModelError::io("stdout"))
 }

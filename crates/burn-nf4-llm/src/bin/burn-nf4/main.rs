@@ -13,6 +13,7 @@ mod inspect;
 mod interrupt;
 mod merge;
 mod model_args;
+mod output;
 mod progress;
 mod svg;
 mod verify;
@@ -56,10 +57,14 @@ enum Command {
 fn main() -> ExitCode {
     // Nobody has read the configuration before.
     burn_nf4::op::keep_compiled_kernels();
-    run(Cli::parse().command).unwrap_or_else(|error| {
-        eprintln!("error: {error}");
-        ExitCode::from(2)
-    })
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
 }
 
 fn run(command: Command) -> Result<ExitCode, ModelError> {
@@ -67,7 +72,7 @@ fn run(command: Command) -> Result<ExitCode, ModelError> {
         Command::Inspect(args) => args.run()?,
         Command::Quantize(args) => args.run()?,
         Command::Dequantize(args) => args.run()?,
-        Command::Verify(args) => return Ok(args.run()?),
+        Command::Verify(args) => return args.run(),
         Command::Merge(args) => args.run()?,
         Command::Generate(args) => args.run()?,
         Command::Chat(args) => args.run()?,
