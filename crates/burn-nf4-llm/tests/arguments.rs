@@ -69,20 +69,20 @@ fn folder() -> TempDir {
 
 /// The model does not exist: what is refused is refused before it is looked for.
 #[rstest]
-#[case::temperature_nan("generate --prompt a --temperature nan", "the temperature is NaN")]
-#[case::temperature_negative("generate --prompt a --temperature=-1", "the temperature is -1")]
-#[case::temperature_infinite("generate --prompt a --temperature inf", "the temperature is inf")]
+#[case::temperature_nan("generate --prompt a --temperature nan", "`temperature` is NaN")]
+#[case::temperature_negative("generate --prompt a --temperature=-1", "`temperature` is -1")]
+#[case::temperature_infinite("generate --prompt a --temperature inf", "`temperature` is inf")]
 #[case::temperature_word("generate --prompt a --temperature warm", "--temperature")]
-#[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "top-p is 0")]
-#[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "top-p is 1.1")]
-#[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "top-p is NaN")]
+#[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "`top_p` is 0")]
+#[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "`top_p` is 1.1")]
+#[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "`top_p` is NaN")]
 #[case::top_p_greedy(
     "generate --prompt a --top-p 0.9",
-    "the temperature is 0, expected above 0"
+    "`temperature` is 0, expected above 0"
 )]
 #[case::top_k_greedy(
     "generate --prompt a --top-k 5",
-    "the temperature is 0, expected above 0"
+    "`temperature` is 0, expected above 0"
 )]
 #[case::top_k_negative("generate --prompt a --top-k=-1", "--top-k")]
 #[case::batch_small(
@@ -213,16 +213,71 @@ fn a_text_ends_before_a_stop_string(#[values("1", "2")] rows: &str) {
     let free = shown(&[]);
     let letters: Vec<char> = free.chars().collect();
     let is_plain = |letters: &[char]| letters.iter().all(char::is_ascii_alphanumeric);
-    // Behind the number of a row.
-    let at = (6..letters.len() - 1).find(|&at| is_plain(&letters[at..at + 2]));
+    let head = free.strip_prefix("==> 1 of 2: \"ab\"\n");
+    let start = head.map_or(0, |text| free.len() - text.len());
+    assert_eq!(head.is_some(), rows == "2");
+    let at = (start + 2..letters.len() - 1).find(|&at| is_plain(&letters[at..at + 2]));
     let stop: String = letters[at.unwrap()..][..2].iter().collect();
     let given = shown(&["--stop", "never\\n", "--stop", &stop]);
     let first = free.split(&stop).next().unwrap();
-    let ends = |rest: &str| rest.starts_with("\n[1] ") || rest == "\n";
+    let ends = |rest: &str| rest.starts_with("\n\n==> 2 of 2: \"ab\"\n") || rest == "\n";
     assert!(
         given.strip_prefix(first).is_some_and(ends),
         "{given:?} {free:?} {stop}"
     );
+}
+
+/// What a run prints, in its lines.
+fn printed(folder: &TempDir, further: &str) -> Vec<String> {
+    let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args(["generate", "--max-tokens", "3", "--ignore-eos", "--model"])
+        .arg(folder.path())
+        .args(further.split(' '))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    stdout.lines().map(String::from).collect()
+}
+
+/// A prompt of several lines takes one.
+#[test]
+fn each_text_of_several_stands_below_its_prompt() {
+    let folder = folder();
+    let lines = printed(&folder, "--prompt ab\ncd --prompt abc --batch 3");
+    let heads: Vec<&String> = lines
+        .iter()
+        .filter(|line| line.starts_with("==>"))
+        .collect();
+    // The third says what the first does.
+    let expected = [r#"==> 1 of 2: "ab\ncd""#, r#"==> 2 of 2: "abc""#];
+    assert_eq!(heads, expected);
+    let alone = printed(&folder, "--prompt abc");
+    assert!(lines.ends_with(&alone), "{lines:?} {alone:?}");
+}
+
+#[rstest]
+#[case::one("--prompt ab", &["ab"])]
+#[case::several("--prompt ab --prompt abc --batch 3", &["ab", "abc", "ab"])]
+fn each_row_is_a_line_of_json_with_its_prompt(#[case] arguments: &str, #[case] prompts: &[&str]) {
+    let folder = folder();
+    let lines = printed(&folder, &format!("{arguments} --json"));
+    let rows = lines.iter().map(|line| serde_json::from_str(line).unwrap());
+    let rows: Vec<Value> = rows.collect();
+    let of_rows: Vec<&str> = rows
+        .iter()
+        .map(|row| row["prompt"].as_str().unwrap())
+        .collect();
+    assert_eq!(of_rows, prompts);
+    for (row, prompt) in rows.iter().zip(prompts) {
+        assert_eq!(
+            [&row["tokens"], &row["ended_by"]],
+            [&json!(3), &json!("max_tokens")]
+        );
+        let alone = printed(&folder, &format!("--prompt {prompt}")).join("\n");
+        assert_eq!(row["text"], alone);
+    }
 }
 
 /// The text ends before what it says, and what is not applied is told.
@@ -297,9 +352,13 @@ fn a_penalty_is_that_of_generation_config() {
     assert_eq!(shown(&drawn).unwrap(), penalised);
     let all = [&drawn[..], &["--min-p", "0", "--repetition-penalty", "1"]].concat();
     assert_eq!(shown(&all).unwrap(), free_drawn);
-    write(json!({"repetition_penalty": 0}));
-    let error = shown(&[]).unwrap_err();
-    assert!(error.contains("repetition penalty is 0"), "{error}");
+    // What no text can go by is refused, whatever is asked for.
+    for (field, value) in [("repetition_penalty", 0), ("min_p", 2)] {
+        write(json!({ field: value }));
+        let error = shown(&["--repetition-penalty", "1"]).unwrap_err();
+        let named = format!("generation_config.json: `{field}` is {value}, supported: ");
+        assert!(error.contains(&named), "{error}");
+    }
 }
 
 #[test]

@@ -36,7 +36,7 @@ impl ChatArgs {
         let adapter = self.adapter.read()?;
         self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
-        let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
+        let sampling = self.sampling.of_model(sampling, &prepared.generation);
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }

@@ -284,21 +284,15 @@ impl SamplingArgs {
     }
 
     /// The settings with what a model says where nothing else was asked for.
-    pub fn of_model(
-        &self,
-        sampling: Sampling,
-        generation: &GenerationConfig,
-    ) -> Result<Sampling, ModelError> {
+    pub fn of_model(&self, sampling: Sampling, generation: &GenerationConfig) -> Sampling {
         let draws = sampling.temperature > 0.0;
         let min_p = self.min_p.or(generation.min_p.filter(|_| draws));
         let penalty = self.repetition_penalty.or(generation.repetition_penalty);
-        let sampling = Sampling {
+        Sampling {
             min_p: min_p.unwrap_or(sampling.min_p),
             repetition_penalty: penalty.unwrap_or(sampling.repetition_penalty),
             ..sampling
-        };
-        sampling.check()?;
-        Ok(sampling)
+        }
     }
 }
 
