@@ -227,6 +227,28 @@ fn a_text_ends_before_a_stop_string(#[values("1", "2")] rows: &str) {
     );
 }
 
+#[rstest]
+fn a_text_that_nobody_reads_ends_quietly(#[values("", "--prompt abc", "--json")] further: &str) {
+    let folder = folder();
+    let mut generate = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args(["generate", "--prompt", "ab", "--max-tokens", "40"])
+        .args(["--temperature", "1.5", "--ignore-eos", "--model"])
+        .arg(folder.path())
+        .args(further.split_whitespace())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(generate.stdout.take());
+    let output = generate.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    assert!(
+        !errors.contains("panicked") && !errors.contains("error"),
+        "{errors}"
+    );
+}
+
 /// What a run prints, in its lines.
 fn printed(folder: &TempDir, further: &str) -> Vec<String> {
     let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))

@@ -20,10 +20,10 @@ pub struct ChatArgs {
     #[command(flatten)]
     adapter: AdapterArgs,
     /// The system message.
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// The chat template: the name of one that the model has, or a file.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
     #[command(flatten)]
     sampling: SamplingArgs,

@@ -21,32 +21,34 @@ use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The text to continue; several make a batch.
-    #[arg(long, required = true)]
+    /// The text to continue. May be given several times: the texts are continued together.
+    #[arg(long, value_name = "TEXT", required = true)]
     pub prompt: Vec<String>,
-    /// Put the prompt into the model's chat template, as the user's message.
+    /// Put each prompt into the model's chat template, as the user's message.
     #[arg(long)]
     pub chat: bool,
     /// The system message of the chat.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
     /// The chat template: the name of one that the model has, or a file.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "NAME|FILE", requires = "chat")]
     pub chat_template: Option<String>,
     /// The beginning of the answer, for the model to continue.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub prefill: Option<String>,
     #[command(flatten)]
     pub adapter: AdapterArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
-    #[arg(long)]
+    /// Texts in all, at least as many as prompts: the prompts are repeated until there are so many [default: one
+    /// for each prompt].
+    #[arg(long, value_name = "ROWS")]
     pub batch: Option<usize>,
-    /// Rows that are continued at a time: further ones wait, and each takes the place of one that ends.
-    #[arg(long, default_value_t = 64)]
+    /// Texts that are continued at the same time. Further ones wait, and each takes the place of one that has
+    /// ended: less memory, more time.
+    #[arg(long, value_name = "ROWS", default_value_t = 64)]
     pub max_batch: usize,
-    /// Go on to the last token even where the model ends its text: for timing.
+    /// Go on up to --max-tokens where the model, or a stop string of its own, would end the text: for timing.
     #[arg(long)]
     pub ignore_eos: bool,
     /// Print a line of JSON for each row in place of its text: `prompt`, `text`, `tokens`, which is how many

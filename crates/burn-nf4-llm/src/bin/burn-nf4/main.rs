@@ -19,6 +19,7 @@ mod svg;
 mod verify;
 mod watch;
 
+use std::io::{Write, stderr};
 use std::process::ExitCode;
 
 use burn_nf4_llm::ModelError;
@@ -61,7 +62,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // Nothing to be done if stderr is gone.
+            let _ = writeln!(stderr(), "error: {error}");
             ExitCode::from(2)
         }
     }

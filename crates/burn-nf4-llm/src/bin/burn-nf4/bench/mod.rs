@@ -32,12 +32,12 @@ use size::SizeArgs;
 pub struct BenchArgs {
     #[command(flatten)]
     size: SizeArgs,
-    /// Rows that are decoded together; several give several measurements. By default 1, 4, 16 and 64, on
+    /// Rows that are decoded together. May be given several times. By default 1, 4, 16 and 64, on
     /// a CPU 1 and 4.
     #[arg(long, value_name = "ROWS")]
     batch: Vec<usize>,
-    /// Tokens that the cache holds when decoding begins: each row has a prompt of this length. Several
-    /// give several measurements. By default 128, 2048 and 8192, on a CPU 128 and 2048.
+    /// Tokens that the cache holds when decoding begins: each row has a prompt of this length. May be given
+    /// several times, and is measured with each --batch. By default 128, 2048 and 8192, on a CPU 128 and 2048.
     #[arg(long, value_name = "TOKENS")]
     context: Vec<usize>,
     /// Tokens generated for each row after the first.
@@ -54,13 +54,13 @@ pub struct BenchArgs {
     /// Train without computing each layer twice: more memory, less time.
     #[arg(long)]
     keep_all: bool,
-    /// Rank of a low-rank branch on every linear layer but the head: none without it, in training 16.
+    /// Put a low-rank branch of this rank on every linear layer but the head [default: none; in training 16].
     #[arg(long)]
     rank: Option<usize>,
     /// Have the head in 4 bit too, also one that is tied to the embeddings, which stay as they are.
     #[arg(long)]
     quantize_head: bool,
-    /// Who computes products of many rows.
+    /// Who computes products of many rows: for a comparison.
     #[arg(long, value_enum, default_value_t = ProviderName::Auto)]
     provider: ProviderName,
     /// Launch each step of decoding anew, also where the device could replay a recorded one.
@@ -78,7 +78,7 @@ pub struct BenchArgs {
     /// Where to run.
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     device: DeviceName,
-    /// The type to compute in: f32 on the CPU, elsewhere bf16.
+    /// The type to compute in: f32 on the CPU, elsewhere the model's own, bfloat16 of each --size.
     #[arg(long, value_enum)]
     dtype: Option<FloatArg>,
 }
@@ -97,7 +97,9 @@ fn parse_shape(text: &str) -> Result<[usize; 2], String> {
 pub enum ProviderName {
     /// cuBLASLt where it is there, else Burn.
     Auto,
+    /// cuBLASLt (feature `cublaslt`).
     Cublaslt,
+    /// Burn's own kernels.
     Burn,
 }
 
