@@ -57,7 +57,9 @@ impl SampleSettings {
         } else if !(0.0..=1.0).contains(&min_p) {
             ("min_p", min_p, "at least 0 and at most 1")
         } else if !(penalty.is_finite() && penalty > 0.0 && penalty.recip().is_finite()) {
-            ("repetition_penalty", penalty, "a number above 0")
+            let expected =
+                "a number above 0, and so that neither it nor its reciprocal is infinite";
+            ("repetition_penalty", penalty, expected)
         } else {
             return Ok(());
         };

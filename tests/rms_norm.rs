@@ -1,6 +1,9 @@
 //! Norms against the formula in f64, on every device.
 #![cfg(feature = "flex")]
 
+#[macro_use]
+mod devices;
+
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::op::{NormForm, add_rms_norm, rms_norm};
 
@@ -139,30 +142,4 @@ fn what_does_not_fit_is_named(device: &Device) {
     assert_eq!(none.expect("nothing").dims(), [0, 8]);
 }
 
-macro_rules! device_tests {
-    ($module:ident, $device:expr) => {
-        mod $module {
-            use super::*;
-            #[test]
-            fn every_shape() {
-                super::every_shape(&$device);
-            }
-            #[test]
-            fn gradients() {
-                super::gradients(&$device);
-            }
-            #[test]
-            fn what_does_not_fit_is_named() {
-                super::what_does_not_fit_is_named(&$device);
-            }
-        }
-    };
-}
-
-device_tests!(flex, Device::flex());
-#[cfg(feature = "wgpu")]
-device_tests!(wgpu, Device::wgpu(Default::default()));
-#[cfg(feature = "cpu")]
-device_tests!(cpu, Device::cpu());
-#[cfg(feature = "cuda")]
-device_tests!(cuda, Device::cuda(0));
+on_every_device!(every_shape, gradients, what_does_not_fit_is_named,);

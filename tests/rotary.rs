@@ -1,6 +1,9 @@
 //! Rotations against the formula in f64, on every device.
 #![cfg(feature = "flex")]
 
+#[macro_use]
+mod devices;
+
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::op::{CachedKeys, TokenHeads, rotary, rotary_append};
@@ -231,38 +234,10 @@ fn what_cannot_be_appended_is_named(device: &Device) {
     }
 }
 
-macro_rules! device_tests {
-    ($module:ident, $device:expr) => {
-        mod $module {
-            use super::*;
-            #[test]
-            fn every_shape() {
-                super::every_shape(&$device);
-            }
-            #[test]
-            fn gradients() {
-                super::gradients(&$device);
-            }
-            #[test]
-            fn what_does_not_fit_is_named() {
-                super::what_does_not_fit_is_named(&$device);
-            }
-            #[test]
-            fn appended_tokens() {
-                super::appended_tokens(&$device);
-            }
-            #[test]
-            fn what_cannot_be_appended_is_named() {
-                super::what_cannot_be_appended_is_named(&$device);
-            }
-        }
-    };
-}
-
-device_tests!(flex, Device::flex());
-#[cfg(feature = "wgpu")]
-device_tests!(wgpu, Device::wgpu(Default::default()));
-#[cfg(feature = "cpu")]
-device_tests!(cpu, Device::cpu());
-#[cfg(feature = "cuda")]
-device_tests!(cuda, Device::cuda(0));
+on_every_device!(
+    every_shape,
+    gradients,
+    what_does_not_fit_is_named,
+    appended_tokens,
+    what_cannot_be_appended_is_named,
+);

@@ -4,6 +4,9 @@
 #[path = "random/mod.rs"]
 mod random;
 
+#[macro_use]
+mod devices;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::host;
@@ -319,37 +322,12 @@ fn every_element_of_a_view(device: &Device) {
     assert_eq!(numbers(&sampled).0, [1, 0]);
 }
 
-macro_rules! device_tests {
-    ($module:ident, $device:expr) => {
-        device_tests!(
-            $module,
-            $device,
-            every_shape,
-            ranges_of_logits,
-            random_numbers_are_known,
-            values_that_are_not_finite_are_told,
-            shapes_that_do_not_fit_are_named,
-            a_state_comes_back,
-            every_element_of_a_view,
-        );
-    };
-    ($module:ident, $device:expr, $($test:ident),* $(,)?) => {
-        mod $module {
-            use super::*;
-            $(
-                #[test]
-                fn $test() {
-                    super::$test(&$device);
-                }
-            )*
-        }
-    };
-}
-
-device_tests!(flex, Device::flex());
-#[cfg(feature = "wgpu")]
-device_tests!(wgpu, Device::wgpu(Default::default()));
-#[cfg(feature = "cpu")]
-device_tests!(cpu, Device::cpu());
-#[cfg(feature = "cuda")]
-device_tests!(cuda, Device::cuda(0));
+on_every_device!(
+    every_shape,
+    ranges_of_logits,
+    random_numbers_are_known,
+    values_that_are_not_finite_are_told,
+    shapes_that_do_not_fit_are_named,
+    a_state_comes_back,
+    every_element_of_a_view,
+);

@@ -36,6 +36,7 @@ pub use select::is_expert;
 pub(crate) use select::{
     SkipPattern, check_used, is_embedding, is_head, is_kept_by_default, skip_entry_of,
 };
+pub(super) use select::{TIED_HEAD, TIED_TABLE};
 
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::convert::check_decodes;
+use super::convert::{ModelConfig, TIED_HEAD, TIED_TABLE, check_decodes};
 use super::elements::{elements, float_type, transpose, widen, with_float_type};
 use super::folder::Checkpoint;
 use super::progress::{Counter, Progress};
@@ -27,6 +27,10 @@ pub struct VerifyReport {
 pub struct ComparedParameter {
     /// Its name.
     pub name: String,
+    /// The table of embeddings that one of the checkpoints has in its place: an output head that is tied to
+    /// the table there has a weight of its own in the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tied_to: Option<String>,
     /// What the comparison gave.
     #[serde(flatten)]
     pub difference: Difference,
@@ -97,8 +101,9 @@ impl VerifyReport {
 
 /// Compares two checkpoints, of which each may be quantized or not.
 ///
-/// A quantized parameter counts as the values that bitsandbytes decodes it to. `progress` counts
-/// the parameters that both have.
+/// A quantized parameter counts as the values that bitsandbytes decodes it to. An output head that is tied to
+/// the table of embeddings counts as that table, unless `config.json` says that it is not tied. `progress`
+/// counts the parameters that both have.
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::{Checkpoint, verify};
@@ -114,37 +119,41 @@ impl VerifyReport {
 /// # Errors
 /// Those of [`SafetensorsFile::load_nf4`](super::SafetensorsFile::load_nf4), and
 /// [`Nf4Error::NonFinite`] for a quantized weight that decodes to an infinity; not for one whose
-/// tensors are the same in both, which is not decoded.
+/// tensors are the same in both, which is not decoded. [`Nf4Error::ModelConfig`] for a malformed
+/// `config.json` that was to say whether a head is tied.
 pub fn verify(
     a: &Checkpoint,
     b: &Checkpoint,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<VerifyReport, Nf4Error> {
     let (in_a, in_b) = (a.parameters(), b.parameters());
-    let only = |these: &[&str], others: &[&str]| -> Vec<String> {
-        let lacks = |key: &&&str| others.binary_search(key).is_err();
-        these
-            .iter()
-            .filter(lacks)
-            .map(|key| key.to_string())
-            .collect()
-    };
-    let (missing, extra) = (only(&in_a, &in_b), only(&in_b, &in_a));
-    let both: Vec<&str> = in_a
-        .into_iter()
-        .filter(|key| in_b.binary_search(key).is_ok())
-        .collect();
+    let (mut both, mut missing, mut extra) = (Vec::new(), Vec::new(), Vec::new());
+    for &name in &in_a {
+        match key_in(b, &in_b, name)? {
+            Some(key) => both.push((name, [name, key])),
+            None => missing.push(name.to_string()),
+        }
+    }
+    for &name in in_b.iter().filter(|name| in_a.binary_search(name).is_err()) {
+        match key_in(a, &in_a, name)? {
+            Some(key) => both.push((name, [key, name])),
+            None => extra.push(name.to_string()),
+        }
+    }
+    both.sort_unstable();
 
-    let bytes_of = |key: &str| a.parameter_bytes(key) + b.parameter_bytes(key);
-    let bytes_total = both.iter().map(|key| bytes_of(key)).sum();
+    let bytes_of = |[in_a, in_b]: [&str; 2]| a.parameter_bytes(in_a) + b.parameter_bytes(in_b);
+    let bytes_total = both.iter().map(|(_, keys)| bytes_of(*keys)).sum();
     let mut counter = Counter::new(both.len(), bytes_total, progress);
     let mut parameters = Vec::with_capacity(both.len());
-    for &name in &both {
+    for (name, keys) in both {
+        let table = keys.into_iter().find(|key| *key != name);
         parameters.push(ComparedParameter {
             name: name.into(),
-            difference: compare(a, b, name)?,
+            tied_to: table.map(String::from),
+            difference: compare(a, b, keys)?,
         });
-        counter.done(name, bytes_of(name));
+        counter.done(name, bytes_of(keys));
     }
     Ok(VerifyReport {
         parameters,
@@ -153,11 +162,31 @@ pub fn verify(
     })
 }
 
-fn compare(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Difference, Nf4Error> {
-    if stored_alike(a, b, name)? {
+/// What a checkpoint with these parameters calls a parameter: by its name, but for an output head that is
+/// tied to the table of embeddings and has no weight of its own.
+fn key_in<'a>(
+    checkpoint: &Checkpoint,
+    parameters: &[&str],
+    name: &'a str,
+) -> Result<Option<&'a str>, Nf4Error> {
+    let has = |key| parameters.binary_search(&key).is_ok();
+    if has(name) {
+        return Ok(Some(name));
+    }
+    if name != TIED_HEAD || !has(TIED_TABLE) {
+        return Ok(None);
+    }
+    let config = ModelConfig::read(checkpoint)?;
+    let tied = config.as_ref().and_then(ModelConfig::ties_embeddings);
+    Ok((tied != Some(false)).then_some(TIED_TABLE))
+}
+
+/// Compares the parameter of the first checkpoint with that of the second.
+fn compare(a: &Checkpoint, b: &Checkpoint, keys: [&str; 2]) -> Result<Difference, Nf4Error> {
+    if stored_alike(a, b, keys)? {
         return Ok(Difference::IdenticalBytes);
     }
-    let (a, b) = (Values::open(a, name)?, Values::open(b, name)?);
+    let (a, b) = (Values::open(a, keys[0])?, Values::open(b, keys[1])?);
     let (a, b) = match (a, b) {
         (Ok(a), Ok(b)) => (a, b),
         (Err(dtype), _) | (_, Err(dtype)) => {
@@ -181,13 +210,15 @@ fn compare(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Difference, Nf4
 }
 
 /// Whether the tensors of a parameter are the same, to the byte.
-fn stored_alike(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<bool, Nf4Error> {
-    let keys = a.keys_of(name);
-    if keys != b.keys_of(name) || a.is_quantized(name) != b.is_quantized(name) {
+fn stored_alike(a: &Checkpoint, b: &Checkpoint, names: [&str; 2]) -> Result<bool, Nf4Error> {
+    let keys = [a.keys_of(names[0]), b.keys_of(names[1])];
+    // Behind the name: nothing, or the part of a quantized parameter.
+    let parts = |of: usize| keys[of].iter().map(move |key| &key[names[of].len()..]);
+    if !parts(0).eq(parts(1)) || a.is_quantized(names[0]) != b.is_quantized(names[1]) {
         return Ok(false);
     }
-    for key in keys {
-        if !a.stored(key)?.is_same(&b.stored(key)?) {
+    for (in_a, in_b) in keys[0].iter().zip(&keys[1]) {
+        if !a.stored(in_a)?.is_same(&b.stored(in_b)?) {
             return Ok(false);
         }
     }

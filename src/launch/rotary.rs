@@ -87,20 +87,12 @@ pub fn rotary(
     let table_elems = table_rows * tokens * rotary_dim;
     let all = [problem.elems(), 1];
     let of_table = [table_elems, 1];
-    for (name, handle, dims, elem_bytes) in [
+    check_buffers([
         ("x", &x, all, dtype.size_bytes()),
         ("cos", &cos, of_table, table_dtype.size_bytes()),
         ("sin", &sin, of_table, table_dtype.size_bytes()),
         ("rotated", &out, all, dtype.size_bytes()),
-    ] {
-        Buffer {
-            name,
-            handle,
-            dims,
-            elem_bytes,
-        }
-        .check()?;
-    }
+    ])?;
     let (half, rest) = (rotary_dim / 2, head_dim - rotary_dim);
     let vector = vector_size(client, wider(dtype, table_dtype), 8, &[half, rest]);
     let view = RotaryViewLaunch::new(
@@ -133,6 +125,23 @@ pub fn rotary(
         );
     }
     Ok(())
+}
+
+/// Checks buffers: the name of each, its dimensions and the bytes of an element.
+fn check_buffers<const N: usize>(
+    buffers: [(&'static str, &Handle, [usize; 2], usize); N],
+) -> Result<(), Nf4Error> {
+    buffers
+        .into_iter()
+        .try_for_each(|(name, handle, dims, elem_bytes)| {
+            Buffer {
+                name,
+                handle,
+                dims,
+                elem_bytes,
+            }
+            .check()
+        })
 }
 
 fn check_tables(
@@ -273,7 +282,7 @@ pub fn rotary_append(
     let tables = [table_rows, rotary_dim];
     let (size, table_size) = (dtype.size_bytes(), table_dtype.size_bytes());
     let [cos, sin] = &buffers.tables;
-    for (name, handle, dims, elem_bytes) in [
+    check_buffers([
         ("q", &buffers.q, queries, size),
         ("k", &buffers.k, tokens, size),
         ("v", &buffers.v, tokens, size),
@@ -288,15 +297,7 @@ pub fn rotary_append(
         ("rotated", &buffers.out, queries, size),
         ("keys", &buffers.keys, caches, size),
         ("values", &buffers.values, caches, size),
-    ] {
-        Buffer {
-            name,
-            handle,
-            dims,
-            elem_bytes,
-        }
-        .check()?;
-    }
+    ])?;
     let (half, rest) = (rotary_dim / 2, head_dim - rotary_dim);
     let vector = vector_size(client, wider(dtype, table_dtype), 8, &[half, rest]);
     let view = RotaryAppendViewLaunch::new(

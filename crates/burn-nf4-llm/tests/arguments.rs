@@ -2,6 +2,9 @@
 
 #![cfg(feature = "cli")]
 
+#[path = "arguments/output.rs"]
+mod output;
+
 use std::fs;
 #[cfg(unix)]
 use std::io::Read;
@@ -69,20 +72,20 @@ fn folder() -> TempDir {
 
 /// The model does not exist: what is refused is refused before it is looked for.
 #[rstest]
-#[case::temperature_nan("generate --prompt a --temperature nan", "the temperature is NaN")]
-#[case::temperature_negative("generate --prompt a --temperature=-1", "the temperature is -1")]
-#[case::temperature_infinite("generate --prompt a --temperature inf", "the temperature is inf")]
+#[case::temperature_nan("generate --prompt a --temperature nan", "`temperature` is NaN")]
+#[case::temperature_negative("generate --prompt a --temperature=-1", "`temperature` is -1")]
+#[case::temperature_infinite("generate --prompt a --temperature inf", "`temperature` is inf")]
 #[case::temperature_word("generate --prompt a --temperature warm", "--temperature")]
-#[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "top-p is 0")]
-#[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "top-p is 1.1")]
-#[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "top-p is NaN")]
+#[case::top_p_zero("generate --prompt a --temperature 1 --top-p 0", "`top_p` is 0")]
+#[case::top_p_large("generate --prompt a --temperature 1 --top-p 1.1", "`top_p` is 1.1")]
+#[case::top_p_nan("generate --prompt a --temperature 1 --top-p NaN", "`top_p` is NaN")]
 #[case::top_p_greedy(
     "generate --prompt a --top-p 0.9",
-    "the temperature is 0, expected above 0"
+    "`temperature` is 0, expected above 0"
 )]
 #[case::top_k_greedy(
     "generate --prompt a --top-k 5",
-    "the temperature is 0, expected above 0"
+    "`temperature` is 0, expected above 0"
 )]
 #[case::top_k_negative("generate --prompt a --top-k=-1", "--top-k")]
 #[case::batch_small(
@@ -213,12 +216,14 @@ fn a_text_ends_before_a_stop_string(#[values("1", "2")] rows: &str) {
     let free = shown(&[]);
     let letters: Vec<char> = free.chars().collect();
     let is_plain = |letters: &[char]| letters.iter().all(char::is_ascii_alphanumeric);
-    // Behind the number of a row.
-    let at = (6..letters.len() - 1).find(|&at| is_plain(&letters[at..at + 2]));
+    let head = free.strip_prefix("==> 1 of 2: \"ab\"\n");
+    let start = head.map_or(0, |text| free.len() - text.len());
+    assert_eq!(head.is_some(), rows == "2");
+    let at = (start + 2..letters.len() - 1).find(|&at| is_plain(&letters[at..at + 2]));
     let stop: String = letters[at.unwrap()..][..2].iter().collect();
     let given = shown(&["--stop", "never\\n", "--stop", &stop]);
     let first = free.split(&stop).next().unwrap();
-    let ends = |rest: &str| rest.starts_with("\n[1] ") || rest == "\n";
+    let ends = |rest: &str| rest.starts_with("\n\n==> 2 of 2: \"ab\"\n") || rest == "\n";
     assert!(
         given.strip_prefix(first).is_some_and(ends),
         "{given:?} {free:?} {stop}"
@@ -297,9 +302,13 @@ fn a_penalty_is_that_of_generation_config() {
     assert_eq!(shown(&drawn).unwrap(), penalised);
     let all = [&drawn[..], &["--min-p", "0", "--repetition-penalty", "1"]].concat();
     assert_eq!(shown(&all).unwrap(), free_drawn);
-    write(json!({"repetition_penalty": 0}));
-    let error = shown(&[]).unwrap_err();
-    assert!(error.contains("repetition penalty is 0"), "{error}");
+    // What no text can go by is refused, whatever is asked for.
+    for (field, value) in [("repetition_penalty", 0), ("min_p", 2)] {
+        write(json!({ field: value }));
+        let error = shown(&["--repetition-penalty", "1"]).unwrap_err();
+        let named = format!("generation_config.json: `{field}` is {value}, supported: ");
+        assert!(error.contains(&named), "{error}");
+    }
 }
 
 #[test]

@@ -224,6 +224,84 @@ fn what_cannot_be_measured_is_refused_at_once(#[case] arguments: &str, #[case] e
     assert!(!folder.path().join("out.svg").exists());
 }
 
+/// Before the weights are made: this would take minutes otherwise.
+#[rstest]
+#[case::context(
+    "--size llama8b --context 1000000000000",
+    "batch 1 at context 1000000000000"
+)]
+#[case::batch(
+    "--size llama8b --batch 65536 --context 10000000",
+    "batch 65536 at context 10000000"
+)]
+#[case::tokens(
+    "--size llama8b --batch 1 --tokens 1000000000000",
+    "batch 1 at context 128"
+)]
+#[case::prefill("--size llama8b --prefill 1000000000000", "a prompt of 1000000000000")]
+#[case::train(
+    "--size llama8b --train 1000000x1000000",
+    "training on 1000000 x 1000000"
+)]
+#[case::beyond_all_numbers(
+    "--size llama8b --train 18446744073709551615x18446744073709551615",
+    "training on"
+)]
+fn what_no_device_has_memory_for_is_refused_with_its_size(
+    #[case] arguments: &str,
+    #[case] what: &str,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let error = refused(arguments, folder.path());
+    let begins = format!("error: the memory of {what}");
+    assert!(error.starts_with(&begins), "{error}");
+    let sizes = error.split_once(" is about ").unwrap().1;
+    let (needed, there) = sizes.split_once(" MiB, expected at most the ").unwrap();
+    let [needed, there] =
+        [needed, there.split(' ').next().unwrap()].map(|size| size.parse::<f64>());
+    assert!(needed.unwrap() > there.unwrap(), "{error}");
+}
+
+/// As `head` does, which has read enough. What was measured until then is in the file.
+#[cfg(unix)]
+#[test]
+fn a_run_whose_reader_goes_away_ends_quietly() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args([
+            "bench",
+            "--config",
+            CONFIG,
+            "--batch",
+            "1",
+            "--context",
+            "3",
+        ])
+        .args(["--prefill", "4"])
+        .arg("--json")
+        .arg(&json)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = BufReader::new(bench.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert!(line.contains("random weights"), "{line}");
+    drop(stdout);
+    let output = bench.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(0));
+    let json: Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    positive(&json["weights"], &["packed_bytes"]);
+    // It did not go on.
+    assert_eq!(json["prefill"], json!([]));
+}
+
 /// A program in the place of Python, which says these lines if it is asked to measure and if not.
 #[cfg(unix)]
 fn python(folder: &TempDir, first: &str, measured: &str, code: u8) -> PathBuf {

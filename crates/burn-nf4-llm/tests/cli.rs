@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use burn_nf4::checkpoint::Checkpoint;
 use rstest::rstest;
@@ -245,6 +245,15 @@ fn verify_says_what_differs(#[case] limits: &[&str], #[case] code: i32) {
             assert!(said.starts_with(&line), "{said}");
         }
     }
+    // The code says it to one who reads nothing.
+    let mut unread = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))
+        .args(["verify", F32, text(&moved)])
+        .args(limits)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().unwrap().code(), Some(code));
 }
 
 #[rstest]

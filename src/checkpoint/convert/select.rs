@@ -48,8 +48,8 @@ const TOKEN_EMBEDDINGS: [&str; 9] = [
 
 /// The table of a language model, and the head of its own that it gets where it is the head and that is to be
 /// quantized: transformers knows both by these names.
-const TIED_TABLE: &str = "model.embed_tokens.weight";
-const TIED_HEAD: &str = "lm_head.weight";
+pub(crate) const TIED_TABLE: &str = "model.embed_tokens.weight";
+pub(crate) const TIED_HEAD: &str = "lm_head.weight";
 
 /// Layers that choose between experts.
 const ROUTERS: [&str; 2] = ["gate", "router"];

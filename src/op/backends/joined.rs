@@ -11,23 +11,28 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Client;
 
 use super::lora::{LoraBackward, fork, lora};
+use crate::activation::Activation;
+use crate::format::FloatType;
 use crate::launch::{JoinedPlan, JoinedWeight as Operands, Lora};
 use crate::op::joined::{
     JoinedBackend, JoinedLoraSpec, JoinedPart, JoinedResults, JoinedSpec, JoinedWeight,
     JoinedWeights,
 };
 
-/// Whether a device computes it in one launch.
-pub(in crate::op) fn has_kernel(client: &Client, spec: &JoinedSpec) -> bool {
-    plan(client, spec).is_ok()
-        && spec.parts.iter().all(|part| {
-            part.branch
-                .is_none_or(|branch| branch.rank > 0 && Lora::check(client, branch.dtype).is_ok())
-        })
-}
-
-fn plan(client: &Client, spec: &JoinedSpec) -> Result<JoinedPlan, crate::Nf4Error> {
-    JoinedPlan::new(client, &spec.weights(), spec.k, spec.dtype, spec.gate)
+/// The launch that computes all products, if the device has a kernel for it.
+pub(in crate::op) fn plan(
+    client: &Client,
+    parts: &[JoinedPart],
+    k: usize,
+    dtype: FloatType,
+    gate: Option<Activation>,
+) -> Option<JoinedPlan> {
+    let mut branches = parts.iter().filter_map(|part| part.branch);
+    if branches.any(|branch| branch.rank == 0 || Lora::check(client, branch.dtype).is_err()) {
+        return None;
+    }
+    let weights: Vec<_> = parts.iter().map(|part| (part.layout, part.n)).collect();
+    JoinedPlan::new(client, &weights, k, dtype, gate).ok()
 }
 
 impl<B: JoinedBackend, C: CheckpointStrategy> JoinedBackend for Autodiff<B, C> {
@@ -75,7 +80,7 @@ impl JoinedBackend for CubeBackend {
         spec: JoinedSpec,
     ) -> JoinedResults<Self> {
         let x = into_contiguous(x);
-        let plan = plan(&x.client, &spec).expect("arguments were validated");
+        let plan = &spec.plan;
         let weights = weights.into_vec().into_iter().zip(&spec.parts);
         let weights: Vec<Operands> = weights
             .map(|(weight, part)| operands(weight, part))

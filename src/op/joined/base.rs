@@ -7,19 +7,22 @@
     reason = "they live for a call, and so do those that the macro makes of them"
 )]
 
+use std::sync::Arc;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 use burn::tensor::Shape;
 
 use crate::activation::Activation;
 use crate::format::{FloatType, PackedLayout};
+use crate::launch::JoinedPlan;
 use crate::op::base::{LoraSpec, Nf4Backend};
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
 
 /// The products of one row with several weights.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct JoinedSpec {
     /// What belongs to each weight.
     pub parts: Vec<JoinedPart>,
@@ -29,6 +32,8 @@ pub struct JoinedSpec {
     pub dtype: FloatType,
     /// `activation(first) second` is the result, in place of one of each weight.
     pub gate: Option<Activation>,
+    /// The launch that computes them.
+    pub plan: Arc<JoinedPlan>,
 }
 
 /// A weight of a [`JoinedSpec`].
@@ -54,12 +59,6 @@ pub struct JoinedBranch {
 }
 
 impl JoinedSpec {
-    /// The layout and the rows of each weight.
-    pub(in crate::op) fn weights(&self) -> Vec<(PackedLayout, usize)> {
-        let parts = self.parts.iter();
-        parts.map(|part| (part.layout, part.n)).collect()
-    }
-
     /// The shape of the results of weight `part`.
     pub fn result_shape(&self, part: usize) -> Shape {
         Shape::from([1, self.parts[part].n])

@@ -1,5 +1,7 @@
 //! When products are joined, and how that is asked of a backend.
 
+use std::sync::Arc;
+
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::Tensor;
 
@@ -11,7 +13,7 @@ use super::base::{
 use crate::activation::Activation;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::op::backends::joined::has_kernel;
+use crate::op::backends::joined::plan;
 use crate::op::base::MatmulStrategy;
 use crate::op::tensor::{LowRank, checked_operands};
 
@@ -185,12 +187,15 @@ pub(super) fn spec_of<const D: usize>(
         (part.bias.is_some(), branch)
     });
     let kinds: Vec<_> = kinds.collect();
-    let spec = JoinedSpec {
+    if kinds.iter().any(|kind| *kind != kinds[0]) {
+        return Ok(None);
+    }
+    let plan = plan(&cube.client(), &specs, k, dtype, gate);
+    Ok(plan.map(|plan| JoinedSpec {
         parts: specs,
         k,
         dtype,
         gate,
-    };
-    let alike = kinds.iter().all(|kind| *kind == kinds[0]);
-    Ok((alike && has_kernel(&cube.client(), &spec)).then_some(spec))
+        plan: Arc::new(plan),
+    }))
 }

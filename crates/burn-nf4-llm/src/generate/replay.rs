@@ -236,7 +236,7 @@ fn check_last_run(output: &Output, positions: &[i64], device: &Device) -> Result
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use burn_nf4::checkpoint::CheckpointStore;
     use burn_nf4::op::has_graphs;
@@ -264,9 +264,16 @@ pub(crate) mod tests {
 
     fn model_on(path: &str, device: &Device) -> (Decoder, DecoderConfig) {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = package.join("tests/fixtures").join(path).join("model");
-        let config = DecoderConfig::from_folder(&folder).unwrap();
-        let store = CheckpointStore::open(&folder).unwrap();
+        model_in(
+            &package.join("tests/fixtures").join(path).join("model"),
+            device,
+        )
+    }
+
+    /// The model of a folder.
+    pub fn model_in(folder: &Path, device: &Device) -> (Decoder, DecoderConfig) {
+        let config = DecoderConfig::from_folder(folder).unwrap();
+        let store = CheckpointStore::open(folder).unwrap();
         let model = load(store, &config, config.dtype, device).unwrap();
         (model, config)
     }
@@ -325,24 +332,11 @@ pub(crate) mod tests {
     /// included, and carries on what the next one reads.
     #[rstest]
     fn a_step_is_a_forward_of_one_token_of_each_row(
-        #[values(
-            "gemma2",
-            "gemma3_text",
-            "granite",
-            "llama3_tied",
-            "llama_biases",
-            "mistral_window",
-            "olmo2",
-            "phi3",
-            "qwen2",
-            "qwen2_window",
-            "qwen3",
-            "qwen3_moe",
-            "smollm3"
-        )]
-        name: &str,
+        #[files("tests/fixtures/families/*/model")]
+        #[dirs]
+        folder: PathBuf,
     ) {
-        let (model, config) = family(name);
+        let (model, config) = model_in(&folder, &Device::default());
         let device = model.device();
         let mut rope = model.rope_tables(&config);
         let mut rows = TEXTS.map(|text| alone(&model, &config, &mut rope, text));
@@ -358,7 +352,7 @@ pub(crate) mod tests {
             assert_close(
                 output.logits.clone(),
                 expected,
-                &format!("{name}, step {step}"),
+                &format!("{folder:?}, step {step}"),
             );
             read = output.chosen(&read, &at).unwrap().0;
             at.iter_mut().for_each(|at| *at += 1);

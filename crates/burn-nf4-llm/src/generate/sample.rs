@@ -41,35 +41,19 @@ impl Sampling {
     }
 
     /// Refuses settings under which no token can be drawn as asked.
+    ///
+    /// # Errors
+    /// Those of [`SampleSettings::check`], and [`ModelError::Setting`] for a choice among tokens that are
+    /// drawn where none is.
     pub fn check(&self) -> Result<(), ModelError> {
-        let Self {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty: penalty,
-            ..
-        } = *self;
-        let (name, given, expected) = if !temperature.is_finite() || temperature < 0.0 {
-            ("the temperature", temperature, "a number of at least 0")
-        } else if !(top_p > 0.0 && top_p <= 1.0) {
-            ("top-p", top_p, "more than 0 and at most 1")
-        } else if !(0.0..=1.0).contains(&min_p) {
-            ("min-p", min_p, "at least 0 and at most 1")
-        } else if temperature == 0.0 && (top_k > 0 || top_p < 1.0 || min_p > 0.0) {
+        self.settings().check()?;
+        let chooses = self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0;
+        if self.temperature == 0.0 && chooses {
             let expected =
                 "above 0 with top-k, top-p and min-p, which choose among tokens that are drawn";
-            ("the temperature", temperature, expected)
-        } else if self.settings().check().is_err() {
-            (
-                "the repetition penalty",
-                penalty,
-                "a number above 0, and so that neither it nor its reciprocal is infinite",
-            )
-        } else {
-            return Ok(());
-        };
-        Err(ModelError::setting(name, given, expected))
+            return Err(ModelError::setting("`temperature`", 0, expected));
+        }
+        Ok(())
     }
 
     /// The seed of a prompt's row.

@@ -1,5 +1,6 @@
 //! The whole model.
 
+use std::convert::Infallible;
 use std::ops::ControlFlow;
 
 use burn::module::{Module, Param};
@@ -270,37 +271,19 @@ impl Decoder {
         rope: &mut RopeTables,
         cache: &mut KvCache,
     ) -> Tensor<2> {
-        let on = |_| ControlFlow::Continue(());
-        match self.next_logits_unless::<()>(ids, PROMPT_CHUNK, rope, cache, on) {
-            ControlFlow::Continue(logits) => logits,
-            ControlFlow::Break(()) => unreachable!("nothing breaks off"),
-        }
+        let mut last = None;
+        let passed = self.hidden_in_chunks(&ids, PROMPT_CHUNK, rope, cache, |_, x| {
+            last = Some(x);
+            ControlFlow::<Infallible>::Continue(())
+        });
+        let ControlFlow::Continue(()) = passed;
+        self.last_logits(last.expect("there is a token"))
     }
 
-    /// As [`next_logits`](Self::next_logits), in passes of at most `chunk` tokens. `between` is asked
-    /// after each pass but the last, with the positions that the cache holds, and can break off.
-    pub(crate) fn next_logits_unless<B>(
-        &self,
-        ids: Tensor<2, Int>,
-        chunk: usize,
-        rope: &mut RopeTables,
-        cache: &mut KvCache,
-        mut between: impl FnMut(usize) -> ControlFlow<B>,
-    ) -> ControlFlow<B, Tensor<2>> {
-        let [_, length] = ids.dims();
-        let mut last = None;
-        self.hidden_in_chunks(&ids, chunk, rope, cache, |start, x| {
-            let end = start + x.dims()[1];
-            if end < length {
-                return between(end);
-            }
-            last = Some(x);
-            ControlFlow::Continue(())
-        })?;
-        let x = last.expect("there is a token");
+    /// The logits of the last position of a pass, `[batch, vocab_size]`.
+    fn last_logits(&self, x: Tensor<3>) -> Tensor<2> {
         let [_, count, _] = x.dims();
-        let logits = self.head(x.narrow(1, count - 1, 1));
-        ControlFlow::Continue(logits.squeeze_dim(1))
+        self.head(x.narrow(1, count - 1, 1)).squeeze_dim(1)
     }
 
     /// The model with its head in 4 bit too: one that is tied to the table becomes one of its own, and the
@@ -390,7 +373,7 @@ fn exact(matrix: &Tensor<2>) -> Option<Tensor<2>> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use burn::tensor::TensorData;
     use burn_nf4::format::FloatType;
@@ -398,7 +381,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::generate::replay::tests::fixture_model;
+    use crate::generate::replay::tests::{fixture_model, model_in};
     use crate::model::random;
 
     fn ids(rows: usize, length: usize, device: &Device) -> Tensor<2, Int> {
@@ -413,18 +396,16 @@ mod tests {
         let run = |positions: usize| {
             let mut rope = model.rope_tables(config);
             let mut cache = KvCache::new(config.layers.len(), padding.to_vec());
-            let mut passes = 1;
-            let between = |_| {
-                passes += 1;
-                ControlFlow::<()>::Continue(())
-            };
+            let (mut passes, mut last) = (0, None);
             let prompt = ids(rows, length, &device);
             let chunk = positions * rows;
-            let logits = model.next_logits_unless(prompt, chunk, &mut rope, &mut cache, between);
-            let ControlFlow::Continue(logits) = logits else {
-                panic!("nothing breaks off");
-            };
-            let mut all = vec![logits];
+            let passed = model.hidden_in_chunks(&prompt, chunk, &mut rope, &mut cache, |_, x| {
+                passes += 1;
+                last = Some(x);
+                ControlFlow::<()>::Continue(())
+            });
+            assert_eq!(passed, ControlFlow::Continue(()));
+            let mut all = vec![model.last_logits(last.unwrap())];
             for _ in 0..2 {
                 all.push(model.next_logits(ids(rows, 1, &device), &mut rope, &mut cache));
             }
@@ -444,26 +425,13 @@ mod tests {
     /// Of every family and of the text part of a model of text and images, with windows of 12 tokens.
     #[rstest]
     fn a_prompt_in_passes_is_the_prompt_in_one(
-        #[values(
-            "families/gemma2",
-            "families/gemma3_text",
-            "families/granite",
-            "families/llama3_tied",
-            "families/llama_biases",
-            "families/mistral_window",
-            "families/olmo2",
-            "families/phi3",
-            "families/qwen2",
-            "families/qwen2_window",
-            "families/qwen3",
-            "families/qwen3_moe",
-            "families/smollm3",
-            "vision/gemma3"
-        )]
-        name: &str,
+        #[files("tests/fixtures/families/*/model")]
+        #[files("tests/fixtures/vision/gemma3/model")]
+        #[dirs]
+        folder: PathBuf,
         #[values(&[0], &[0, 11, 3], &[5, 30])] padding: &[usize],
     ) {
-        let (model, config) = fixture_model(name);
+        let (model, config) = model_in(&folder, &Device::default());
         assert_chunks_are_one_pass(&model, &config, padding);
     }
 

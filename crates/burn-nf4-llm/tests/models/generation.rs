@@ -255,19 +255,19 @@ fn sampling(temperature: f32, top_k: usize, top_p: f32) -> Sampling {
 }
 
 #[rstest]
-#[case::nan(sampling(f32::NAN, 0, 1.0), "temperature is NaN")]
-#[case::negative(sampling(-1.0, 0, 1.0), "temperature is -1")]
-#[case::infinite(sampling(f32::INFINITY, 0, 1.0), "temperature is inf")]
-#[case::nucleus_empty(sampling(1.0, 0, 0.0), "top-p is 0")]
-#[case::nucleus_negative(sampling(1.0, 0, -0.5), "top-p is -0.5")]
-#[case::nucleus_large(sampling(1.0, 0, 1.5), "top-p is 1.5")]
-#[case::nucleus_nan(sampling(1.0, 0, f32::NAN), "top-p is NaN")]
-#[case::likely_beyond(Sampling { min_p: 1.5, ..sampling(1.0, 0, 1.0) }, "min-p is 1.5")]
-#[case::likely_of_nothing(Sampling { min_p: 0.5, ..GREEDY }, "temperature is 0, expected above 0")]
-#[case::penalty_zero(Sampling { repetition_penalty: 0.0, ..GREEDY }, "repetition penalty is 0")]
-#[case::penalty_nan(Sampling { repetition_penalty: f32::NAN, ..GREEDY }, "repetition penalty is NaN")]
-#[case::nucleus_of_nothing(sampling(0.0, 0, 0.9), "temperature is 0, expected above 0")]
-#[case::candidates_of_nothing(sampling(0.0, 40, 1.0), "temperature is 0, expected above 0")]
+#[case::nan(sampling(f32::NAN, 0, 1.0), "`temperature` is NaN")]
+#[case::negative(sampling(-1.0, 0, 1.0), "`temperature` is -1")]
+#[case::infinite(sampling(f32::INFINITY, 0, 1.0), "`temperature` is inf")]
+#[case::nucleus_empty(sampling(1.0, 0, 0.0), "`top_p` is 0")]
+#[case::nucleus_negative(sampling(1.0, 0, -0.5), "`top_p` is -0.5")]
+#[case::nucleus_large(sampling(1.0, 0, 1.5), "`top_p` is 1.5")]
+#[case::nucleus_nan(sampling(1.0, 0, f32::NAN), "`top_p` is NaN")]
+#[case::likely_beyond(Sampling { min_p: 1.5, ..sampling(1.0, 0, 1.0) }, "`min_p` is 1.5")]
+#[case::likely_of_nothing(Sampling { min_p: 0.5, ..GREEDY }, "`temperature` is 0, expected above 0")]
+#[case::penalty_zero(Sampling { repetition_penalty: 0.0, ..GREEDY }, "`repetition_penalty` is 0")]
+#[case::penalty_nan(Sampling { repetition_penalty: f32::NAN, ..GREEDY }, "`repetition_penalty` is NaN")]
+#[case::nucleus_of_nothing(sampling(0.0, 0, 0.9), "`temperature` is 0, expected above 0")]
+#[case::candidates_of_nothing(sampling(0.0, 40, 1.0), "`temperature` is 0, expected above 0")]
 fn sampling_that_cannot_be_is_refused(#[case] sampling: Sampling, #[case] word: &str) {
     let (model, config) = open("hf/f32/model", None, &Device::default());
     let request = request(prompts(), sampling);

@@ -1,6 +1,6 @@
 //! The command `chat`.
 
-use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+use std::io::{BufRead, IsTerminal, stdin};
 
 use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::interrupt::Interrupts;
 use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs};
+use crate::output::show;
 
 #[derive(Args, Debug)]
 pub struct ChatArgs {
@@ -19,10 +20,10 @@ pub struct ChatArgs {
     #[command(flatten)]
     adapter: AdapterArgs,
     /// The system message.
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// The chat template: the name of one that the model has, or a file.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -35,7 +36,7 @@ impl ChatArgs {
         let adapter = self.adapter.read()?;
         self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
-        let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
+        let sampling = self.sampling.of_model(sampling, &prepared.generation);
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }
@@ -102,9 +103,4 @@ impl ChatArgs {
             conversation.messages.push(answer);
         }
     }
-}
-
-fn show(text: &str) -> Result<(), ModelError> {
-    print!("{text}");
-    stdout().flush().map_err(ModelError::io("stdout"))
 }

@@ -1,6 +1,5 @@
 //! The commands `inspect`, `quantize`, `dequantize` and `verify`.
 
-use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -10,10 +9,12 @@ use burn_nf4::checkpoint::{
     quantize_checkpoint, verify,
 };
 use burn_nf4::format::{BlockSize, QuantConfig};
+use burn_nf4_llm::ModelError;
 use clap::Args;
 
 use crate::args::{FloatArg, QuantArg, StorageArg, parse_bytes};
 use crate::inspect::{Inspection, fault_lines, faults};
+use crate::output::{is_closed_pipe, show};
 use crate::progress::Bar;
 use crate::verify::{Limits, Verdict};
 
@@ -27,9 +28,9 @@ pub struct InspectArgs {
 }
 
 impl InspectArgs {
-    pub fn run(&self) -> Result<(), Nf4Error> {
+    pub fn run(&self) -> Result<(), ModelError> {
         let inspection = Inspection::of(&Checkpoint::open(&self.path)?)?;
-        print(&match self.json {
+        show(match self.json {
             true => to_json(&inspection),
             false => inspection.table(),
         })
@@ -56,7 +57,7 @@ pub struct VerifyArgs {
 
 impl VerifyArgs {
     /// 1 if the checkpoints differ.
-    pub fn run(&self) -> Result<ExitCode, Nf4Error> {
+    pub fn run(&self) -> Result<ExitCode, ModelError> {
         let (a, b) = (Checkpoint::open(&self.a)?, Checkpoint::open(&self.b)?);
         for (checkpoint, which) in [(&a, "A"), (&b, "B")] {
             // Only told: tensors can be compared whatever they stand for.
@@ -69,9 +70,14 @@ impl VerifyArgs {
         drop(bar);
         let limits = Limits::new(self.tolerance, self.rms_tolerance);
         let within = limits.hold(&report);
-        print(&match self.json {
+        let shown = show(match self.json {
             true => to_json(&Verdict { within, report }),
             false => limits.text(&report),
+        });
+        // The code says it to one who has read enough too.
+        shown.or_else(|error| match is_closed_pipe(&error) {
+            true => Ok(()),
+            false => Err(error),
         })?;
         Ok(match within {
             true => ExitCode::SUCCESS,
@@ -90,7 +96,7 @@ pub struct DequantizeArgs {
 }
 
 impl DequantizeArgs {
-    pub fn run(&self) -> Result<(), Nf4Error> {
+    pub fn run(&self) -> Result<(), ModelError> {
         let options = DequantizeOptions {
             dtype: self.dtype.map(Into::into),
             max_shard_bytes: self.paths.max_shard_size,
@@ -101,7 +107,7 @@ impl DequantizeArgs {
         let folder = &self.paths.folder;
         let converted = dequantize_checkpoint(&source, folder, &options, |now| bar.show(now))?;
         drop(bar);
-        print(&summary("dequantized", &converted, folder))
+        show(summary("dequantized", &converted, folder))
     }
 }
 
@@ -114,8 +120,8 @@ pub struct QuantizeArgs {
 }
 
 impl QuantizeArgs {
-    pub fn run(self) -> Result<(), Nf4Error> {
-        print(&quantize(&self.paths, self.settings)?)
+    pub fn run(self) -> Result<(), ModelError> {
+        show(quantize(&self.paths, self.settings)?)
     }
 }
 
@@ -233,19 +239,4 @@ fn summary(what: &str, converted: &Converted, folder: &Path) -> String {
 pub fn to_json(value: &impl serde::Serialize) -> String {
     // Plain data with string keys always has a JSON text.
     serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
-}
-
-/// Writes to stdout, whose reader may go away early.
-pub fn print(text: &str) -> Result<(), Nf4Error> {
-    let mut stdout = std::io::stdout();
-    let written = stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush());
-    match written {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Nf4Error::Io {
-            path: "stdout".into(),
-            source: error.into(),
-        }),
-        _ => Ok(()),
-    }
 }

@@ -1,15 +1,19 @@
 //! The command `generate`.
 
-use std::io::{Write, stderr, stdout};
+use std::io::{Write, stderr};
 
 use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{CacheSize, Report, Request, Sampling, TextReport, generate_text};
+use burn_nf4_llm::generate::{
+    CacheSize, Report, Request, RowEnd, Sampling, TextReport, generate_text,
+};
 use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use clap::Args;
+use serde::Serialize;
 
 use crate::model_args::{AdapterArgs, ModelArgs, Opened, SamplingArgs, at_least, check_rows};
+use crate::output::{say, show};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 
 /// Continue a text.
@@ -17,34 +21,49 @@ use crate::progress::{mebibytes, peak_memory_bytes, seconds};
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The text to continue; several make a batch.
-    #[arg(long, required = true)]
+    /// The text to continue. May be given several times: the texts are continued together.
+    #[arg(long, value_name = "TEXT", required = true)]
     pub prompt: Vec<String>,
-    /// Put the prompt into the model's chat template, as the user's message.
+    /// Put each prompt into the model's chat template, as the user's message.
     #[arg(long)]
     pub chat: bool,
     /// The system message of the chat.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
     /// The chat template: the name of one that the model has, or a file.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "NAME|FILE", requires = "chat")]
     pub chat_template: Option<String>,
     /// The beginning of the answer, for the model to continue.
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub prefill: Option<String>,
     #[command(flatten)]
     pub adapter: AdapterArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Rows: the prompts are repeated until there are this many. As many as prompts without it.
-    #[arg(long)]
+    /// Texts in all, at least as many as prompts: the prompts are repeated until there are so many [default: one
+    /// for each prompt].
+    #[arg(long, value_name = "ROWS")]
     pub batch: Option<usize>,
-    /// Rows that are continued at a time: further ones wait, and each takes the place of one that ends.
-    #[arg(long, default_value_t = 64)]
+    /// Texts that are continued at the same time. Further ones wait, and each takes the place of one that has
+    /// ended: less memory, more time.
+    #[arg(long, value_name = "ROWS", default_value_t = 64)]
     pub max_batch: usize,
-    /// Go on to the last token even where the model ends its text: for timing.
+    /// Go on up to --max-tokens where the model, or a stop string of its own, would end the text: for timing.
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Print a line of JSON for each row in place of its text: `prompt`, `text`, `tokens`, which is how many
+    /// were generated, and `ended_by`.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A row of the output in JSON.
+#[derive(Serialize)]
+struct JsonRow<'a> {
+    prompt: &'a str,
+    text: &'a str,
+    tokens: usize,
+    ended_by: &'static str,
 }
 
 impl GenerateArgs {
@@ -70,7 +89,7 @@ impl GenerateArgs {
         let adapter = self.adapter.read()?;
         self.model.device.use_this_thread();
         let mut prepared = self.model.prepare(false)?;
-        let sampling = self.sampling.of_model(sampling, &prepared.generation)?;
+        let sampling = self.sampling.of_model(sampling, &prepared.generation);
         if let Some(name) = &self.chat_template {
             prepared.text.chat.choose(name)?;
         }
@@ -120,19 +139,20 @@ impl GenerateArgs {
             mebibytes(bytes)
         );
 
-        // One row is shown as it comes; more would mix.
+        // More rows would mix.
+        let is_shown_as_it_comes = rows == 1 && !self.json;
         let _awake = keep_threads_awake(&model.device());
         let given = generate_text(&model, &config, &text, &request, &stop, |_, piece| {
-            if rows == 1 {
-                print!("{piece}");
-                stdout().flush().map_err(ModelError::io("stdout"))?;
+            if is_shown_as_it_comes {
+                show(piece)?;
             }
             Ok(())
         })?;
         let TextReport { texts, report } = given;
-        println!();
-        if rows > 1 {
-            self.print_rows(&texts, prompts.len())?;
+        match (self.json, rows) {
+            (true, _) => self.print_json(&texts, &report)?,
+            (false, 1) => show("\n")?,
+            (false, _) => self.print_rows(&texts)?,
         }
         let rows_of_tokens = request.prompts.iter().zip(&report.tokens);
         let longest = rows_of_tokens
@@ -146,14 +166,39 @@ impl GenerateArgs {
         Ok(())
     }
 
-    fn print_rows(&self, texts: &[String], prompts: usize) -> Result<(), ModelError> {
+    /// The texts, each below a line with its prompt as Rust spells it: one line, whatever is in it.
+    fn print_rows(&self, texts: &[String]) -> Result<(), ModelError> {
+        let prompts = self.prompt.len();
         // Rows of the same prompt say the same when nothing is drawn.
         let shown = match self.sampling.temperature > 0.0 {
             true => texts.len(),
             false => prompts,
         };
         for (row, text) in texts.iter().take(shown).enumerate() {
-            writeln!(stdout(), "[{row}] {text}").map_err(ModelError::io("stdout"))?;
+            let space = if row > 0 { "\n" } else { "" };
+            let prompt = &self.prompt[row % prompts];
+            say!("{space}==> {} of {shown}: {prompt:?}\n{text}", row + 1)?;
+        }
+        Ok(())
+    }
+
+    fn print_json(&self, texts: &[String], report: &Report) -> Result<(), ModelError> {
+        let rows = texts.iter().zip(&report.tokens).zip(&report.ends);
+        for (((text, tokens), end), prompt) in rows.zip(self.prompt.iter().cycle()) {
+            let row = JsonRow {
+                prompt,
+                text,
+                tokens: tokens.len(),
+                ended_by: match end {
+                    RowEnd::Eos => "end_of_text",
+                    RowEnd::Callback => "stop_string",
+                    RowEnd::MaxTokens => "max_tokens",
+                    RowEnd::Memory => "memory",
+                    _ => "cancelled",
+                },
+            };
+            let line = serde_json::to_string(&row).map_err(ModelError::json("stdout"))?;
+            say!("{line}")?;
         }
         Ok(())
     }

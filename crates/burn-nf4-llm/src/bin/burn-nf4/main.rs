@@ -13,10 +13,13 @@ mod inspect;
 mod interrupt;
 mod merge;
 mod model_args;
+mod output;
 mod progress;
+mod svg;
 mod verify;
 mod watch;
 
+use std::io::{Write, stderr};
 use std::process::ExitCode;
 
 use burn_nf4_llm::ModelError;
@@ -55,10 +58,15 @@ enum Command {
 fn main() -> ExitCode {
     // Nobody has read the configuration before.
     burn_nf4::op::keep_compiled_kernels();
-    run(Cli::parse().command).unwrap_or_else(|error| {
-        eprintln!("error: {error}");
-        ExitCode::from(2)
-    })
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing to be done if stderr is gone.
+            let _ = writeln!(stderr(), "error: {error}");
+            ExitCode::from(2)
+        }
+    }
 }
 
 fn run(command: Command) -> Result<ExitCode, ModelError> {
@@ -66,7 +74,7 @@ fn run(command: Command) -> Result<ExitCode, ModelError> {
         Command::Inspect(args) => args.run()?,
         Command::Quantize(args) => args.run()?,
         Command::Dequantize(args) => args.run()?,
-        Command::Verify(args) => return Ok(args.run()?),
+        Command::Verify(args) => return args.run(),
         Command::Merge(args) => args.run()?,
         Command::Generate(args) => args.run()?,
         Command::Chat(args) => args.run()?,

@@ -8,8 +8,9 @@ use burn_nf4_llm::ModelError;
 use clap::Args;
 
 use crate::args::{FloatArg, parse_bytes};
-use crate::convert::{print, stacked_experts};
+use crate::convert::stacked_experts;
 use crate::model_args::lacking;
+use crate::output;
 use crate::progress::Bar;
 
 #[derive(Args, Debug)]
@@ -75,7 +76,7 @@ impl MergeArgs {
         };
         drop(bar);
         let merged = merged.map_err(|error| lacking(&self.adapter, error))?;
-        Ok(print(&self.summary(&merged))?)
+        output::show(self.summary(&merged))
     }
 
     fn summary(&self, merged: &Merged) -> String {

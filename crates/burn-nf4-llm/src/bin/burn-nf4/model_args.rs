@@ -33,8 +33,8 @@ pub struct ModelArgs {
     /// The type to compute in: f32 on the CPU, elsewhere the model's own.
     #[arg(long, value_enum)]
     pub dtype: Option<FloatArg>,
-    /// Have the head in NF4 too, with double quantization, whatever it is in the folder. One that is tied
-    /// to the embeddings becomes one of its own, and the embeddings stay as they are.
+    /// Quantize the output head too, to NF4 with double quantization, whatever it is in the folder. The
+    /// embeddings stay as they are, also where the head is tied to them.
     #[arg(long)]
     pub quantize_head: bool,
 }
@@ -223,38 +223,39 @@ pub fn lacking(folder: &Path, error: Nf4Error) -> ModelError {
 /// How tokens are chosen, and how many.
 #[derive(Args, Debug)]
 pub struct SamplingArgs {
-    /// Most tokens to generate.
-    #[arg(long, default_value_t = 128)]
+    /// Most tokens to generate for a text.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub max_tokens: usize,
-    /// 0 takes the likeliest token each time.
-    #[arg(long, default_value_t = 0.0)]
+    /// How freely tokens are drawn: 1 by the model's probabilities, less favours likely tokens. 0 draws nothing
+    /// and takes the likeliest token each time.
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0)]
     pub temperature: f32,
-    /// Draw among this many of the likeliest tokens only; 0 for all.
-    #[arg(long, default_value_t = 0)]
+    /// Draw only among this many of the likeliest tokens; 0 for all.
+    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub top_k: usize,
-    /// Draw among the likeliest tokens that reach this probability together.
-    #[arg(long, default_value_t = 1.0)]
+    /// Draw only among the likeliest tokens, as many as reach this probability together; 1 for all.
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 1.0)]
     pub top_p: f32,
-    /// Draw only tokens with this part of the probability of the likeliest one: that of
-    /// generation_config.json, or 0 for all.
-    #[arg(long)]
+    /// Draw only among tokens that have at least this part of the probability of the likeliest one, such as
+    /// 0.05; 0 for all [default: that of generation_config.json, else 0].
+    #[arg(long, value_name = "PART")]
     pub min_p: Option<f32>,
-    /// Make tokens less likely that the prompt or the text has already: that of generation_config.json, or 1
-    /// for no penalty.
-    #[arg(long)]
+    /// Above 1, make tokens less likely that the prompt or the text has already, such as 1.1; 1 for no penalty
+    /// [default: that of generation_config.json, else 1].
+    #[arg(long, value_name = "NUMBER")]
     pub repetition_penalty: Option<f32>,
-    /// Seed of the draws: row `i` draws with the seed that is larger by `i`.
-    #[arg(long, default_value_t = 42)]
+    /// Seed of the draws: the same one gives the same text. The second row draws with the next seed, and so on.
+    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
-    /// End a text before this one, wherever it comes behind the prompt: `\n`, `\t` and `\\` are a line
-    /// break, a tab and a backslash. Several can be given; `stop_strings` of generation_config.json end a
-    /// text too.
-    #[arg(long)]
+    /// End a text before this string: `\n`, `\t` and `\\` are a line break, a tab and a backslash. May be given
+    /// several times; the `stop_strings` of generation_config.json end a text too.
+    #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Launch each step anew, also where the device could replay a recorded one.
+    /// Launch each step of decoding anew, also where the device could record one and replay it, which is faster.
     #[arg(long)]
     pub eager: bool,
-    /// Most memory for keys and values: a text that could need more is refused.
+    /// Most memory for the keys and values of all rows, in MiB: what could need more is refused before it begins
+    /// [default: what the device has].
     #[arg(long, value_name = "MIB")]
     pub max_cache: Option<u64>,
 }
@@ -284,21 +285,15 @@ impl SamplingArgs {
     }
 
     /// The settings with what a model says where nothing else was asked for.
-    pub fn of_model(
-        &self,
-        sampling: Sampling,
-        generation: &GenerationConfig,
-    ) -> Result<Sampling, ModelError> {
+    pub fn of_model(&self, sampling: Sampling, generation: &GenerationConfig) -> Sampling {
         let draws = sampling.temperature > 0.0;
         let min_p = self.min_p.or(generation.min_p.filter(|_| draws));
         let penalty = self.repetition_penalty.or(generation.repetition_penalty);
-        let sampling = Sampling {
+        Sampling {
             min_p: min_p.unwrap_or(sampling.min_p),
             repetition_penalty: penalty.unwrap_or(sampling.repetition_penalty),
             ..sampling
-        };
-        sampling.check()?;
-        Ok(sampling)
+        }
     }
 }
 

@@ -54,7 +54,9 @@ impl Limits {
                 ),
                 Difference::NotComparable { reason } => reason.clone(),
             };
-            text += &format!("{}: {difference}\n", parameter.name);
+            let tied = parameter.tied_to.as_ref();
+            let tied = tied.map_or_else(String::new, |table| format!(" (tied to {table})"));
+            text += &format!("{}{tied}: {difference}\n", parameter.name);
         }
         for (names, which) in [(&report.missing, "A"), (&report.extra, "B")] {
             for name in names {

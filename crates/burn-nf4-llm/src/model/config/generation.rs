@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use burn_nf4::Nf4Error;
+use burn_nf4::op::SampleSettings;
 use serde_json::Value;
 
 use crate::error::ModelError;
@@ -76,20 +78,38 @@ impl GenerationConfig {
     /// Reads `generation_config.json`, if there is one.
     ///
     /// # Errors
-    /// [`ModelError::Io`], [`ModelError::Json`], and [`ModelError::Unsupported`] with the name of the field.
+    /// [`ModelError::Io`], [`ModelError::Json`], and [`ModelError::Unsupported`] with the name of the field,
+    /// also for a number that [`SampleSettings::check`] refuses.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         let fields = Fields::read_or_empty(&folder.join("generation_config.json"))?;
         let eos: Option<TokenIds> = fields.nullable("eos_token_id")?;
         let stop: Option<Texts> = fields.nullable("stop_strings")?;
-        let min_p: Option<f64> = fields.nullable("min_p")?;
-        let penalty: Option<f64> = fields.nullable("repetition_penalty")?;
+        let number = |name| -> Result<Option<f32>, ModelError> {
+            let number: Option<f64> = fields.nullable(name)?;
+            Ok(number.map(|number| number as f32))
+        };
+        let min_p = number("min_p")?;
+        let repetition_penalty = number("repetition_penalty")?;
+        let settings = SampleSettings {
+            min_p: min_p.unwrap_or(0.0),
+            repetition_penalty: repetition_penalty.unwrap_or(1.0),
+            ..SampleSettings::greedy()
+        };
+        match settings.check() {
+            Err(Nf4Error::Config {
+                field,
+                expected,
+                given,
+            }) => return Err(fields.unsupported(field, given, expected)),
+            checked => checked?,
+        }
         let not_applied = fields.names().filter_map(|name| {
             let value = fields.value(name)?;
             changes_tokens(name, value).then(|| format!("{name}: {}", spelled(value)))
         });
         Ok(Self {
-            min_p: min_p.map(|number| number as f32),
-            repetition_penalty: penalty.map(|number| number as f32),
+            min_p,
+            repetition_penalty,
             eos_token_ids: eos.map(|TokenIds(ids)| ids),
             stop_strings: stop.map(|Texts(texts)| texts).unwrap_or_default(),
             not_applied: not_applied.collect(),

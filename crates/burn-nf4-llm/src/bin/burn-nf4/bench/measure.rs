@@ -3,12 +3,14 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_nf4::format::FloatType;
 use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Report, Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Decoder, DecoderConfig, PROMPT_CHUNK};
+use burn_nf4_llm::model::{Decoder, DecoderConfig};
 
+use super::memory::position_bytes;
 use super::report::{Copy, DecodeRow, FirstToken, Memory, PrefillRow};
 use crate::device::DeviceName;
 use crate::progress::peak_memory_bytes;
@@ -75,7 +77,7 @@ pub struct Floor {
 
 impl Floor {
     /// Of a model.
-    pub fn new(model: &Decoder, config: &DecoderConfig, copy: Copy) -> Self {
+    pub fn new(model: &Decoder, config: &DecoderConfig, dtype: FloatType, copy: Copy) -> Self {
         let (packed, floats) = model.size_bytes();
         let table = model.embed_tokens.val();
         let table_bytes = table.shape().num_elements() * table.dtype().size();
@@ -86,7 +88,7 @@ impl Floor {
         };
         Self {
             weight_bytes: packed + floats - unread,
-            position_bytes: position_bytes(model, config),
+            position_bytes: position_bytes(config, dtype),
             copy,
         }
     }
@@ -95,31 +97,6 @@ impl Floor {
     fn read_bytes(&self, rows: usize, context: usize, steps: usize) -> usize {
         self.weight_bytes + rows * (context + steps / 2) * self.position_bytes
     }
-}
-
-/// Keys and values of one position of one row, in all layers.
-fn position_bytes(model: &Decoder, config: &DecoderConfig) -> usize {
-    let element = model.norm.weight.val().dtype().size();
-    config.layers.len() * 2 * config.num_key_value_heads * config.head_dim * element
-}
-
-/// About what a measurement of decoding needs: the weights, the cache, and what the pass over the prompts
-/// holds at a time.
-pub fn expected_bytes(
-    model: &Decoder,
-    config: &DecoderConfig,
-    rows: usize,
-    positions: usize,
-) -> usize {
-    let (packed, floats) = model.size_bytes();
-    let element = model.norm.weight.val().dtype().size();
-    let passing = 6 * config.hidden_size + 3 * config.intermediate_size;
-    let tokens = rows.saturating_mul(positions);
-    let of_cache = tokens.saturating_mul(position_bytes(model, config));
-    let of_pass = tokens.min(PROMPT_CHUNK.max(rows)) * passing * element;
-    [floats, of_cache, of_pass]
-        .into_iter()
-        .fold(packed, usize::saturating_add)
 }
 
 /// Times the first token of a prompt, twice: a device that has computed nothing yet compiles and tunes

@@ -2,6 +2,7 @@
 
 mod chart;
 mod measure;
+mod memory;
 mod peer;
 mod report;
 mod size;
@@ -12,18 +13,18 @@ use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::op::{DenseProvider, MatmulOptions, device_memory, matmul, set_dense_provider};
+use burn_nf4::op::{DenseProvider, MatmulOptions, matmul, set_dense_provider};
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
+use burn_nf4_llm::model::{DecoderConfig, random};
 use clap::{Args, ValueEnum};
 
 use crate::args::FloatArg;
 use crate::device::DeviceName;
 use crate::model_args::{at_least, check_rows};
-use crate::progress::mebibytes;
 use measure::Floor;
+use memory::Need;
 use peer::{Job, Peer};
-use report::{BenchReport, DecodeRow, LeftOut, PrefillRow, TrainRow, Weights};
+use report::{BenchReport, DecodeRow, PrefillRow, TrainRow, Weights};
 use size::SizeArgs;
 
 /// Time decoding, prompts and training steps with random weights: needs no checkpoint.
@@ -31,12 +32,12 @@ use size::SizeArgs;
 pub struct BenchArgs {
     #[command(flatten)]
     size: SizeArgs,
-    /// Rows that are decoded together; several give several measurements. By default 1, 4, 16 and 64, on
+    /// Rows that are decoded together. May be given several times. By default 1, 4, 16 and 64, on
     /// a CPU 1 and 4.
     #[arg(long, value_name = "ROWS")]
     batch: Vec<usize>,
-    /// Tokens that the cache holds when decoding begins: each row has a prompt of this length. Several
-    /// give several measurements. By default 128, 2048 and 8192, on a CPU 128 and 2048.
+    /// Tokens that the cache holds when decoding begins: each row has a prompt of this length. May be given
+    /// several times, and is measured with each --batch. By default 128, 2048 and 8192, on a CPU 128 and 2048.
     #[arg(long, value_name = "TOKENS")]
     context: Vec<usize>,
     /// Tokens generated for each row after the first.
@@ -53,13 +54,13 @@ pub struct BenchArgs {
     /// Train without computing each layer twice: more memory, less time.
     #[arg(long)]
     keep_all: bool,
-    /// Rank of a low-rank branch on every linear layer but the head: none without it, in training 16.
+    /// Put a low-rank branch of this rank on every linear layer but the head [default: none; in training 16].
     #[arg(long)]
     rank: Option<usize>,
     /// Have the head in 4 bit too, also one that is tied to the embeddings, which stay as they are.
     #[arg(long)]
     quantize_head: bool,
-    /// Who computes products of many rows.
+    /// Who computes products of many rows: for a comparison.
     #[arg(long, value_enum, default_value_t = ProviderName::Auto)]
     provider: ProviderName,
     /// Launch each step of decoding anew, also where the device could replay a recorded one.
@@ -77,7 +78,7 @@ pub struct BenchArgs {
     /// Where to run.
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     device: DeviceName,
-    /// The type to compute in: f32 on the CPU, elsewhere bf16.
+    /// The type to compute in: f32 on the CPU, elsewhere the model's own, bfloat16 of each --size.
     #[arg(long, value_enum)]
     dtype: Option<FloatArg>,
 }
@@ -96,7 +97,9 @@ fn parse_shape(text: &str) -> Result<[usize; 2], String> {
 pub enum ProviderName {
     /// cuBLASLt where it is there, else Burn.
     Auto,
+    /// cuBLASLt (feature `cublaslt`).
     Cublaslt,
+    /// Burn's own kernels.
     Burn,
 }
 
@@ -123,6 +126,12 @@ impl BenchArgs {
         let device = &self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, device)?;
         let plan = self.plan();
+        let setting = Setting {
+            config,
+            dtype,
+            device,
+        };
+        self.check_memory(&setting, &plan)?;
         let peer = self.peer.as_deref();
         let peer = peer.map(|python| Peer::find(python, self.device));
         let peer = peer.transpose()?;
@@ -153,13 +162,8 @@ impl BenchArgs {
             peer: None,
         };
         report.write(self.json.as_deref())?;
-        report.print_head();
+        report.print_head()?;
         self.warn_of_length(config, &plan);
-        let setting = Setting {
-            config,
-            dtype,
-            device,
-        };
         self.inference(&setting, &plan, &mut report)?;
         self.training(&setting, &mut report)?;
         if let Some(peer) = peer {
@@ -173,8 +177,8 @@ impl BenchArgs {
                 prefill: &plan.prefill,
             })?);
             report.compare();
-            report.print_peer();
             report.write(self.json.as_deref())?;
+            report.print_peer()?;
         }
         match &self.chart {
             Some(path) => chart::draw(&report, path),
@@ -244,7 +248,8 @@ impl BenchArgs {
 
     fn warn_of_length(&self, config: &DecoderConfig, plan: &Plan) {
         let texts = plan.decode.iter();
-        let texts = texts.map(|&[_, context]| context.saturating_add(self.tokens + 1));
+        let texts =
+            texts.map(|&[_, context]| context.saturating_add(self.tokens).saturating_add(1));
         let longest = texts
             .chain(plan.prefill.iter().copied())
             .chain(self.train.iter().map(|&[_, tokens]| tokens))
@@ -278,61 +283,82 @@ impl BenchArgs {
         report.first_token = Some(measure::first_token(&model, config)?);
         let copy = measure::copy(self.device, device)?;
         report.copy = Some(copy.clone());
-        let floor = Floor::new(&model, config, copy);
+        let floor = Floor::new(&model, config, dtype, copy);
         let (packed_bytes, float_bytes) = model.size_bytes();
         report.weights = Some(Weights {
             packed_bytes,
             float_bytes,
             read_bytes: floor.weight_bytes,
         });
-        report.print_model();
         report.write(self.json.as_deref())?;
+        report.print_model()?;
         if !plan.decode.is_empty() {
-            DecodeRow::print_head();
+            DecodeRow::print_head()?;
         }
         for &[batch, context] in &plan.decode {
-            if let Some(left_out) = self.does_not_fit(setting, &model, batch, context) {
-                left_out.print();
-                report.left_out.push(left_out);
+            let of = [batch, context, self.tokens];
+            if !self.fits(Need::decoding(config, dtype, of), device, report)? {
                 continue;
             }
-            let of = [batch, context, self.tokens];
             let row = measure::decode(&model, config, &floor, of, self.eager)?;
-            row.print();
             report.decode.push(row);
             report.write(self.json.as_deref())?;
+            report.decode[report.decode.len() - 1].print()?;
         }
         if !plan.prefill.is_empty() {
-            PrefillRow::print_head();
+            PrefillRow::print_head()?;
         }
         for &tokens in &plan.prefill {
+            if !self.fits(Need::prompt(config, dtype, tokens), device, report)? {
+                continue;
+            }
             let row = measure::prefill(&model, config, tokens)?;
-            row.print();
             report.prefill.push(row);
             report.write(self.json.as_deref())?;
+            report.prefill[report.prefill.len() - 1].print()?;
         }
         Ok(())
     }
 
-    /// Why a measurement is not made, if the device says how much memory it has.
-    fn does_not_fit(
+    /// Refuses what was asked for and cannot fit, before any of it is made. Of the sizes that are measured
+    /// where none are asked for, those that do not fit are left out.
+    fn check_memory(&self, setting: &Setting<'_>, plan: &Plan) -> Result<(), ModelError> {
+        let &Setting {
+            config,
+            dtype,
+            device,
+        } = setting;
+        let mut needs = Vec::new();
+        if !(self.batch.is_empty() && self.context.is_empty()) {
+            let of = |&[batch, context]: &[usize; 2]| [batch, context, self.tokens];
+            let all = plan.decode.iter().map(of);
+            needs.extend(all.map(|of| Need::decoding(config, dtype, of)));
+        }
+        let prompts = self.prefill.iter();
+        needs.extend(prompts.map(|&tokens| Need::prompt(config, dtype, tokens)));
+        let steps = self.train.iter();
+        needs.extend(steps.map(|&shape| Need::training(config, dtype, shape)));
+        let mut misfits = needs
+            .into_iter()
+            .filter_map(|need| need.does_not_fit(self.device, device));
+        misfits.next().map_or(Ok(()), |misfit| Err(misfit.error()))
+    }
+
+    /// Whether there is room for a measurement now, beside the weights; if not, it is left out.
+    fn fits(
         &self,
-        setting: &Setting<'_>,
-        model: &Decoder,
-        batch: usize,
-        context: usize,
-    ) -> Option<LeftOut> {
-        let there = device_memory(setting.device)?.total;
-        let positions = context.saturating_add(self.tokens + 1);
-        let needed = measure::expected_bytes(model, setting.config, batch, positions) as u64;
-        (needed > there).then(|| LeftOut {
-            what: format!("batch {batch} at {context}"),
-            why: format!(
-                "it needs about {}, the device has {}",
-                mebibytes(needed),
-                mebibytes(there)
-            ),
-        })
+        need: Need,
+        device: &Device,
+        report: &mut BenchReport,
+    ) -> Result<bool, ModelError> {
+        let Some(misfit) = need.does_not_fit(self.device, device) else {
+            return Ok(true);
+        };
+        let left_out = misfit.left_out();
+        let printed = left_out.print();
+        report.left_out.push(left_out);
+        report.write(self.json.as_deref())?;
+        printed.map(|()| false)
     }
 
     fn training(&self, setting: &Setting<'_>, report: &mut BenchReport) -> Result<(), ModelError> {
@@ -342,12 +368,16 @@ impl BenchArgs {
         let device = setting.device.clone().autodiff();
         let model = random(setting.config, setting.dtype, None, &device)?;
         let mut trainer = train::trainer(model, setting.config, self.rank, self.keep_all)?;
-        TrainRow::print_head();
+        TrainRow::print_head()?;
         for &shape in &self.train {
+            let need = Need::training(setting.config, setting.dtype, shape);
+            if !self.fits(need, setting.device, report)? {
+                continue;
+            }
             let row = train::train(&mut trainer, setting.config, shape)?;
-            row.print();
             report.train.push(row);
             report.write(self.json.as_deref())?;
+            report.train[report.train.len() - 1].print()?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use burn_nf4_llm::ModelError;
 use chrono::{SecondsFormat, Utc};
 use serde::Serialize;
 
+use crate::output::say;
 use crate::progress::mebibytes;
 
 /// All that a run measured. Written as JSON as it is: fields are added, but none changes its meaning.
@@ -191,8 +192,8 @@ impl BenchReport {
     }
 
     /// What the measurements are of.
-    pub fn print_head(&self) {
-        println!(
+    pub fn print_head(&self) -> Result<(), ModelError> {
+        say!(
             "{}, random weights, {} ({}), {}{}{}",
             self.size,
             self.device,
@@ -205,74 +206,87 @@ impl BenchReport {
             } else {
                 ""
             },
-        );
+        )
     }
 
     /// The weights, the speed of memory and the first token.
-    pub fn print_model(&self) {
+    pub fn print_model(&self) -> Result<(), ModelError> {
         if let Some(weights) = &self.weights {
-            println!(
+            say!(
                 "weights: {} packed, {} of floats",
                 mebibytes(weights.packed_bytes as u64),
                 mebibytes(weights.float_bytes as u64),
-            );
+            )?;
         }
         if let Some(first) = &self.first_token {
-            println!(
+            say!(
                 "first token of a prompt of {}: {:.1} ms after loading, {:.1} ms the second time",
-                first.prompt_tokens, first.first_ms, first.second_ms
-            );
+                first.prompt_tokens,
+                first.first_ms,
+                first.second_ms
+            )?;
         }
         if let Some(copy) = &self.copy {
-            println!(
+            say!(
                 "copy of {}: {:.1} GB/s read and written ({})",
                 mebibytes(copy.bytes as u64),
                 copy.bytes_s / 1e9,
                 copy.how
-            );
+            )?;
         }
+        Ok(())
     }
 
     /// Ours beside the peer's.
-    pub fn print_peer(&self) {
-        let Some(peer) = &self.peer else { return };
-        println!("\n{}", peer.versions);
+    pub fn print_peer(&self) -> Result<(), ModelError> {
+        let Some(peer) = &self.peer else {
+            return Ok(());
+        };
+        say!("\n{}", peer.versions)?;
         if !peer.decode.is_empty() {
-            println!(
+            say!(
                 "{:>5} {:>8} {:>14} {:>14} {:>9}",
-                "batch", "context", "tokens/s ours", "theirs", "ratio"
-            );
+                "batch",
+                "context",
+                "tokens/s ours",
+                "theirs",
+                "ratio"
+            )?;
         }
         for theirs in &peer.decode {
             let ours = theirs.ratio.map(|ratio| ratio * theirs.tokens_s);
-            println!(
+            say!(
                 "{:>5} {:>8} {:>14} {:>14.1} {:>9}",
                 theirs.batch,
                 theirs.context,
                 or_dash(ours, 1),
                 theirs.tokens_s,
                 or_dash(theirs.ratio, 2)
-            );
+            )?;
         }
         if !peer.prefill.is_empty() {
-            println!(
+            say!(
                 "{:>14} {:>14} {:>14} {:>9}",
-                "prompt", "ms ours", "theirs", "ratio"
-            );
+                "prompt",
+                "ms ours",
+                "theirs",
+                "ratio"
+            )?;
         }
         for theirs in &peer.prefill {
             let ours = theirs.ratio.map(|ratio| theirs.ms / ratio);
-            println!(
+            say!(
                 "{:>14} {:>14} {:>14.1} {:>9}",
                 theirs.tokens,
                 or_dash(ours, 1),
                 theirs.ms,
                 or_dash(theirs.ratio, 2)
-            );
+            )?;
         }
         for left_out in &peer.left_out {
-            left_out.print();
+            left_out.print()?;
         }
+        Ok(())
     }
 }
 
@@ -286,8 +300,8 @@ fn or_unknown(bytes: Option<u64>) -> String {
 
 impl DecodeRow {
     /// The head of the rows of a table.
-    pub fn print_head() {
-        println!(
+    pub fn print_head() -> Result<(), ModelError> {
+        say!(
             "\n{:>5} {:>8} {:>10} {:>9} {:>9} {:>7} {:>12} {:>12} {:>12}  steps",
             "batch",
             "context",
@@ -298,16 +312,16 @@ impl DecodeRow {
             "cache",
             "in use",
             "reserved"
-        );
+        )
     }
 
     /// A row.
-    pub fn print(&self) {
+    pub fn print(&self) -> Result<(), ModelError> {
         let steps = match &self.launched_because {
             None => "replayed".into(),
             Some(why) => format!("launched: {why}"),
         };
-        println!(
+        say!(
             "{:>5} {:>8} {:>10.1} {:>9.2} {:>9.2} {:>6.0}% {:>12} {:>12} {:>12}  {steps}",
             self.batch,
             self.context,
@@ -318,41 +332,43 @@ impl DecodeRow {
             mebibytes(self.cache_bytes as u64),
             or_unknown(self.memory.in_use_bytes),
             or_unknown(self.memory.reserved_bytes),
-        );
+        )
     }
 }
 
 impl PrefillRow {
     /// The head of the rows of a table.
-    pub fn print_head() {
-        println!("\n{:>14} {:>10} {:>10}", "prompt", "ms", "tokens/s");
+    pub fn print_head() -> Result<(), ModelError> {
+        say!("\n{:>14} {:>10} {:>10}", "prompt", "ms", "tokens/s")
     }
 
     /// A row.
-    pub fn print(&self) {
-        println!(
+    pub fn print(&self) -> Result<(), ModelError> {
+        say!(
             "{:>14} {:>10.1} {:>10.0}",
-            self.tokens, self.ms, self.tokens_s
-        );
+            self.tokens,
+            self.ms,
+            self.tokens_s
+        )
     }
 }
 
 impl TrainRow {
     /// The head of the rows of a table.
-    pub fn print_head() {
-        println!("\n{:>14} {:>10} {:>10}", "training step", "ms", "tokens/s");
+    pub fn print_head() -> Result<(), ModelError> {
+        say!("\n{:>14} {:>10} {:>10}", "training step", "ms", "tokens/s")
     }
 
     /// A row.
-    pub fn print(&self) {
+    pub fn print(&self) -> Result<(), ModelError> {
         let shape = format!("{} x {}", self.rows, self.tokens);
-        println!("{shape:>14} {:>10.0} {:>10.0}", self.ms, self.tokens_s);
+        say!("{shape:>14} {:>10.0} {:>10.0}", self.ms, self.tokens_s)
     }
 }
 
 impl LeftOut {
     /// A line.
-    pub fn print(&self) {
-        println!("left out: {}: {}", self.what, self.why);
+    pub fn print(&self) -> Result<(), ModelError> {
+        say!("left out: {}: {}", self.what, self.why)
     }
 }
