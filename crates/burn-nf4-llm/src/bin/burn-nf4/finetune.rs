@@ -178,7 +178,7 @@ impl FinetuneArgs {
             eprintln!("{warning}");
         }
         let eos = text.eos.or(config.eos_token_ids.first().copied());
-        let data = Dataset::read(&self.data, text, eos, self.seq_len)?;
+        let data = Dataset::read(&self.data, text, eos, self.seq_len, Default::default())?;
         data.check_vocabulary(config.vocab_size)?;
         if let Some(warning) = config.warn_of_length("the longest example", data.longest()) {
             eprintln!("{warning}");
