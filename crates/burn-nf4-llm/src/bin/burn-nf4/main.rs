@@ -14,6 +14,7 @@ mod interrupt;
 mod merge;
 mod model_args;
 mod progress;
+mod svg;
 mod verify;
 mod watch;
 

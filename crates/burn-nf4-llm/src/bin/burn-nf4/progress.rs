@@ -46,10 +46,22 @@ impl Drop for Bar {
 
 /// The most memory that the process has held, where the system tells (Linux).
 pub fn peak_memory_bytes() -> Option<u64> {
+    memory_of_process("VmHWM:")
+}
+
+/// The memory that the process holds, where the system tells (Linux).
+pub fn memory_bytes() -> Option<u64> {
+    memory_of_process("VmRSS:")
+}
+
+/// Has [`peak_memory_bytes`] count from now on. Returns whether that is possible (Linux).
+pub fn restart_peak() -> bool {
+    fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
+fn memory_of_process(field: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }

@@ -1,14 +1,13 @@
 //! The bar chart: how near to the speed of memory steps of decoding come.
 
-use std::error::Error;
 use std::path::Path;
 
 use burn_nf4_llm::ModelError;
-use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::text_anchor::HPos;
 
 use super::report::BenchReport;
+use crate::svg::{self, Area, Drawn, GREY, OTHER, OURS, PALE, text};
 
 const WIDTH: i32 = 960;
 const HEIGHT: i32 = 400;
@@ -19,14 +18,6 @@ const TOP: i32 = 70;
 const BOTTOM: i32 = 48;
 /// Between groups of bars.
 const GAP: i32 = 12;
-
-const OURS: RGBColor = RGBColor(23, 78, 166);
-const PEER: RGBColor = RGBColor(217, 95, 14);
-const GREY: RGBColor = RGBColor(90, 90, 90);
-const PALE: RGBColor = RGBColor(222, 222, 222);
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn = Result<(), Box<dyn Error>>;
 
 /// A bar: percent of the memory's speed, and tokens a second.
 struct Bar {
@@ -52,9 +43,8 @@ pub fn draw(report: &BenchReport, path: &Path) -> Result<(), ModelError> {
         let expected = "left out, or decoding that is measured";
         return Err(ModelError::setting("--chart", path.display(), expected));
     }
-    draw_groups(report, &groups, path).map_err(|error| ModelError::Io {
-        path: path.into(),
-        source: std::io::Error::other(error.to_string()),
+    svg::write(path, (WIDTH, HEIGHT), |area| {
+        draw_groups(report, &groups, area)
     })
 }
 
@@ -75,7 +65,7 @@ fn groups(report: &BenchReport) -> Vec<Group> {
         bars.extend(peers.iter().find(same).map(|peer| Bar {
             percent: 100.0 * row.floor_ms / peer.step_ms,
             tokens_s: peer.tokens_s,
-            colour: PEER,
+            colour: OTHER,
         }));
         Group {
             batch: row.batch,
@@ -86,9 +76,7 @@ fn groups(report: &BenchReport) -> Vec<Group> {
     .collect()
 }
 
-fn draw_groups(report: &BenchReport, groups: &[Group], path: &Path) -> Drawn {
-    let area = SVGBackend::new(path, (WIDTH as u32, HEIGHT as u32)).into_drawing_area();
-    area.fill(&WHITE)?;
+fn draw_groups(report: &BenchReport, groups: &[Group], area: &Area) -> Drawn {
     let bars = groups.iter().flat_map(|group| &group.bars);
     let most = bars.map(|bar| bar.percent).fold(50.0, f64::max) * 1.12;
     let y = |percent: f64| {
@@ -99,30 +87,18 @@ fn draw_groups(report: &BenchReport, groups: &[Group], path: &Path) -> Drawn {
         "{}, {} on {}: steps of decoding, in % of the speed of a copy of memory; above, tokens/s",
         report.size, report.dtype, report.device_name
     );
-    text(&area, &title, (LEFT, 18), 15, HPos::Left, BLACK)?;
+    text(area, &title, (LEFT, 18), 15, HPos::Left, BLACK)?;
     let mut legend = vec![("burn-nf4", OURS)];
     if report.peer.is_some() {
-        legend.push(("transformers + bitsandbytes", PEER));
+        legend.push(("transformers + bitsandbytes", OTHER));
     }
-    let mut x = LEFT;
-    for (name, colour) in legend {
-        area.draw(&Rectangle::new([(x, 34), (x + 12, 46)], colour.filled()))?;
-        text(&area, name, (x + 17, 40), 13, HPos::Left, BLACK)?;
-        x += 37 + name.len() as i32 * 7;
-    }
+    svg::legend(area, LEFT, 40, &legend)?;
     let mut percent = 0.0;
     while percent <= most {
         let line = vec![(LEFT, y(percent)), (WIDTH - RIGHT, y(percent))];
         area.draw(&PathElement::new(line, PALE.stroke_width(1)))?;
         let number = format!("{percent:.0}");
-        text(
-            &area,
-            &number,
-            (LEFT - 8, y(percent)),
-            12,
-            HPos::Right,
-            GREY,
-        )?;
+        text(area, &number, (LEFT - 8, y(percent)), 12, HPos::Right, GREY)?;
         percent += 10.0 * (most / 100.0).ceil();
     }
     let pitch = (WIDTH - LEFT - RIGHT) / groups.len() as i32;
@@ -136,31 +112,14 @@ fn draw_groups(report: &BenchReport, groups: &[Group], path: &Path) -> Drawn {
             area.draw(&Rectangle::new(corners, bar.colour.filled()))?;
             let rate = format!("{:.0}", bar.tokens_s);
             let at = (x + width / 2, y(bar.percent) - 8);
-            text(&area, &rate, at, 11, HPos::Center, BLACK)?;
+            text(area, &rate, at, 11, HPos::Center, BLACK)?;
             x += width;
         }
         let below = HEIGHT - BOTTOM;
         let rows = format!("batch {}", group.batch);
-        text(&area, &rows, (centre, below + 14), 12, HPos::Center, BLACK)?;
+        text(area, &rows, (centre, below + 14), 12, HPos::Center, BLACK)?;
         let context = format!("at {}", group.context);
-        text(
-            &area,
-            &context,
-            (centre, below + 30),
-            12,
-            HPos::Center,
-            GREY,
-        )?;
+        text(area, &context, (centre, below + 30), 12, HPos::Center, GREY)?;
     }
-    area.present()?;
-    Ok(())
-}
-
-fn text(area: &Area, content: &str, at: (i32, i32), size: i32, h: HPos, colour: RGBColor) -> Drawn {
-    let style = ("sans-serif", size)
-        .into_font()
-        .color(&colour)
-        .pos(Pos::new(h, VPos::Center));
-    area.draw(&Text::new(content.to_string(), at, style))?;
     Ok(())
 }
