@@ -97,6 +97,7 @@ fn a_resumed_run_goes_on_with_its_log() {
     }
 }
 
+/// Nor by a run that goes on, of which it is not the log.
 #[test]
 fn a_log_that_is_there_is_not_written_over() {
     let folder = with_data(&texts());
@@ -108,6 +109,12 @@ fn a_log_that_is_there_is_not_written_over() {
         "{error}"
     );
     assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    finetune(folder.path(), "--steps 1 --save-every 1").unwrap();
+    fs::write(&file, "mine\n").unwrap();
+    let resumed = format!("--steps 2 --resume --log {}", file.display());
+    let error = finetune(folder.path(), &resumed).unwrap_err();
+    assert!(error.contains("steps.jsonl"), "{error}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine\n");
 }
 
 const CHAT: &str = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]}

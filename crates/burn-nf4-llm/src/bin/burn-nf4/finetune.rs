@@ -270,10 +270,11 @@ impl FinetuneArgs {
         drop(watch);
         // A run that failed has losses to be looked at too.
         let plot = self.output.join(PLOT_FILE);
-        if losses(&log)?.draw(&plot)? {
+        let drawn = losses(&log).and_then(|losses| losses.draw(&plot));
+        trained?;
+        if drawn? {
             println!("drew the losses in {}", plot.display());
         }
-        trained?;
         println!(
             "{} steps in {}",
             trainer.step - first,

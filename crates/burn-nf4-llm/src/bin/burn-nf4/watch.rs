@@ -169,22 +169,29 @@ impl Watch {
     }
 }
 
-/// The lines of a log up to a step. What comes after is of steps that are done again, or was cut off.
+/// The lines of a log up to a step. What comes after is of steps that are done again; a last line without an
+/// end was cut off.
 fn lines_up_to(path: &Path, step: usize) -> Result<String, ModelError> {
     let text = fs::read_to_string(path).map_err(ModelError::io(path))?;
-    let kept = |line: &&str| {
-        let line: Option<Line> = serde_json::from_str(line).ok();
-        line.is_some_and(|line| line.step <= step)
-    };
-    let kept: Vec<&str> = text.lines().filter(kept).collect();
-    let removed = text.lines().count() - kept.len();
+    let (mut kept, mut removed) = (String::new(), 0);
+    for line in text.split_inclusive('\n') {
+        let is_kept = line.ends_with('\n') && parse(line, path)?.step <= step;
+        match is_kept {
+            true => kept += line,
+            false => removed += 1,
+        }
+    }
     if removed > 0 {
         eprintln!(
-            "{removed} lines of {} are of no step up to {step} and are removed",
+            "the run goes on behind step {step}: {removed} later lines of {} are removed",
             path.display()
         );
     }
-    Ok(kept.into_iter().map(|line| format!("{line}\n")).collect())
+    Ok(kept)
+}
+
+fn parse(line: &str, path: &Path) -> Result<Line, ModelError> {
+    serde_json::from_str(line).map_err(ModelError::json(path))
 }
 
 /// What a line of a log has of all that is drawn.
@@ -200,7 +207,7 @@ pub fn losses(path: &Path) -> Result<Losses, ModelError> {
     let text = fs::read_to_string(path).map_err(ModelError::io(path))?;
     let mut losses = Losses::default();
     for line in text.lines() {
-        let line: Line = serde_json::from_str(line).map_err(ModelError::json(path))?;
+        let line = parse(line, path)?;
         losses.train.extend(line.loss.map(|loss| (line.step, loss)));
         losses
             .eval
