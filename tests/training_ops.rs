@@ -19,7 +19,7 @@ const DTYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 3e-2)];
 
 fn random<const D: usize>(shape: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
     // Rounded first, so that what it is compared with begins with the same values.
-    let values = Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
+    let values: Tensor<D> = Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
     values.cast(DType::BF16).cast(DType::F32).cast(dtype)
 }
 

@@ -15,7 +15,7 @@ use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::model::{DecoderConfig, load};
 use burn_nf4_llm::text::Text;
-use burn_nf4_llm::train::data::Dataset;
+use burn_nf4_llm::train::data::{Dataset, Predict};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
 
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         FloatType::F32,
         &device,
     )?;
-    let data = Dataset::read(data.as_ref(), &text, text.eos, 128)?;
+    let data = Dataset::read(data.as_ref(), &text, text.eos, 128, Predict::Answers)?;
     data.check_vocabulary(config.vocab_size)?;
 
     let lora = LoraConfig::new(TargetModules::AllLinear);

@@ -4,12 +4,13 @@
 
 #[path = "arguments/output.rs"]
 mod output;
+mod program;
 
 use std::fs;
 #[cfg(unix)]
 use std::io::Read;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use burn_nf4_llm::fetch::beside_the_weights;
@@ -17,58 +18,8 @@ use rstest::rstest;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-/// What the program says of an error.
-fn run(arguments: &[&str]) -> Result<(), String> {
-    let program = env!("CARGO_BIN_EXE_burn-nf4");
-    let output = Command::new(program).args(arguments).output().unwrap();
-    match output.status.code() {
-        Some(0) => Ok(()),
-        Some(2) => Err(String::from_utf8(output.stderr).unwrap()),
-        other => panic!("{other:?}: {}", String::from_utf8_lossy(&output.stderr)),
-    }
-}
-
-fn fixture(path: &str) -> PathBuf {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let fixtures = match path.starts_with("hf/") {
-        true => package.join("../../tests/fixtures"),
-        false => package.join("tests/fixtures"),
-    };
-    fixtures.join(path)
-}
-
-/// A model with a tokenizer and two texts to train on.
-fn folder() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let model = fixture("hf/f32/model");
-    for entry in fs::read_dir(&model).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
-    }
-    let path = folder.path().join("config.json");
-    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    config["max_position_embeddings"] = 16.into();
-    fs::write(path, config.to_string()).unwrap();
-    fs::copy(
-        fixture("tokenizers/bytes.json"),
-        folder.path().join("tokenizer.json"),
-    )
-    .unwrap();
-    let config = json!({"eos_token": "</s>"});
-    fs::write(
-        folder.path().join("tokenizer_config.json"),
-        config.to_string(),
-    )
-    .unwrap();
-    fs::write(
-        folder.path().join("data.jsonl"),
-        "{\"text\": \"abc\"}\n{\"text\": \"abcdef\"}\n",
-    )
-    .unwrap();
-    folder
-}
+use program::{finetune, fixture, folder, run};
 
 /// The model does not exist: what is refused is refused before it is looked for.
 #[rstest]
@@ -119,6 +70,13 @@ fn folder() -> TempDir {
 #[case::epochs("finetune --epochs 0", "--epochs is 0")]
 #[case::steps("finetune --steps 0", "--steps is 0")]
 #[case::save_every("finetune --save-every 0", "--save-every is 0")]
+#[case::eval_every("finetune --eval-split 0.5 --eval-every 0", "--eval-every is 0")]
+#[case::eval_every_alone("finetune --eval-every 3", "expected --eval-data or --eval-split")]
+#[case::eval_split_zero("finetune --eval-split 0", "--eval-split is 0")]
+#[case::eval_split_large("finetune --eval-split 1.5", "--eval-split is 1.5")]
+#[case::eval_split_nan("finetune --eval-split nan", "--eval-split is NaN")]
+#[case::two_evaluations("finetune --eval-split 0.5 --eval-data a.txt", "cannot be used with")]
+#[case::packing("finetune --packing some", "possible values: text, always, never")]
 #[case::lr_zero("finetune --lr 0", "--lr is 0")]
 #[case::lr_negative("finetune --lr=-1", "--lr is -1")]
 #[case::lr_nan("finetune --lr nan", "--lr is NaN")]
@@ -400,20 +358,6 @@ fn an_interrupt_ends_an_answer_and_not_the_chat() {
     let status = chat.wait().unwrap();
     assert!(status.success(), "{status}");
     assert!(rest.ends_with(b"\n"));
-}
-
-fn finetune(folder: &Path, further: &str) -> Result<(), String> {
-    let [data, output] = ["data.jsonl", "out"].map(|name| folder.join(name));
-    let mut arguments = vec!["finetune", "--model", folder.to_str().unwrap()];
-    arguments.extend([
-        "--data",
-        data.to_str().unwrap(),
-        "--output",
-        output.to_str().unwrap(),
-    ]);
-    arguments.extend(["--r", "2", "--target-modules", "q_proj"]);
-    arguments.extend(further.split(' ').filter(|argument| !argument.is_empty()));
-    run(&arguments)
 }
 
 #[test]

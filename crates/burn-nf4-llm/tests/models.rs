@@ -25,6 +25,8 @@ mod heads;
 mod mixtures;
 #[path = "models/optimizers.rs"]
 mod optimizers;
+#[path = "models/packing.rs"]
+mod packing;
 #[path = "models/parity.rs"]
 mod parity;
 #[path = "models/ropes.rs"]

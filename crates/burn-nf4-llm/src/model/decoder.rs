@@ -127,6 +127,21 @@ impl Decoder {
         Pass::new(rotations, windows, start, length, padding, &self.device())
     }
 
+    /// What the layers share in one pass over rows into which several texts are packed: a token sees its own
+    /// text only, and the positions of each text begin at 0.
+    ///
+    /// - `ends`: for each row where its texts end, the last one at the length of all rows
+    ///
+    /// # Panics
+    /// For ends that do not increase, or not up to the same length.
+    pub fn packed_pass(&self, ends: &[Vec<usize>], rope: &mut RopeTables) -> Pass {
+        let length = ends.first().and_then(|row| row.last()).copied();
+        let length = length.unwrap_or(0);
+        let rotations = rope.packed_rotations(ends);
+        let windows = self.layers.iter().map(|layer| layer.self_attn.window);
+        Pass::packed(rotations, windows, ends, length, &self.device())
+    }
+
     /// The embeddings of tokens.
     ///
     /// # Shapes

@@ -41,6 +41,28 @@ impl Pass {
         }
     }
 
+    /// Of rows of `length` tokens, in which several texts end at `ends`: causal within each of them.
+    ///
+    /// # Panics
+    /// For ends that do not increase up to `length`.
+    pub(crate) fn packed(
+        rotations: Vec<Rotation>,
+        windows: impl IntoIterator<Item = Option<usize>>,
+        ends: &[Vec<usize>],
+        length: usize,
+        device: &Device,
+    ) -> Self {
+        let mask = AttentionMask {
+            sequence_ends: Some(ends.to_vec()),
+            ..AttentionMask::causal()
+        };
+        Self {
+            rotations,
+            ranges: ranges_of(windows, &mask, length, length, device),
+            position: None,
+        }
+    }
+
     /// Of one query a row, each at a position of its own, which the device alone may know.
     ///
     /// - `position`: `[batch]`, the positions of each row that the cache holds before
@@ -107,7 +129,7 @@ fn ranges_of(
         }
         let mask = mask.clone().with_window(window);
         let of_window = KeyRanges::new(&mask, queries, keys, device);
-        ranges.push((window, of_window.expect("a window is not zero")));
+        ranges.push((window, of_window.expect("windows and ends are in order")));
     }
     ranges
 }

@@ -70,6 +70,35 @@ impl RopeTables {
             .collect()
     }
 
+    /// The rotations of texts packed into rows, one for each rotary embedding: positions begin at 0 with each
+    /// text. The longest one is the sequence for all.
+    ///
+    /// - `ends`: for each row where its texts end
+    pub(crate) fn packed_rotations(&mut self, ends: &[Vec<usize>]) -> Vec<Rotation> {
+        let texts = ends.iter().flat_map(|row| {
+            let starts = std::iter::once(0).chain(row.iter().copied());
+            starts.zip(row).map(|(start, end)| end - start)
+        });
+        let texts: Vec<usize> = texts.collect();
+        let longest = texts.iter().copied().max().unwrap_or(0);
+        let positions = texts.into_iter().flat_map(|length| 0..length as i64);
+        let positions: Vec<i64> = positions.collect();
+        let tables = self.0.iter_mut();
+        tables
+            .map(|table| {
+                let tables = table.tables(longest, longest);
+                table.rows_at(positions.clone(), ends.len(), tables)
+            })
+            .collect()
+    }
+
+    /// Tables for the same model on another device, or on the same one without autodiff.
+    pub(crate) fn on(&self, device: &Device) -> Self {
+        let tables = self.0.iter();
+        let on = |table: &RopeTable| RopeTable::new(table.config.clone(), device, table.dtype);
+        Self(tables.map(on).collect())
+    }
+
     /// Makes the tables of so many positions, as they are for a sequence of this length.
     pub(crate) fn reserve(&mut self, positions: usize, sequence: usize) {
         for table in &mut self.0 {
@@ -139,13 +168,23 @@ impl RopeTable {
             .iter()
             .flat_map(|&pad| (start..end).map(move |index| index.saturating_sub(pad) as i64))
             .collect();
-        let batch = padding.len();
+        self.rows_at(positions, padding.len(), (cos, sin))
+    }
+
+    /// The rows of tables at positions, `[batch, length]`.
+    fn rows_at(
+        &self,
+        positions: Vec<i64>,
+        batch: usize,
+        (cos, sin): (Tensor<2>, Tensor<2>),
+    ) -> Rotation {
+        let count = positions.len();
         let positions =
-            Tensor::<1, Int>::from_data(TensorData::new(positions, [batch * length]), &self.device);
+            Tensor::<1, Int>::from_data(TensorData::new(positions, [count]), &self.device);
+        let rotary_dim = self.config.rotary_dim;
         let rows = |table: Tensor<2>| {
-            table
-                .select(0, positions.clone())
-                .reshape([batch, length, rotary_dim])
+            let rows = table.select(0, positions.clone());
+            rows.reshape([batch, count / batch.max(1), rotary_dim])
         };
         Rotation {
             cos: rows(cos),

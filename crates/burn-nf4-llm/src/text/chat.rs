@@ -124,7 +124,7 @@ impl Chat {
 
     /// The template for a conversation: the one chosen, else the one for tools if there are any,
     /// else the default.
-    fn template(&self, tools: bool) -> Result<&Template, ModelError> {
+    pub(super) fn template(&self, tools: bool) -> Result<&Template, ModelError> {
         let wanted = match &self.chosen {
             Some(name) => name,
             None if tools && self.templates.contains_key(TOOL_USE) => TOOL_USE,
@@ -149,27 +149,25 @@ impl Chat {
         conversation: &Conversation,
         ending: Ending,
     ) -> Result<String, ModelError> {
-        let template = self.template(conversation.tools.is_some())?;
-        let failed = ModelError::Template;
         if conversation.messages.is_empty() {
-            return Err(failed("the conversation has no message".into()));
+            let message = "the conversation has no message";
+            return Err(ModelError::Template(message.into()));
         }
-        let calls = conversation.messages.iter().any(Message::has_tool_calls);
-        for (given, word) in [
-            (calls, "tool_calls"),
-            (conversation.tools.is_some(), "tools"),
-            (conversation.documents.is_some(), "documents"),
-        ] {
-            // The template would leave them out silently.
-            if given && !template.mentions(word) {
-                let message = format!("the conversation has `{word}`, which it does not show");
-                return Err(failed(message));
-            }
-        }
-        let mut messages = conversation.messages.clone();
-        if messages.iter().any(Message::has_parts) && !self.shows_parts(template) {
-            messages = messages.iter().map(Message::with_joined_parts).collect();
-        }
+        let template = self.template(conversation.tools.is_some())?;
+        self.render_first(conversation, conversation.messages.len(), ending, template)
+    }
+
+    /// The text of the first messages of a conversation, which may be none.
+    pub(super) fn render_first(
+        &self,
+        conversation: &Conversation,
+        count: usize,
+        ending: Ending,
+        template: &Template,
+    ) -> Result<String, ModelError> {
+        let failed = ModelError::Template;
+        let mut messages = self.shown(conversation, template)?;
+        messages.truncate(count);
         let continued = match ending {
             Ending::Open => messages.last_mut().and_then(|last| last.tag(END_TAG)),
             Ending::Whole | Ending::Prompt => None,
@@ -189,7 +187,37 @@ impl Chat {
         }
     }
 
-    fn variables(&self, conversation: &Conversation, messages: &[Message], prompt: bool) -> Value {
+    /// The messages as the template takes them.
+    pub(super) fn shown(
+        &self,
+        conversation: &Conversation,
+        template: &Template,
+    ) -> Result<Vec<Message>, ModelError> {
+        let calls = conversation.messages.iter().any(Message::has_tool_calls);
+        for (given, word) in [
+            (calls, "tool_calls"),
+            (conversation.tools.is_some(), "tools"),
+            (conversation.documents.is_some(), "documents"),
+        ] {
+            // The template would leave them out silently.
+            if given && !template.mentions(word) {
+                let message = format!("the conversation has `{word}`, which it does not show");
+                return Err(ModelError::Template(message));
+            }
+        }
+        let messages = &conversation.messages;
+        if messages.iter().any(Message::has_parts) && !self.shows_parts(template) {
+            return Ok(messages.iter().map(Message::with_joined_parts).collect());
+        }
+        Ok(messages.clone())
+    }
+
+    pub(super) fn variables(
+        &self,
+        conversation: &Conversation,
+        messages: &[Message],
+        prompt: bool,
+    ) -> Value {
         let messages: Value = messages.iter().map(Message::to_value).collect();
         let none = || Value::from(());
         let own = [

@@ -46,6 +46,11 @@ impl Message {
         }
     }
 
+    /// Who says it.
+    pub fn role(&self) -> &str {
+        self.get("role").and_then(Value::as_str).unwrap_or_default()
+    }
+
     /// Whether the message calls tools.
     pub fn has_tool_calls(&self) -> bool {
         self.get("tool_calls").is_some_and(Value::is_true)

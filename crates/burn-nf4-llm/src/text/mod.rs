@@ -1,5 +1,6 @@
 //! Text to tokens and back.
 
+mod answers;
 pub mod chat;
 mod jinja;
 pub mod message;
@@ -19,7 +20,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use crate::error::ModelError;
 use crate::json::fields::Fields;
@@ -132,10 +133,11 @@ impl Text {
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
-        let encoding = self
-            .tokenizer
-            .encode(text, special)
-            .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        Ok(self.encoding(text, special)?.get_ids().to_vec())
+    }
+
+    fn encoding(&self, text: &str, special: bool) -> Result<Encoding, ModelError> {
+        let encoding = self.tokenizer.encode(text, special);
+        encoding.map_err(|error| ModelError::Tokenizer(error.to_string()))
     }
 }

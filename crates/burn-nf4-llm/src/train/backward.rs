@@ -9,14 +9,25 @@ use crate::model::Pass;
 use crate::model::RopeTables;
 use crate::model::{Decoder, DecoderLayer, Residual};
 use crate::train::data::Batch;
+use crate::train::phases::{Phase, PhaseHook};
 
 /// How a pass through the layers is made.
-#[derive(Debug, Clone, Copy)]
-pub struct PassOptions {
+#[derive(Clone, Copy)]
+pub struct PassOptions<'a> {
     /// Keep only the input of each layer, and run the layer again for its gradients.
     pub checkpointing: bool,
     /// Seed of the dropout, if there is any.
     pub dropout_seed: Option<u64>,
+    /// Is told of each phase.
+    pub on_phase: Option<&'a PhaseHook>,
+}
+
+impl PassOptions<'_> {
+    fn in_phase(&self, phase: Phase) {
+        if let Some(on_phase) = self.on_phase {
+            on_phase(phase);
+        }
+    }
 }
 
 /// The loss of a batch, divided by `targets`, and its gradients added to `grads`.
@@ -28,38 +39,44 @@ pub fn backward(
     rope: &mut RopeTables,
     batch: &Batch,
     targets: usize,
-    options: PassOptions,
+    options: PassOptions<'_>,
     grads: &mut GradientsAccumulator<Decoder>,
 ) -> Tensor<1> {
     let device = model.device();
     let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);
     let ids = Tensor::<2, Int>::from_data(ids, &device);
-    let pass = model.pass(batch.length, rope, None);
+    let pass = batch.pass(model, rope);
     let mut x = model.embed(ids.clone());
     if !options.checkpointing {
         let mut residual = Residual::new(x);
         for (index, layer) in model.layers.iter().enumerate() {
             seed_dropout(&device, index, options);
             residual = layer.add_to(residual, &pass, None);
+            options.in_phase(Phase::Forward);
         }
         let loss = loss(model, residual.sum(), ids, batch, targets);
+        options.in_phase(Phase::Loss);
         let gradients = GradientsParams::from_grads(loss.backward(), model);
         grads.accumulate(model, gradients);
+        options.in_phase(Phase::Backward);
         return loss.detach();
     }
 
     // Only the inputs stay. Without a parameter that wants a gradient no graph is kept; dropping one
     // would not do, as Burn frees the graphs of dropped tensors in a later backward pass only.
     let mut inputs = Vec::with_capacity(model.layers.len());
+    x = x.detach();
     for (index, layer) in model.layers.iter().enumerate() {
         inputs.push(x.clone());
         x = forward(&layer.clone().no_grad(), x, &pass, index, options);
+        options.in_phase(Phase::Forward);
     }
     let x = x.require_grad();
-    let loss = loss(model, x.clone(), ids, batch, targets);
+    let loss = loss(model, x.clone(), ids.clone(), batch, targets);
     let mut gradients = loss.backward();
     let mut flow = x.grad_remove(&mut gradients);
     grads.accumulate(model, GradientsParams::from_grads(gradients, model));
+    options.in_phase(Phase::Loss);
     for (index, layer) in model.layers.iter().enumerate().rev() {
         let (Some(x), Some(gradient)) = (inputs.pop(), flow.take()) else {
             break;
@@ -69,6 +86,12 @@ pub fn backward(
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
         grads.accumulate(model, GradientsParams::from_grads(gradients, model));
+        options.in_phase(Phase::Backward);
+    }
+    if let Some(gradient) = flow.filter(|_| model.embed_tokens.is_require_grad()) {
+        let gradients = (model.embed(ids) * gradient.autodiff()).sum().backward();
+        grads.accumulate(model, GradientsParams::from_grads(gradients, model));
+        options.in_phase(Phase::Backward);
     }
     loss.detach()
 }
@@ -79,7 +102,7 @@ fn forward(
     x: Tensor<3>,
     pass: &Pass,
     index: usize,
-    options: PassOptions,
+    options: PassOptions<'_>,
 ) -> Tensor<3> {
     seed_dropout(&x.device(), index, options);
     layer.forward(x, pass, None)
@@ -92,7 +115,7 @@ fn seed_dropout(device: &Device, index: usize, options: PassOptions) {
 }
 
 /// The cross-entropy of every token given those before it, summed, over `targets`.
-fn loss(
+pub(super) fn loss(
     model: &Decoder,
     x: Tensor<3>,
     ids: Tensor<2, Int>,

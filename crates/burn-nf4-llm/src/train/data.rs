@@ -11,42 +11,52 @@ use crate::generate::check_ids;
 use crate::text::Text;
 use crate::text::chat::Ending;
 use crate::text::plain_text::{self, with_unix_lines};
+use crate::train::packing::best_fit_decreasing;
 use crate::train::records::{self, Record};
 
-/// Tokenized examples.
+pub use crate::train::batch::{Batch, Example, NO_LABEL};
+
+/// Tokenized examples, and the rows that they are trained in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dataset {
-    examples: Vec<Vec<u32>>,
+    examples: Vec<Example>,
+    /// The examples of each row.
+    rows: Vec<Vec<usize>>,
+    /// Whether all of it is text, with no conversation and no completion in it.
+    pub is_text: bool,
     /// Examples of the file that were cut off.
     pub cut: usize,
     /// Examples that were left out because they have no token to be predicted.
     pub left_out: usize,
 }
 
-/// Rows of tokens, padded on the right to one length.
-///
-/// Padding needs no mask in the model: it comes after every token that could see it. It is left
-/// out of the loss.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Batch {
-    /// `[rows, length]`, row after row.
-    pub ids: Vec<i64>,
-    /// Texts.
-    pub rows: usize,
-    /// Tokens of the longest, to which the others are padded.
-    pub length: usize,
-    /// Tokens of each row.
-    pub lengths: Vec<usize>,
+/// Which tokens of conversations, and of prompts with completions, are predicted. Of texts all are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Predict {
+    /// What the assistant says, and the completion.
+    #[default]
+    Answers,
+    /// All.
+    All,
 }
 
 impl Dataset {
-    /// Reads a `.txt` file, cut into pieces of `length` tokens, or a `.jsonl` or `.json` file of
-    /// examples (`text`, or `messages` for the chat template), each cut off at `length` tokens.
+    /// Reads a `.txt` file, cut into pieces of `length` tokens, or a `.jsonl` or `.json` file of examples, each
+    /// cut off at `length` tokens: `text`, `messages` for the chat template, or `prompt` and `completion`, both
+    /// as texts or as lists of messages.
+    ///
+    /// `eos` is put behind texts and completions.
+    ///
+    /// # Errors
+    /// [`ModelError::Data`] for what a file should not hold, a conversation that the template does not take or
+    /// whose answers cannot be found in its text among it; [`ModelError::Setting`] for a file of another kind,
+    /// or one without anything to predict.
     pub fn read(
         path: &Path,
         text: &Text,
         eos: Option<u32>,
         length: usize,
+        predict: Predict,
     ) -> Result<Self, ModelError> {
         if length < 2 {
             return Err(ModelError::setting(
@@ -69,56 +79,111 @@ impl Dataset {
             let ids = text.encode(&with_unix_lines(&content))?;
             return Self::new(ids.chunks(length).map(<[u32]>::to_vec).collect());
         }
-        let mut cut = 0;
+        let (mut cut, mut is_text) = (0, true);
         let mut examples = Vec::new();
         for (place, record) in records::parse(&content, path)? {
-            let mut ids = match record {
-                Record::Text(example) => {
-                    let mut ids = text.encode(&example)?;
-                    ids.extend(eos);
-                    ids
-                }
-                Record::Conversation(conversation) => text
-                    .encode_chat(&conversation, Ending::Whole)
-                    .map_err(|error| place.error(path, error))?,
-            };
-            cut += usize::from(ids.len() > length);
-            ids.truncate(length);
-            examples.push(ids);
+            is_text &= matches!(record, Record::Text(_));
+            let mut example = encode(&record, text, eos, predict).map_err(|error| match error {
+                ModelError::Template(_) => place.error(path, error),
+                error => error,
+            })?;
+            cut += usize::from(example.truncate(length));
+            examples.push(example);
         }
         Ok(Self {
             cut,
-            ..Self::new(examples)?
+            is_text,
+            ..Self::from_examples(examples)?
         })
     }
 
-    /// A dataset of tokens. Examples too short to predict anything are left out.
-    pub fn new(mut examples: Vec<Vec<u32>>) -> Result<Self, ModelError> {
+    /// A dataset of texts, given as tokens. Those too short to predict anything are left out.
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] if none is left.
+    pub fn new(examples: Vec<Vec<u32>>) -> Result<Self, ModelError> {
+        Self::from_examples(examples.into_iter().map(Example::whole).collect())
+    }
+
+    /// A dataset of examples, a row for each. Those without a token to be predicted are left out.
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] if none is left.
+    pub fn from_examples(mut examples: Vec<Example>) -> Result<Self, ModelError> {
         let given = examples.len();
-        examples.retain(|example| example.len() >= 2);
+        examples.retain(|example| example.targets() > 0);
         if examples.is_empty() {
             return Err(ModelError::setting(
                 "the data",
-                format!("{given} examples, none of two tokens or more"),
+                format!("{given} examples, none of two tokens or more with one to be predicted"),
                 "at least one such",
             ));
         }
         Ok(Self {
             left_out: given - examples.len(),
+            rows: one_a_row(examples.len()),
             examples,
+            is_text: true,
             cut: 0,
         })
     }
 
+    /// The examples in rows of at most `length` tokens: see
+    /// [`step`](Self::step) for how they are kept apart.
+    pub fn pack(mut self, length: usize) -> Self {
+        let lengths: Vec<usize> = self.examples.iter().map(|one| one.ids.len()).collect();
+        self.rows = best_fit_decreasing(&lengths, length);
+        self
+    }
+
+    /// Takes a part of the examples out, drawn with a seed: what is left, and that part, each with a row for
+    /// each example. What was cut or left out counts for the first.
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] for a fraction that leaves one of the two without an example.
+    pub fn split(self, fraction: f64, seed: u64) -> Result<(Self, Self), ModelError> {
+        let count = self.examples.len();
+        let taken = (fraction * count as f64).ceil();
+        if !(fraction > 0.0 && taken < count as f64) {
+            return Err(ModelError::setting(
+                "the part for evaluation",
+                format!("{fraction} of {count} examples"),
+                "a number above 0 that leaves at least one example to train on",
+            ));
+        }
+        let mut order: Vec<usize> = (0..count).collect();
+        order.shuffle(&mut rng(seed, "evaluation"));
+        let mut is_taken = vec![false; count];
+        for &example in &order[..taken as usize] {
+            is_taken[example] = true;
+        }
+        let (mut rest, mut part) = (Vec::new(), Vec::new());
+        for (example, is_taken) in self.examples.into_iter().zip(is_taken) {
+            match is_taken {
+                true => part.push(example),
+                false => rest.push(example),
+            }
+        }
+        let of = |examples: Vec<Example>, cut, left_out| Self {
+            rows: one_a_row(examples.len()),
+            examples,
+            is_text: self.is_text,
+            cut,
+            left_out,
+        };
+        Ok((of(rest, self.cut, self.left_out), of(part, 0, 0)))
+    }
+
     /// Tokens of the longest example.
     pub fn longest(&self) -> usize {
-        self.examples.iter().map(Vec::len).max().unwrap_or(0)
+        let lengths = self.examples.iter().map(|example| example.ids.len());
+        lengths.max().unwrap_or(0)
     }
 
     /// Refuses tokens that a model of this vocabulary does not know.
     pub fn check_vocabulary(&self, size: usize) -> Result<(), ModelError> {
         for (index, example) in self.examples.iter().enumerate() {
-            check_ids(&format!("example {index}"), example, size)?;
+            check_ids(&format!("example {index}"), &example.ids, size)?;
         }
         Ok(())
     }
@@ -133,86 +198,135 @@ impl Dataset {
         self.examples.len()
     }
 
+    /// Number of rows: that of examples, or less where they are [packed](Self::pack).
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The examples.
+    pub fn examples(&self) -> &[Example] {
+        &self.examples
+    }
+
     /// Steps of an epoch; the last takes what is left.
-    pub fn steps_per_epoch(&self, examples_per_step: usize) -> usize {
-        self.examples.len().div_ceil(examples_per_step)
+    pub fn steps_per_epoch(&self, rows_per_step: usize) -> usize {
+        self.rows.len().div_ceil(rows_per_step)
     }
 
     /// What tells one dataset from another in a resumed run.
     pub fn fingerprint(&self) -> u64 {
-        stable_hash(&format!("{:?}", self.examples))
+        let mut hash = StableHash::new();
+        for row in &self.rows {
+            hash.add(&row.len().to_le_bytes());
+            for example in row.iter().map(|&example| &self.examples[example]) {
+                hash.add(&example.ids.len().to_le_bytes());
+                for (id, &predicted) in example.ids.iter().zip(&example.predicted) {
+                    hash.add(&id.to_le_bytes());
+                    hash.add(&[u8::from(predicted)]);
+                }
+            }
+        }
+        hash.0
     }
 
-    /// The batches of a step, counted from the start of the run.
+    /// The batches of a step, counted from the start of the run, of `batch` rows each.
     ///
-    /// Every epoch has its own order, which follows from the seed and its number alone, so that a
+    /// The examples of all rows of a batch lie one after the other without padding. No token sees one of another
+    /// example, the positions of each begin at 0, and nothing is predicted across their borders.
+    ///
+    /// Every epoch has its own order of rows, which follows from the seed and its number alone, so that a
     /// resumed run sees what an uninterrupted one would.
     pub fn step(&self, step: usize, batch: usize, accumulate: usize, seed: u64) -> Vec<Batch> {
         let per_step = batch * accumulate;
         let steps = self.steps_per_epoch(per_step);
         let (epoch, step) = (step / steps, step % steps);
-        let mut order: Vec<usize> = (0..self.examples.len()).collect();
-        order.shuffle(&mut StdRng::seed_from_u64(
-            seed ^ stable_hash(&format!("epoch {epoch}")),
-        ));
-        order
-            .iter()
-            .skip(step * per_step)
-            .take(per_step)
-            .collect::<Vec<_>>()
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        order.shuffle(&mut rng(seed, &format!("epoch {epoch}")));
+        let first = (step * per_step).min(order.len());
+        let last = (first + per_step).min(order.len());
+        order[first..last]
             .chunks(batch)
-            .map(|rows| {
-                let rows: Vec<&[u32]> = rows.iter().map(|&&row| &*self.examples[row]).collect();
-                Batch::new(&rows)
-            })
+            .map(|rows| self.batch(rows))
             .collect()
+    }
+
+    /// All rows in their order, in batches of `batch`.
+    pub fn batches(&self, batch: usize) -> impl Iterator<Item = Batch> {
+        let starts = (0..self.rows.len()).step_by(batch);
+        starts.map(move |start| {
+            let end = (start + batch).min(self.rows.len());
+            self.batch(&(start..end).collect::<Vec<_>>())
+        })
+    }
+
+    fn batch(&self, rows: &[usize]) -> Batch {
+        let examples = rows.iter().flat_map(|&row| &self.rows[row]);
+        let examples: Vec<&Example> = examples.map(|&example| &self.examples[example]).collect();
+        Batch::packed(&examples)
     }
 }
 
-impl Batch {
-    /// Pads rows to the longest.
-    pub fn new(rows: &[&[u32]]) -> Self {
-        let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
-        let length = lengths.iter().copied().max().unwrap_or(0);
-        let ids = rows
-            .iter()
-            .flat_map(|row| {
-                let padding = std::iter::repeat_n(0, length - row.len());
-                row.iter().map(|&id| i64::from(id)).chain(padding)
-            })
-            .collect();
-        Self {
-            ids,
-            rows: rows.len(),
-            length,
-            lengths,
+fn one_a_row(count: usize) -> Vec<Vec<usize>> {
+    (0..count).map(|example| vec![example]).collect()
+}
+
+fn encode(
+    record: &Record,
+    text: &Text,
+    eos: Option<u32>,
+    predict: Predict,
+) -> Result<Example, ModelError> {
+    let (mut ids, mut predicted) = match (record, predict) {
+        (Record::Text(example), _) => text.encode_behind(example, 0)?,
+        (Record::Completion { prompt, completion }, _) => {
+            text.encode_behind(&format!("{prompt}{completion}"), prompt.len())?
         }
+        (Record::Conversation(conversation), Predict::Answers) => {
+            text.encode_answers(conversation)?
+        }
+        (
+            Record::Continuation {
+                conversation,
+                prompt,
+            },
+            Predict::Answers,
+        ) => text.encode_completion(conversation, *prompt)?,
+        (
+            Record::Conversation(conversation) | Record::Continuation { conversation, .. },
+            Predict::All,
+        ) => {
+            let ids = text.encode_chat(conversation, Ending::Whole)?;
+            return Ok(Example::whole(ids));
+        }
+    };
+    if let (Record::Text(_) | Record::Completion { .. }, Some(eos)) = (record, eos) {
+        ids.push(eos);
+        predicted.push(true);
     }
+    match (record, predict) {
+        (Record::Text(_), _) | (_, Predict::All) => Ok(Example::whole(ids)),
+        _ => Ok(Example { ids, predicted }),
+    }
+}
 
-    /// Tokens that are predicted: all but the first of each row.
-    pub fn targets(&self) -> usize {
-        self.lengths.iter().map(|length| length - 1).sum()
-    }
-
-    /// Tokens of all rows, without padding.
-    pub fn tokens(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-
-    /// 1 for each target, 0 for padding, `[rows, length - 1]`.
-    pub fn weights(&self) -> Vec<f32> {
-        self.lengths
-            .iter()
-            .flat_map(|&length| {
-                (1..self.length).map(move |position| f32::from(u8::from(position < length)))
-            })
-            .collect()
-    }
+/// The random numbers for one purpose.
+fn rng(seed: u64, purpose: &str) -> StdRng {
+    let mut hash = StableHash::new();
+    hash.add(purpose.as_bytes());
+    StdRng::seed_from_u64(seed ^ hash.0)
 }
 
 /// FNV-1a, the same in every build, unlike the standard library's hasher.
-fn stable_hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+struct StableHash(u64);
+
+impl StableHash {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
 }

@@ -1,10 +1,17 @@
 //! A training run: its steps, and the folders it can be continued from.
 
 mod backward;
+mod batch;
 pub mod data;
+mod eval;
 pub mod optimizer;
+mod packing;
+mod phases;
 mod records;
 pub mod schedule;
+
+pub use eval::Evaluation;
+pub use phases::{Phase, PhaseHook};
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -143,6 +150,8 @@ pub struct Trainer {
     adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
+    /// Is told of the phases of a step.
+    pub on_phase: Option<PhaseHook>,
     /// Steps done.
     pub step: usize,
 }
@@ -179,6 +188,7 @@ impl Trainer {
             adapter: None,
             settings,
             checkpointing,
+            on_phase: None,
             step: 0,
         }
     }
@@ -198,6 +208,7 @@ impl Trainer {
             let options = PassOptions {
                 checkpointing: self.checkpointing,
                 dropout_seed: (self.lora.lora_dropout > 0.0).then(|| self.dropout_seed(index)),
+                on_phase: self.on_phase.as_ref(),
             };
             let part = backward(
                 &self.model,
@@ -214,6 +225,9 @@ impl Trainer {
         }
         let rate = self.rate();
         self.model = self.optimizer.step(rate, self.model.clone(), grads.grads());
+        if let Some(on_phase) = &self.on_phase {
+            on_phase(Phase::Step);
+        }
         self.step += 1;
         loss.map_or(f32::NAN, |loss| loss.into_scalar::<f32>())
     }

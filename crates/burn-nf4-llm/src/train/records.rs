@@ -7,18 +7,76 @@ use std::path::Path;
 use fancy_regex::{Captures, Regex};
 use minijinja::Value;
 use minijinja::value::ValueKind;
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
 use crate::error::ModelError;
 use crate::text::chat::Conversation;
 use crate::text::message::Message;
 use crate::text::plain_text::Place;
 
-/// An example: a text, or a conversation.
+/// An example, in one of the forms that TRL has.
 #[derive(Debug, Clone)]
 pub enum Record {
     Text(String),
     Conversation(Box<Conversation>),
+    /// `prompt` and `completion` as texts.
+    Completion {
+        prompt: String,
+        completion: String,
+    },
+    /// `prompt` and `completion` as lists of messages.
+    Continuation {
+        /// All messages.
+        conversation: Box<Conversation>,
+        /// How many of them are the prompt.
+        prompt: usize,
+    },
+}
+
+/// What an object of a file has to have.
+const EXPECTED: &str = "`text`, `messages`, or `prompt` and `completion`";
+
+/// A side of an example of two.
+enum Side {
+    Text(String),
+    Messages(Vec<Message>),
+}
+
+impl Side {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Text(_) => "a text",
+            Self::Messages(_) => "a list of messages",
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Side {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SideVisitor)
+    }
+}
+
+struct SideVisitor;
+
+impl<'de> Visitor<'de> for SideVisitor {
+    type Value = Side;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text or a list of messages")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Side, E> {
+        Ok(Side::Text(text.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Side, A::Error> {
+        let mut messages = Vec::new();
+        while let Some(message) = list.next_element()? {
+            messages.push(message);
+        }
+        Ok(Side::Messages(messages))
+    }
 }
 
 /// Reads all records of a text, each with its place; the path is for errors.
@@ -35,7 +93,8 @@ pub fn parse(text: &str, path: &Path) -> Result<Vec<(Place, Record)>, ModelError
     }
     while at < text.len() && !(list && text[at..].starts_with(']')) {
         if !text[at..].starts_with('{') {
-            return Err(fail(at, "expected an object with `text` or `messages`"));
+            let message = format!("expected an object with {EXPECTED}");
+            return Err(fail(at, &message));
         }
         let mut stream = serde_json::Deserializer::from_str(&text[at..]).into_iter::<Record>();
         let record = match stream.next() {
@@ -124,7 +183,7 @@ impl<'de> Visitor<'de> for RecordVisitor {
     type Value = Record;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object with `text` or `messages`")
+        write!(f, "an object with {EXPECTED}")
     }
 
     /// Fields that are `null` count as absent: tables written as JSON have every column in every
@@ -132,12 +191,15 @@ impl<'de> Visitor<'de> for RecordVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Record, A::Error> {
         let mut text: Option<String> = None;
         let mut messages: Option<Vec<Message>> = None;
+        let (mut prompt, mut completion): (Option<Side>, Option<Side>) = (None, None);
         let mut conversation = Conversation::default();
         let mut others = Vec::new();
         while let Some(name) = map.next_key::<String>()? {
             match name.as_str() {
                 "text" => text = map.next_value()?,
                 "messages" => messages = map.next_value()?,
+                "prompt" => prompt = map.next_value()?,
+                "completion" => completion = map.next_value()?,
                 "tools" => conversation.tools = objects(&name, map.next_value()?)?,
                 "documents" => conversation.documents = objects(&name, map.next_value()?)?,
                 "chat_template_kwargs" => {
@@ -149,23 +211,56 @@ impl<'de> Visitor<'de> for RecordVisitor {
                 }
             }
         }
-        match (text, messages) {
-            (Some(text), None) => Ok(Record::Text(text)),
-            (None, Some(messages)) => {
+        let given = [
+            ("text", text.is_some()),
+            ("messages", messages.is_some()),
+            ("prompt", prompt.is_some()),
+            ("completion", completion.is_some()),
+        ];
+        let given: Vec<&str> = given
+            .iter()
+            .filter(|(_, is)| *is)
+            .map(|(name, _)| *name)
+            .collect();
+        let fail = |given: &str| Err(A::Error::custom(format!("{given}, expected {EXPECTED}")));
+        match (text, messages, prompt, completion) {
+            (Some(text), None, None, None) => Ok(Record::Text(text)),
+            (None, Some(messages), None, None) => {
                 conversation.messages = messages;
                 Ok(Record::Conversation(Box::new(conversation)))
             }
-            (Some(_), Some(_)) => Err(A::Error::custom(
-                "both `text` and `messages`, expected one of them",
-            )),
-            (None, None) if others.is_empty() => Err(A::Error::custom(
-                "neither `text` nor `messages`, expected one of them",
-            )),
-            (None, None) => Err(A::Error::custom(format!(
-                "neither `text` nor `messages`, but {}",
-                others.join(", ")
-            ))),
+            (None, None, Some(prompt), Some(completion)) => {
+                of_two_sides(prompt, completion, conversation)
+            }
+            _ if !given.is_empty() => fail(&format!("`{}` alone of these", given.join("` and `"))),
+            _ if others.is_empty() => fail("an object without fields"),
+            _ => fail(&format!("only {}", others.join(", "))),
         }
+    }
+}
+
+fn of_two_sides<E: Error>(
+    prompt: Side,
+    completion: Side,
+    mut conversation: Conversation,
+) -> Result<Record, E> {
+    match (prompt, completion) {
+        (Side::Text(prompt), Side::Text(completion)) => {
+            Ok(Record::Completion { prompt, completion })
+        }
+        (Side::Messages(prompt), Side::Messages(completion)) => {
+            let count = prompt.len();
+            conversation.messages = prompt.into_iter().chain(completion).collect();
+            Ok(Record::Continuation {
+                conversation: Box::new(conversation),
+                prompt: count,
+            })
+        }
+        (prompt, completion) => Err(E::custom(format!(
+            "`prompt` is {} and `completion` {}, expected both in one form",
+            prompt.kind(),
+            completion.kind()
+        ))),
     }
 }
 

@@ -16,7 +16,7 @@ use burn_nf4_llm::model::config::DecoderConfig;
 use rstest::rstest;
 use tempfile::TempDir;
 
-use crate::fixtures::{logits, max_difference, open_folder};
+use crate::fixtures::{logits, max_difference, open_folder, random_numbers};
 use crate::peft_cases::{self, Case, IDS, PREFIX, model};
 
 fn apply(model: Decoder, adapter: &Adapter, device: &Device) -> Result<Decoder, ModelError> {
@@ -180,7 +180,9 @@ fn biases_are_trained_and_saved_whatever_form_the_layer_has(
         use_dora,
         ..with_bias(LoraBias::LoraOnly)
     };
+    let drawn = random_numbers();
     let model = model.with_lora(&lora, &device).expect("it fits");
+    drop(drawn);
     let trained = model.linears().into_iter().filter(|(_, layer)| {
         let bias = layer.bias();
         bias.is_some_and(|bias| bias.is_require_grad())
@@ -236,7 +238,9 @@ fn a_fresh_branch_on_a_tied_head_changes_nothing() {
         use_dora: true,
         ..LoraConfig::new(TargetModules::list(["lm_head"]))
     };
+    let drawn = random_numbers();
     let model = model.with_lora(&lora, &device).expect("it fits");
+    drop(drawn);
     assert!(max_difference(&before, &logits_of(&model, &config)) < TOLERANCE);
     let paths: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
     assert!(paths.contains(&"lm_head".to_string()));

@@ -11,7 +11,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::text::Text;
-use burn_nf4_llm::train::data::{Batch, Dataset};
+use burn_nf4_llm::train::data::{Batch, Dataset, Example, NO_LABEL, Predict};
 
 const EOS: u32 = 256;
 const LENGTH: usize = 8;
@@ -50,22 +50,16 @@ fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Dataset, ModelError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(name);
     fs::write(&path, content).unwrap();
-    Dataset::read(&path, &text(folder.path()), Some(EOS), LENGTH)
+    Dataset::read(&path, &text(folder.path()), Some(EOS), LENGTH, Predict::All)
 }
 
 /// The texts of all examples, in order of their tokens.
 fn decoded(data: &Dataset) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = text(folder.path()).tokenizer;
-    let mut found: Vec<String> = data
-        .step(0, data.len(), 1, 0)
-        .iter()
-        .flat_map(|batch: &Batch| {
-            let rows = batch.ids.chunks(batch.length).zip(&batch.lengths);
-            rows.map(|(row, &length)| row[..length].iter().map(|&id| id as u32).collect())
-                .collect::<Vec<Vec<u32>>>()
-        })
-        .map(|ids| tokenizer.decode(&ids, false).unwrap())
+    let examples = data.examples().iter();
+    let mut found: Vec<String> = examples
+        .map(|example| tokenizer.decode(&example.ids, false).unwrap())
         .collect();
     found.sort_unstable();
     found
@@ -198,8 +192,12 @@ fn utf_16(text: &str, mark: bool) -> Vec<u8> {
 #[case::not_an_object("a.jsonl", format!("{A}\n  [1]\n"), (2, 3), "expected an object")]
 #[case::no_list_end("a.json", format!("[{A}"), (1, 17), "expected `,` or `]`")]
 #[case::two_lists("a.json", format!("[{A}]\n[{A}]"), (2, 1), "nothing behind it")]
-#[case::neither("a.jsonl", r#"{"prompt": "a", "completion": "b"}"#, (1, 34), "prompt, completion")]
-#[case::both("a.jsonl", r#"{"text": "a", "messages": []}"#, (1, 29), "both")]
+#[case::neither("a.jsonl", r#"{"instruction": "a", "output": "b"}"#, (1, 35), "instruction, output")]
+#[case::nothing("a.jsonl", "{}", (1, 2), "without fields")]
+#[case::prompt_alone("a.jsonl", r#"{"prompt": "a"}"#, (1, 15), "`prompt` alone")]
+#[case::mixed_sides("a.jsonl", r#"{"prompt": "a", "completion": []}"#, (1, 33), "both in one form")]
+#[case::side_number("a.jsonl", r#"{"prompt": 1, "completion": "b"}"#, (1, 12), "a text or a list of messages")]
+#[case::both("a.jsonl", r#"{"text": "a", "messages": []}"#, (1, 29), "`text` and `messages`")]
 #[case::text_number("a.jsonl", r#"{"text": 5}"#, (1, 10), "integer `5`")]
 #[case::no_messages("a.jsonl", format!("{A}\n {{\"messages\": []}}"), (2, 2), "no message")]
 #[case::message_text("a.jsonl", r#"{"messages": ["a"]}"#, (1, 17), "a message")]
@@ -254,7 +252,7 @@ fn a_template_gets_all_that_a_message_has() {
         {"role": "assistant", "content": null, "tool_calls": [{"id": "C"}]}],
         "tools": "[{\"f\": \"F\"}]", "documents": [{}, {}], "chat_template_kwargs": {"flag": true}}"#;
     fs::write(&path, record).unwrap();
-    let data = Dataset::read(&path, &text, None, 64).unwrap();
+    let data = Dataset::read(&path, &text, None, 64, Predict::All).unwrap();
     assert_eq!(decoded(&data), ["NMTCF2True"]);
 }
 
@@ -266,4 +264,173 @@ fn what_is_cut_or_left_out_is_counted() {
         (data.len(), data.cut, data.left_out, data.longest()),
         (2, 1, 1, LENGTH)
     );
+}
+
+/// What is predicted of the examples of a file, each example's targets put together.
+fn learned(template: &str, line: &str, length: usize) -> Result<Vec<String>, ModelError> {
+    let folder = tempfile::tempdir().unwrap();
+    text(folder.path());
+    fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let text = Text::from_folder(folder.path()).unwrap();
+    let path = folder.path().join("a.jsonl");
+    fs::write(&path, line).unwrap();
+    let data = Dataset::read(&path, &text, Some(EOS), length, Predict::Answers)?;
+    let of_example = |example: &Example| {
+        let labels = example.labels().filter(|&label| label != NO_LABEL);
+        let labels: Vec<u32> = labels.map(|label| label as u32).collect();
+        text.tokenizer.decode(&labels, false).unwrap()
+    };
+    Ok(data.examples().iter().map(of_example).collect())
+}
+
+const CHAT_ML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Line breaks and modifiers around the tags as templates have them.
+const MARKING: &str = "{% for m in messages %}
+<|im_start|>{{ m.role }}:
+    {%- if m.role == 'assistant' %}
+    {%- generation -%}
+    {{ m.content }}<|im_end|>
+    {%- endgeneration %}
+    {%- else %}{{ m.content }}
+    {%- endif %}
+{% endfor %}";
+
+const TWO_TURNS: &str = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant",
+    "content": "é b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
+const TWO_SIDES: &str = r#"{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content":
+    "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#;
+
+/// The forms of TRL, which learns the same of them.
+#[rstest]
+#[case::answers(CHAT_ML, TWO_TURNS, "é b<|im_end|>\nd<|im_end|>\n")]
+#[case::marked(MARKING, TWO_TURNS, "é b<|im_end|>d<|im_end|>")]
+#[case::completion(CHAT_ML, TWO_SIDES, "b<|im_end|>\n")]
+#[case::text_completion(CHAT_ML, r#"{"prompt": "a b", "completion": " é"}"#, " é</s>")]
+#[case::text_without_prompt(CHAT_ML, r#"{"prompt": "", "completion": "abc"}"#, "bc</s>")]
+#[case::text(CHAT_ML, r#"{"text": "abc"}"#, "bc</s>")]
+#[case::answer_first(
+    CHAT_ML,
+    r#"{"messages": [{"role": "assistant", "content": "a"}]}"#,
+    "a<|im_end|>\n"
+)]
+fn only_answers_and_completions_are_predicted(
+    #[case] template: &str,
+    #[case] line: &str,
+    #[case] expected: &str,
+) {
+    assert_eq!(learned(template, line, 200).unwrap(), [expected]);
+}
+
+/// The last answer looks different once it is not the last, as with thoughts that are left out.
+#[rstest]
+#[case::answer_changes(
+    "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}",
+    TWO_TURNS,
+    "message 2 of the assistant"
+)]
+#[case::other_prompt(
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}?{% endif %}",
+    TWO_SIDES,
+    "where the completion begins"
+)]
+#[case::changed_behind_the_marks(
+    "{% set x %}{% generation %} a {% endgeneration %}{% endset %}{{ x | length }}{{ messages[0].role }}",
+    TWO_TURNS,
+    "changes the text of its `{% generation %}` blocks"
+)]
+fn a_template_that_does_not_show_the_answers_is_refused(
+    #[case] template: &str,
+    #[case] line: &str,
+    #[case] word: &str,
+) {
+    let error = learned(template, line, 200).unwrap_err();
+    assert!(
+        matches!(&error, ModelError::Data { line: 1, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains(word), "{error}");
+}
+
+#[test]
+fn an_example_without_an_answer_is_left_out_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = text(folder.path());
+    let path = folder.path().join("a.jsonl");
+    let line =
+        |role: &str| serde_json::json!({"messages": [{"role": role, "content": "a"}]}).to_string();
+    fs::write(&path, [line("user"), line("assistant")].join("\n")).unwrap();
+    let read = |length| Dataset::read(&path, &text, None, length, Predict::Answers);
+    let data = read(64).unwrap();
+    assert_eq!((data.len(), data.left_out, data.is_text), (1, 1, false));
+    // Nothing of the answer is left.
+    let error = read(11).unwrap_err();
+    assert!(error.to_string().contains("2 examples, none"), "{error}");
+}
+
+fn examples(lengths: &[u32]) -> Dataset {
+    let ids = lengths.iter().map(|&length| (0..length).collect());
+    Dataset::new(ids.collect()).unwrap()
+}
+
+#[test]
+fn packed_rows_hold_every_example_once_and_none_is_seen_by_another() {
+    let data = examples(&[6, 3, 5, 4, 2]).pack(10);
+    assert_eq!(
+        (data.len(), data.rows(), data.steps_per_epoch(1)),
+        (5, 2, 2)
+    );
+    let batches: Vec<Batch> = data.batches(1).collect();
+    assert_eq!(batches[0].ids, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]);
+    assert_eq!(batches[0].labels(), [1, 2, 3, 4, 5, -100, 1, 2, 3, -100]);
+    assert_eq!(batches[0].weights(), [1., 1., 1., 1., 1., 0., 1., 1., 1.]);
+    assert_eq!((batches[1].targets(), batches[1].tokens()), (7, 10));
+    let both: Vec<Batch> = data.batches(2).collect();
+    assert_eq!((both.len(), both[0].rows, both[0].length), (1, 1, 20));
+    // The order of rows is that of the seed.
+    assert_eq!(data.step(0, 1, 2, 3), data.step(0, 1, 2, 3));
+    let rows = data.step(0, 1, 2, 3);
+    assert_eq!(rows.iter().map(Batch::targets).sum::<usize>(), 15);
+}
+
+#[test]
+fn examples_of_one_length_are_rows() {
+    let data = examples(&[3, 3]);
+    let batch = data.batches(2).next().unwrap();
+    assert_eq!((batch.rows, batch.length), (2, 3));
+    assert_eq!(batch.labels(), [1, 2, -100, 1, 2, -100]);
+}
+
+#[test]
+fn a_part_for_evaluation_is_drawn_by_the_seed() {
+    let data = examples(&[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+    let lengths = |data: &Dataset| -> Vec<usize> {
+        data.examples()
+            .iter()
+            .map(|example| example.ids.len())
+            .collect()
+    };
+    let (train, eval) = data.clone().split(0.25, 1).unwrap();
+    assert_eq!((train.len(), eval.len(), train.rows()), (7, 3, 7));
+    let mut all = [lengths(&train), lengths(&eval)].concat();
+    all.sort_unstable();
+    assert_eq!(all, lengths(&data));
+    assert_eq!(data.clone().split(0.25, 1).unwrap().1, eval);
+    assert_ne!(data.clone().split(0.25, 2).unwrap().1, eval);
+    for fraction in [0.0, -0.5, 1.0, 0.95, f64::NAN] {
+        assert!(data.clone().split(fraction, 1).is_err(), "{fraction}");
+    }
+}
+
+#[test]
+fn what_is_predicted_and_how_it_is_packed_tells_datasets_apart() {
+    let whole = examples(&[3, 4, 5]);
+    let mut partial = whole.examples().to_vec();
+    partial[1].predicted[2] = false;
+    let partial = Dataset::from_examples(partial).unwrap();
+    let packed = whole.clone().pack(9);
+    assert_ne!(whole.fingerprint(), partial.fingerprint());
+    assert_ne!(whole.fingerprint(), packed.fingerprint());
+    assert_eq!(whole.fingerprint(), whole.clone().fingerprint());
 }

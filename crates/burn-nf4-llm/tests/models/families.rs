@@ -24,7 +24,9 @@ use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::fixtures::{fixture, floats, ints, logits, max_difference, open, open_folder};
+use crate::fixtures::{
+    fixture, floats, ints, logits, max_difference, open, open_folder, random_numbers,
+};
 use crate::stored;
 
 /// Logits are about 1 and pass through sums of up to 192 products in f32.
@@ -185,6 +187,7 @@ fn learns_an_adapter(family: &Family) {
     let batch = Batch::new(&rows.chunks(shape[1]).collect::<Vec<_>>());
     let [mut kept, mut again] = [false, true].map(|checkpointing| {
         let (model, config) = open_folder(&folder, None, &device);
+        let _drawn = random_numbers();
         device.seed(3);
         let model = model.with_lora(&lora, &device).unwrap();
         let schedule = Schedule {

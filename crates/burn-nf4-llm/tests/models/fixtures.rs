@@ -1,6 +1,7 @@
 //! Models of the fixtures `hf`, and what belongs to them.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::checkpoint::{CheckpointStore, SafetensorsFile};
@@ -10,7 +11,7 @@ use safetensors::tensor::TensorView;
 
 use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::config::DecoderConfig;
-use burn_nf4_llm::model::load;
+use burn_nf4_llm::model::{load, random};
 
 /// A file or folder of the fixtures: those of models and adapters are the workspace's.
 pub fn fixture(path: &str) -> PathBuf {
@@ -98,4 +99,16 @@ pub fn max_difference(ours: &[f32], theirs: &[f32]) -> f32 {
         .zip(theirs)
         .map(|(a, b)| (a - b).abs())
         .fold(0.0, |max, d| if d.is_nan() { d } else { max.max(d) })
+}
+
+/// To be held by a test that draws random numbers: those of the device are one row for all threads.
+pub fn random_numbers() -> MutexGuard<'static, ()> {
+    static DRAWN: Mutex<()> = Mutex::new(());
+    DRAWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A model of random weights in f32.
+pub fn random_model(config: &DecoderConfig, device: &Device) -> Decoder {
+    let _drawn = random_numbers();
+    random(config, FloatType::F32, None, device).unwrap()
 }

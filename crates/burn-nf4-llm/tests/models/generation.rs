@@ -5,18 +5,17 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
-use burn_nf4::format::FloatType;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::error::MemoryLimit;
 use burn_nf4_llm::generate::sample::Sampling;
 use burn_nf4_llm::generate::{Request, RowEnd, Session, generate};
+use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::cache::KvCache;
 use burn_nf4_llm::model::config::DecoderConfig;
-use burn_nf4_llm::model::{Decoder, random};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::fixtures::{fixture, floats, io, logits, max_difference, open};
+use crate::fixtures::{fixture, floats, io, logits, max_difference, open, random_model};
 
 const GREEDY: Sampling = Sampling::greedy();
 
@@ -610,7 +609,7 @@ fn model_of_changing_angles(
     });
     let path = std::path::Path::new("config.json");
     let config = DecoderConfig::from_json(config.to_string().as_bytes(), path).unwrap();
-    let model = random(&config, FloatType::F32, None, &Device::default()).unwrap();
+    let model = random_model(&config, &Device::default());
     (model, config)
 }
 
@@ -698,7 +697,7 @@ fn the_cache_is_of_the_type_that_is_computed_in() {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 512, "torch_dtype": "bfloat16"}"#;
     let config = DecoderConfig::from_json(config.as_bytes(), "config.json".as_ref()).unwrap();
-    let model = random(&config, FloatType::F32, None, &Device::flex()).unwrap();
+    let model = random_model(&config, &Device::flex());
     let model = model.with_exact_tables();
     let request = Request {
         prompts: vec![vec![1, 2, 3]],

@@ -8,7 +8,7 @@ use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
 
-use crate::fixtures::{fixture, io, logits, max_difference, open_folder};
+use crate::fixtures::{fixture, io, logits, max_difference, open_folder, random_numbers};
 
 const FOLDER: &str = "families/qwen3_moe/model";
 const EXPERT: &str = "model.layers.1.mlp.experts.3.down_proj.weight";
@@ -51,6 +51,7 @@ fn a_run_goes_on_without_state_of_experts_that_were_never_chosen() {
     let lora = LoraConfig::new(TargetModules::AllLinear);
     let trainer = || {
         let (model, config) = open_folder(&fixture(FOLDER), None, &device);
+        let _drawn = random_numbers();
         device.seed(3);
         let model = model.with_lora(&lora, &device).unwrap();
         let schedule = Schedule {

@@ -3,16 +3,15 @@
 use std::fs;
 
 use burn::tensor::Device;
-use burn_nf4::format::FloatType;
 use burn_nf4_llm::generate::{Report, Request, RowEnd, Sampling, Session, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
+use burn_nf4_llm::model::{Decoder, DecoderConfig};
 use burn_nf4_llm::text::chat::Ending;
 use burn_nf4_llm::text::{Conversation, Message, StopStrings, Text};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::fixtures::{fixture, floats, max_difference, open};
+use crate::fixtures::{fixture, floats, max_difference, open, random_model};
 
 fn request(prompt: &[u32]) -> Request {
     Request {
@@ -158,7 +157,7 @@ fn angles_that_change_are_computed_again(
     });
     let path = std::path::Path::new("config.json");
     let config = DecoderConfig::from_json(config.to_string().as_bytes(), path).unwrap();
-    let model = random(&config, FloatType::F32, None, &Device::default()).unwrap();
+    let model = random_model(&config, &Device::default());
     let mut session = Session::new(&model, &config);
     let all: Vec<u32> = (0..40).map(|i| (i * 29 + 3) % 64).collect();
     for (length, reuses) in [(4, false), (12, true), (30, false), (8, false), (30, false)] {

@@ -18,7 +18,7 @@ use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
 use rstest::rstest;
 use serde::Deserialize;
 
-use crate::fixtures::{fixture, ints, io, logits, max_difference, open, write_io};
+use crate::fixtures::{fixture, ints, io, logits, max_difference, open, random_numbers, write_io};
 
 #[derive(Deserialize)]
 struct PeftRun {
@@ -156,6 +156,7 @@ fn layers_that_are_not_packed_are_adapted_alike() {
 /// Running layers twice changes no operation, so the losses are the same bits.
 #[rstest]
 fn gradient_checkpointing_changes_nothing(#[values(0.0, 0.3)] dropout: f64) {
+    let _drawn = random_numbers();
     let losses = |checkpointing| {
         let mut trainer = with_dropout(dropout, checkpointing);
         let batches = peft_batches();
@@ -215,6 +216,7 @@ fn with_dropout(dropout: f64, checkpointing: bool) -> Trainer {
 
 #[rstest]
 fn a_resumed_run_has_the_losses_of_an_uninterrupted_one(#[values(0.0, 0.3)] dropout: f64) {
+    let _drawn = random_numbers();
     let batches = peft_batches();
     let mut whole = with_dropout(dropout, false);
     let expected: Vec<f32> = (0..4)
@@ -358,7 +360,9 @@ fn a_fresh_adapter_changes_nothing_learns_and_comes_back(#[values(false, true)] 
     };
     let (ids, shape, _) = io("hf/f32/io.safetensors");
     let before = logits(&model.valid(), &config, &ids, &shape);
+    let drawn = random_numbers();
     let model = model.with_lora(&lora, &device).unwrap();
+    drop(drawn);
     let after = logits(&model.valid(), &config, &ids, &shape);
     // DoRA divides a magnitude by the norm that it was set to.
     let bound = if use_dora { 2e-5 } else { 0.0 };

@@ -1,5 +1,9 @@
 //! The command `finetune`.
 
+mod data;
+mod memory;
+pub mod plot;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -8,24 +12,30 @@ use burn_nf4::checkpoint::is_expert;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::model::{Decoder, HEAD};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, HEAD};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint, remove_run};
 use clap::Args;
 
-use crate::model_args::{ModelArgs, Opened, at_least, check_rows};
+use crate::model_args::{ModelArgs, Opened, Prepared, at_least, check_rows};
 use crate::progress::{mebibytes, peak_memory_bytes, seconds};
-use crate::watch::{StepReport, Watch};
+use crate::watch::{EvalReport, Run, StepReport, Watch, losses};
+use data::{Data, DataArgs, describe};
+use memory::MemoryReport;
+
+/// The log of a run, a line of JSON a step.
+const LOG_FILE: &str = "log.jsonl";
+/// The losses of a run.
+const PLOT_FILE: &str = "loss.svg";
 
 /// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
 #[derive(Args, Debug)]
 pub struct FinetuneArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// A .txt file, or a .jsonl or .json file of objects with `text` or `messages`.
-    #[arg(long)]
-    pub data: PathBuf,
+    #[command(flatten)]
+    pub data: DataArgs,
     /// Where to save the adapter and the checkpoints.
     #[arg(long)]
     pub output: PathBuf,
@@ -48,6 +58,10 @@ pub struct FinetuneArgs {
     /// [default: all linear layers of attention and MLPs, but no experts and routers of a mixture]
     #[arg(long, value_delimiter = ',')]
     pub target_modules: Vec<String>,
+    /// Modules to train as a whole beside the adapter, such as `lm_head,embed_tokens`; they must not be in
+    /// 4 bit, and a head that is tied to the embeddings becomes one of its own
+    #[arg(long, value_delimiter = ',')]
+    pub modules_to_save: Vec<String>,
     /// Peak learning rate.
     #[arg(long, default_value_t = 2e-4)]
     pub lr: f64,
@@ -59,15 +73,12 @@ pub struct FinetuneArgs {
     pub warmup: usize,
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f32,
-    /// Examples in one pass.
+    /// Rows in one pass: examples, or rows of packed ones.
     #[arg(long, default_value_t = 1)]
     pub batch_size: usize,
     /// Passes in one step.
     #[arg(long, default_value_t = 1)]
     pub grad_accum: usize,
-    /// Most tokens of an example.
-    #[arg(long, default_value_t = 512)]
-    pub seq_len: usize,
     /// Passes over the data, unless --steps is given.
     #[arg(long, default_value_t = 1)]
     pub epochs: usize,
@@ -87,6 +98,12 @@ pub struct FinetuneArgs {
     /// Replace the run in the output folder: its adapter and its checkpoints are removed.
     #[arg(long, conflicts_with = "resume")]
     pub overwrite: bool,
+    /// Where to write a line of JSON for every step and evaluation [default: log.jsonl in --output]
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Print how much memory is in use in each phase of a step. Asking waits for the device: steps are slower
+    #[arg(long)]
+    pub memory_report: bool,
     /// Print lines even in a terminal.
     #[arg(long)]
     pub no_tui: bool,
@@ -99,7 +116,7 @@ impl FinetuneArgs {
     fn check(&self) -> Result<(), ModelError> {
         check_rows("--batch-size", self.batch_size)?;
         check_rows("--grad-accum", self.grad_accum)?;
-        at_least(2, "--seq-len", self.seq_len)?;
+        self.data.check()?;
         at_least(1, "--epochs", self.epochs)?;
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
         at_least(1, "--save-every", self.save_every.unwrap_or(1))?;
@@ -124,7 +141,17 @@ impl FinetuneArgs {
 
     /// Refuses to write over another run, or to leave its checkpoints beside those of this one.
     fn check_output(&self) -> Result<(), ModelError> {
-        if self.resume || self.overwrite || !self.output.exists() {
+        if self.resume || self.overwrite {
+            return Ok(());
+        }
+        if let Some(log) = self.log.as_ref().filter(|log| log.exists()) {
+            return Err(ModelError::setting(
+                "--log",
+                format!("{}, which exists", log.display()),
+                "a new file, --resume to go on with it, or --overwrite to replace it",
+            ));
+        }
+        if !self.output.exists() {
             return Ok(());
         }
         let mut entries = fs::read_dir(&self.output).map_err(ModelError::io(&self.output))?;
@@ -155,35 +182,15 @@ impl FinetuneArgs {
     pub fn run(&self) -> Result<(), ModelError> {
         self.check()?;
         let checkpoint = self.checkpoint()?;
-        let prepared = self.model.prepare(true)?;
-        let (config, text) = (&prepared.config, &prepared.text);
-        for (field, dropout) in [
-            ("attention_dropout", config.attention_dropout),
-            ("resid_pdrop", config.residual_dropout),
-        ] {
-            if dropout != 0.0 {
-                return Err(ModelError::Unsupported {
-                    path: "config.json".into(),
-                    field: field.into(),
-                    given: dropout.to_string(),
-                    supported: "0 in training".into(),
-                });
-            }
-        }
-        // Of the sizes of the model, without its weights.
-        let sizes = config.init(&prepared.device);
-        let lora = self.lora(self.targets(Some(&sizes)));
-        check_targets(&lora, &sizes)?;
-        if let Some(warning) = self.warn_of_experts(&lora, &sizes)? {
-            eprintln!("{warning}");
-        }
-        let eos = text.eos.or(config.eos_token_ids.first().copied());
-        let data = Dataset::read(&self.data, text, eos, self.seq_len)?;
-        data.check_vocabulary(config.vocab_size)?;
-        if let Some(warning) = config.warn_of_length("the longest example", data.longest()) {
-            eprintln!("{warning}");
-        }
-        let per_epoch = data.steps_per_epoch(self.batch_size * self.grad_accum);
+        let mut prepared = self.model.prepare(true)?;
+        check_dropout(&prepared.config)?;
+        let lora = self.check_lora(&prepared)?;
+        let data = self
+            .data
+            .read(&mut prepared.text, &prepared.config, self.seed)?;
+        let per_epoch = data
+            .train
+            .steps_per_epoch(self.batch_size * self.grad_accum);
         let total = self.steps.unwrap_or(self.epochs * per_epoch);
         if self.warmup > total {
             eprintln!(
@@ -192,9 +199,13 @@ impl FinetuneArgs {
             );
         }
 
-        let settings = self.settings(&lora, &data, total)?;
+        let settings = self.settings(&lora, &data.train, total)?;
         let Opened { model, config, .. } = prepared.load()?;
         let device = model.device();
+        let report = self.memory_report.then(|| MemoryReport::new(&device));
+        if let Some(report) = &report {
+            report.ask("model");
+        }
         device.seed(self.seed);
         let model = model.with_lora(&lora, &device)?;
         let checkpointing = self.gradient_checkpointing;
@@ -203,43 +214,90 @@ impl FinetuneArgs {
             eprintln!("going on from {}", folder.display());
             trainer = trainer.resume(&folder)?;
         }
+        if let Some(report) = &report {
+            report.ask("adapter");
+            trainer.on_phase = Some(report.hook());
+        }
         if self.overwrite {
             remove_run(&self.output)?;
         }
-        let mut notes = String::new();
-        for (count, what) in [
-            (data.cut, "cut at --seq-len"),
-            (data.left_out, "too short and left out"),
-        ] {
-            if count > 0 {
-                notes += &format!(", {count} {what}");
-            }
-        }
+        let of_eval = match &data.eval {
+            Some(eval) => format!("; to evaluate with: {}", describe(eval)),
+            None => String::new(),
+        };
         eprintln!(
-            "{} {}{notes}; {total} steps, {per_epoch} an epoch",
-            data.len(),
-            if data.len() == 1 {
-                "example"
-            } else {
-                "examples"
-            },
+            "{}{of_eval}; {total} steps, {per_epoch} an epoch",
+            describe(&data.train)
         );
         self.train(&mut trainer, &data, total)?;
 
         trainer.save_adapter(&self.output)?;
         println!("saved the adapter in {}", self.output.display());
-        if let Some(peak) = peak_memory_bytes() {
+        if let Some(report) = report {
+            println!("{}", report.lines());
+        } else if let Some(peak) = peak_memory_bytes() {
             println!("peak memory of the process: {}", mebibytes(peak));
         }
         Ok(())
     }
 
-    fn train(&self, trainer: &mut Trainer, data: &Dataset, total: usize) -> Result<(), ModelError> {
-        let mut watch = Watch::open(&self.output, !self.no_tui, trainer.step, total)?;
+    /// The settings of the adapter, which some layers of the model have to fit.
+    fn check_lora(&self, prepared: &Prepared) -> Result<LoraConfig, ModelError> {
+        // Of the sizes of the model, without its weights.
+        let sizes = prepared.config.init(&prepared.device);
+        let lora = self.lora(self.targets(Some(&sizes)));
+        check_targets(&lora, &sizes)?;
+        if let Some(warning) = self.warn_of_experts(&lora, &sizes)? {
+            eprintln!("{warning}");
+        }
+        Ok(lora)
+    }
+
+    fn train(&self, trainer: &mut Trainer, data: &Data, total: usize) -> Result<(), ModelError> {
+        let log = self.log.clone();
+        let log = log.unwrap_or_else(|| self.output.join(LOG_FILE));
+        fs::create_dir_all(&self.output).map_err(ModelError::io(&self.output))?;
         let start = Instant::now();
         let first = trainer.step;
+        let mut watch = Watch::open(Run {
+            log: &log,
+            tui: !self.no_tui,
+            start: first,
+            total,
+        })?;
+        let trained = self.steps(trainer, data, total, &mut watch);
+        // Closes the TUI before anything else is printed.
+        drop(watch);
+        // A run that failed has losses to be looked at too.
+        let plot = self.output.join(PLOT_FILE);
+        let drawn = losses(&log).and_then(|losses| losses.draw(&plot));
+        trained?;
+        if drawn? {
+            println!("drew the losses in {}", plot.display());
+        }
+        println!(
+            "{} steps in {}",
+            trainer.step - first,
+            seconds(start.elapsed())
+        );
+        Ok(())
+    }
+
+    fn steps(
+        &self,
+        trainer: &mut Trainer,
+        data: &Data,
+        total: usize,
+        watch: &mut Watch,
+    ) -> Result<(), ModelError> {
+        let per_epoch = data
+            .train
+            .steps_per_epoch(self.batch_size * self.grad_accum);
+        let eval_every = self.data.eval_every.unwrap_or(per_epoch);
         while trainer.step < total && !watch.should_stop() {
-            let batches = data.step(trainer.step, self.batch_size, self.grad_accum, self.seed);
+            let batches =
+                data.train
+                    .step(trainer.step, self.batch_size, self.grad_accum, self.seed);
             let learning_rate = trainer.rate();
             let begun = Instant::now();
             let loss = trainer.step(&batches);
@@ -257,6 +315,17 @@ impl FinetuneArgs {
                     "a finite number: lower the learning rate",
                 ));
             }
+            if let Some(eval) = &data.eval
+                && (trainer.step == total || trainer.step.is_multiple_of(eval_every))
+            {
+                let evaluation = trainer.evaluate(eval.batches(self.batch_size));
+                watch.evaluation(&EvalReport {
+                    step: trainer.step,
+                    eval_loss: evaluation.loss,
+                    eval_perplexity: evaluation.perplexity(),
+                    eval_targets: evaluation.targets,
+                })?;
+            }
             if self
                 .save_every
                 .is_some_and(|every| trainer.step.is_multiple_of(every))
@@ -267,13 +336,6 @@ impl FinetuneArgs {
         if watch.should_stop() {
             watch.saved(&trainer.save_checkpoint(&self.output)?);
         }
-        // Closes the TUI before anything else is printed.
-        drop(watch);
-        println!(
-            "{} steps in {}",
-            trainer.step - first,
-            seconds(start.elapsed())
-        );
         Ok(())
     }
 
@@ -317,6 +379,8 @@ impl FinetuneArgs {
             lora_dropout: self.dropout,
             use_rslora: self.rslora,
             use_dora: self.dora,
+            modules_to_save: (!self.modules_to_save.is_empty())
+                .then(|| self.modules_to_save.clone()),
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: Some(self.model.model.clone()),
             ..LoraConfig::new(targets)
@@ -339,12 +403,30 @@ impl FinetuneArgs {
             weight_decay: self.weight_decay,
             batch_size: self.batch_size,
             grad_accum: self.grad_accum,
-            seq_len: self.seq_len,
+            seq_len: self.data.seq_len,
             seed: self.seed,
             data: data.fingerprint(),
             ..Settings::new(schedule, lora)?
         })
     }
+}
+
+/// Refuses dropout that transformers would apply in training.
+fn check_dropout(config: &DecoderConfig) -> Result<(), ModelError> {
+    for (field, dropout) in [
+        ("attention_dropout", config.attention_dropout),
+        ("resid_pdrop", config.residual_dropout),
+    ] {
+        if dropout != 0.0 {
+            return Err(ModelError::Unsupported {
+                path: "config.json".into(),
+                field: field.into(),
+                given: dropout.to_string(),
+                supported: "0 in training".into(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a target that no layer has. Training itself only needs a layer that some target

@@ -49,6 +49,16 @@ pub fn peak_memory_bytes() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM:")
 }
 
+/// The memory that the process holds, where the system tells (Linux).
+pub fn memory_bytes() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmRSS:")
+}
+
+/// Has [`peak_memory_bytes`] count from now on. Returns whether that is possible (Linux).
+pub fn restart_peak() -> bool {
+    fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// The memory that the machine can still give without swapping, where the system tells (Linux).
 pub fn available_memory_bytes() -> Option<u64> {
     kilobytes("/proc/meminfo", "MemAvailable:")

@@ -8,6 +8,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+pub const OURS: RGBColor = RGBColor(23, 78, 166);
+pub const OTHER: RGBColor = RGBColor(217, 95, 14);
 pub const GREY: RGBColor = RGBColor(90, 90, 90);
 /// Of the lines behind what is drawn.
 pub const PALE: RGBColor = RGBColor(222, 222, 222);
@@ -49,6 +51,19 @@ pub fn text(
         .color(&colour)
         .pos(Pos::new(anchor, VPos::Center));
     area.draw(&Text::new(content.to_string(), at, style))?;
+    Ok(())
+}
+
+/// A row of names beside squares of their colours, from a pixel to the right.
+pub fn legend(area: &Area, (mut x, y): (i32, i32), size: i32, names: &[(&str, RGBColor)]) -> Drawn {
+    for (name, colour) in names {
+        area.draw(&Rectangle::new(
+            [(x, y - 6), (x + 12, y + 6)],
+            colour.filled(),
+        ))?;
+        text(area, name, (x + 17, y), size, HPos::Left, BLACK)?;
+        x += 37 + text_width(name, size);
+    }
     Ok(())
 }
 

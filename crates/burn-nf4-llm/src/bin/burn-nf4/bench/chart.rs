@@ -7,7 +7,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
 use super::report::BenchReport;
-use crate::svg::{self, Area, Drawn, GREY, PALE, Scale, text, text_width};
+use crate::svg::{self, Area, Drawn, GREY, OTHER, OURS, PALE, Scale, text, text_width};
 
 const HEIGHT: i32 = 420;
 /// It is as wide as its bars and its title need, but no narrower.
@@ -27,9 +27,6 @@ const TITLE: &str =
 const TITLE_SIZE: i32 = 15;
 const LABEL_SIZE: i32 = 12;
 const RATE_SIZE: i32 = 11;
-
-const OURS: RGBColor = RGBColor(23, 78, 166);
-const PEER: RGBColor = RGBColor(217, 95, 14);
 
 /// A bar: percent of the memory's speed, and tokens a second.
 struct Bar {
@@ -96,7 +93,7 @@ fn groups(report: &BenchReport) -> Vec<Group> {
         bars.extend(peers.iter().find(same).map(|peer| Bar {
             percent: 100.0 * row.floor_ms / peer.step_ms,
             tokens_s: peer.tokens_s,
-            colour: PEER,
+            colour: OTHER,
         }));
         Group {
             batch: row.batch,
@@ -156,7 +153,7 @@ impl Layout {
         let pitch = (width - LEFT - RIGHT) / count;
         let mut legend = vec![("burn-nf4", OURS)];
         if with_peer {
-            legend.push(("transformers + bitsandbytes", PEER));
+            legend.push(("transformers + bitsandbytes", OTHER));
         }
         Self {
             subtitle,
@@ -177,13 +174,7 @@ impl Layout {
         text(area, TITLE, (LEFT, 18), TITLE_SIZE, HPos::Left, BLACK)?;
         let subtitle = &self.subtitle;
         text(area, subtitle, (LEFT, 37), LABEL_SIZE, HPos::Left, GREY)?;
-        let mut x = LEFT;
-        for (name, colour) in &self.legend {
-            area.draw(&Rectangle::new([(x, 50), (x + 12, 62)], colour.filled()))?;
-            text(area, name, (x + 17, 56), LABEL_SIZE, HPos::Left, BLACK)?;
-            x += 37 + text_width(name, LABEL_SIZE);
-        }
-        Ok(())
+        svg::legend(area, (LEFT, 56), LABEL_SIZE, &self.legend)
     }
 
     /// The lines behind the bars.
@@ -258,7 +249,7 @@ mod tests {
         let groups = (0..12).map(|group| Group {
             batch: 64,
             context: 131_072,
-            bars: [OURS, PEER]
+            bars: [OURS, OTHER]
                 .map(|colour| Bar {
                     percent: 1.7,
                     tokens_s: 123_456.0 + f64::from(group),

@@ -53,12 +53,7 @@ pub fn train(
     [rows, length]: [usize; 2],
 ) -> Result<TrainRow, ModelError> {
     let ids = tokens(rows * length, config);
-    let batch = Batch {
-        ids: ids.into_iter().map(i64::from).collect(),
-        rows,
-        length,
-        lengths: vec![length; rows],
-    };
+    let batch = Batch::new(&ids.chunks(length).collect::<Vec<_>>());
     let mut times = Vec::new();
     for step in 0..STEPS + 2 {
         let start = Instant::now();
