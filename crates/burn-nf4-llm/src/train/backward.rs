@@ -2,13 +2,13 @@
 
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::model::Pass;
 use crate::model::RopeTables;
 use crate::model::{Decoder, DecoderLayer};
 use crate::train::data::Batch;
+use crate::train::loss::{labels, loss};
 
 /// How a pass through the layers is made.
 #[derive(Debug, Clone, Copy)]
@@ -35,12 +35,12 @@ pub fn backward(
     let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);
     let ids = Tensor::<2, Int>::from_data(ids, &device);
     let pass = model.pass(batch.length, rope, None);
-    let mut x = model.embed(ids.clone());
+    let mut x = model.embed(ids);
     if !options.checkpointing {
         for (index, layer) in model.layers.iter().enumerate() {
             x = forward(layer, x, &pass, index, options);
         }
-        let loss = loss(model, x, ids, batch, targets);
+        let loss = loss(model, x, labels(batch), targets);
         let gradients = GradientsParams::from_grads(loss.backward(), model);
         grads.accumulate(model, gradients);
         return loss.detach();
@@ -54,7 +54,7 @@ pub fn backward(
         x = forward(&layer.clone().no_grad(), x, &pass, index, options);
     }
     let x = x.require_grad();
-    let loss = loss(model, x.clone(), ids, batch, targets);
+    let loss = loss(model, x.clone(), labels(batch), targets);
     let mut gradients = loss.backward();
     let mut flow = x.grad_remove(&mut gradients);
     grads.accumulate(model, GradientsParams::from_grads(gradients, model));
@@ -84,23 +84,4 @@ fn forward(
         x.device().seed(seed.wrapping_add(index as u64));
     }
     layer.forward(x, pass, None)
-}
-
-/// The cross-entropy of every token given those before it, summed, over `targets`.
-fn loss(
-    model: &Decoder,
-    x: Tensor<3>,
-    ids: Tensor<2, Int>,
-    batch: &Batch,
-    targets: usize,
-) -> Tensor<1> {
-    let (rows, positions) = (batch.rows, batch.length - 1);
-    let logits = model.head(x.narrow(1, 0, positions)).cast(DType::F32);
-    let vocabulary = logits.dims()[2];
-    let next = ids.narrow(1, 1, positions).reshape([rows * positions, 1]);
-    let log_probabilities = log_softmax(logits.reshape([rows * positions, vocabulary]), 1);
-    let chosen = log_probabilities.gather(1, next);
-    let weights = TensorData::new(batch.weights(), [rows * positions, 1]);
-    let weights = Tensor::<2>::from_data(weights, (&chosen.device(), DType::F32));
-    (chosen * weights).sum() * (-1.0 / targets as f64)
 }

@@ -2,6 +2,7 @@
 
 mod backward;
 pub mod data;
+mod loss;
 pub mod optimizer;
 mod records;
 pub mod schedule;

@@ -1,0 +1,76 @@
+//! What a batch predicts, and its loss.
+
+use burn::tensor::{Int, Tensor, TensorData};
+use burn_nf4::nn;
+use burn_nf4::op::{
+    CrossEntropyOptions, LinearCrossEntropyOptions, LossReduction, linear_cross_entropy,
+};
+
+use crate::model::Decoder;
+use crate::train::data::Batch;
+
+/// The label of a position after which nothing is predicted, as in transformers.
+pub const NOT_PREDICTED: i64 = -100;
+
+/// What each position of a batch is to predict, the token after it, `[rows, length]`.
+pub fn labels(batch: &Batch) -> Vec<i64> {
+    let positions = batch.length - 1;
+    let weights = batch.weights();
+    let mut labels = vec![NOT_PREDICTED; batch.ids.len()];
+    for row in 0..batch.rows {
+        for position in 0..positions {
+            if weights[row * positions + position] > 0.0 {
+                let at = row * batch.length + position;
+                labels[at] = batch.ids[at + 1];
+            }
+        }
+    }
+    labels
+}
+
+/// The cross-entropy of all positions that have a label, in f32, summed, over `targets`. The logits of all
+/// positions are never held at once.
+///
+/// # Shapes
+/// - `x`: `[rows, length, hidden_size]`, the output of the last layer
+/// - `labels`: `[rows, length]`, [`NOT_PREDICTED`] or a token of the vocabulary
+/// - returns `[1]`
+pub fn loss(model: &Decoder, x: Tensor<3>, labels: Vec<i64>, targets: usize) -> Tensor<1> {
+    let [rows, length, hidden_size] = x.dims();
+    let x = model.norm.forward(x).reshape([rows * length, hidden_size]);
+    let labels = TensorData::new(labels, [rows * length]);
+    let labels = Tensor::<1, Int>::from_data(labels, &x.device());
+    let options = LinearCrossEntropyOptions {
+        loss: CrossEntropyOptions {
+            ignore_index: NOT_PREDICTED as i32,
+            soft_cap: model.logits_softcap,
+            logit_scale: 1.0 / model.logits_scaling,
+            ..CrossEntropyOptions::default()
+        },
+        reduction: LossReduction::Sum,
+        ..LinearCrossEntropyOptions::default()
+    };
+    let sum = match &model.lm_head {
+        Some(head) => nn::linear_cross_entropy(head, x, labels, &options),
+        None => linear_cross_entropy(x, model.embed_tokens.val(), None, labels, &options),
+    };
+    sum.expect("the head fits, and labels are tokens") * (1.0 / targets as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Padding and the ends of rows predict nothing.
+    #[test]
+    fn labels_are_the_next_tokens() {
+        let batch = Batch::new(&[&[5, 6, 7], &[8, 9]]);
+        let none = NOT_PREDICTED;
+        assert_eq!(labels(&batch), [6, 7, none, 9, none, none]);
+        let count = labels(&batch)
+            .iter()
+            .filter(|&&label| label != none)
+            .count();
+        assert_eq!(count, batch.targets());
+    }
+}
