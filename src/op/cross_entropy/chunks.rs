@@ -165,7 +165,11 @@ impl ChunkedLoss<'_> {
 
 /// As PyTorch has it: NaN without a row that counts, whose gradients are zeros.
 fn mean(sum: Tensor<1>, targets: Tensor<1, Int>, ignored: i32) -> Tensor<1> {
-    let counted = targets.not_equal_elem(ignored).int().sum();
+    let counted = match targets.dims() {
+        // Devices have no sum of nothing.
+        [0] => Tensor::zeros([1], &targets.device()),
+        _ => targets.not_equal_elem(ignored).int().sum(),
+    };
     let none = counted.clone().equal_elem(0);
     let count = counted.clamp_min(1).float().cast(DType::F32);
     (sum / count).mask_fill(none, f32::NAN)

@@ -59,7 +59,12 @@ pub fn loss(model: &Decoder, x: Tensor<3>, labels: Vec<i64>, targets: usize) -> 
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::activation::log_softmax;
+    use burn::tensor::{DType, Distribution};
+    use rstest::rstest;
+
     use super::*;
+    use crate::generate::replay::tests::fixture_model;
 
     /// Padding and the ends of rows predict nothing.
     #[test]
@@ -72,5 +77,40 @@ mod tests {
             .filter(|&&label| label != none)
             .count();
         assert_eq!(count, batch.targets());
+    }
+
+    /// Heads of their own and tied ones, with a cap (Gemma 2) and a factor (Granite).
+    #[rstest]
+    fn the_loss_is_that_of_the_models_logits(
+        #[values(
+            "families/gemma2",
+            "families/granite",
+            "families/llama3_tied",
+            "families/mistral_window"
+        )]
+        name: &str,
+    ) {
+        let (model, config) = fixture_model(name);
+        let (device, hidden) = (model.device().autodiff(), config.hidden_size);
+        let x = Tensor::<3>::random([2, 3, hidden], Distribution::Default, &device);
+        let x = x.require_grad();
+        let none = NOT_PREDICTED;
+        let ours = loss(&model, x.clone(), vec![6, 7, none, 9, none, none], 3);
+
+        let log = log_softmax(model.head(x.clone()).cast(DType::F32), 2);
+        let chosen = [(0, 0, 6), (0, 1, 7), (1, 0, 9)].map(|(row, position, token)| {
+            log.clone()
+                .slice([row..row + 1, position..position + 1, token..token + 1])
+        });
+        let theirs = Tensor::cat(chosen.to_vec(), 0).sum() / -3.0;
+        let [a, b] = [&ours, &theirs].map(|loss| loss.clone().into_scalar::<f32>());
+        assert!((a - b).abs() < 1e-5, "{a} {b}");
+        let [a, b] = [ours, theirs].map(|loss| {
+            let gradients = loss.backward();
+            x.grad(&gradients).expect("a gradient")
+        });
+        let largest = b.clone().abs().max().into_scalar::<f32>();
+        let difference = (a - b).abs().max().into_scalar::<f32>();
+        assert!(difference < 1e-5 * largest, "{difference:e} of {largest:e}");
     }
 }
