@@ -6,6 +6,7 @@
 mod activation;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
+mod cross_entropy;
 pub mod error;
 pub mod format;
 pub mod host;

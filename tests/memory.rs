@@ -11,12 +11,16 @@ use burn::module::Module;
 use burn::module::{Lora, ParamGroup};
 #[cfg(feature = "flex")]
 use burn::nn::Linear;
+#[cfg(feature = "flex")]
+use burn::tensor::Int;
 use burn::tensor::{Device, Gradients, Tensor};
 use burn_nf4::Nf4Weight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::nn::Nf4Linear;
 #[cfg(feature = "flex")]
 use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, reparameterize_linears};
+#[cfg(feature = "flex")]
+use burn_nf4::op::{LinearCrossEntropyOptions, linear_cross_entropy};
 use counting::alone;
 use tensors::*;
 
@@ -163,6 +167,49 @@ mod flex {
             let kept = measure(&device, live_bytes, |x| dora.forward(x));
             assert_nothing_large_kept("QLoraLinear with DoRA", kept);
         }
+    }
+
+    /// Forward and backward of a head. With room for all logits they are held at once, so the measurement can fail.
+    #[test]
+    fn the_logits_of_a_loss_are_never_held_at_once() {
+        const ROWS: usize = 256;
+        const HIDDEN: usize = 16;
+        const VOCABULARY: usize = 4096;
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        let x = tensor(
+            &uniform(ROWS * HIDDEN, 5),
+            [ROWS, HIDDEN],
+            FloatType::F32,
+            &device,
+        );
+        let x = x.require_grad();
+        let shape = [VOCABULARY, HIDDEN];
+        let head = tensor(
+            &uniform(VOCABULARY * HIDDEN, 6),
+            shape,
+            FloatType::F32,
+            &device,
+        );
+        let targets = Tensor::<1, Int>::zeros([ROWS], &device);
+        let logits_bytes = ROWS * VOCABULARY * 4;
+        let peak_bytes = |chunk_bytes: usize| {
+            let options = LinearCrossEntropyOptions {
+                chunk_bytes,
+                ..Default::default()
+            };
+            let pass = || {
+                let (x, head) = (x.clone(), head.clone());
+                let loss = linear_cross_entropy(x, head, None, targets.clone(), &options);
+                loss.expect("it fits").backward()
+            };
+            drop(pass()); // starts the threads
+            counting::peak_bytes(pass).0
+        };
+        let in_parts = peak_bytes(logits_bytes / 16);
+        assert!(in_parts < logits_bytes / 3, "{in_parts} of {logits_bytes}");
+        let at_once = peak_bytes(logits_bytes);
+        assert!(at_once >= logits_bytes, "{at_once} of {logits_bytes}");
     }
 
     /// An unchanged `Linear` with a packed weight, without an adapter and with one of Burn's.

@@ -216,7 +216,7 @@ unsafe fn tile<T: FloatElement, V: Vector, const R: usize, const X: usize>(
 /// # Safety
 /// The processor must have the instructions of `V`, and `from` as many elements as it has lanes.
 #[inline(always)]
-unsafe fn load<T: FloatElement, V: Vector>(from: *const T) -> V {
+pub(super) unsafe fn load<T: FloatElement, V: Vector>(from: *const T) -> V {
     // SAFETY: the caller vouches for it, and the type is what it says.
     unsafe {
         match T::FLOAT_TYPE {

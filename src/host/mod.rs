@@ -22,6 +22,8 @@
 
 mod attention;
 mod awake;
+#[cfg(feature = "flex")]
+mod cross_entropy;
 mod dequantize;
 mod embedding;
 mod float_matmul;
@@ -37,6 +39,8 @@ pub use attention::{
     attention_with,
 };
 pub use awake::{Awake, keep_awake};
+#[cfg(feature = "flex")]
+pub(crate) use cross_entropy::{cross_entropy, cross_entropy_gradient};
 pub use dequantize::{dequantize, dequantize_with};
 pub use embedding::embedding;
 pub use float_matmul::{float_matmul, float_matmul_with};

@@ -2,6 +2,7 @@
 //! launches.
 
 pub mod attention;
+pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;
 pub mod fragments;

@@ -1,6 +1,7 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
 mod attention;
+mod cross_entropy;
 #[cfg(feature = "cublaslt")]
 mod dense;
 mod dequantize;
@@ -23,6 +24,7 @@ pub use attention::{
     AttentionOperands, AttentionPlan, AttentionProblem, AttentionResults, AttentionVariant,
     TokenMajor,
 };
+pub use cross_entropy::{CrossEntropyProblem, cross_entropy};
 #[cfg(feature = "cublaslt")]
 pub use dense::{
     CUBLASLT_VARIABLE, DenseOperands, DensePlan, DenseProduct, MatrixLayout, set_cublaslt_path,

@@ -71,6 +71,7 @@
 //! this crate).
 
 mod any_linear;
+mod cross_entropy;
 mod embedding;
 mod joined;
 mod linear;
@@ -86,6 +87,7 @@ pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
 pub use any_linear::AnyLinear;
 #[cfg(feature = "peft")]
 pub(crate) use any_linear::with_stable_id;
+pub use cross_entropy::linear_cross_entropy;
 pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
 pub use joined::{gated_forward, joined_forward};
 pub use linear::{Nf4Linear, Nf4LinearConfig};

@@ -29,6 +29,7 @@ mod awake;
 mod backends;
 mod base;
 mod compiled;
+mod cross_entropy;
 mod gated;
 mod graphs;
 mod joined;
@@ -44,6 +45,7 @@ mod table;
 mod tensor;
 
 pub use crate::activation::Activation;
+pub use crate::cross_entropy::CrossEntropyOptions;
 pub use crate::norm_form::NormForm;
 pub use crate::sampling::SampleSettings;
 #[doc(hidden)]
@@ -54,6 +56,12 @@ pub use attention::{
 pub use awake::{Awake, keep_threads_awake};
 pub use base::MatmulStrategy;
 pub use compiled::keep_compiled_kernels;
+pub(crate) use cross_entropy::{ChunkedLoss, Leaves};
+#[doc(hidden)]
+pub use cross_entropy::{CrossEntropyBackend, CrossEntropySpec};
+pub use cross_entropy::{
+    LinearCrossEntropyOptions, LossReduction, cross_entropy, linear_cross_entropy,
+};
 pub use gated::gated;
 #[cfg(feature = "cube")]
 #[doc(hidden)]

@@ -153,7 +153,7 @@ impl AttentionView {
 /// Cephes' `tanhf`: a shader's own is a quotient of exponentials, and near zero off by as much as near one,
 /// which a cap of 30 makes 30 times as much.
 #[cube]
-fn tanh(x: f32) -> f32 {
+pub fn tanh(x: f32) -> f32 {
     let square = x * x;
     let mut sum = -5.704_988_7e-3f32 * square + 2.063_909e-2f32;
     sum = sum * square - 5.373_971_6e-2f32;

@@ -224,10 +224,12 @@ fn embedding<T: FloatElement>(ids: &[usize], packed: &FlexTensor, spec: &Embeddi
     Bytes::from_elems(out)
 }
 
-/// Checks ids that lie on the CPU, where looking costs no waiting.
+/// Checks ids that lie on the CPU, where looking costs no waiting. One number may be ignored.
 pub(in crate::op) fn check_ids<const D: usize>(
+    name: &str,
     ids: &Tensor<D, Int>,
     rows: usize,
+    ignored: Option<i32>,
 ) -> Result<(), Nf4Error> {
     let device = ids.device().without_autodiff();
     if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
@@ -238,11 +240,12 @@ pub(in crate::op) fn check_ids<const D: usize>(
         DType::U64 => data.iter::<u64>().map(i128::from).collect(),
         _ => data.iter::<i64>().map(i128::from).collect(),
     };
-    let inside = |id: &i128| (0..rows as i128).contains(id);
+    let ignored = ignored.map(i128::from);
+    let inside = |id: &i128| (0..rows as i128).contains(id) || Some(*id) == ignored;
     match numbers.iter().position(|id| !inside(id)) {
         None => Ok(()),
         Some(index) => Err(Nf4Error::IdRange {
-            tensor: "ids".into(),
+            tensor: name.into(),
             index,
             given: numbers[index],
             rows,

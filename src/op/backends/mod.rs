@@ -2,6 +2,7 @@
 
 mod attention;
 mod autodiff;
+mod cross_entropy;
 #[cfg(feature = "cube")]
 pub(super) mod cube;
 #[cfg(feature = "flex")]

@@ -70,7 +70,7 @@ pub fn embedding(
         Some(_) => {}
     }
     #[cfg(feature = "flex")]
-    crate::op::backends::flex::check_ids(&ids, rows)?;
+    crate::op::backends::flex::check_ids("ids", &ids, rows, None)?;
     let spec = EmbeddingSpec {
         layout: *weight.layout(),
         rows,

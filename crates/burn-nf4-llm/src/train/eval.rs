@@ -1,11 +1,11 @@
 //! How well a model predicts texts that it is not trained on.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::train::Trainer;
-use crate::train::backward::loss;
+use crate::train::backward::Inputs;
 use crate::train::data::Batch;
+use crate::train::loss::loss;
 
 /// What an evaluation finds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,15 +32,13 @@ impl Trainer {
         let mut rope = self.rope.on(&device);
         let (mut sum, mut targets) = (0.0, 0);
         for batch in batches {
-            let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);
-            let ids = Tensor::<2, Int>::from_data(ids, &device);
-            let pass = batch.pass(&model, &mut rope);
-            let mut x = model.embed(ids.clone());
+            let Inputs { ids, labels, pass } = Inputs::new(&batch, &model, &mut rope);
+            let mut x = model.embed(ids);
             for layer in &model.layers {
                 x = layer.forward(x, &pass, None);
             }
             let of_batch = batch.targets();
-            let mean = loss(&model, x, ids, &batch, of_batch).into_scalar::<f32>();
+            let mean = loss(&model, x, labels, of_batch).into_scalar::<f32>();
             sum += f64::from(mean) * of_batch as f64;
             targets += of_batch;
         }

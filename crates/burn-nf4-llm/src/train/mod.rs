@@ -4,6 +4,7 @@ mod backward;
 mod batch;
 pub mod data;
 mod eval;
+mod loss;
 pub mod optimizer;
 mod packing;
 mod phases;
@@ -31,7 +32,7 @@ use crate::json::files::read_json;
 use crate::model::Decoder;
 use crate::model::RopeTables;
 use crate::model::config::DecoderConfig;
-use crate::train::backward::{PassOptions, backward};
+use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::{Loaded, adamw};
 use crate::train::schedule::{Decay, Schedule};
@@ -212,8 +213,7 @@ impl Trainer {
             };
             let part = backward(
                 &self.model,
-                &mut self.rope,
-                batch,
+                Inputs::new(batch, &self.model, &mut self.rope),
                 targets,
                 options,
                 &mut grads,
