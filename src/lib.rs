@@ -7,6 +7,7 @@ mod activation;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod error;
+mod flat;
 pub mod format;
 pub mod host;
 #[cfg(feature = "cube")]

@@ -24,6 +24,7 @@
 //! and another kernel rounds otherwise: [`set_reproducible`] has all products of the process follow a
 //! rule instead. Gradients always go over the decoded weight.
 
+mod adamw;
 mod attention;
 mod awake;
 mod backends;
@@ -42,8 +43,12 @@ mod table;
 mod tensor;
 
 pub use crate::activation::Activation;
+pub use crate::flat::{FlatLayout, TILE_ELEMS};
 pub use crate::norm_form::NormForm;
 pub use crate::sampling::SampleSettings;
+#[doc(hidden)]
+pub use adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts};
+pub use adamw::{AdamWSettings, AdamWState, FlatAdamW, StepReport};
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{

@@ -1,7 +1,7 @@
 //! The loss of a batch and its gradients, with and without gradient checkpointing.
 
 use burn::module::Module;
-use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::optim::GradientsParams;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
@@ -9,6 +9,7 @@ use crate::model::Pass;
 use crate::model::RopeTables;
 use crate::model::{Decoder, DecoderLayer};
 use crate::train::data::Batch;
+use crate::train::optimizer::Optimizer;
 
 /// How a pass through the layers is made.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +30,7 @@ pub fn backward(
     batch: &Batch,
     targets: usize,
     options: PassOptions,
-    grads: &mut GradientsAccumulator<Decoder>,
+    grads: &mut Optimizer,
 ) -> Tensor<1> {
     let device = model.device();
     let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);

@@ -1,0 +1,248 @@
+//! Launches of the kernels of the optimizer.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::{
+    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    vector_size,
+};
+use crate::error::Nf4Error;
+use crate::flat::{AdamWScalars, FlatLayout, TILE_ELEMS};
+use crate::format::FloatType;
+use crate::kernel::adamw::{
+    FlatPart, FlatPartLaunch, adamw_kernel, flat_accumulate_kernel, square_sums_kernel,
+    step_report_kernel,
+};
+
+/// Tensors that a launch of [`flat_accumulate`] takes at most: those of a layer with seven branches, and a few.
+pub const MAX_PARTS: usize = 16;
+
+/// Elements that a unit adds up.
+const PER_UNIT: usize = 8;
+
+/// Cubes that share the sum of squares; so many sums are left for the last cube.
+const SUM_CUBES: usize = 1024;
+
+/// A tensor that is added to its part of a flat buffer.
+#[derive(Debug, Clone)]
+pub struct AccumulatePart {
+    /// Its number in the layout.
+    pub tensor: usize,
+    /// As many elements as the layout says, contiguous.
+    pub values: Handle,
+}
+
+/// Adds tensors to their parts of a flat f32 buffer, [`MAX_PARTS`] a launch or as many as the device binds.
+///
+/// # Errors
+/// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if a buffer is too small or
+/// there is no such tensor in the layout, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16 bytes.
+pub fn flat_accumulate(
+    client: &Client,
+    layout: &FlatLayout,
+    flat: &Handle,
+    parts: &[AccumulatePart],
+    dtype: FloatType,
+) -> Result<(), Nf4Error> {
+    check_dtype(client, dtype)?;
+    check_flat("flat", flat, layout.elems())?;
+    for part in parts {
+        if part.tensor >= layout.tensors() {
+            return Err(Nf4Error::Length {
+                tensor: "layout".into(),
+                expected: part.tensor + 1,
+                given: layout.tensors(),
+            });
+        }
+        Buffer {
+            name: "gradient",
+            handle: &part.values,
+            dims: [layout.range(part.tensor).len(), 1],
+            elem_bytes: dtype.size_bytes(),
+        }
+        .check()?;
+    }
+    let units = units_per_cube(client) as usize;
+    let of_cube = units * PER_UNIT;
+    // One for the buffer itself, one for the sizes.
+    let bindings = client.properties().hardware.max_bindings as usize;
+    let most = MAX_PARTS.min(bindings.saturating_sub(2)).max(1);
+    for parts in parts.chunks(most) {
+        let mut cubes = 0;
+        let mut args = SequenceArg::<FlatPart<_>>::new();
+        for part in parts {
+            let range = layout.range(part.tensor);
+            let len = range.len();
+            // SAFETY: it holds so many elements (checked above).
+            let values = unsafe { BufferArg::from_raw_parts(part.values.clone(), len) };
+            args.push(FlatPartLaunch::new(values, range.start, len, cubes));
+            cubes += len.div_ceil(of_cube);
+        }
+        // SAFETY: the flat buffer holds the whole layout (checked above), and each part lies within it. A cube
+        // past the last part and a unit past the end of a part do nothing.
+        unsafe {
+            flat_accumulate_kernel::launch_unchecked(
+                client,
+                cube_count(client, cubes),
+                CubeDim::new_1d(units as u32),
+                address_type(layout.elems() + of_cube),
+                BufferArg::from_raw_parts(flat.clone(), layout.elems()),
+                args,
+                PER_UNIT,
+                elem_type(dtype),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes the loss and the norm of a flat f32 buffer side by side, in two launches.
+///
+/// # Shapes
+/// - `flat`: `[elems]`, a multiple of 256; `loss`: `[1]`; `report`: `[2]`
+///
+/// # Errors
+/// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16
+/// bytes.
+pub fn step_report(
+    client: &Client,
+    elems: usize,
+    flat: Handle,
+    loss: Handle,
+    report: Handle,
+) -> Result<(), Nf4Error> {
+    check_flat("flat", &flat, elems)?;
+    check_flat("loss", &loss, 1)?;
+    check_flat("report", &report, 2)?;
+    let vector = vector_size(client, FloatType::F32, 4, &[elems]);
+    let vectors = elems / vector;
+    let units = units_per_cube(client) as usize;
+    let barriers = has_barriers(client);
+    let cubes = vectors.div_ceil(units).min(SUM_CUBES);
+    let sums = client.empty(cubes * 4);
+    let cube_dim = CubeDim::new_1d(units as u32);
+    // SAFETY: the buffers hold what is declared here (checked above). A cube past the last does nothing, and
+    // units walk within the buffers.
+    unsafe {
+        square_sums_kernel::launch_unchecked(
+            client,
+            cube_count(client, cubes),
+            cube_dim,
+            address_type(elems + cubes * units * vector),
+            vector,
+            BufferArg::from_raw_parts(flat, elems),
+            BufferArg::from_raw_parts(sums.clone(), cubes),
+            vectors,
+            cubes,
+            units,
+            barriers,
+        );
+        step_report_kernel::launch_unchecked(
+            client,
+            CubeCount::new_single(),
+            cube_dim,
+            BufferArg::from_raw_parts(sums, cubes),
+            BufferArg::from_raw_parts(loss, 1),
+            BufferArg::from_raw_parts(report, 2),
+            cubes,
+            units,
+            barriers,
+        );
+    }
+    Ok(())
+}
+
+/// The buffers of [`adamw`], all but two f32.
+#[derive(Debug, Clone)]
+pub(crate) struct AdamWBuffers {
+    /// `[elems]`: the parameters.
+    pub values: Handle,
+    /// `[elems]`: the averages of the gradients.
+    pub first: Handle,
+    /// `[elems]`: the averages of their squares.
+    pub second: Handle,
+    /// `[elems]`: the gradients.
+    pub grads: Handle,
+    /// `[2]`: the loss and the norm.
+    pub report: Handle,
+    /// `[tiles]`, u32: the tensor of each tile.
+    pub tile_tensors: Handle,
+    /// `[tensors, 2]`: see the kernel.
+    pub factors: Handle,
+}
+
+/// A step of AdamW in place, in one launch.
+///
+/// # Errors
+/// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16
+/// bytes.
+pub(crate) fn adamw(
+    client: &Client,
+    layout: &FlatLayout,
+    scalars: AdamWScalars,
+    buffers: AdamWBuffers,
+) -> Result<(), Nf4Error> {
+    let AdamWBuffers {
+        values,
+        first,
+        second,
+        grads,
+        report,
+        tile_tensors,
+        factors,
+    } = buffers;
+    let elems = layout.elems();
+    for (name, handle, elems) in [
+        ("values", &values, elems),
+        ("first moments", &first, elems),
+        ("second moments", &second, elems),
+        ("gradients", &grads, elems),
+        ("report", &report, 2),
+        ("tensors of tiles", &tile_tensors, layout.tiles()),
+        ("factors", &factors, 2 * layout.tensors()),
+    ] {
+        check_flat(name, handle, elems)?;
+    }
+    let vector = vector_size(client, FloatType::F32, 4, &[TILE_ELEMS]);
+    let vectors = elems / vector;
+    let units = units_per_cube(client);
+    // SAFETY: the buffers hold what is declared here (checked above). A unit past the last vector does nothing;
+    // the tensor of a tile is one of the layout's, as its maker made them.
+    unsafe {
+        adamw_kernel::launch_unchecked(
+            client,
+            cube_count(client, vectors.div_ceil(units as usize)),
+            CubeDim::new_1d(units),
+            address_type(elems),
+            vector,
+            BufferArg::from_raw_parts(values, elems),
+            BufferArg::from_raw_parts(first, elems),
+            BufferArg::from_raw_parts(second, elems),
+            BufferArg::from_raw_parts(grads, elems),
+            BufferArg::from_raw_parts(report, 2),
+            BufferArg::from_raw_parts(tile_tensors, layout.tiles()),
+            BufferArg::from_raw_parts(factors, 2 * layout.tensors()),
+            0,
+            vectors,
+            scalars.decay,
+            scalars.first,
+            scalars.keep_second,
+            scalars.second,
+            scalars.eps,
+            scalars.max_norm,
+        );
+    }
+    Ok(())
+}
+
+/// Checks a buffer of numbers of four bytes.
+fn check_flat(name: &'static str, handle: &Handle, elems: usize) -> Result<(), Nf4Error> {
+    Buffer {
+        name,
+        handle,
+        dims: [elems, 1],
+        elem_bytes: 4,
+    }
+    .check()
+}
