@@ -82,14 +82,18 @@ impl FlatLayout {
         start..start + self.lens[tensor]
     }
 
-    /// The tensor that each tile belongs to.
-    pub(crate) fn tile_tensors(&self) -> Vec<u32> {
-        let mut tensors = Vec::with_capacity(self.tiles());
-        for (tensor, len) in self.lens.iter().enumerate() {
-            let tiles = len.div_ceil(TILE_ELEMS);
-            tensors.extend(std::iter::repeat_n(tensor as u32, tiles));
+    /// The tiles of some tensors, three words each: the tile, its tensor, and how many of its elements are the
+    /// tensor's.
+    pub(crate) fn tiles_of(&self, tensors: &[usize]) -> Vec<u32> {
+        let mut tiles = Vec::new();
+        for &tensor in tensors {
+            let range = self.range(tensor);
+            for at in range.clone().step_by(TILE_ELEMS) {
+                let valid = TILE_ELEMS.min(range.end - at);
+                tiles.extend([at / TILE_ELEMS, tensor, valid].map(|word| word as u32));
+            }
         }
-        tensors
+        tiles
     }
 }
 
@@ -98,6 +102,8 @@ impl FlatLayout {
 pub(crate) struct AdamWScalars {
     /// `1 - rate * weight_decay`.
     pub decay: f32,
+    /// `beta1`.
+    pub keep_first: f32,
     /// `1 - beta1`.
     pub first: f32,
     /// `beta2`.
@@ -115,6 +121,16 @@ impl AdamWScalars {
     pub fn clip(&self, norm: f32) -> f32 {
         (self.max_norm / (norm + CLIP_EPS)).min(1.0)
     }
+}
+
+/// Which library's order of operations a step has. They differ in roundings, and in weight decay: PyTorch's comes
+/// before the update, that of bitsandbytes after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum AdamWForm {
+    /// `torch.optim.AdamW`.
+    Torch,
+    /// `bitsandbytes.optim.AdamW8bit`.
+    Bnb,
 }
 
 /// What `clip_grad_norm_` adds to the norm.

@@ -26,6 +26,7 @@ pub mod op;
 #[cfg(feature = "peft")]
 pub mod peft;
 mod sampling;
+mod unsigned_map;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};
 pub use op::{Nf4Weight, expert_linear, linear};

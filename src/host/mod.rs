@@ -35,7 +35,7 @@ mod sample;
 mod simd;
 
 #[cfg(feature = "flex")]
-pub(crate) use adamw::{AdamWSlices, accumulate, adamw, norm};
+pub(crate) use adamw::{AdamWStep, MomentSlices, accumulate, adamw, norm};
 pub use attention::{
     AttentionSettings, Heads, attention, attention_backward, attention_backward_with,
     attention_with,

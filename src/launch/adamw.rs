@@ -8,11 +8,11 @@ use super::{
     vector_size,
 };
 use crate::error::Nf4Error;
-use crate::flat::{AdamWScalars, FlatLayout, TILE_ELEMS};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, TILE_ELEMS};
 use crate::format::FloatType;
 use crate::kernel::adamw::{
-    FlatPart, FlatPartLaunch, adamw_kernel, flat_accumulate_kernel, square_sums_kernel,
-    step_report_kernel,
+    FlatPart, FlatPartLaunch, StepScalarsLaunch, adamw_8bit_kernel, adamw_kernel,
+    flat_accumulate_kernel, square_sums_kernel, step_report_kernel,
 };
 
 /// Tensors that a launch of [`flat_accumulate`] takes at most: those of a layer with seven branches, and a few.
@@ -153,26 +153,51 @@ pub fn step_report(
     Ok(())
 }
 
-/// The buffers of [`adamw`], all but two f32.
+/// What every step of AdamW reads and writes, f32 but for the tiles.
 #[derive(Debug, Clone)]
 pub(crate) struct AdamWBuffers {
     /// `[elems]`: the parameters.
     pub values: Handle,
-    /// `[elems]`: the averages of the gradients.
-    pub first: Handle,
-    /// `[elems]`: the averages of their squares.
-    pub second: Handle,
     /// `[elems]`: the gradients.
     pub grads: Handle,
     /// `[2]`: the loss and the norm.
     pub report: Handle,
-    /// `[tiles]`, u32: the tensor of each tile.
-    pub tile_tensors: Handle,
+    /// `[count, 3]`, u32: see `FlatLayout::tiles_of`.
+    pub tiles: Handle,
     /// `[tensors, 2]`: see the kernel.
     pub factors: Handle,
 }
 
-/// A step of AdamW in place, in one launch.
+impl AdamWBuffers {
+    fn check(&self, layout: &FlatLayout, count: usize) -> Result<(), Nf4Error> {
+        for (name, handle, elems) in [
+            ("values", &self.values, layout.elems()),
+            ("gradients", &self.grads, layout.elems()),
+            ("report", &self.report, 2),
+            ("tiles", &self.tiles, 3 * count),
+            ("factors", &self.factors, 2 * layout.tensors()),
+        ] {
+            check_flat(name, handle, elems)?;
+        }
+        Ok(())
+    }
+}
+
+/// The moments of so many tiles.
+#[derive(Debug, Clone)]
+pub(crate) enum MomentBuffers {
+    /// f32, `[count * 256]`.
+    F32 { first: Handle, second: Handle },
+    /// Codes, u32, `[count * 64]`; what they are multiplied by, f32, `[count]`; the values of both kinds of codes,
+    /// f32, `[512]`.
+    Bits8 {
+        codes: [Handle; 2],
+        maxima: [Handle; 2],
+        maps: Handle,
+    },
+}
+
+/// A step of AdamW in place over `count` tiles, in one launch.
 ///
 /// # Errors
 /// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16
@@ -180,58 +205,99 @@ pub(crate) struct AdamWBuffers {
 pub(crate) fn adamw(
     client: &Client,
     layout: &FlatLayout,
-    scalars: AdamWScalars,
+    count: usize,
+    (scalars, form): (AdamWScalars, AdamWForm),
     buffers: AdamWBuffers,
+    moments: MomentBuffers,
 ) -> Result<(), Nf4Error> {
+    buffers.check(layout, count)?;
     let AdamWBuffers {
         values,
-        first,
-        second,
         grads,
         report,
-        tile_tensors,
+        tiles,
         factors,
     } = buffers;
     let elems = layout.elems();
-    for (name, handle, elems) in [
-        ("values", &values, elems),
-        ("first moments", &first, elems),
-        ("second moments", &second, elems),
-        ("gradients", &grads, elems),
-        ("report", &report, 2),
-        ("tensors of tiles", &tile_tensors, layout.tiles()),
-        ("factors", &factors, 2 * layout.tensors()),
-    ] {
-        check_flat(name, handle, elems)?;
-    }
-    let vector = vector_size(client, FloatType::F32, 4, &[TILE_ELEMS]);
-    let vectors = elems / vector;
+    let scalars = StepScalarsLaunch::new(
+        scalars.decay,
+        scalars.keep_first,
+        scalars.first,
+        scalars.keep_second,
+        scalars.second,
+        scalars.eps,
+        scalars.max_norm,
+    );
     let units = units_per_cube(client);
-    // SAFETY: the buffers hold what is declared here (checked above). A unit past the last vector does nothing;
-    // the tensor of a tile is one of the layout's, as its maker made them.
-    unsafe {
-        adamw_kernel::launch_unchecked(
-            client,
-            cube_count(client, vectors.div_ceil(units as usize)),
-            CubeDim::new_1d(units),
-            address_type(elems),
-            vector,
-            BufferArg::from_raw_parts(values, elems),
-            BufferArg::from_raw_parts(first, elems),
-            BufferArg::from_raw_parts(second, elems),
-            BufferArg::from_raw_parts(grads, elems),
-            BufferArg::from_raw_parts(report, 2),
-            BufferArg::from_raw_parts(tile_tensors, layout.tiles()),
-            BufferArg::from_raw_parts(factors, 2 * layout.tensors()),
-            0,
-            vectors,
-            scalars.decay,
-            scalars.first,
-            scalars.keep_second,
-            scalars.second,
-            scalars.eps,
-            scalars.max_norm,
-        );
+    match moments {
+        MomentBuffers::F32 { first, second } => {
+            let of_moments = count * TILE_ELEMS;
+            check_flat("first moments", &first, of_moments)?;
+            check_flat("second moments", &second, of_moments)?;
+            let vector = vector_size(client, FloatType::F32, 4, &[TILE_ELEMS]);
+            let vectors = of_moments / vector;
+            // SAFETY: the buffers hold what is declared here (checked above). A unit past the last vector does
+            // nothing; tiles and their tensors are those of the layout, as its maker made them.
+            unsafe {
+                adamw_kernel::launch_unchecked(
+                    client,
+                    cube_count(client, vectors.div_ceil(units as usize)),
+                    CubeDim::new_1d(units),
+                    address_type(elems),
+                    vector,
+                    BufferArg::from_raw_parts(values, elems),
+                    BufferArg::from_raw_parts(first, of_moments),
+                    BufferArg::from_raw_parts(second, of_moments),
+                    BufferArg::from_raw_parts(grads, elems),
+                    BufferArg::from_raw_parts(report, 2),
+                    BufferArg::from_raw_parts(tiles, 3 * count),
+                    BufferArg::from_raw_parts(factors, 2 * layout.tensors()),
+                    vectors,
+                    scalars,
+                    form,
+                );
+            }
+        }
+        MomentBuffers::Bits8 {
+            codes: [first, second],
+            maxima: [first_max, second_max],
+            maps,
+        } => {
+            let words = count * TILE_ELEMS / 4;
+            for (name, handle, elems) in [
+                ("first moments", &first, words),
+                ("second moments", &second, words),
+                ("maxima of first moments", &first_max, count),
+                ("maxima of second moments", &second_max, count),
+                ("maps", &maps, 512),
+            ] {
+                check_flat(name, handle, elems)?;
+            }
+            let units = (units as usize).min(TILE_ELEMS / 4);
+            // SAFETY: as above, with a cube a tile; codes have eight bits, and maps 256 values each.
+            unsafe {
+                adamw_8bit_kernel::launch_unchecked(
+                    client,
+                    cube_count(client, count),
+                    CubeDim::new_1d(units as u32),
+                    address_type(elems),
+                    BufferArg::from_raw_parts(values, elems),
+                    BufferArg::from_raw_parts(first, words),
+                    BufferArg::from_raw_parts(second, words),
+                    BufferArg::from_raw_parts(first_max, count),
+                    BufferArg::from_raw_parts(second_max, count),
+                    BufferArg::from_raw_parts(grads, elems),
+                    BufferArg::from_raw_parts(report, 2),
+                    BufferArg::from_raw_parts(tiles, 3 * count),
+                    BufferArg::from_raw_parts(factors, 2 * layout.tensors()),
+                    BufferArg::from_raw_parts(maps, 512),
+                    count,
+                    scalars,
+                    units,
+                    has_barriers(client),
+                );
+            }
+        }
     }
     Ok(())
 }

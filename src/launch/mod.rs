@@ -20,7 +20,7 @@ mod tile;
 mod tune_key;
 
 pub use adamw::{AccumulatePart, MAX_PARTS, flat_accumulate, step_report};
-pub(crate) use adamw::{AdamWBuffers, adamw};
+pub(crate) use adamw::{AdamWBuffers, MomentBuffers, adamw};
 pub use attention::{
     AttentionOperands, AttentionPlan, AttentionProblem, AttentionResults, AttentionVariant,
     TokenMajor,

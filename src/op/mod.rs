@@ -47,8 +47,10 @@ pub use crate::flat::{FlatLayout, TILE_ELEMS};
 pub use crate::norm_form::NormForm;
 pub use crate::sampling::SampleSettings;
 #[doc(hidden)]
-pub use adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts};
-pub use adamw::{AdamWSettings, AdamWState, FlatAdamW, StepReport};
+pub use adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts, Moments};
+pub use adamw::{
+    AdamWMoments, AdamWSettings, FlatAdamW, MIN_8BIT_ELEMS, MomentState, StepReport, TensorState,
+};
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{

@@ -5,14 +5,14 @@
 use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, backend_extension};
+use burn::backend::{Backend, ExtensionType, backend_extension};
 #[cfg(feature = "fusion")]
 use burn::tensor::{DType, Shape};
 
 use super::parts::FlatParts;
 #[cfg(feature = "fusion")]
 use super::parts::FlatPartsMetadata;
-use crate::flat::{AdamWScalars, FlatLayout};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout};
 use crate::format::FloatType;
 
 #[cfg(feature = "fusion")]
@@ -34,7 +34,36 @@ pub struct AccumulateSpec {
 pub struct AdamWSpec {
     /// Of the buffers.
     pub layout: Arc<FlatLayout>,
+    /// Tiles that it is a step of.
+    pub count: usize,
     pub(crate) scalars: AdamWScalars,
+    pub(crate) form: AdamWForm,
+}
+
+/// The moments of so many tiles, one after the other.
+#[derive(ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub enum Moments<B: Backend> {
+    /// f32.
+    F32 {
+        /// `[count * 256]`: the averages of the gradients.
+        first: FloatTensor<B>,
+        /// `[count * 256]`: the averages of their squares.
+        second: FloatTensor<B>,
+    },
+    /// In 8 bit.
+    Bits8 {
+        /// `[count * 64]`, u32: the codes of first moments, four a word.
+        first: IntTensor<B>,
+        /// `[count * 64]`, u32: the codes of second moments.
+        second: IntTensor<B>,
+        /// `[count]`: what first moments of a tile are multiplied by.
+        first_max: FloatTensor<B>,
+        /// `[count]`: what second moments of a tile are multiplied by.
+        second_max: FloatTensor<B>,
+        /// `[512]`: the values of the codes, of first and of second moments.
+        maps: FloatTensor<B>,
+    },
 }
 
 /// The optimizer of a backend: kernels on CubeCL, `host` on Flex. Buffers without another owner are written to in
@@ -65,28 +94,22 @@ pub trait AdamWBackend: Backend {
     })]
     fn step_report(flat: FloatTensor<Self>, loss: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// Parameters and moments after a step, and gradients of zero.
+    /// Parameters and moments after a step, and gradients of zero, of the tiles that are given.
     ///
     /// # Shapes
-    /// - `values`, `first`, `second`, `grads`: `[layout.elems()]`, f32, and so the results
-    /// - `report`: `[2]`; `tile_tensors`: `[layout.tiles()]`, u32; `factors`: `[2 * layout.tensors()]`
-    #[fusion(meta = |values: &TensorSpec, first: &TensorSpec, second: &TensorSpec, grads: &TensorSpec, _report: &TensorSpec, _tile_tensors: &TensorSpec, _factors: &TensorSpec, _spec: &AdamWSpec| {
-        (values.clone(), first.clone(), second.clone(), grads.clone())
+    /// - `values`, `grads`: `[layout.elems()]`, f32, and so the results
+    /// - `report`: `[2]`; `tiles`: `[3 * count]`, u32; `factors`: `[2 * layout.tensors()]`
+    #[fusion(meta = |values: &TensorSpec, grads: &TensorSpec, _report: &TensorSpec, _tiles: &TensorSpec, _factors: &TensorSpec, moments: &MomentsMetadata, _spec: &AdamWSpec| {
+        (values.clone(), grads.clone(), moments.clone())
     })]
     #[allow(clippy::too_many_arguments)]
     fn flat_adamw(
         values: FloatTensor<Self>,
-        first: FloatTensor<Self>,
-        second: FloatTensor<Self>,
         grads: FloatTensor<Self>,
         report: FloatTensor<Self>,
-        tile_tensors: IntTensor<Self>,
+        tiles: IntTensor<Self>,
         factors: FloatTensor<Self>,
+        #[extension_type] moments: Moments<Self>,
         spec: AdamWSpec,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-    );
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, Moments<Self>);
 }

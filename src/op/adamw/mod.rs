@@ -1,21 +1,25 @@
 //! AdamW over all parameters of a model at once.
 
 mod base;
+mod group;
 mod parts;
 
+use std::fmt;
 use std::sync::Arc;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 #[doc(hidden)]
-pub use base::{AccumulateSpec, AdamWBackend, AdamWSpec};
+pub use base::{AccumulateSpec, AdamWBackend, AdamWSpec, Moments};
+pub use group::{MomentState, TensorState};
 #[doc(hidden)]
 pub use parts::FlatParts;
 
+use self::group::Group;
 use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
-use crate::flat::{AdamWScalars, FlatLayout};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout};
 use crate::format::{FloatType, check_len};
 
 /// Tensors that an operation takes at most.
@@ -94,6 +98,7 @@ impl AdamWSettings {
     fn scalars(&self, rate: f64) -> AdamWScalars {
         AdamWScalars {
             decay: (1.0 - rate * self.weight_decay) as f32,
+            keep_first: self.beta1 as f32,
             first: (1.0 - self.beta1) as f32,
             keep_second: self.beta2 as f32,
             second: (1.0 - self.beta2) as f32,
@@ -102,11 +107,39 @@ impl AdamWSettings {
         }
     }
 
-    /// `rate / (1 - beta1^t)` and `sqrt(1 - beta2^t)` at step `t` of a tensor.
-    fn factors(&self, rate: f64, t: u32) -> [f32; 2] {
+    /// `rate / (1 - beta1^t)` and `sqrt(1 - beta2^t)` at step `t` of a tensor, as `form` has them.
+    fn factors(&self, rate: f64, t: u32, form: AdamWForm) -> [f32; 2] {
         let correction = |beta: f64| 1.0 - beta.powf(f64::from(t));
+        let root = correction(self.beta2).sqrt();
         let step_size = rate / correction(self.beta1);
-        [step_size as f32, correction(self.beta2).sqrt() as f32]
+        let step_size = match form {
+            AdamWForm::Torch => step_size,
+            AdamWForm::Bnb => step_size * root,
+        };
+        [step_size as f32, root as f32]
+    }
+}
+
+/// How moments are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AdamWMoments {
+    /// In f32, with the arithmetic of `torch.optim.AdamW`.
+    #[default]
+    F32,
+    /// In 8 bit with a scale for each 256, as `bitsandbytes.optim.AdamW8bit` keeps them, and with its arithmetic;
+    /// those of tensors under [`MIN_8BIT_ELEMS`] elements in f32. See arXiv 2110.02861.
+    Bits8,
+}
+
+/// Elements from which on a tensor has moments in 8 bit: `min_8bit_size` of bitsandbytes.
+pub const MIN_8BIT_ELEMS: usize = 4096;
+
+impl AdamWMoments {
+    fn form(self) -> AdamWForm {
+        match self {
+            Self::F32 => AdamWForm::Torch,
+            Self::Bits8 => AdamWForm::Bnb,
+        }
     }
 }
 
@@ -127,32 +160,20 @@ impl StepReport {
     }
 }
 
-/// What an optimizer has learned, in host memory, in the order of its [`FlatLayout`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct AdamWState {
-    /// `[elems]`: the parameters.
-    pub values: Vec<f32>,
-    /// `[elems]`: the averages of the gradients.
-    pub first: Vec<f32>,
-    /// `[elems]`: the averages of their squares.
-    pub second: Vec<f32>,
-    /// Steps of each tensor.
-    pub steps: Vec<u32>,
-}
-
 /// AdamW (arXiv 1711.05101) over many parameters: their f32 values, gradients and moments lie in flat buffers, and
-/// a step is one launch over all of them, after two for the norm. Nothing is read by the host but the loss and the
+/// a step is one launch over all of them, or two where some moments are in 8 bit, after two for the norm. Nothing is read by the host but the loss and the
 /// norm, together.
 ///
-/// The arithmetic is that of `torch.optim.AdamW` in f32. A tensor without a gradient in a step stays as it is, and
+/// The arithmetic is that which [`AdamWMoments`] names, in f32. A tensor without a gradient in a step stays as it is, and
 /// so does its number of steps. A step whose loss or norm is not finite is left out, which the device decides.
 ///
 /// ```
 /// use burn::tensor::{DType, Device, Tensor};
-/// use burn_nf4::op::{AdamWSettings, FlatAdamW};
+/// use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW};
 ///
 /// let device = Device::default();
-/// let mut optimizer = FlatAdamW::new(vec![Tensor::ones([3], &device)])?;
+/// let parameters = vec![Tensor::ones([3], &device)];
+/// let mut optimizer = FlatAdamW::new(parameters, AdamWMoments::F32)?;
 /// optimizer.accumulate(vec![(0, Tensor::from_floats([3.0, 0.0, 4.0], &device))])?;
 /// optimizer.step(0.1, &AdamWSettings::default(), Tensor::from_floats([0.5], &device))?;
 /// let report = optimizer.report().expect("a step was made");
@@ -162,14 +183,14 @@ pub struct AdamWState {
 /// parameter.assert_approx_eq::<f32>(&[0.899, 0.999, 0.899].into(), Default::default());
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
-#[derive(Debug)]
 pub struct FlatAdamW {
     layout: Arc<FlatLayout>,
+    device: Device,
+    form: AdamWForm,
     values: Buffer,
-    first: Buffer,
-    second: Buffer,
     grads: Buffer,
-    tile_tensors: Tensor<1, Int>,
+    /// The moments, by how they are kept.
+    groups: Vec<Group>,
     /// Steps made of each tensor.
     steps: Vec<u32>,
     /// Whether a tensor has a gradient that was not used yet.
@@ -177,8 +198,18 @@ pub struct FlatAdamW {
     unread: Option<Unread>,
 }
 
+impl fmt::Debug for FlatAdamW {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FlatAdamW")
+            .field("tensors", &self.layout.tensors())
+            .field("elems", &self.layout.elems())
+            .field("form", &self.form)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A step that the host has not looked at yet.
-#[derive(Debug)]
 struct Unread {
     /// The loss and the norm.
     report: Tensor<1>,
@@ -188,7 +219,6 @@ struct Unread {
 
 /// A flat buffer, `[elems]`, f32. It is taken out while an operation has it, so that it has one owner and is
 /// written to in place.
-#[derive(Debug)]
 struct Buffer(Option<Tensor<1>>);
 
 impl Buffer {
@@ -211,21 +241,29 @@ impl FlatAdamW {
     /// # Errors
     /// [`Nf4Error::ElementCount`] if there is none, or one without elements, [`Nf4Error::Dtype`] unless they are
     /// f16, bf16 or f32, [`Nf4Error::Device`] unless all are on one device.
-    pub fn new(parameters: Vec<Tensor<1>>) -> Result<Self, Nf4Error> {
+    pub fn new(parameters: Vec<Tensor<1>>, moments: AdamWMoments) -> Result<Self, Nf4Error> {
         let layout = FlatLayout::new(parameters.iter().map(|parameter| parameter.dims()[0]))?;
         let device = parameters[0].device().without_autodiff();
         let zeros = || Buffer(Some(Tensor::zeros([layout.elems()], (&device, DType::F32))));
-        let tiles = TensorData::new(layout.tile_tensors(), [layout.tiles()]);
+        let (in_8_bit, in_f32): (Vec<usize>, Vec<usize>) =
+            (0..layout.tensors()).partition(|&tensor| {
+                moments == AdamWMoments::Bits8 && layout.range(tensor).len() >= MIN_8BIT_ELEMS
+            });
+        let groups = [(in_8_bit, AdamWMoments::Bits8), (in_f32, AdamWMoments::F32)];
+        let groups = groups
+            .into_iter()
+            .filter(|(tensors, _)| !tensors.is_empty());
+        let groups = groups.map(|(tensors, kind)| Group::new(&layout, tensors, kind, &device));
         let mut optimizer = Self {
-            tile_tensors: Tensor::from_data(tiles, (&device, DType::U32)),
+            form: moments.form(),
             values: zeros(),
-            first: zeros(),
-            second: zeros(),
             grads: zeros(),
+            groups: groups.collect(),
             steps: vec![0; layout.tensors()],
             has_gradient: vec![false; layout.tensors()],
             unread: None,
             layout: Arc::new(layout),
+            device,
         };
         let parts = parameters.into_iter().enumerate().collect();
         let parts = optimizer.checked(parts, "parameter")?;
@@ -240,7 +278,7 @@ impl FlatAdamW {
 
     /// The device of the buffers.
     pub fn device(&self) -> Device {
-        self.tile_tensors.device()
+        self.device.clone()
     }
 
     /// Adds gradients of some tensors, by their numbers, to those that are there: in f32, 16 a launch.
@@ -328,7 +366,7 @@ impl FlatAdamW {
         let mut factors = Vec::with_capacity(2 * of.len());
         for (&steps, &has_gradient) in self.steps.iter().zip(&of) {
             factors.extend(match has_gradient {
-                true => settings.factors(rate, steps + 1),
+                true => settings.factors(rate, steps + 1, self.form),
                 false => [0.0, 0.0],
             });
         }
@@ -340,28 +378,29 @@ impl FlatAdamW {
             without_autodiff(loss).into_dispatch(),
         );
         let report = Tensor::<1>::from_dispatch(report);
-        let spec = AdamWSpec {
-            layout: self.layout.clone(),
-            scalars: settings.scalars(rate),
-        };
-        let (values, first, second, grads) = <Dispatch as AdamWBackend>::flat_adamw(
-            self.values.take().into_dispatch(),
-            self.first.take().into_dispatch(),
-            self.second.take().into_dispatch(),
-            grads.into_dispatch(),
-            report.clone().into_dispatch(),
-            self.tile_tensors.clone().into_dispatch(),
-            factors.into_dispatch(),
-            spec,
-        );
-        for (buffer, tensor) in [
-            (&mut self.values, values),
-            (&mut self.first, first),
-            (&mut self.second, second),
-            (&mut self.grads, grads),
-        ] {
-            buffer.put(Tensor::from_dispatch(tensor));
+        let factors = factors.into_dispatch();
+        let [mut values, mut grads] = [self.values.take(), grads].map(Tensor::into_dispatch);
+        for group in &mut self.groups {
+            let spec = AdamWSpec {
+                layout: self.layout.clone(),
+                count: group.count(),
+                scalars: settings.scalars(rate),
+                form: self.form,
+            };
+            let moments;
+            (values, grads, moments) = <Dispatch as AdamWBackend>::flat_adamw(
+                values,
+                grads,
+                report.clone().into_dispatch(),
+                group.tiles(),
+                factors.clone(),
+                group.take(),
+                spec,
+            );
+            group.put(moments);
         }
+        self.values.put(Tensor::from_dispatch(values));
+        self.grads.put(Tensor::from_dispatch(grads));
         self.unread = Some(Unread { report, of });
         Ok(())
     }
@@ -407,45 +446,50 @@ impl FlatAdamW {
         part.reshape(shape)
     }
 
-    /// What is to be kept of a run, in host memory.
-    pub fn state(&mut self) -> AdamWState {
+    /// What is to be kept of each tensor, in host memory.
+    pub fn state(&mut self) -> Vec<TensorState> {
         self.report();
-        let read = |buffer: &Buffer| buffer.tensor().into_data().iter::<f32>().collect();
-        AdamWState {
-            values: read(&self.values),
-            first: read(&self.first),
-            second: read(&self.second),
-            steps: self.steps.clone(),
+        let values: Vec<f32> = self.values.tensor().into_data().iter::<f32>().collect();
+        let mut moments = vec![None; self.layout.tensors()];
+        for group in &self.groups {
+            group.read(&self.layout, &mut moments);
         }
+        let all = moments.into_iter().enumerate();
+        let all = all.map(|(tensor, moments)| TensorState {
+            values: values[self.layout.range(tensor)].to_vec(),
+            moments: moments.expect("a tensor is in a group"),
+            steps: self.steps[tensor],
+        });
+        all.collect()
     }
 
     /// Goes on from a state. Gradients that were not used are dropped.
     ///
     /// # Errors
-    /// [`Nf4Error::Length`] for one that does not fit the layout. Then nothing is changed.
-    pub fn load_state(&mut self, state: AdamWState) -> Result<(), Nf4Error> {
-        let AdamWState {
-            values,
-            first,
-            second,
-            steps,
-        } = state;
+    /// [`Nf4Error::Length`] for one that does not fit the tensors, [`Nf4Error::Dtype`] for moments that are kept
+    /// otherwise here. Then nothing is changed.
+    pub fn load_state(&mut self, state: &[TensorState]) -> Result<(), Nf4Error> {
+        check_len("state", self.layout.tensors(), state.len())?;
+        for (tensor, one) in state.iter().enumerate() {
+            check_len("values", self.layout.range(tensor).len(), one.values.len())?;
+        }
+        for group in &self.groups {
+            group.check(&self.layout, state)?;
+        }
         let elems = self.layout.elems();
-        check_len("values", elems, values.len())?;
-        check_len("first moments", elems, first.len())?;
-        check_len("second moments", elems, second.len())?;
-        check_len("steps", self.layout.tensors(), steps.len())?;
-        let device = self.device();
-        let of = |values: Vec<f32>| {
-            Tensor::from_data(TensorData::new(values, [elems]), (&device, DType::F32))
-        };
-        self.values.put(of(values));
-        self.first.put(of(first));
-        self.second.put(of(second));
-        self.grads
-            .put(Tensor::zeros([elems], (&device, DType::F32)));
+        let mut values = vec![0.0; elems];
+        for (tensor, one) in state.iter().enumerate() {
+            values[self.layout.range(tensor)].copy_from_slice(&one.values);
+            self.steps[tensor] = one.steps;
+        }
+        let options = (&self.device, DType::F32);
+        let values = TensorData::new(values, [elems]);
+        self.values.put(Tensor::from_data(values, options));
+        self.grads.put(Tensor::zeros([elems], options));
+        for group in &mut self.groups {
+            group.write(state, &self.device);
+        }
         self.has_gradient.fill(false);
-        self.steps = steps;
         self.unread = None;
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
-use crate::op::adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts};
+use crate::op::adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts, Moments};
 
 #[cfg(feature = "flex")]
 mod flex {
@@ -12,7 +12,7 @@ mod flex {
 
     use super::*;
     use crate::format::{FloatElement, FloatType};
-    use crate::host::{self, AdamWSlices};
+    use crate::host::{self, AdamWStep, MomentSlices};
     use crate::op::backends::flex::{contents, tensor_of};
 
     impl AdamWBackend for Flex {
@@ -43,38 +43,62 @@ mod flex {
 
         fn flat_adamw(
             values: FloatTensor<Self>,
-            first: FloatTensor<Self>,
-            second: FloatTensor<Self>,
             grads: FloatTensor<Self>,
             report: FloatTensor<Self>,
-            _tile_tensors: IntTensor<Self>,
+            tiles: IntTensor<Self>,
             factors: FloatTensor<Self>,
+            moments: Moments<Self>,
             spec: AdamWSpec,
-        ) -> (
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-        ) {
-            let [mut values, mut first, mut second, mut grads] =
-                [values, first, second, grads].map(owned);
-            let (report, factors) = (report.to_contiguous(), factors.to_contiguous());
-            let report = contents::<f32>(&report);
-            let slices = AdamWSlices {
+        ) -> (FloatTensor<Self>, FloatTensor<Self>, Moments<Self>) {
+            let [mut values, mut grads] = [values, grads].map(owned);
+            let [report, tiles, factors] =
+                [report, tiles, factors].map(|tensor| tensor.to_contiguous());
+            let report: &[f32] = contents(&report);
+            let step = AdamWStep {
                 values: values.storage_mut(),
-                first: first.storage_mut(),
-                second: second.storage_mut(),
                 grads: grads.storage_mut(),
+                report: [report[0], report[1]],
+                tiles: bytemuck::cast_slice(tiles.bytes()),
+                factors: contents(&factors),
+                scalars: spec.scalars,
+                form: spec.form,
             };
-            let report = [report[0], report[1]];
-            host::adamw(
-                slices,
-                report,
-                &spec.layout,
-                contents(&factors),
-                spec.scalars,
-            );
-            (values, first, second, grads)
+            let moments = match moments {
+                Moments::F32 { first, second } => {
+                    let [mut first, mut second] = [first, second].map(owned);
+                    let slices = MomentSlices::F32 {
+                        first: first.storage_mut(),
+                        second: second.storage_mut(),
+                    };
+                    host::adamw(step, slices);
+                    Moments::F32 { first, second }
+                }
+                Moments::Bits8 {
+                    first,
+                    second,
+                    first_max,
+                    second_max,
+                    maps,
+                } => {
+                    let [mut first, mut second, mut first_max, mut second_max] =
+                        [first, second, first_max, second_max].map(owned);
+                    let codes = [&mut first, &mut second]
+                        .map(|tensor| bytemuck::cast_slice_mut(tensor.storage_mut::<u32>()));
+                    let slices = MomentSlices::Bits8 {
+                        codes,
+                        maxima: [first_max.storage_mut(), second_max.storage_mut()],
+                    };
+                    host::adamw(step, slices);
+                    Moments::Bits8 {
+                        first,
+                        second,
+                        first_max,
+                        second_max,
+                        maps,
+                    }
+                }
+            };
+            (values, grads, moments)
         }
     }
 
@@ -96,7 +120,7 @@ mod cube {
     use burn_cubecl::tensor::CubeTensor;
 
     use super::*;
-    use crate::launch::{self, AccumulatePart, AdamWBuffers};
+    use crate::launch::{self, AccumulatePart, AdamWBuffers, MomentBuffers};
     use crate::op::backends::cube::owned;
 
     impl AdamWBackend for CubeBackend {
@@ -136,34 +160,74 @@ mod cube {
 
         fn flat_adamw(
             values: FloatTensor<Self>,
-            first: FloatTensor<Self>,
-            second: FloatTensor<Self>,
             grads: FloatTensor<Self>,
             report: FloatTensor<Self>,
-            tile_tensors: IntTensor<Self>,
+            tiles: IntTensor<Self>,
             factors: FloatTensor<Self>,
+            moments: Moments<Self>,
             spec: AdamWSpec,
-        ) -> (
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-            FloatTensor<Self>,
-        ) {
-            let [values, first, second, grads] = [values, first, second, grads].map(owned);
-            let [report, tile_tensors, factors] =
-                [report, tile_tensors, factors].map(into_contiguous);
+        ) -> (FloatTensor<Self>, FloatTensor<Self>, Moments<Self>) {
+            let [values, grads] = [values, grads].map(owned);
+            let [report, tiles, factors] = [report, tiles, factors].map(into_contiguous);
+            let moments = match moments {
+                Moments::F32 { first, second } => {
+                    let [first, second] = [first, second].map(owned);
+                    Moments::F32 { first, second }
+                }
+                Moments::Bits8 {
+                    first,
+                    second,
+                    first_max,
+                    second_max,
+                    maps,
+                } => {
+                    let [first, second, first_max, second_max] =
+                        [first, second, first_max, second_max].map(owned);
+                    Moments::Bits8 {
+                        first,
+                        second,
+                        first_max,
+                        second_max,
+                        maps: into_contiguous(maps),
+                    }
+                }
+            };
             let buffers = AdamWBuffers {
                 values: values.handle.clone(),
-                first: first.handle.clone(),
-                second: second.handle.clone(),
                 grads: grads.handle.clone(),
                 report: report.handle,
-                tile_tensors: tile_tensors.handle,
+                tiles: tiles.handle,
                 factors: factors.handle,
             };
-            launch::adamw(&values.client, &spec.layout, spec.scalars, buffers)
-                .expect("arguments were validated");
-            (values, first, second, grads)
+            let of = |tensor: &CubeTensor| tensor.handle.clone();
+            let of_moments = match &moments {
+                Moments::F32 { first, second } => MomentBuffers::F32 {
+                    first: of(first),
+                    second: of(second),
+                },
+                Moments::Bits8 {
+                    first,
+                    second,
+                    first_max,
+                    second_max,
+                    maps,
+                } => MomentBuffers::Bits8 {
+                    codes: [of(first), of(second)],
+                    maxima: [of(first_max), of(second_max)],
+                    maps: of(maps),
+                },
+            };
+            let numbers = (spec.scalars, spec.form);
+            launch::adamw(
+                &values.client,
+                &spec.layout,
+                spec.count,
+                numbers,
+                buffers,
+                of_moments,
+            )
+            .expect("arguments were validated");
+            (values, grads, moments)
         }
     }
 }

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::AdamWSettings;
+use burn_nf4::op::{AdamWMoments, AdamWSettings};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -33,11 +33,38 @@ pub const MAX_GRAD_NORM: f32 = 1.0;
 /// So many steps in a row that are not finite end a run.
 pub const MAX_SKIPPED: usize = 3;
 
+/// Which optimizer a run has, by the names of transformers' trainer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Optim {
+    /// AdamW as PyTorch has it, moments in f32.
+    #[default]
+    #[serde(rename = "adamw_torch")]
+    #[cfg_attr(feature = "cli", value(name = "adamw_torch"))]
+    AdamwTorch,
+    /// AdamW as bitsandbytes has it, moments in 8 bit.
+    #[serde(rename = "adamw_8bit")]
+    #[cfg_attr(feature = "cli", value(name = "adamw_8bit", alias = "adamw_bnb_8bit"))]
+    Adamw8bit,
+}
+
+impl From<Optim> for AdamWMoments {
+    fn from(optim: Optim) -> Self {
+        match optim {
+            Optim::AdamwTorch => Self::F32,
+            Optim::Adamw8bit => Self::Bits8,
+        }
+    }
+}
+
 /// All that decides what a run computes. A run is continued only under the same settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// The learning rate, step by step.
     pub schedule: Schedule,
+    /// The optimizer.
+    #[serde(default)]
+    pub optim: Optim,
     /// Of AdamW.
     pub weight_decay: f32,
     /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
@@ -72,6 +99,7 @@ impl Settings {
         let lora = serde_json::to_value(&lora).map_err(ModelError::json("adapter_config.json"))?;
         Ok(Self {
             schedule,
+            optim: Optim::default(),
             weight_decay: 0.0,
             max_grad_norm: MAX_GRAD_NORM,
             batch_size: 1,
@@ -205,7 +233,7 @@ impl Trainer {
         settings: Settings,
         checkpointing: bool,
     ) -> Result<Self, ModelError> {
-        let (optimizer, model) = Optimizer::new(model, settings.adamw())?;
+        let (optimizer, model) = Optimizer::new(model, settings.adamw(), settings.optim.into())?;
         Ok(Self {
             rope: model.rope_tables(config),
             model,
@@ -325,7 +353,9 @@ impl Trainer {
         let base = self.model.without_branches()?;
         let model = base.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
-        let (mut optimizer, model) = Optimizer::new(model, self.settings.adamw())?;
+        let settings = &self.settings;
+        let (mut optimizer, model) =
+            Optimizer::new(model, settings.adamw(), settings.optim.into())?;
         self.model = optimizer.load(folder, state.step, model)?;
         self.optimizer = optimizer;
         self.step = state.step;

@@ -7,10 +7,10 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor};
 use burn_nf4::Nf4Error;
-use burn_nf4::op::{AdamWSettings, FlatAdamW, StepReport};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW, StepReport, TensorState};
 
 use crate::error::ModelError;
-use crate::train::optimizer_file::{self, Moments};
+use crate::train::optimizer_file;
 
 /// Runs a body for the rank of a parameter as a constant.
 macro_rules! of_rank {
@@ -56,7 +56,11 @@ impl Optimizer {
     /// # Errors
     /// [`ModelError::Nf4`] if the model has none, for settings that make no sense, and unless all are in f16, bf16
     /// or f32 and on one device.
-    pub fn new<M: Module>(model: M, settings: AdamWSettings) -> Result<(Self, M), ModelError> {
+    pub fn new<M: Module>(
+        model: M,
+        settings: AdamWSettings,
+        moments: AdamWMoments,
+    ) -> Result<(Self, M), ModelError> {
         settings.check()?;
         let mut collected = Collected::default();
         model.visit(&mut collected);
@@ -66,7 +70,7 @@ impl Optimizer {
         let numbers = trained.iter().enumerate();
         let optimizer = Self {
             numbers: numbers.map(|(number, one)| (one.id, number)).collect(),
-            flat: FlatAdamW::new(values)?,
+            flat: FlatAdamW::new(values, moments)?,
             trained,
             settings,
             refused: None,
@@ -137,18 +141,16 @@ impl Optimizer {
     /// [`ModelError::Resume`] if it cannot be written.
     pub fn save(&mut self, folder: &Path, step: usize) -> Result<(), ModelError> {
         let state = self.flat.state();
-        let layout = self.flat.layout();
-        let all = self.trained.iter().enumerate().map(|(number, one)| {
-            let range = layout.range(number);
-            Moments {
+        let all = self
+            .trained
+            .iter()
+            .zip(&state)
+            .map(|(one, state)| optimizer_file::Saved {
                 path: &one.path,
                 shape: &one.shape,
-                steps: state.steps[number],
-                first: &state.first[range.clone()],
-                second: &state.second[range.clone()],
-                values: (one.dtype != DType::F32).then(|| &state.values[range]),
-            }
-        });
+                state,
+                has_values: one.dtype != DType::F32,
+            });
         optimizer_file::write(folder, step, all)
     }
 
@@ -165,19 +167,23 @@ impl Optimizer {
     ) -> Result<M, ModelError> {
         let mut state = self.flat.state();
         let mut file = optimizer_file::open(folder, step)?;
-        for (number, one) in self.trained.iter().enumerate() {
-            let range = self.flat.layout().range(number);
-            let mut read =
-                |part: &str, into: &mut [f32]| file.read(&one.path, part, &one.shape, into);
-            read(optimizer_file::FIRST, &mut state.first[range.clone()])?;
-            read(optimizer_file::SECOND, &mut state.second[range.clone()])?;
+        for (
+            one,
+            TensorState {
+                values,
+                moments,
+                steps,
+            },
+        ) in self.trained.iter().zip(&mut state)
+        {
+            file.read_moments(&one.path, &one.shape, moments)?;
             if one.dtype != DType::F32 {
-                read(optimizer_file::VALUES, &mut state.values[range])?;
+                file.read_values(&one.path, &one.shape, values)?;
             }
-            state.steps[number] = file.steps(&one.path)?;
+            *steps = file.steps(&one.path)?;
         }
         file.check_all_read()?;
-        self.flat.load_state(state)?;
+        self.flat.load_state(&state)?;
         Ok(self.with_values(model))
     }
 }

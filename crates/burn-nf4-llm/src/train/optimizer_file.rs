@@ -1,9 +1,10 @@
-//! The file of an optimizer's state: safetensors, named as PyTorch names the parts of its state.
+//! The file of an optimizer's state: safetensors, its parts named as PyTorch and bitsandbytes name them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn_nf4::checkpoint::SafetensorsFile;
+use burn_nf4::op::{MomentState, TensorState};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 
@@ -14,70 +15,117 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// That of earlier versions, which had Burn's optimizer.
 const EARLIER_FILE: &str = "optimizer.bpk";
 
-pub const FIRST: &str = "exp_avg";
-pub const SECOND: &str = "exp_avg_sq";
-pub const VALUES: &str = "value";
+/// In f32, as PyTorch has them.
+const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+/// In 8 bit, as bitsandbytes has them.
+const CODES: [&str; 2] = ["state1", "state2"];
+/// What codes are multiplied by.
+const MAXIMA: [&str; 2] = ["absmax1", "absmax2"];
+const VALUES: &str = "value";
 const STEPS: &str = "step";
 
 /// What is saved of a parameter.
-pub struct Moments<'a> {
+pub struct Saved<'a> {
     pub path: &'a str,
     pub shape: &'a [usize],
-    pub steps: u32,
-    pub first: &'a [f32],
-    pub second: &'a [f32],
-    /// Its f32 values, if it is of another type itself.
-    pub values: Option<&'a [f32]>,
+    pub state: &'a TensorState,
+    /// Whether its f32 values are saved: it is of another type itself.
+    pub has_values: bool,
+}
+
+/// A tensor as it is written.
+struct Part {
+    key: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Part {
+    fn f32(key: String, shape: &[usize], values: &[f32]) -> Self {
+        Self {
+            key,
+            dtype: Dtype::F32,
+            shape: shape.to_vec(),
+            bytes: values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        }
+    }
+
+    fn number(key: String, number: f64) -> Self {
+        Self {
+            key,
+            dtype: Dtype::F64,
+            shape: Vec::new(),
+            bytes: number.to_le_bytes().to_vec(),
+        }
+    }
 }
 
 fn key(path: &str, part: &str) -> String {
     format!("{path}.{part}")
 }
 
+impl Saved<'_> {
+    fn parts(&self) -> Vec<Part> {
+        let Self {
+            path, shape, state, ..
+        } = self;
+        let f32 = |part, shape: &[usize], values| Part::f32(key(path, part), shape, values);
+        let mut parts = Vec::new();
+        match &state.moments {
+            MomentState::F32 { first, second } => {
+                for (part, values) in MOMENTS.into_iter().zip([first, second]) {
+                    parts.push(f32(part, shape, values));
+                }
+            }
+            MomentState::Bits8 {
+                first,
+                second,
+                first_max,
+                second_max,
+            } => {
+                for (part, codes) in CODES.into_iter().zip([first, second]) {
+                    parts.push(Part {
+                        key: key(path, part),
+                        dtype: Dtype::U8,
+                        shape: shape.to_vec(),
+                        bytes: codes.clone(),
+                    });
+                }
+                for (part, maxima) in MAXIMA.into_iter().zip([first_max, second_max]) {
+                    parts.push(f32(part, &[maxima.len()], maxima));
+                }
+            }
+        }
+        if self.has_values {
+            parts.push(f32(VALUES, shape, &state.values));
+        }
+        parts.push(Part::number(key(path, STEPS), f64::from(state.steps)));
+        parts
+    }
+}
+
 /// Writes the state of all parameters after so many steps of the run.
 pub fn write<'a>(
     folder: &Path,
     step: usize,
-    all: impl Iterator<Item = Moments<'a>>,
+    all: impl Iterator<Item = Saved<'a>>,
 ) -> Result<(), ModelError> {
     let path = &folder.join(OPTIMIZER_FILE);
-    let counted = |steps: f64| steps.to_le_bytes();
-    let bytes_of = |values: &[f32]| -> Vec<u8> {
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect()
-    };
-    let mut tensors = vec![(
-        STEPS.to_string(),
-        Dtype::F64,
-        Vec::new(),
-        counted(step as f64).to_vec(),
-    )];
-    for one in all {
-        let parts = [
-            (FIRST, Some(one.first)),
-            (SECOND, Some(one.second)),
-            (VALUES, one.values),
-        ];
-        for (part, values) in parts {
-            if let Some(values) = values {
-                let key = key(one.path, part);
-                tensors.push((key, Dtype::F32, one.shape.to_vec(), bytes_of(values)));
-            }
-        }
-        let steps = counted(f64::from(one.steps)).to_vec();
-        tensors.push((key(one.path, STEPS), Dtype::F64, Vec::new(), steps));
-    }
+    let mut parts = vec![Part::number(STEPS.into(), step as f64)];
+    parts.extend(all.flat_map(|one| one.parts()));
     let fail = |error: &dyn ToString| ModelError::Resume {
         path: path.into(),
         message: error.to_string(),
     };
-    let views = tensors
+    let views = parts
         .iter()
-        .map(|(key, dtype, shape, bytes)| {
-            let view = TensorView::new(*dtype, shape.clone(), bytes);
-            Ok((key.as_str(), view.map_err(|error| fail(&error))?))
+        .map(|part| {
+            let view = TensorView::new(part.dtype, part.shape.clone(), &part.bytes);
+            Ok((part.key.as_str(), view.map_err(|error| fail(&error))?))
         })
         .collect::<Result<Vec<_>, ModelError>>()?;
     serialize_to_file(views, None, path).map_err(|error| fail(&error))
@@ -134,19 +182,53 @@ impl OptimizerFile {
         Ok(())
     }
 
-    /// Reads a part of the state of a parameter.
-    pub fn read(
+    fn read_f32(&mut self, key: &str, shape: &[usize], into: &mut [f32]) -> Result<(), ModelError> {
+        self.info(key, Dtype::F32, shape)?;
+        let (values, _) = self.file.load_float::<f32>(key)?;
+        into.copy_from_slice(&values);
+        Ok(())
+    }
+
+    /// Reads the moments of a parameter, of the kind and size of those that are there.
+    pub fn read_moments(
         &mut self,
         path: &str,
-        part: &str,
+        shape: &[usize],
+        into: &mut MomentState,
+    ) -> Result<(), ModelError> {
+        match into {
+            MomentState::F32 { first, second } => {
+                for (part, into) in MOMENTS.into_iter().zip([first, second]) {
+                    self.read_f32(&key(path, part), shape, into)?;
+                }
+            }
+            MomentState::Bits8 {
+                first,
+                second,
+                first_max,
+                second_max,
+            } => {
+                for (part, into) in CODES.into_iter().zip([first, second]) {
+                    let key = key(path, part);
+                    self.info(&key, Dtype::U8, shape)?;
+                    into.copy_from_slice(self.file.tensor_bytes(&key)?);
+                }
+                for (part, into) in MAXIMA.into_iter().zip([first_max, second_max]) {
+                    self.read_f32(&key(path, part), &[into.len()], into)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the f32 values of a parameter of another type.
+    pub fn read_values(
+        &mut self,
+        path: &str,
         shape: &[usize],
         into: &mut [f32],
     ) -> Result<(), ModelError> {
-        let key = key(path, part);
-        self.info(&key, Dtype::F32, shape)?;
-        let (values, _) = self.file.load_float::<f32>(&key)?;
-        into.copy_from_slice(&values);
-        Ok(())
+        self.read_f32(&key(path, VALUES), shape, into)
     }
 
     /// The number of steps of a parameter.

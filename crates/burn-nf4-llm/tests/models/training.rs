@@ -14,7 +14,7 @@ use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+use burn_nf4_llm::train::{Optim, Settings, Trainer, latest_checkpoint};
 use rstest::rstest;
 use serde::Deserialize;
 
@@ -51,6 +51,7 @@ fn settings(lr: f64, weight_decay: f32, total: usize) -> Settings {
             warmup: 0,
             total,
         },
+        optim: Optim::AdamwTorch,
         weight_decay,
         // PEFT's run clips nothing.
         max_grad_norm: 0.0,

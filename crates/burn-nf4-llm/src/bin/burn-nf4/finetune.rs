@@ -11,7 +11,7 @@ use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{Decoder, HEAD};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{MAX_GRAD_NORM, Settings, Trainer, latest_checkpoint, remove_run};
+use burn_nf4_llm::train::{MAX_GRAD_NORM, Optim, Settings, Trainer, latest_checkpoint, remove_run};
 use clap::Args;
 
 use crate::model_args::{ModelArgs, Opened, at_least, check_rows};
@@ -57,6 +57,9 @@ pub struct FinetuneArgs {
     /// Steps in which the learning rate rises from zero.
     #[arg(long, default_value_t = 0)]
     pub warmup: usize,
+    /// The optimizer.
+    #[arg(long, value_enum, default_value_t = Optim::AdamwTorch)]
+    pub optim: Optim,
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f32,
     /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
@@ -345,6 +348,7 @@ impl FinetuneArgs {
             total,
         };
         Ok(Settings {
+            optim: self.optim,
             weight_decay: self.weight_decay,
             max_grad_norm: self.max_grad_norm,
             batch_size: self.batch_size,
