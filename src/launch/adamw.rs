@@ -185,6 +185,7 @@ impl AdamWBuffers {
 
 /// The moments of so many tiles.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "they live for a call")]
 pub(crate) enum MomentBuffers {
     /// f32, `[count * 256]`.
     F32 { first: Handle, second: Handle },

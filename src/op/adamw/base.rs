@@ -2,6 +2,11 @@
 //!
 //! Arguments are validated by [`FlatAdamW`](super::FlatAdamW) in front.
 
+#![allow(
+    clippy::large_enum_variant,
+    reason = "those of a run are few, and those that the macro makes of them live for a call"
+)]
+
 use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
