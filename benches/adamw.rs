@@ -2,7 +2,7 @@
 //! million parameters.
 //!
 //! ```text
-//! cargo bench --features fusion,cuda --bench adamw
+//! cargo bench --features cuda,fusion --bench adamw
 //! ```
 //!
 //! `host` is until the last call has returned, `all` until the device is done. `accumulate` is the 32 layers of a
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use burn::optim::{AdamWConfig, Optimizer};
 use burn::tensor::{DType, Device, Tensor};
-use burn_nf4::op::{AdamWSettings, FlatAdamW, device_memory};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW, device_memory};
 
 use crate::measure::{Method, Timing};
 
@@ -82,20 +82,19 @@ fn print(name: &str, times: &[[Duration; 2]], bytes: usize) {
     println!("{name:<12} host {host:>8.3} ms  all {all:>8.3} ms  {rate:>7.0} GB/s");
 }
 
-fn main() {
-    let device = device();
-    let gradients = tensors(0.01, &device);
-    let parameters: Vec<Tensor<1>> = tensors(0.5, &device)
-        .into_iter()
-        .flatten()
-        .map(|tensor| tensor.flatten(0, 1))
-        .collect();
+/// Times the flat optimizer; `bytes` of moments are read and written for each parameter.
+fn flat(
+    name: &str,
+    kind: AdamWMoments,
+    bytes: usize,
+    gradients: &[Vec<Tensor<2>>],
+    device: &Device,
+) {
+    let parameters = tensors(0.5, device).into_iter().flatten();
+    let parameters: Vec<Tensor<1>> = parameters.map(|tensor| tensor.flatten(0, 1)).collect();
     let elems: usize = parameters.iter().map(|tensor| tensor.dims()[0]).sum();
-    println!(
-        "{device:?}, {} tensors, {elems} parameters",
-        parameters.len()
-    );
-    let mut optimizer = FlatAdamW::new(parameters).expect("parameters");
+    println!("{name}: {} tensors, {elems} parameters", parameters.len());
+    let mut optimizer = FlatAdamW::new(parameters, kind).expect("parameters");
     let settings = AdamWSettings {
         max_grad_norm: Some(1.0),
         ..AdamWSettings::default()
@@ -103,8 +102,8 @@ fn main() {
     let shapes = shapes();
     let mut views: Vec<Tensor<2>> = Vec::new();
     let [mut accumulate, mut step] = [(); 2].map(|()| Vec::new());
-    for round in 0..=ROUNDS {
-        accumulate.push(timed(&device, || {
+    for _ in 0..=ROUNDS {
+        accumulate.push(timed(device, || {
             for (layer, gradients) in gradients.iter().enumerate() {
                 let parts = gradients.iter().enumerate().map(|(at, gradient)| {
                     (layer * shapes.len() + at, gradient.clone().flatten(0, 1))
@@ -112,9 +111,9 @@ fn main() {
                 optimizer.accumulate(parts.collect()).expect("fits");
             }
         }));
-        step.push(timed(&device, || {
+        step.push(timed(device, || {
             views.clear();
-            let loss = Tensor::ones([1], (&device, DType::F32));
+            let loss = Tensor::ones([1], (device, DType::F32));
             optimizer.step(RATE, &settings, loss).expect("a step");
             let values = optimizer.values(DType::F32);
             for number in 0..LAYERS * shapes.len() {
@@ -125,17 +124,29 @@ fn main() {
         // Every gradient is 0.01.
         let norm = 0.01 * (elems as f32).sqrt();
         assert!((report.grad_norm - norm).abs() < 1e-3 * norm, "{report:?}");
-        // A step of AdamW with equal gradients is the rate, and the decay.
-        let expected = 0.5 - (round + 1) as f32 * (RATE as f32 * (1.0 + 0.01 * 0.5));
-        let given = views[0].clone().slice([0..1, 0..1]).into_scalar::<f32>();
-        assert!((given - expected).abs() < 1e-5, "{given} {expected}");
     }
+    // With equal gradients a step is the rate, and the decay.
+    let expected = 0.5 - (ROUNDS + 1) as f32 * (RATE as f32 * (1.0 + 0.01 * 0.5));
+    let given = views[0].clone().slice([0..1, 0..1]).into_scalar::<f32>();
+    assert!((given - expected).abs() < 1e-5, "{given} {expected}");
     print("accumulate", &accumulate, elems * 12);
-    print("step", &step, elems * (4 + 32));
-    if let Some(memory) = device_memory(&device) {
+    // Gradients are read twice and written, values read and written.
+    print("step", &step, elems * (20 + bytes));
+    if let Some(memory) = device_memory(device) {
         println!("in use: {} MB", memory.in_use / 1_000_000);
     }
-    drop((optimizer, views));
+}
+
+fn main() {
+    let device = device();
+    println!("{device:?}");
+    let gradients = tensors(0.01, &device);
+    for (name, kind, bytes) in [
+        ("adamw_torch", AdamWMoments::F32, 16),
+        ("adamw_8bit", AdamWMoments::Bits8, 4),
+    ] {
+        flat(name, kind, bytes, &gradients, &device);
+    }
 
     let burn = AdamWConfig::new()
         .with_epsilon(1e-8)
@@ -147,6 +158,10 @@ fn main() {
         .map(|tensor| Some((tensor, None)))
         .collect();
     let gradients: Vec<Tensor<2>> = gradients.into_iter().flatten().collect();
+    let elems: usize = gradients
+        .iter()
+        .map(|gradient| gradient.shape().num_elements())
+        .sum();
     let mut times = Vec::new();
     for _ in 0..=ROUNDS {
         times.push(timed(&device, || {
