@@ -8,6 +8,7 @@ mod activation;
 pub mod checkpoint;
 mod cross_entropy;
 pub mod error;
+mod flat;
 pub mod format;
 pub mod host;
 #[cfg(feature = "cube")]
@@ -26,6 +27,7 @@ pub mod op;
 #[cfg(feature = "peft")]
 pub mod peft;
 mod sampling;
+mod unsigned_map;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};
 pub use op::{Nf4Weight, expert_linear, linear};

@@ -20,6 +20,8 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+#[cfg(feature = "flex")]
+mod adamw;
 mod attention;
 mod awake;
 #[cfg(feature = "flex")]
@@ -34,6 +36,8 @@ mod quantize;
 mod sample;
 mod simd;
 
+#[cfg(feature = "flex")]
+pub(crate) use adamw::{AdamWStep, MomentSlices, accumulate, adamw, norm};
 pub use attention::{
     AttentionSettings, Heads, attention, attention_backward, attention_backward_with,
     attention_with,

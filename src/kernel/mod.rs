@@ -1,6 +1,7 @@
 //! The `#[cube]` kernels. Device code only: no client, no buffers; `launch` validates, chooses and
 //! launches.
 
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 pub mod decode;

@@ -1,5 +1,6 @@
 //! The host side of the kernels: validate, choose, launch. Works on CubeCL clients and handles.
 
+mod adamw;
 mod attention;
 mod cross_entropy;
 #[cfg(feature = "cublaslt")]
@@ -20,6 +21,8 @@ mod tensor_core;
 mod tile;
 mod tune_key;
 
+pub use adamw::{AccumulatePart, MAX_PARTS, flat_accumulate, step_report};
+pub(crate) use adamw::{AdamWBuffers, MomentBuffers, adamw};
 pub use attention::{
     AttentionOperands, AttentionPlan, AttentionProblem, AttentionResults, AttentionVariant,
     TokenMajor,

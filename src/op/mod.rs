@@ -24,6 +24,7 @@
 //! and another kernel rounds otherwise: [`set_reproducible`] has all products of the process follow a
 //! rule instead. Gradients always go over the decoded weight.
 
+mod adamw;
 mod attention;
 mod awake;
 mod backends;
@@ -46,8 +47,14 @@ mod tensor;
 
 pub use crate::activation::Activation;
 pub use crate::cross_entropy::CrossEntropyOptions;
+pub use crate::flat::{FlatLayout, TILE_ELEMS};
 pub use crate::norm_form::NormForm;
 pub use crate::sampling::SampleSettings;
+#[doc(hidden)]
+pub use adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts, Moments};
+pub use adamw::{
+    AdamWMoments, AdamWSettings, FlatAdamW, MIN_8BIT_ELEMS, MomentState, StepReport, TensorState,
+};
 #[doc(hidden)]
 pub use attention::{AttentionBackend, AttentionSpec};
 pub use attention::{

@@ -48,10 +48,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let settings = Settings::new(schedule, &lora)?;
     let model = model.with_lora(&lora, &device)?;
-    let mut trainer = Trainer::new(model, &config, lora, settings, true);
+    let mut trainer = Trainer::new(model, &config, lora, settings, true)?;
     for step in 0..STEPS {
-        let loss = trainer.step(&data.step(step, 1, 1, 42));
-        println!("step {step}: loss {loss:.3}");
+        let done = trainer.step(&data.step(step, 1, 1, 42))?;
+        println!("step {step}: loss {:.3}", done.loss);
     }
     trainer.save_adapter(output.as_ref())?;
     Ok(())

@@ -56,12 +56,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         total: peer.losses.len(),
     };
     let settings = Settings::new(schedule, &lora)?;
-    let mut trainer = Trainer::new(model, &config, lora, settings, true);
+    let mut trainer = Trainer::new(model, &config, lora, settings, true)?;
     let mut largest = 0f32;
     let steps = ids.chunks_exact(shape[1] * shape[2]).zip(peer.losses);
     for (step, (batch, theirs)) in (1..).zip(steps) {
         let batch = Batch::new(&batch.chunks_exact(shape[2]).collect::<Vec<_>>());
-        let ours = trainer.step(&[batch]);
+        let ours = trainer.step(&[batch])?.loss;
         let difference = (ours - theirs).abs();
         largest = largest.max(difference);
         println!("step {step}: {ours:.6}, PEFT {theirs:.6}, apart by {difference:.1e}");

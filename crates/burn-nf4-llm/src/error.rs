@@ -114,6 +114,23 @@ pub enum ModelError {
         /// What is wrong with it.
         message: String,
     },
+    /// Training that came to numbers which are not finite, several steps in a row. The parameters are those of
+    /// before.
+    #[error(
+        "step {step}: the loss is {loss} and the norm of the gradients {grad_norm}, expected finite numbers: \
+         {skipped} steps in a row were left out; lower the learning rate, or look for what is wrong with the data \
+         or the weights"
+    )]
+    NotFinite {
+        /// The last of them, counted from one.
+        step: usize,
+        /// Its loss.
+        loss: f32,
+        /// The norm of its gradients.
+        grad_norm: f32,
+        /// How many there were.
+        skipped: usize,
+    },
     /// The model could not be fetched.
     #[error("cannot fetch {repo}: {message}")]
     Fetch {

@@ -171,6 +171,16 @@ fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u3
     host::quantize(weight, &spec.shape, spec.layout.config()).expect("arguments were validated")
 }
 
+/// A part of a tensor in memory of its own where it lies on the CPU: Flex would copy a part whenever it is used.
+pub(in crate::op) fn copied<const D: usize>(part: Tensor<D>) -> Tensor<D> {
+    let device = part.device();
+    if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
+        return part;
+    }
+    let dtype = part.dtype();
+    Tensor::from_data(part.into_data(), (&device, dtype))
+}
+
 /// Checks that a weight is finite if it lies on the CPU, where looking costs no waiting.
 pub(in crate::op) fn check_finite<const D: usize>(weight: &Tensor<D>) -> Result<(), Nf4Error> {
     let device = weight.device().without_autodiff();

@@ -1,5 +1,6 @@
 //! The operations on each backend. Fusion's are made by Burn's macro.
 
+mod adamw;
 mod attention;
 mod autodiff;
 mod cross_entropy;

@@ -11,6 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::{CachedKeys, TokenHeads};
 use crate::format::FloatType;
 use crate::launch::{self, RotaryAppendBuffers, RotaryAppendProblem};
+use crate::op::backends::cube::owned;
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -121,15 +122,6 @@ impl RotaryAppendBackend for CubeBackend {
         let shape = spec.query_shape();
         let rotated = CubeTensor::new_contiguous(q.client, q.device, shape, out, spec.dtype.into());
         (rotated, keys, values)
-    }
-}
-
-/// A tensor that may be written to: itself if nobody else has it.
-fn owned(tensor: CubeTensor) -> CubeTensor {
-    let tensor = into_contiguous(tensor);
-    match tensor.can_mut() {
-        true => tensor,
-        false => tensor.copy(),
     }
 }
 

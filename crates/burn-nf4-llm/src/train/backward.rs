@@ -1,7 +1,7 @@
 //! The loss of a batch and its gradients, with and without gradient checkpointing.
 
 use burn::module::Module;
-use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::op::Seed;
 
@@ -10,6 +10,7 @@ use crate::model::RopeTables;
 use crate::model::{Decoder, DecoderLayer, Residual};
 use crate::train::data::Batch;
 use crate::train::loss::loss;
+use crate::train::optimizer::Optimizer;
 use crate::train::phases::{Phase, PhaseHook};
 
 /// How a pass through the layers is made.
@@ -71,7 +72,7 @@ pub fn backward(
     inputs: Inputs,
     targets: usize,
     options: PassOptions<'_>,
-    grads: &mut GradientsAccumulator<Decoder>,
+    grads: &mut Optimizer,
 ) -> Tensor<1> {
     let Inputs { ids, labels, pass } = inputs;
     let device = model.device();

@@ -6,6 +6,7 @@ pub mod data;
 mod eval;
 mod loss;
 pub mod optimizer;
+mod optimizer_file;
 mod packing;
 mod phases;
 mod records;
@@ -18,11 +19,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::optim::{GradientsAccumulator, ModuleOptimizer};
-use burn::tensor::Tensor;
-use burn_nf4::checkpoint::is_expert;
 use burn_nf4::model::LinearLayers;
+use burn_nf4::op::{AdamWMoments, AdamWSettings};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -34,16 +32,52 @@ use crate::model::RopeTables;
 use crate::model::config::DecoderConfig;
 use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::data::Batch;
-use crate::train::optimizer::{Loaded, adamw};
+use crate::train::optimizer::Optimizer;
 use crate::train::schedule::{Decay, Schedule};
+
+/// The largest norm of gradients where none is asked for: that of transformers' trainer.
+pub const MAX_GRAD_NORM: f32 = 1.0;
+
+/// So many steps in a row that are not finite end a run.
+pub const MAX_SKIPPED: usize = 3;
+
+/// Which optimizer a run has, by the names of transformers' trainer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Optim {
+    /// AdamW as PyTorch has it, moments in f32.
+    #[default]
+    #[serde(rename = "adamw_torch")]
+    #[cfg_attr(feature = "cli", value(name = "adamw_torch"))]
+    AdamwTorch,
+    /// AdamW as bitsandbytes has it, moments in 8 bit.
+    #[serde(rename = "adamw_8bit")]
+    #[cfg_attr(feature = "cli", value(name = "adamw_8bit", alias = "adamw_bnb_8bit"))]
+    Adamw8bit,
+}
+
+impl From<Optim> for AdamWMoments {
+    fn from(optim: Optim) -> Self {
+        match optim {
+            Optim::AdamwTorch => Self::F32,
+            Optim::Adamw8bit => Self::Bits8,
+        }
+    }
+}
 
 /// All that decides what a run computes. A run is continued only under the same settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// The learning rate, step by step.
     pub schedule: Schedule,
+    /// The optimizer.
+    #[serde(default)]
+    pub optim: Optim,
     /// Of AdamW.
     pub weight_decay: f32,
+    /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
+    #[serde(default)]
+    pub max_grad_norm: f32,
     /// Rows of a batch.
     pub batch_size: usize,
     /// Batches whose gradients make a step.
@@ -59,7 +93,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Steps of one row of at most 512 tokens, without weight decay, seed 42, on no data in particular.
+    /// Steps of one row of at most 512 tokens, without weight decay, a largest norm of 1, seed 42, on no data in
+    /// particular.
     ///
     /// # Errors
     /// [`ModelError::Json`] if the settings of the adapter have no JSON form.
@@ -72,7 +107,9 @@ impl Settings {
         let lora = serde_json::to_value(&lora).map_err(ModelError::json("adapter_config.json"))?;
         Ok(Self {
             schedule,
+            optim: Optim::default(),
             weight_decay: 0.0,
+            max_grad_norm: MAX_GRAD_NORM,
             batch_size: 1,
             grad_accum: 1,
             seq_len: 512,
@@ -80,6 +117,14 @@ impl Settings {
             data: 0,
             lora,
         })
+    }
+
+    fn adamw(&self) -> AdamWSettings {
+        AdamWSettings {
+            weight_decay: self.weight_decay.into(),
+            max_grad_norm: (self.max_grad_norm != 0.0).then(|| self.max_grad_norm.into()),
+            ..AdamWSettings::default()
+        }
     }
 
     /// Says which settings differ from those of a saved run that did `steps` steps, and refuses
@@ -141,10 +186,9 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
 
 /// A run under way.
 pub struct Trainer {
-    /// What is trained.
+    /// What is trained. The values of its trained parameters are the optimizer's: a step puts them in anew.
     pub model: Decoder,
-    optimizer: ModuleOptimizer,
-    loaded: Loaded,
+    optimizer: Optimizer,
     rope: RopeTables,
     lora: LoraConfig,
     /// The adapter that the run went on from, with all that is not trained.
@@ -153,45 +197,65 @@ pub struct Trainer {
     checkpointing: bool,
     /// Is told of the phases of a step.
     pub on_phase: Option<PhaseHook>,
-    /// Steps done.
+    /// Steps done, those that were left out included.
     pub step: usize,
+    /// Steps left out, one after the other, up to now.
+    skipped: usize,
+}
+
+/// What became of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Its number, counted from one.
+    pub number: usize,
+    /// The mean loss of the targets before the step.
+    pub loss: f32,
+    /// The norm of all gradients together, before they were scaled down to the largest.
+    pub grad_norm: f32,
+    /// Whether the step was left out because the loss or the norm is not finite. Parameters and moments are then
+    /// as they were.
+    pub skipped: bool,
 }
 
 /// What a checkpoint says of the run.
 #[derive(Serialize, Deserialize)]
 struct State {
     step: usize,
+    #[serde(default)]
+    skipped: usize,
     settings: Settings,
 }
 
 const STATE_FILE: &str = "trainer_state.json";
-const OPTIMIZER_FILE: &str = "optimizer.bpk";
 const CHECKPOINT_PREFIX: &str = "checkpoint-";
 /// Of one that is being written.
 const PART_PREFIX: &str = "part-";
 
 impl Trainer {
     /// A run from the start, of a model with its branches on.
+    ///
+    /// # Errors
+    /// Those of [`Optimizer::new`].
     pub fn new(
         model: Decoder,
         config: &DecoderConfig,
         lora: LoraConfig,
         settings: Settings,
         checkpointing: bool,
-    ) -> Self {
-        let (optimizer, loaded) = adamw(settings.weight_decay, &model.device());
-        Self {
+    ) -> Result<Self, ModelError> {
+        let (optimizer, model) = Optimizer::new(model, settings.adamw(), settings.optim.into())?;
+        Ok(Self {
             rope: model.rope_tables(config),
             model,
             optimizer,
-            loaded,
             lora,
             adapter: None,
             settings,
             checkpointing,
             on_phase: None,
             step: 0,
-        }
+            skipped: 0,
+        })
     }
 
     /// The learning rate of the next step.
@@ -199,11 +263,14 @@ impl Trainer {
         self.settings.schedule.rate(self.step)
     }
 
-    /// One step of the optimizer, on the gradients of all batches. Returns the mean loss of their
-    /// targets before the step.
-    pub fn step(&mut self, batches: &[Batch]) -> f32 {
+    /// One step of the optimizer, on the gradients of all batches. A step with a loss or gradients that are not
+    /// finite is left out, which is said in what is returned.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch, and
+    /// those of [`Optimizer::step`].
+    pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
         let targets = batches.iter().map(Batch::targets).sum();
-        let mut grads = GradientsAccumulator::new();
         let mut loss = None;
         for (index, batch) in batches.iter().enumerate() {
             let options = PassOptions {
@@ -216,20 +283,37 @@ impl Trainer {
                 Inputs::new(batch, &self.model, &mut self.rope),
                 targets,
                 options,
-                &mut grads,
+                &mut self.optimizer,
             );
             loss = Some(match loss {
                 Some(sum) => sum + part,
                 None => part,
             });
         }
+        let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
         let rate = self.rate();
-        self.model = self.optimizer.step(rate, self.model.clone(), grads.grads());
+        self.optimizer.step(rate, &mut self.model, loss)?;
+        let report = self.optimizer.report().expect("a step was made");
         if let Some(on_phase) = &self.on_phase {
             on_phase(Phase::Step);
         }
         self.step += 1;
-        loss.map_or(f32::NAN, |loss| loss.into_scalar::<f32>())
+        let step = Step {
+            number: self.step,
+            loss: report.loss,
+            grad_norm: report.grad_norm,
+            skipped: !report.is_applied(),
+        };
+        self.skipped = if step.skipped { self.skipped + 1 } else { 0 };
+        if self.skipped >= MAX_SKIPPED {
+            return Err(ModelError::NotFinite {
+                step: step.number,
+                loss: step.loss,
+                grad_norm: step.grad_norm,
+                skipped: self.skipped,
+            });
+        }
+        Ok(step)
     }
 
     /// Apart for every batch of the run, with room for one seed a layer.
@@ -249,7 +333,7 @@ impl Trainer {
     }
 
     /// Saves all that the run needs to go on, in `checkpoint-N` of the folder.
-    pub fn save_checkpoint(&self, output: &Path) -> Result<PathBuf, ModelError> {
+    pub fn save_checkpoint(&mut self, output: &Path) -> Result<PathBuf, ModelError> {
         let folder = output.join(format!("{CHECKPOINT_PREFIX}{}", self.step));
         // Under another name until it is whole, so that an interrupted write is not taken up.
         let part = output.join(format!("{PART_PREFIX}{}", self.step));
@@ -259,11 +343,10 @@ impl Trainer {
             }
         }
         self.save_adapter(&part)?;
-        self.optimizer
-            .save(part.join(OPTIMIZER_FILE))
-            .map_err(|error| resume_error(&part, error))?;
+        self.optimizer.save(&part, self.step)?;
         let state = State {
             step: self.step,
+            skipped: self.skipped,
             settings: self.settings.clone(),
         };
         let path = part.join(STATE_FILE);
@@ -282,58 +365,16 @@ impl Trainer {
         let device = self.model.device();
         let adapter = Adapter::open(folder)?;
         let base = self.model.without_branches()?;
-        self.model = base.apply_adapter(&adapter, &device)?;
+        let model = base.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
-        self.optimizer = self
-            .optimizer
-            .load(folder.join(OPTIMIZER_FILE))
-            .map_err(|error| resume_error(folder, error))?;
-        self.check_loaded()
-            .map_err(|message| resume_error(&folder.join(OPTIMIZER_FILE), message))?;
+        let settings = &self.settings;
+        let (mut optimizer, model) =
+            Optimizer::new(model, settings.adamw(), settings.optim.into())?;
+        self.model = optimizer.load(folder, state.step, model)?;
+        self.optimizer = optimizer;
         self.step = state.step;
+        self.skipped = state.skipped;
         Ok(self)
-    }
-
-    /// Burn leaves a parameter without state where the file has none for it. An expert of a mixture that no
-    /// token chose has none.
-    fn check_loaded(&self) -> Result<(), String> {
-        let mut trained = Trained::default();
-        self.model.visit(&mut trained);
-        let count = trained.ids.len();
-        let without = trained
-            .ids
-            .iter()
-            .filter(|&&id| !self.loaded.contains(id))
-            .count();
-        match without {
-            0 => Ok(()),
-            without => Err(format!(
-                "has no state for {without} of {count} trained tensors"
-            )),
-        }
-    }
-}
-
-/// The ids of the parameters that every step trains.
-#[derive(Debug, Default)]
-struct Trained {
-    ids: Vec<u64>,
-    in_experts: bool,
-}
-
-impl ModuleVisitor for Trained {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.in_experts |= is_expert(name);
-    }
-
-    fn exit_module(&mut self, name: &str, _container_type: &str) {
-        self.in_experts &= !is_expert(name);
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() && !self.in_experts {
-            self.ids.push(param.id.val());
-        }
     }
 }
 

@@ -1,101 +1,277 @@
-//! The optimizer of a run, whose state lies on the device of the run.
+//! The optimizer of a run: AdamW over all trained parameters of a model at once.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::path::Path;
 
-use burn::module::ParamGroup;
-use burn::optim::{
-    AdamWConfig, DynOptimizer, DynState, LearningRate, ModuleOptimizer, StateSink, StateSource,
-};
-use burn::tensor::Device;
-use burn::tensor::kind::BridgeTensor;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Tensor};
+use burn_nf4::Nf4Error;
+use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW, StepReport, TensorState};
 
-/// An optimizer that puts the state it loads on one device.
-///
-/// [`ModuleOptimizer::load_record`] puts it on the default one, to be moved at the first step. In a
-/// build with several backends that may be a device which is not there.
-pub struct OnDevice<O> {
-    inner: O,
-    device: Device,
-    loaded: Loaded,
+use crate::error::ModelError;
+use crate::train::optimizer_file;
+
+/// Runs a body for the rank of a parameter as a constant.
+macro_rules! of_rank {
+    ($rank:expr, $d:ident => $body:expr, [$($value:literal)+]) => {
+        match $rank {
+            $($value => {
+                const $d: usize = $value;
+                $body
+            })+
+            rank => unreachable!("Burn has no tensors of rank {rank}"),
+        }
+    };
+    ($rank:expr, $d:ident => $body:expr) => {
+        of_rank!($rank, $d => $body, [1 2 3 4 5 6 7 8])
+    };
 }
 
-/// The parameters whose state was loaded, by their ids.
-#[derive(Debug, Clone, Default)]
-pub struct Loaded(Arc<Mutex<BTreeSet<u64>>>);
-
-impl Loaded {
-    /// Whether there is a state for a parameter.
-    pub fn contains(&self, id: u64) -> bool {
-        self.0.lock().is_ok_and(|ids| ids.contains(&id))
-    }
+/// A trained parameter.
+#[derive(Debug)]
+struct Trained {
+    id: ParamId,
+    /// Its path in the model.
+    path: String,
+    shape: Vec<usize>,
+    dtype: DType,
 }
 
-/// Burn's optimizer states have at most this rank.
-const MAX_RANK: usize = 8;
+/// AdamW over all parameters of a model that want a gradient. In f32 they are views of its buffer of values;
+/// others are casts of them.
+#[derive(Debug)]
+pub struct Optimizer {
+    trained: Vec<Trained>,
+    numbers: HashMap<ParamId, usize>,
+    flat: FlatAdamW,
+    settings: AdamWSettings,
+    /// Why gradients were not taken, to be told by the step.
+    refused: Option<Nf4Error>,
+}
 
-impl<O> OnDevice<O> {
-    /// An optimizer of parameters on a device, and the list of what is loaded.
-    pub fn new(inner: O, device: Device) -> (Self, Loaded) {
-        let loaded = Loaded::default();
+impl Optimizer {
+    /// An optimizer of the parameters of a model that want a gradient, and the model with its parameters there.
+    ///
+    /// # Errors
+    /// [`ModelError::Nf4`] if the model has none, for settings that make no sense, and unless all are in f16, bf16
+    /// or f32 and on one device.
+    pub fn new<M: Module>(
+        model: M,
+        settings: AdamWSettings,
+        moments: AdamWMoments,
+    ) -> Result<(Self, M), ModelError> {
+        settings.check()?;
+        let mut collected = Collected::default();
+        model.visit(&mut collected);
+        let Collected {
+            trained, values, ..
+        } = collected;
+        let numbers = trained.iter().enumerate();
         let optimizer = Self {
-            inner,
-            device,
-            loaded: loaded.clone(),
+            numbers: numbers.map(|(number, one)| (one.id, number)).collect(),
+            flat: FlatAdamW::new(values, moments)?,
+            trained,
+            settings,
+            refused: None,
         };
-        (optimizer, loaded)
+        let model = optimizer.with_values(model);
+        Ok((optimizer, model))
+    }
+
+    /// Adds gradients to those of the next step. What is wrong with them is told by the step.
+    pub fn accumulate<M: Module>(&mut self, _model: &M, mut gradients: GradientsParams) {
+        let mut parts = Vec::with_capacity(gradients.len());
+        for (number, one) in self.trained.iter().enumerate() {
+            if gradients.is_empty() {
+                break;
+            }
+            let gradient = of_rank!(one.shape.len(), D => {
+                gradients.remove::<D>(one.id).map(|gradient| gradient.flatten(0, D - 1))
+            });
+            if let Some(gradient) = gradient {
+                parts.push((number, gradient));
+            }
+        }
+        if let Err(error) = self.flat.accumulate(parts) {
+            self.refused.get_or_insert(error);
+        }
+    }
+
+    /// A step with the gradients that were accumulated, of a model whose parameters are here; other owners of its
+    /// parameters cost a copy. The host waits for nothing until [`report`](Self::report).
+    ///
+    /// # Errors
+    /// [`ModelError::Nf4`] for gradients, a rate or a loss that make no sense. Then the model is as before.
+    pub fn step<M: Module>(
+        &mut self,
+        rate: f64,
+        model: &mut M,
+        loss: Tensor<1>,
+    ) -> Result<(), ModelError> {
+        if let Some(error) = self.refused.take() {
+            return Err(error.into());
+        }
+        let device = self.flat.device();
+        let nothing = Tensor::zeros([1], (&device, DType::F32));
+        let numbers = &self.numbers;
+        // Views of the values would keep them from being written in place.
+        *model = model.clone().map(&mut Released { numbers, nothing });
+        let made = self.flat.step(rate, &self.settings, loss);
+        *model = self.with_values(model.clone());
+        Ok(made?)
+    }
+
+    /// Waits for the last step and says what became of it, once.
+    pub fn report(&mut self) -> Option<StepReport> {
+        self.flat.report()
+    }
+
+    fn with_values<M: Module>(&self, model: M) -> M {
+        model.map(&mut Values {
+            optimizer: self,
+            flat: HashMap::new(),
+        })
+    }
+
+    /// Writes `optimizer.safetensors` into a folder, after so many steps of the run: moments, numbers of steps, and
+    /// the f32 values of parameters of other types.
+    ///
+    /// # Errors
+    /// [`ModelError::Resume`] if it cannot be written.
+    pub fn save(&mut self, folder: &Path, step: usize) -> Result<(), ModelError> {
+        let state = self.flat.state();
+        let all = self
+            .trained
+            .iter()
+            .zip(&state)
+            .map(|(one, state)| optimizer_file::Saved {
+                path: &one.path,
+                shape: &one.shape,
+                state,
+                has_values: one.dtype != DType::F32,
+            });
+        optimizer_file::write(folder, step, all)
+    }
+
+    /// Goes on from what [`save`](Self::save) wrote into a folder after so many steps, with the model of that time.
+    ///
+    /// # Errors
+    /// [`ModelError::Resume`] for a file of another step or of other parameters, or of an earlier version,
+    /// [`ModelError::Nf4`] for one that cannot be read. Then nothing is changed.
+    pub fn load<M: Module>(
+        &mut self,
+        folder: &Path,
+        step: usize,
+        model: M,
+    ) -> Result<M, ModelError> {
+        let mut state = self.flat.state();
+        let mut file = optimizer_file::open(folder, step)?;
+        for (
+            one,
+            TensorState {
+                values,
+                moments,
+                steps,
+            },
+        ) in self.trained.iter().zip(&mut state)
+        {
+            file.read_moments(&one.path, &one.shape, moments)?;
+            if one.dtype != DType::F32 {
+                file.read_values(&one.path, &one.shape, values)?;
+            }
+            *steps = file.steps(&one.path)?;
+        }
+        file.check_all_read()?;
+        self.flat.load_state(&state)?;
+        Ok(self.with_values(model))
     }
 }
 
-impl<O: DynOptimizer> DynOptimizer for OnDevice<O> {
-    fn step_dyn(
-        &self,
-        rank: usize,
-        rate: LearningRate,
-        tensor: BridgeTensor,
-        gradient: BridgeTensor,
-        state: Option<DynState>,
-    ) -> (BridgeTensor, Option<DynState>) {
-        self.inner.step_dyn(rank, rate, tensor, gradient, state)
+/// What a model trains.
+#[derive(Default)]
+struct Collected {
+    path: Vec<String>,
+    trained: Vec<Trained>,
+    values: Vec<Tensor<1>>,
+}
+
+impl ModuleVisitor for Collected {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.into());
     }
 
-    fn to_device_dyn(&self, state: DynState, device: &Device) -> DynState {
-        self.inner.to_device_dyn(state, device)
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
     }
 
-    fn state_flatten(&self, prefix: &str, state: &DynState, out: &mut StateSink) {
-        self.inner.state_flatten(prefix, state, out);
-    }
-
-    /// `prefix` is the id of the parameter.
-    fn state_unflatten(
-        &self,
-        rank: usize,
-        prefix: &str,
-        source: &mut StateSource,
-        _default: &Device,
-    ) -> Option<DynState> {
-        if rank > MAX_RANK {
-            return None;
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        // A tied one is met twice.
+        if !param.is_require_grad() || self.trained.iter().any(|one| one.id == param.id) {
+            return;
         }
-        let state = self
-            .inner
-            .state_unflatten(rank, prefix, source, &self.device)?;
-        if let (Ok(id), Ok(mut ids)) = (prefix.parse(), self.loaded.0.lock()) {
-            ids.insert(id);
-        }
-        Some(state)
+        let value = param.val().inner();
+        self.trained.push(Trained {
+            id: param.id,
+            path: self.path.join("."),
+            shape: value.dims().into(),
+            dtype: value.dtype(),
+        });
+        self.values.push(value.flatten(0, D - 1));
     }
 }
 
-/// AdamW as PyTorch has it, for parameters on a device.
-pub fn adamw(weight_decay: f32, device: &Device) -> (ModuleOptimizer, Loaded) {
-    let config = AdamWConfig::new()
-        // PyTorch's; Burn's own default is larger.
-        .with_epsilon(1e-8)
-        .with_weight_decay(weight_decay);
-    // Gradients, and so their averages, are tensors of the device without autodiff.
-    let (on_device, loaded) = OnDevice::new(config.build(), device.clone().without_autodiff());
-    let optimizer = config.init().with_group(ParamGroup::all(), on_device, None);
-    (optimizer, loaded)
+/// Takes the values out of trained parameters.
+struct Released<'a> {
+    numbers: &'a HashMap<ParamId, usize>,
+    /// What is there in the meantime, `[1]`.
+    nothing: Tensor<1>,
+}
+
+impl ModuleMapper for Released<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.numbers.contains_key(&param.id) {
+            true => replaced(param, self.nothing.clone().reshape([1; D])),
+            false => param,
+        }
+    }
+}
+
+/// Puts the values of the optimizer into trained parameters.
+struct Values<'a> {
+    optimizer: &'a Optimizer,
+    /// The flat buffer in each type that is met.
+    flat: HashMap<DType, Tensor<1>>,
+}
+
+impl ModuleMapper for Values<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Optimizer {
+            trained,
+            numbers,
+            flat,
+            ..
+        } = self.optimizer;
+        let Some(&number) = numbers.get(&param.id) else {
+            return param;
+        };
+        let one = &trained[number];
+        let shape: [usize; D] = match one.shape.as_slice().try_into() {
+            Ok(shape) => shape,
+            Err(_) => unreachable!("a parameter keeps its rank"),
+        };
+        let values = self.flat.entry(one.dtype);
+        let values = values.or_insert_with(|| flat.values(one.dtype));
+        replaced(param, flat.view(values, number, shape))
+    }
+}
+
+/// A trained parameter with another value, which comes without a graph.
+fn replaced<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
+    let (id, before, mapper) = param.consume();
+    let mut value = Tensor::from_inner(value);
+    if let Some(strategy) = before.gradient_checkpointing_strategy() {
+        value = value.with_gradient_checkpointing_strategy(strategy);
+    }
+    Param::from_mapped_value(id, value.require_grad(), mapper)
 }

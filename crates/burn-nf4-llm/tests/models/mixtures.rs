@@ -61,15 +61,18 @@ fn a_run_goes_on_without_state_of_experts_that_were_never_chosen() {
             total: 3,
         };
         let settings = Settings::new(schedule, &lora).unwrap();
-        Trainer::new(model, &config, lora.clone(), settings, false)
+        Trainer::new(model, &config, lora.clone(), settings, false).unwrap()
     };
     // Two equal tokens have equal hidden states, and choose the same two of four experts.
     let batch = Batch::new(&[&[5, 5]]);
     let batch = std::slice::from_ref(&batch);
     let mut first = trainer();
-    first.step(batch);
+    first.step(batch).unwrap();
     let out = tempfile::tempdir().unwrap();
     let folder = first.save_checkpoint(out.path()).unwrap();
     let mut second = trainer().resume(&folder).unwrap();
-    assert_eq!(second.step(batch), first.step(batch));
+    assert_eq!(
+        second.step(batch).unwrap().loss,
+        first.step(batch).unwrap().loss
+    );
 }

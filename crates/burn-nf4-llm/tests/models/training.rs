@@ -14,7 +14,7 @@ use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint};
+use burn_nf4_llm::train::{Optim, Settings, Trainer, latest_checkpoint};
 use rstest::rstest;
 use serde::Deserialize;
 
@@ -26,6 +26,8 @@ struct PeftRun {
     weight_decay: f32,
     losses: Vec<f32>,
 }
+
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
 fn peft_run() -> PeftRun {
     serde_json::from_slice(&fs::read(fixture("hf/f32/train.json")).unwrap()).unwrap()
@@ -49,7 +51,10 @@ fn settings(lr: f64, weight_decay: f32, total: usize) -> Settings {
             warmup: 0,
             total,
         },
+        optim: Optim::AdamwTorch,
         weight_decay,
+        // PEFT's run clips nothing.
+        max_grad_norm: 0.0,
         batch_size: 4,
         grad_accum: 1,
         seq_len: 64,
@@ -66,7 +71,7 @@ fn from_init(settings: Settings, checkpointing: bool) -> (Trainer, DecoderConfig
     let adapter = Adapter::open(fixture("hf/f32/adapter_init")).unwrap();
     let lora = adapter.config().clone();
     let model = model.apply_adapter(&adapter, &device).unwrap();
-    let trainer = Trainer::new(model, &config, lora, settings, checkpointing);
+    let trainer = Trainer::new(model, &config, lora, settings, checkpointing).unwrap();
     (trainer, config)
 }
 
@@ -82,7 +87,7 @@ fn forty_steps_have_the_losses_of_peft_and_end_at_its_logits() {
     let batches = peft_batches();
     assert_eq!(batches.len(), run.losses.len());
     for (step, (batch, expected)) in batches.into_iter().zip(run.losses).enumerate() {
-        let loss = trainer.step(&[batch]);
+        let loss = trainer.step(&[batch]).unwrap().loss;
         let difference = (loss - expected).abs();
         assert!(difference < 1e-5, "step {step}: {loss} and {expected}");
     }
@@ -142,9 +147,9 @@ fn layers_that_are_not_packed_are_adapted_alike() {
     let lora = init.config().clone();
     let model = model.apply_adapter(&init, &device).unwrap();
     let run = peft_run();
-    let mut trainer = Trainer::new(model, &config, lora, settings(run.lr, 0.0, 3), false);
+    let mut trainer = Trainer::new(model, &config, lora, settings(run.lr, 0.0, 3), false).unwrap();
     for (batch, expected) in peft_batches().into_iter().zip(run.losses).take(3) {
-        let loss = trainer.step(&[batch]);
+        let loss = trainer.step(&[batch]).unwrap().loss;
         assert!((loss - expected).abs() < 1e-5, "{loss} and {expected}");
     }
     let output = tempfile::tempdir().unwrap();
@@ -161,7 +166,7 @@ fn gradient_checkpointing_changes_nothing(#[values(0.0, 0.3)] dropout: f64) {
         let mut trainer = with_dropout(dropout, checkpointing);
         let batches = peft_batches();
         (0..3)
-            .map(|step| trainer.step(&batches[step..=step]).to_bits())
+            .map(|step| trainer.step(&batches[step..=step]).unwrap().loss.to_bits())
             .collect::<Vec<_>>()
     };
     assert_eq!(losses(true), losses(false));
@@ -180,7 +185,7 @@ fn accumulated_gradients_are_those_of_the_batch_in_one() {
     let rows: Vec<&[u32]> = vec![&rows[0], &rows[1][..20], &rows[2][..33], &rows[3]];
     let run = |parts: &[Batch]| {
         let (mut trainer, config) = from_init(settings(2e-3, 0.0, 3), false);
-        let losses: Vec<f32> = (0..3).map(|_| trainer.step(parts)).collect();
+        let losses: Vec<f32> = (0..3).map(|_| trainer.step(parts).unwrap().loss).collect();
         let (ids, shape, _) = io("hf/f32/io.safetensors");
         (
             losses,
@@ -211,7 +216,7 @@ fn with_dropout(dropout: f64, checkpointing: bool) -> Trainer {
     let mut settings = settings(2e-3, 0.01, 4);
     settings.schedule.decay = Decay::Cosine;
     settings.lora = serde_json::from_str(&lora.to_json()).unwrap();
-    Trainer::new(model, &config, lora, settings, checkpointing)
+    Trainer::new(model, &config, lora, settings, checkpointing).unwrap()
 }
 
 #[rstest]
@@ -220,13 +225,13 @@ fn a_resumed_run_has_the_losses_of_an_uninterrupted_one(#[values(0.0, 0.3)] drop
     let batches = peft_batches();
     let mut whole = with_dropout(dropout, false);
     let expected: Vec<f32> = (0..4)
-        .map(|step| whole.step(&batches[step..=step]))
+        .map(|step| whole.step(&batches[step..=step]).unwrap().loss)
         .collect();
 
     let output = tempfile::tempdir().unwrap();
     let mut first = with_dropout(dropout, false);
     for step in 0..2 {
-        first.step(&batches[step..=step]);
+        first.step(&batches[step..=step]).unwrap();
         first.save_checkpoint(output.path()).unwrap();
     }
     let folder = latest_checkpoint(output.path()).unwrap().unwrap();
@@ -234,7 +239,7 @@ fn a_resumed_run_has_the_losses_of_an_uninterrupted_one(#[values(0.0, 0.3)] drop
     let mut second = with_dropout(dropout, false).resume(&folder).unwrap();
     assert_eq!(second.step, 2);
     let resumed: Vec<f32> = (2..4)
-        .map(|step| second.step(&batches[step..=step]))
+        .map(|step| second.step(&batches[step..=step]).unwrap().loss)
         .collect();
     assert_eq!(resumed, expected[2..]);
 }
@@ -243,7 +248,7 @@ fn a_resumed_run_has_the_losses_of_an_uninterrupted_one(#[values(0.0, 0.3)] drop
 fn a_run_is_not_resumed_under_other_settings() {
     let output = tempfile::tempdir().unwrap();
     let mut first = with_dropout(0.0, false);
-    first.step(&peft_batches()[..1]);
+    first.step(&peft_batches()[..1]).unwrap();
     let folder = first.save_checkpoint(output.path()).unwrap();
     match with_dropout(0.1, false).resume(&folder) {
         Err(ModelError::Resume { message, .. }) => assert!(message.contains("lora"), "{message}"),
@@ -264,7 +269,7 @@ fn after_two_steps(decay: Decay, total: usize, output: &Path) -> PathBuf {
     let batches = peft_batches();
     let mut first = of_length(decay, total);
     for step in 0..2 {
-        first.step(&batches[step..=step]);
+        first.step(&batches[step..=step]).unwrap();
     }
     first.save_checkpoint(output).unwrap()
 }
@@ -283,13 +288,13 @@ fn a_run_of_constant_rate_goes_on_for_more_steps() {
     let batches = peft_batches();
     let mut whole = of_length(Decay::Constant, 4);
     let expected: Vec<f32> = (0..4)
-        .map(|step| whole.step(&batches[step..=step]))
+        .map(|step| whole.step(&batches[step..=step]).unwrap().loss)
         .collect();
     let output = tempfile::tempdir().unwrap();
     let folder = after_two_steps(Decay::Constant, 2, output.path());
     let mut second = of_length(Decay::Constant, 4).resume(&folder).unwrap();
     let resumed: Vec<f32> = (2..4)
-        .map(|step| second.step(&batches[step..=step]))
+        .map(|step| second.step(&batches[step..=step]).unwrap().loss)
         .collect();
     assert_eq!(resumed, expected[2..]);
 }
@@ -334,7 +339,6 @@ fn settings_that_differ_are_named() {
     assert!(!message.contains("schedule.total"), "{message}");
 }
 
-/// Burn starts anew with what it finds no state for.
 #[test]
 fn a_run_does_not_go_on_without_the_state_of_its_optimizer() {
     let output = tempfile::tempdir().unwrap();
@@ -342,11 +346,24 @@ fn a_run_does_not_go_on_without_the_state_of_its_optimizer() {
     let empty = of_length(Decay::Constant, 4)
         .save_checkpoint(output.path())
         .unwrap();
-    fs::copy(empty.join("optimizer.bpk"), folder.join("optimizer.bpk")).unwrap();
+    let file = folder.join(OPTIMIZER_FILE);
+    let whole = fs::read(&file).unwrap();
+    fs::copy(empty.join(OPTIMIZER_FILE), &file).unwrap();
     let message = refused(of_length(Decay::Constant, 4).resume(&folder));
-    assert!(message.contains("has no state for"), "{message}");
-    fs::write(folder.join("optimizer.bpk"), "cut").unwrap();
-    refused(of_length(Decay::Constant, 4).resume(&folder));
+    assert!(
+        message.contains("is of step 0, the checkpoint of step 2"),
+        "{message}"
+    );
+    fs::write(&file, &whole[..whole.len() - 1]).unwrap();
+    assert!(of_length(Decay::Constant, 4).resume(&folder).is_err());
+    fs::remove_file(&file).unwrap();
+    assert!(of_length(Decay::Constant, 4).resume(&folder).is_err());
+    fs::write(folder.join("optimizer.bpk"), "of an earlier version").unwrap();
+    let message = refused(of_length(Decay::Constant, 4).resume(&folder));
+    assert!(
+        message.contains("as an earlier version wrote it"),
+        "{message}"
+    );
 }
 
 #[rstest]
@@ -368,11 +385,11 @@ fn a_fresh_adapter_changes_nothing_learns_and_comes_back(#[values(false, true)] 
     let bound = if use_dora { 2e-5 } else { 0.0 };
     assert!(max_difference(&before, &after) <= bound);
 
-    let mut trainer = Trainer::new(model, &config, lora, settings(1e-2, 0.0, 4), false);
+    let mut trainer = Trainer::new(model, &config, lora, settings(1e-2, 0.0, 4), false).unwrap();
     let batch = peft_batches().remove(0);
-    let first = trainer.step(std::slice::from_ref(&batch));
+    let first = trainer.step(std::slice::from_ref(&batch)).unwrap().loss;
     let last = (0..3)
-        .map(|_| trainer.step(std::slice::from_ref(&batch)))
+        .map(|_| trainer.step(std::slice::from_ref(&batch)).unwrap().loss)
         .last()
         .unwrap();
     assert!(last < first - 0.1, "{first} to {last}");

@@ -15,7 +15,7 @@ use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, HEAD};
 use burn_nf4_llm::train::data::{Batch, Dataset};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer, latest_checkpoint, remove_run};
+use burn_nf4_llm::train::{MAX_GRAD_NORM, Optim, Settings, Trainer, latest_checkpoint, remove_run};
 use clap::Args;
 
 use crate::model_args::{ModelArgs, Opened, Prepared, at_least, check_rows};
@@ -71,8 +71,14 @@ pub struct FinetuneArgs {
     /// Steps in which the learning rate rises from zero.
     #[arg(long, default_value_t = 0)]
     pub warmup: usize,
+    /// The optimizer.
+    #[arg(long, value_enum, default_value_t = Optim::AdamwTorch)]
+    pub optim: Optim,
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f32,
+    /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
+    #[arg(long, default_value_t = MAX_GRAD_NORM)]
+    pub max_grad_norm: f32,
     /// Rows in one pass: examples, or rows of packed ones.
     #[arg(long, default_value_t = 1)]
     pub batch_size: usize,
@@ -121,6 +127,7 @@ impl FinetuneArgs {
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
         at_least(1, "--save-every", self.save_every.unwrap_or(1))?;
         let decay = f64::from(self.weight_decay);
+        let norm = f64::from(self.max_grad_norm);
         for (name, given, fine, expected) in [
             ("--lr", self.lr, self.lr > 0.0, "a positive number"),
             ("--alpha", self.alpha, self.alpha > 0.0, "a positive number"),
@@ -128,6 +135,12 @@ impl FinetuneArgs {
                 "--weight-decay",
                 decay,
                 decay >= 0.0,
+                "a number of at least 0",
+            ),
+            (
+                "--max-grad-norm",
+                norm,
+                norm >= 0.0,
                 "a number of at least 0",
             ),
         ] {
@@ -209,7 +222,7 @@ impl FinetuneArgs {
         device.seed(self.seed);
         let model = model.with_lora(&lora, &device)?;
         let checkpointing = self.gradient_checkpointing;
-        let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing);
+        let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing)?;
         if let Some(folder) = checkpoint {
             eprintln!("going on from {}", folder.display());
             trainer = trainer.resume(&folder)?;
@@ -300,20 +313,19 @@ impl FinetuneArgs {
                     .step(trainer.step, self.batch_size, self.grad_accum, self.seed);
             let learning_rate = trainer.rate();
             let begun = Instant::now();
-            let loss = trainer.step(&batches);
+            let done = trainer.step(&batches)?;
             let tokens: usize = batches.iter().map(Batch::tokens).sum();
             watch.step(&StepReport {
                 step: trainer.step,
-                loss,
+                loss: done.loss,
                 learning_rate,
                 tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
             })?;
-            if !loss.is_finite() {
-                return Err(ModelError::setting(
-                    format!("the loss of step {}", trainer.step),
-                    loss,
-                    "a finite number: lower the learning rate",
-                ));
+            if done.skipped {
+                eprintln!(
+                    "warning: step {} was left out: its loss is {}, the norm of its gradients {}",
+                    done.number, done.loss, done.grad_norm
+                );
             }
             if let Some(eval) = &data.eval
                 && (trainer.step == total || trainer.step.is_multiple_of(eval_every))
@@ -400,7 +412,9 @@ impl FinetuneArgs {
             total,
         };
         Ok(Settings {
+            optim: self.optim,
             weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
             batch_size: self.batch_size,
             grad_accum: self.grad_accum,
             seq_len: self.data.seq_len,

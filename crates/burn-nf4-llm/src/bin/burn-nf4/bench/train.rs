@@ -43,7 +43,7 @@ pub fn trainer(
     };
     let device = model.device();
     let model = model.with_lora(&lora, &device)?;
-    Ok(Trainer::new(model, config, lora, settings, !keep_all))
+    Trainer::new(model, config, lora, settings, !keep_all)
 }
 
 /// Times steps of training.
@@ -57,7 +57,7 @@ pub fn train(
     let mut times = Vec::new();
     for step in 0..STEPS + 2 {
         let start = Instant::now();
-        let loss = trainer.step(std::slice::from_ref(&batch));
+        let loss = trainer.step(std::slice::from_ref(&batch))?.loss;
         if step >= 2 {
             times.push(start.elapsed());
         }
