@@ -106,7 +106,7 @@ pub use base::{
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use tensor::{
     DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, embedding, expert_linear,
-    linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider,
+    linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider, uses_cublaslt,
 };
 pub(crate) use tensor::{connect_empty, effective_weight};
 

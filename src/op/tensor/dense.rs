@@ -51,12 +51,12 @@ pub fn dense_provider() -> DenseProvider {
         .unwrap_or_default()
 }
 
-/// Whether products on a device go to cuBLASLt.
+/// Whether products on a device go to cuBLASLt, see [`DenseProvider`].
 ///
 /// # Errors
 /// Where cuBLASLt was asked for: [`Nf4Error::Library`] if it cannot be loaded, [`Nf4Error::Variant`] if
 /// the device is not CUDA's or the feature is off.
-pub(super) fn uses_cublaslt(device: &Device) -> Result<bool, Nf4Error> {
+pub fn uses_cublaslt(device: &Device) -> Result<bool, Nf4Error> {
     match dense_provider() {
         DenseProvider::Burn => Ok(false),
         DenseProvider::Auto => Ok(has_cublaslt(device)),

@@ -11,6 +11,7 @@ mod weight;
 pub(super) use check::{check_device, check_dtype};
 pub use dense::{
     DenseProvider, MatmulOptions, dense_provider, matmul, reads_tables, set_dense_provider,
+    uses_cublaslt,
 };
 pub use embedding::embedding;
 pub(crate) use empty::connect_empty;

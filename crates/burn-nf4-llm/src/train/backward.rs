@@ -116,7 +116,7 @@ pub fn backward(
         options.seed_dropout(&device, index);
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
-        grads.accumulate(model, GradientsParams::from_grads(gradients, model));
+        grads.accumulate(layer, GradientsParams::from_grads(gradients, layer));
         options.in_phase(Phase::Backward);
     }
     if let Some(gradient) = flow.filter(|_| model.embed_tokens.is_require_grad()) {

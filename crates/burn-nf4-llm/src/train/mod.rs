@@ -19,8 +19,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::DType;
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -243,7 +244,7 @@ impl Trainer {
         settings: Settings,
         checkpointing: bool,
     ) -> Result<Self, ModelError> {
-        let (optimizer, model) = Optimizer::new(model, settings.adamw(), settings.optim.into())?;
+        let (optimizer, model) = optimizer_of(model, &settings)?;
         Ok(Self {
             rope: model.rope_tables(config),
             model,
@@ -324,9 +325,10 @@ impl Trainer {
 
     /// Saves the adapter in PEFT's form.
     pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
+        let model = self.optimizer.to_save(self.model.clone());
         let adapter = match &self.adapter {
-            Some(adapter) => self.model.extract_into(adapter.clone())?,
-            None => self.model.extract_adapter(&self.lora)?,
+            Some(adapter) => model.extract_into(adapter.clone())?,
+            None => model.extract_adapter(&self.lora)?,
         };
         adapter.save(folder)?;
         Ok(())
@@ -368,14 +370,20 @@ impl Trainer {
         let model = base.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
         let settings = &self.settings;
-        let (mut optimizer, model) =
-            Optimizer::new(model, settings.adamw(), settings.optim.into())?;
+        let (mut optimizer, model) = optimizer_of(model, &settings)?;
         self.model = optimizer.load(folder, state.step, model)?;
         self.optimizer = optimizer;
         self.step = state.step;
         self.skipped = state.skipped;
         Ok(self)
     }
+}
+
+/// The optimizer of a model, and the model with its parameters there.
+fn optimizer_of(model: Decoder, settings: &Settings) -> Result<(Optimizer, Decoder), ModelError> {
+    let in_bf16 = model.dtype() == DType::BF16 && uses_cublaslt(&model.device())?;
+    let of_branches = in_bf16.then_some(DType::BF16);
+    Optimizer::new(model, settings.adamw(), settings.optim.into(), of_branches)
 }
 
 /// The checkpoint of a folder that was saved last.

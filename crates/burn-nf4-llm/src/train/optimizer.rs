@@ -35,11 +35,17 @@ struct Trained {
     /// Its path in the model.
     path: String,
     shape: Vec<usize>,
+    /// The type in which the model has it.
     dtype: DType,
+    /// The type in which it is saved.
+    kept: DType,
 }
 
 /// AdamW over all parameters of a model that want a gradient. In f32 they are views of its buffer of values;
 /// others are casts of them.
+///
+/// Branches of a model in bf16 whose products are cuBLASLt's are handed out in bf16: they are rounded to it for
+/// each product anyway, as by PyTorch's autocast.
 #[derive(Debug)]
 pub struct Optimizer {
     trained: Vec<Trained>,
@@ -53,6 +59,8 @@ pub struct Optimizer {
 impl Optimizer {
     /// An optimizer of the parameters of a model that want a gradient, and the model with its parameters there.
     ///
+    /// - `of_branches`: the type in which the model has the matrices of low-rank branches that are in f32
+    ///
     /// # Errors
     /// [`ModelError::Nf4`] if the model has none, for settings that make no sense, and unless all are in f16, bf16
     /// or f32 and on one device.
@@ -60,9 +68,13 @@ impl Optimizer {
         model: M,
         settings: AdamWSettings,
         moments: AdamWMoments,
+        of_branches: Option<DType>,
     ) -> Result<(Self, M), ModelError> {
         settings.check()?;
-        let mut collected = Collected::default();
+        let mut collected = Collected {
+            of_branches,
+            ..Collected::default()
+        };
         model.visit(&mut collected);
         let Collected {
             trained, values, ..
@@ -131,6 +143,16 @@ impl Optimizer {
         model.map(&mut Values {
             optimizer: self,
             flat: HashMap::new(),
+            saves: false,
+        })
+    }
+
+    /// The model with its parameters in the types in which they came.
+    pub fn to_save<M: Module>(&self, model: M) -> M {
+        model.map(&mut Values {
+            optimizer: self,
+            flat: HashMap::new(),
+            saves: true,
         })
     }
 
@@ -191,6 +213,7 @@ impl Optimizer {
 /// What a model trains.
 #[derive(Default)]
 struct Collected {
+    of_branches: Option<DType>,
     path: Vec<String>,
     trained: Vec<Trained>,
     values: Vec<Tensor<1>>,
@@ -211,11 +234,17 @@ impl ModuleVisitor for Collected {
             return;
         }
         let value = param.val().inner();
+        let name = self.path.last().map(String::as_str);
+        let of_branch = matches!(name, Some("lora_a" | "lora_b")) && value.dtype() == DType::F32;
         self.trained.push(Trained {
             id: param.id,
             path: self.path.join("."),
             shape: value.dims().into(),
-            dtype: value.dtype(),
+            dtype: match self.of_branches.filter(|_| of_branch) {
+                Some(dtype) => dtype,
+                None => value.dtype(),
+            },
+            kept: value.dtype(),
         });
         self.values.push(value.flatten(0, D - 1));
     }
@@ -242,6 +271,8 @@ struct Values<'a> {
     optimizer: &'a Optimizer,
     /// The flat buffer in each type that is met.
     flat: HashMap<DType, Tensor<1>>,
+    /// Whether it is to be saved.
+    saves: bool,
 }
 
 impl ModuleMapper for Values<'_> {
@@ -260,8 +291,12 @@ impl ModuleMapper for Values<'_> {
             Ok(shape) => shape,
             Err(_) => unreachable!("a parameter keeps its rank"),
         };
-        let values = self.flat.entry(one.dtype);
-        let values = values.or_insert_with(|| flat.values(one.dtype));
+        let dtype = match self.saves {
+            true => one.kept,
+            false => one.dtype,
+        };
+        let values = self.flat.entry(dtype);
+        let values = values.or_insert_with(|| flat.values(dtype));
         replaced(param, flat.view(values, number, shape))
     }
 }

@@ -68,7 +68,7 @@ fn without_decay() -> AdamWSettings {
 }
 
 fn new(model: Weights) -> Result<(Optimizer, Weights), ModelError> {
-    Optimizer::new(model, without_decay(), AdamWMoments::F32)
+    Optimizer::new(model, without_decay(), AdamWMoments::F32, None)
 }
 
 /// In bf16 a step of 1/1024 is lost on a parameter of 1, were it not for the values in f32.
