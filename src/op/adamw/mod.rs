@@ -332,6 +332,44 @@ impl FlatAdamW {
         Ok(all)
     }
 
+    /// The tensors that have gradients since the last step, by their numbers.
+    pub fn with_gradients(&self) -> Vec<usize> {
+        let all = self.has_gradient.iter().enumerate();
+        all.filter(|&(_, &has)| has)
+            .map(|(tensor, _)| tensor)
+            .collect()
+    }
+
+    /// Says that tensors have gradients now, which the device has added without the host: a recorded pass that was
+    /// replayed.
+    ///
+    /// # Panics
+    /// If there is no such tensor.
+    pub fn set_with_gradients(&mut self, tensors: &[usize]) {
+        for &tensor in tensors {
+            self.has_gradient[tensor] = true;
+        }
+    }
+
+    /// Drops the gradients that were accumulated; their buffer is set to zeros in place.
+    pub fn drop_gradients(&mut self) {
+        let zeros = Tensor::zeros([self.layout.elems()], (&self.device, DType::F32));
+        let grads = self.grads.take();
+        #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
+        let grads = grads.slice_assign([0..self.layout.elems()], zeros);
+        self.grads.put(grads);
+        self.has_gradient.fill(false);
+    }
+
+    /// Sums of the values and of the gradients, `[2]`, f32: whether a recorded pass reads and writes the buffers
+    /// that are here.
+    pub fn sums(&self) -> Tensor<1> {
+        Tensor::cat(
+            vec![self.values.tensor().sum(), self.grads.tensor().abs().sum()],
+            0,
+        )
+    }
+
     /// Makes a step with the gradients that were accumulated since the last, and sets them to zero. The host waits
     /// for nothing; [`report`](Self::report) says what became of it.
     ///

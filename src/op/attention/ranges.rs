@@ -94,6 +94,21 @@ impl KeyRanges {
         Ok(Self { ranges, keys })
     }
 
+    /// Writes other ranges of the same sizes into the buffer of these, where nobody else holds it: what a recorded
+    /// pass reads.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Shape`] if they are of other sizes.
+    pub fn write(&mut self, other: Self) -> Result<(), Nf4Error> {
+        let shape = self.ranges.dims();
+        check_shape("ranges", &shape, &other.ranges.dims())?;
+        check_shape("keys", &[self.keys], &[other.keys])?;
+        let all = shape.map(|dim| 0..dim);
+        self.ranges
+            .inplace(|held| held.slice_assign(all, other.ranges));
+        Ok(())
+    }
+
     /// Queries of a row.
     pub fn queries(&self) -> usize {
         self.ranges.dims()[1]

@@ -22,7 +22,7 @@ use crate::model::{Decoder, RopeTables};
 pub(super) const RUNS: usize = 4;
 
 /// Held while a step is recorded: what another recording does before would break off one of CUDA.
-static RECORDING: Mutex<()> = Mutex::new(());
+pub(crate) static RECORDING: Mutex<()> = Mutex::new(());
 
 /// What is recorded.
 type Step<'a> = Box<dyn FnMut() -> Output + 'a>;

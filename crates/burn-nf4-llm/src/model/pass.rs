@@ -88,6 +88,31 @@ impl Pass {
         }
     }
 
+    /// Whether [`write`](Self::write) takes the other: all of it has the same sizes.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let ranges = |pass: &Self| -> Vec<_> {
+            let all = pass.ranges.iter();
+            all.map(|(window, ranges)| (*window, ranges.tensor().dims(), ranges.keys()))
+                .collect()
+        };
+        let rotations =
+            |pass: &Self| -> Vec<_> { pass.rotations.iter().map(Rotation::dims).collect() };
+        ranges(self) == ranges(other) && rotations(self) == rotations(other)
+    }
+
+    /// Writes another pass of the same sizes into the buffers of this one, where nobody else holds them.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub(crate) fn write(&mut self, other: Self) {
+        for (held, rotation) in self.rotations.iter_mut().zip(other.rotations) {
+            held.write(rotation);
+        }
+        for ((_, held), (_, ranges)) in self.ranges.iter_mut().zip(other.ranges) {
+            held.write(ranges).expect("the same sizes");
+        }
+    }
+
     /// `[batch]`: where the cache gets the keys and values of each row, if that is not at its end.
     pub(super) fn position(&self) -> Option<&Tensor<1, Int>> {
         self.position.as_ref()

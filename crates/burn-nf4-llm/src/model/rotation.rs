@@ -236,6 +236,19 @@ impl RopeTable {
 }
 
 impl Rotation {
+    /// `[batch or 1, length, rotary_dim]`.
+    pub(super) fn dims(&self) -> [usize; 3] {
+        self.cos.dims()
+    }
+
+    /// Writes other tables of the same sizes into the buffers of these.
+    pub(super) fn write(&mut self, other: Self) {
+        let all = self.cos.dims().map(|dim| 0..dim);
+        self.cos
+            .inplace(|held| held.slice_assign(all.clone(), other.cos));
+        self.sin.inplace(|held| held.slice_assign(all, other.sin));
+    }
+
     /// Rotates queries or keys, `[batch, heads, length, head_dim]`, or the first elements of each, in the
     /// type of the tables.
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {

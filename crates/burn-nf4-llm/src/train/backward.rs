@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_nf4::op::Seed;
 
 use crate::model::Pass;
@@ -45,36 +45,65 @@ pub struct Inputs {
     pub ids: Tensor<2, Int>,
     /// `[rows * length]`: what each position predicts.
     pub labels: Tensor<1, Int>,
+    /// `[1]`, f32: what the sum of the losses is multiplied by.
+    pub factor: Tensor<1>,
     /// Positions, and which tokens see which.
     pub pass: Pass,
 }
 
 impl Inputs {
-    /// Those of a batch.
-    pub fn new(batch: &Batch, model: &Decoder, rope: &mut RopeTables) -> Self {
+    /// Those of a batch whose losses are divided by `targets`.
+    pub fn new(batch: &Batch, targets: usize, model: &Decoder, rope: &mut RopeTables) -> Self {
         let device = model.device();
         let ids = TensorData::new(batch.ids.clone(), [batch.rows, batch.length]);
         let labels = TensorData::new(batch.labels().to_vec(), [batch.rows * batch.length]);
+        let factor = TensorData::new(vec![(1.0 / targets as f64) as f32], [1]);
         Self {
             ids: Tensor::from_data(ids, &device),
             labels: Tensor::from_data(labels, &device),
+            factor: Tensor::from_data(factor, (&device, DType::F32)),
             pass: batch.pass(model, rope),
         }
     }
+
+    /// Whether [`write`](Self::write) takes the other.
+    pub fn is_like(&self, other: &Self) -> bool {
+        self.ids.dims() == other.ids.dims() && self.pass.is_like(&other.pass)
+    }
+
+    /// Writes others of the same sizes into the buffers of these, where nobody else holds them.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
+    pub fn write(&mut self, other: Self) {
+        let [rows, length] = self.ids.dims();
+        self.ids
+            .inplace(|held| held.slice_assign([0..rows, 0..length], other.ids));
+        self.labels
+            .inplace(|held| held.slice_assign([0..rows * length], other.labels));
+        self.factor
+            .inplace(|held| held.slice_assign([0..1], other.factor));
+        self.pass.write(other.pass);
+    }
 }
 
-/// The loss of a batch, divided by `targets`, and its gradients added to `grads`.
+/// The loss of a batch, in f32, and its gradients added to `grads`.
 ///
-/// The loss is the mean cross-entropy, in f32, if `targets` are those of this batch; with those of
+/// The loss is the mean cross-entropy, if the targets of the inputs are those of this batch; with those of
 /// all batches of a step, the sum over the batches is the mean over the step.
 pub fn backward(
     model: &Decoder,
     inputs: Inputs,
-    targets: usize,
     options: PassOptions<'_>,
     grads: &mut Optimizer,
 ) -> Tensor<1> {
-    let Inputs { ids, labels, pass } = inputs;
+    let Inputs {
+        ids,
+        labels,
+        factor,
+        pass,
+    } = inputs;
     let device = model.device();
     let x = model.embed(ids.clone());
     if !options.checkpointing {
@@ -84,7 +113,7 @@ pub fn backward(
             residual = layer.add_to(residual, &pass, None);
             options.in_phase(Phase::Forward);
         }
-        let loss = loss(model, residual.sum(), labels, targets);
+        let loss = loss(model, residual.sum(), labels, factor);
         options.in_phase(Phase::Loss);
         let gradients = GradientsParams::from_grads(loss.backward(), model);
         grads.accumulate(model, gradients);
@@ -103,7 +132,7 @@ pub fn backward(
         options.in_phase(Phase::Forward);
     }
     let x = x.require_grad();
-    let loss = loss(model, x.clone(), labels, targets);
+    let loss = loss(model, x.clone(), labels, factor);
     let mut gradients = loss.backward();
     let mut flow = x.grad_remove(&mut gradients);
     grads.accumulate(model, GradientsParams::from_grads(gradients, model));

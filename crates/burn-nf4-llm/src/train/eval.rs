@@ -32,13 +32,19 @@ impl Trainer {
         let mut rope = self.rope.on(&device);
         let (mut sum, mut targets) = (0.0, 0);
         for batch in batches {
-            let Inputs { ids, labels, pass } = Inputs::new(&batch, &model, &mut rope);
+            let of_batch = batch.targets();
+            let inputs = Inputs::new(&batch, of_batch, &model, &mut rope);
+            let Inputs {
+                ids,
+                labels,
+                factor,
+                pass,
+            } = inputs;
             let mut x = model.embed(ids);
             for layer in &model.layers {
                 x = layer.forward(x, &pass, None);
             }
-            let of_batch = batch.targets();
-            let mean = loss(&model, x, labels, of_batch).into_scalar::<f32>();
+            let mean = loss(&model, x, labels, factor).into_scalar::<f32>();
             sum += f64::from(mean) * of_batch as f64;
             targets += of_batch;
         }

@@ -9,14 +9,14 @@ use burn_nf4::op::{
 use crate::model::Decoder;
 use crate::train::data::NO_LABEL;
 
-/// The cross-entropy of all positions that have a label, in f32, summed, over `targets`. The logits of all
+/// The cross-entropy of all positions that have a label, in f32: their sum times `factor`. The logits of all
 /// positions are never held at once.
 ///
 /// # Shapes
 /// - `x`: `[rows, length, hidden_size]`, the output of the last layer
 /// - `labels`: `[rows * length]`, [`NO_LABEL`] or a token of the vocabulary
-/// - returns `[1]`
-pub fn loss(model: &Decoder, x: Tensor<3>, labels: Tensor<1, Int>, targets: usize) -> Tensor<1> {
+/// - `factor`: `[1]`, f32, and so the result
+pub fn loss(model: &Decoder, x: Tensor<3>, labels: Tensor<1, Int>, factor: Tensor<1>) -> Tensor<1> {
     let [rows, length, hidden_size] = x.dims();
     let x = model.norm.forward(x).reshape([rows * length, hidden_size]);
     let options = LinearCrossEntropyOptions {
@@ -33,7 +33,7 @@ pub fn loss(model: &Decoder, x: Tensor<3>, labels: Tensor<1, Int>, targets: usiz
         Some(head) => nn::linear_cross_entropy(head, x, labels, &options),
         None => linear_cross_entropy(x, model.embed_tokens.val(), None, labels, &options),
     };
-    sum.expect("the head fits, and labels are tokens") * (1.0 / targets as f64)
+    sum.expect("the head fits, and labels are tokens") * factor
 }
 
 #[cfg(test)]
@@ -62,7 +62,8 @@ mod tests {
         let x = x.require_grad();
         let none = NO_LABEL;
         let labels = Tensor::from_ints([6, 7, none, 9, none, none], &device);
-        let ours = loss(&model, x.clone(), labels, 3);
+        let third = Tensor::from_floats([1.0 / 3.0], &device);
+        let ours = loss(&model, x.clone(), labels, third);
 
         let log = log_softmax(model.head(x.clone()).cast(DType::F32), 2);
         let chosen = [(0, 0, 6), (0, 1, 7), (1, 0, 9)].map(|(row, position, token)| {

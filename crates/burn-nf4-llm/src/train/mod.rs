@@ -10,16 +10,20 @@ mod optimizer_file;
 mod packing;
 mod phases;
 mod records;
+mod replay;
 pub mod schedule;
 
 pub use eval::Evaluation;
 pub use phases::{Phase, PhaseHook};
+pub use replay::Passes;
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
@@ -34,6 +38,7 @@ use crate::model::config::DecoderConfig;
 use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::Optimizer;
+use crate::train::replay::{Replays, SharedOptimizer};
 use crate::train::schedule::{Decay, Schedule};
 
 /// The largest norm of gradients where none is asked for: that of transformers' trainer.
@@ -189,13 +194,17 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
 pub struct Trainer {
     /// What is trained. The values of its trained parameters are the optimizer's: a step puts them in anew.
     pub model: Decoder,
-    optimizer: Optimizer,
+    optimizer: SharedOptimizer,
+    replays: Replays,
     rope: RopeTables,
     lora: LoraConfig,
     /// The adapter that the run went on from, with all that is not trained.
     adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
+    /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
+    /// other. Not with dropout, and not while somebody is told of phases.
+    pub capture: bool,
     /// Is told of the phases of a step.
     pub on_phase: Option<PhaseHook>,
     /// Steps done, those that were left out included.
@@ -248,11 +257,13 @@ impl Trainer {
         Ok(Self {
             rope: model.rope_tables(config),
             model,
-            optimizer,
+            optimizer: Rc::new(RefCell::new(optimizer)),
+            replays: Replays::default(),
             lora,
             adapter: None,
             settings,
             checkpointing,
+            capture: true,
             on_phase: None,
             step: 0,
             skipped: 0,
@@ -274,18 +285,7 @@ impl Trainer {
         let targets = batches.iter().map(Batch::targets).sum();
         let mut loss = None;
         for (index, batch) in batches.iter().enumerate() {
-            let options = PassOptions {
-                checkpointing: self.checkpointing,
-                dropout_seed: (self.lora.lora_dropout > 0.0).then(|| self.dropout_seed(index)),
-                on_phase: self.on_phase.as_ref(),
-            };
-            let part = backward(
-                &self.model,
-                Inputs::new(batch, &self.model, &mut self.rope),
-                targets,
-                options,
-                &mut self.optimizer,
-            );
+            let part = self.pass(batch, targets, index);
             loss = Some(match loss {
                 Some(sum) => sum + part,
                 None => part,
@@ -293,8 +293,12 @@ impl Trainer {
         }
         let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
         let rate = self.rate();
-        self.optimizer.step(rate, &mut self.model, loss)?;
-        let report = self.optimizer.report().expect("a step was made");
+        let report = {
+            let mut optimizer = self.optimizer.borrow_mut();
+            optimizer.step(rate, &mut self.model, loss)?;
+            optimizer.report().expect("a step was made")
+        };
+        self.replays.check(&self.model.device())?;
         if let Some(on_phase) = &self.on_phase {
             on_phase(Phase::Step);
         }
@@ -317,6 +321,35 @@ impl Trainer {
         Ok(step)
     }
 
+    /// The loss of a batch of a step, and its gradients to the optimizer.
+    fn pass(&mut self, batch: &Batch, targets: usize, index: usize) -> Tensor<1> {
+        let mut inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
+        let dropout = self.lora.lora_dropout > 0.0;
+        // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
+        if !dropout && self.on_phase.is_none() && self.capture {
+            let (model, optimizer) = (&self.model, &self.optimizer);
+            let run = self
+                .replays
+                .run(model, optimizer, inputs, self.checkpointing, index == 0);
+            match run {
+                Ok(loss) => return loss,
+                Err(given) => inputs = given,
+            }
+        }
+        let options = PassOptions {
+            checkpointing: self.checkpointing,
+            dropout_seed: dropout.then(|| self.dropout_seed(index)),
+            on_phase: self.on_phase.as_ref(),
+        };
+        let mut optimizer = self.optimizer.borrow_mut();
+        backward(&self.model, inputs, options, &mut optimizer).inner()
+    }
+
+    /// How passes over batches of the last size are made.
+    pub fn passes(&self) -> Passes {
+        self.replays.passes()
+    }
+
     /// Apart for every batch of the run, with room for one seed a layer.
     fn dropout_seed(&self, batch: usize) -> u64 {
         let count = self.step * self.settings.grad_accum + batch;
@@ -325,7 +358,7 @@ impl Trainer {
 
     /// Saves the adapter in PEFT's form.
     pub fn save_adapter(&self, folder: &Path) -> Result<(), ModelError> {
-        let model = self.optimizer.to_save(self.model.clone());
+        let model = self.optimizer.borrow().to_save(self.model.clone());
         let adapter = match &self.adapter {
             Some(adapter) => model.extract_into(adapter.clone())?,
             None => model.extract_adapter(&self.lora)?,
@@ -345,7 +378,7 @@ impl Trainer {
             }
         }
         self.save_adapter(&part)?;
-        self.optimizer.save(&part, self.step)?;
+        self.optimizer.borrow_mut().save(&part, self.step)?;
         let state = State {
             step: self.step,
             skipped: self.skipped,
@@ -372,7 +405,8 @@ impl Trainer {
         let settings = &self.settings;
         let (mut optimizer, model) = optimizer_of(model, &settings)?;
         self.model = optimizer.load(folder, state.step, model)?;
-        self.optimizer = optimizer;
+        self.optimizer = Rc::new(RefCell::new(optimizer));
+        self.replays = Replays::default();
         self.step = state.step;
         self.skipped = state.skipped;
         Ok(self)

@@ -124,14 +124,38 @@ impl Optimizer {
         if let Some(error) = self.refused.take() {
             return Err(error.into());
         }
-        let device = self.flat.device();
-        let nothing = Tensor::zeros([1], (&device, DType::F32));
-        let numbers = &self.numbers;
         // Views of the values would keep them from being written in place.
-        *model = model.clone().map(&mut Released { numbers, nothing });
+        *model = self.without_values(model.clone());
         let made = self.flat.step(rate, &self.settings, loss);
         *model = self.with_values(model.clone());
         Ok(made?)
+    }
+
+    /// The model with something else in the place of its parameters.
+    pub(super) fn without_values<M: Module>(&self, model: M) -> M {
+        let nothing = Tensor::zeros([1], (&self.flat.device(), DType::F32));
+        let numbers = &self.numbers;
+        model.map(&mut Released { numbers, nothing })
+    }
+
+    /// See [`FlatAdamW::sums`].
+    pub(super) fn sums(&self) -> Tensor<1> {
+        self.flat.sums()
+    }
+
+    /// See [`FlatAdamW::with_gradients`].
+    pub(super) fn with_gradients(&self) -> Vec<usize> {
+        self.flat.with_gradients()
+    }
+
+    /// See [`FlatAdamW::set_with_gradients`].
+    pub(super) fn set_with_gradients(&mut self, tensors: &[usize]) {
+        self.flat.set_with_gradients(tensors);
+    }
+
+    /// See [`FlatAdamW::drop_gradients`].
+    pub(super) fn drop_gradients(&mut self) {
+        self.flat.drop_gradients();
     }
 
     /// Waits for the last step and says what became of it, once.
@@ -139,7 +163,8 @@ impl Optimizer {
         self.flat.report()
     }
 
-    fn with_values<M: Module>(&self, model: M) -> M {
+    /// The model with its parameters there.
+    pub(super) fn with_values<M: Module>(&self, model: M) -> M {
         model.map(&mut Values {
             optimizer: self,
             flat: HashMap::new(),

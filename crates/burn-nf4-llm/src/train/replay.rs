@@ -1,0 +1,190 @@
+//! A pass over a batch, forward and backward, as one graph that the device replays.
+//!
+//! A pass is thousands of launches, and for few tokens they take the host longer than the device. Where batches
+//! of one size follow each other it is recorded once. What changes from pass to pass lies in buffers on the
+//! device: tokens, labels and positions, which are written to before it, and the values and the gradients of the
+//! optimizer, which are written in place.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::PoisonError;
+
+use burn::tensor::{Device, Graph, Tensor, capture};
+use burn_nf4::op::has_graphs;
+
+use crate::error::ModelError;
+use crate::generate::replay::RECORDING;
+use crate::model::Decoder;
+use crate::train::backward::{Inputs, PassOptions, backward};
+use crate::train::optimizer::Optimizer;
+
+/// The optimizer, which a recorded pass shares.
+pub(super) type SharedOptimizer = Rc<RefCell<Optimizer>>;
+
+type Run = Box<dyn FnMut() -> Output>;
+
+/// What a pass gives.
+struct Output {
+    loss: Tensor<1>,
+    /// `[2]`: sums of the values and of the gradients that it begins with.
+    sums: Tensor<1>,
+}
+
+/// How the passes of a run are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Passes {
+    /// Launch by launch: the device has no graphs, or no two batches of one size have followed each other.
+    Launched,
+    /// Launch by launch, though the device has graphs: it has broken off a recording.
+    NotRecorded,
+    /// As replays of a recorded one.
+    Replayed,
+}
+
+/// A recorded pass.
+struct Recorded {
+    inputs: Rc<RefCell<Inputs>>,
+    graph: Graph<Output, Run>,
+    /// The tensors that have gradients after it.
+    trained: Vec<usize>,
+}
+
+/// Passes of a run that are recorded: those over the last size of batches that came twice in a row.
+#[derive(Default)]
+pub(super) struct Replays {
+    recorded: Option<Recorded>,
+    /// Those of the last pass that was launched.
+    last: Option<Inputs>,
+    /// Whether a device that says that it records did not.
+    failed: bool,
+    /// The sums that the last replay should have begun with, and those that it did.
+    unchecked: Vec<[Tensor<1>; 2]>,
+}
+
+impl Replays {
+    /// Makes the pass by a replay, if it was recorded, or records it.
+    ///
+    /// - `is_first`: whether no gradients of this step are there yet, which a recording would spoil
+    ///
+    /// Returns the loss, `[1]`, or the inputs, if it is to be launched.
+    pub fn run(
+        &mut self,
+        model: &Decoder,
+        optimizer: &SharedOptimizer,
+        inputs: Inputs,
+        checkpointing: bool,
+        is_first: bool,
+    ) -> Result<Tensor<1>, Inputs> {
+        let device = model.device().without_autodiff();
+        if self.failed || !has_graphs(&device) {
+            return Err(inputs);
+        }
+        let known = |recorded: &Recorded| recorded.inputs.borrow().is_like(&inputs);
+        if !self.recorded.as_ref().is_some_and(known) {
+            let came_before = self.last.as_ref().is_some_and(|last| last.is_like(&inputs));
+            if !(came_before && is_first) {
+                self.last = Some(inputs.clone());
+                return Err(inputs);
+            }
+            // The pages of another are of no use to it.
+            self.recorded = None;
+            let recorded = Recorded::new(model, optimizer, inputs.clone(), checkpointing, &device);
+            self.failed = recorded.is_none();
+            self.recorded = recorded;
+        }
+        let Some(recorded) = &mut self.recorded else {
+            return Err(inputs);
+        };
+        recorded.inputs.borrow_mut().write(inputs);
+        let before = optimizer.borrow().sums();
+        // SAFETY: what `Graph::replay` asks for is there.
+        // - What the launches touch is alive: the frozen weights are those of the model that the closure holds,
+        //   the values and gradients those of the optimizer that it shares, the inputs and the output belong to
+        //   it; the intermediates lie on pages that cubecl keeps from others as long as the graph lives.
+        // - All of it is this thread's alone, as `Rc` is not `Send`, and replays, writes and reads follow each
+        //   other on its stream.
+        // - Where a value or a gradient moved to another buffer, the sums tell, see `check`.
+        let Output { loss, sums } = unsafe { recorded.graph.replay() };
+        // Copies: the next replay overwrites them.
+        let (loss, sums) = (loss.clone() + 0.0, sums.clone() + 0.0);
+        self.unchecked.push([before, sums]);
+        optimizer.borrow_mut().set_with_gradients(&recorded.trained);
+        Ok(loss)
+    }
+
+    /// Checks that the replays of a step began with the values and the gradients that were there. The
+    /// optimizer copies its values if somebody holds a clone of the model's, and a replay reads the old ones.
+    ///
+    /// # Errors
+    /// [`ModelError::Replay`].
+    pub fn check(&mut self, device: &Device) -> Result<(), ModelError> {
+        for sums in std::mem::take(&mut self.unchecked) {
+            let [expected, given] = sums.map(|sums| sums.into_data().iter().collect::<Vec<f32>>());
+            let bits =
+                |sums: &[f32]| -> Vec<u32> { sums.iter().map(|sum| sum.to_bits()).collect() };
+            if bits(&expected) != bits(&given) {
+                let message = format!(
+                    "a training pass read values and gradients of the sums {given:?}, expected {expected:?}: \
+                     parameters of the trainer's model must not be held across a step"
+                );
+                self.recorded = None;
+                return Err(ModelError::replay(device, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// How the passes are made.
+    pub fn passes(&self) -> Passes {
+        match (&self.recorded, self.failed) {
+            (Some(_), _) => Passes::Replayed,
+            (None, false) => Passes::Launched,
+            (None, true) => Passes::NotRecorded,
+        }
+    }
+}
+
+impl Recorded {
+    /// Records a pass, if the device does so. Gradients that were there are dropped.
+    fn new(
+        model: &Decoder,
+        optimizer: &SharedOptimizer,
+        inputs: Inputs,
+        checkpointing: bool,
+        device: &Device,
+    ) -> Option<Self> {
+        // Without the values: it would hold them across steps.
+        let model = optimizer.borrow().without_values(model.clone());
+        let inputs = Rc::new(RefCell::new(inputs));
+        let (of_graph, shared) = (inputs.clone(), optimizer.clone());
+        let run: Run = Box::new(move || {
+            let mut optimizer = shared.borrow_mut();
+            let model = optimizer.with_values(model.clone());
+            let sums = optimizer.sums();
+            let inputs = of_graph.borrow().clone();
+            let options = PassOptions {
+                checkpointing,
+                dropout_seed: None,
+                on_phase: None,
+            };
+            let loss = backward(&model, inputs, options, &mut optimizer);
+            Output {
+                loss: loss.inner(),
+                sums,
+            }
+        });
+        let graph = {
+            let _alone = RECORDING.lock().unwrap_or_else(PoisonError::into_inner);
+            capture(device, run)
+        };
+        let mut optimizer = optimizer.borrow_mut();
+        let trained = optimizer.with_gradients();
+        optimizer.drop_gradients();
+        graph.is_hardware().then_some(Self {
+            inputs,
+            graph,
+            trained,
+        })
+    }
+}
