@@ -147,7 +147,7 @@ fn main() {
     } = args;
     println!("{device:?}, {dtype:?}, {rows} x {hidden} x {vocabulary}");
     let random = |shape: [usize; 2], deviation| {
-        let tensor = Tensor::random(shape, Distribution::Normal(0.0, deviation), &device);
+        let tensor = Tensor::<2>::random(shape, Distribution::Normal(0.0, deviation), &device);
         tensor.cast(dtype).detach()
     };
     let weight = random([vocabulary, hidden], 0.02);
