@@ -293,39 +293,38 @@ fn trained<const D: usize>(shape: [usize; D], is_trained: bool, device: &Device)
 fn a_linear_map_has_the_loss_of_its_logits(device: &Device) {
     let device = device.clone().autodiff();
     let numbers = targets(ROWS, VOCABULARY, OPTIONS[5].ignore_index);
-    for [of_x, of_weight, of_bias] in [
-        [true, false, false],
-        [true, true, true],
-        [false, true, false],
-        [false, false, true],
+    let (sum, mean) = (LossReduction::Sum, LossReduction::Mean);
+    for ([of_x, of_weight, of_bias], chunk_bytes, reduction) in [
+        ([true, true, true], CHUNKS[0], sum),
+        ([true, true, true], CHUNKS[1], mean),
+        ([true, true, true], CHUNKS[2], sum),
+        ([true, true, true], CHUNKS[3], mean),
+        ([true, false, false], CHUNKS[1], mean),
+        ([false, true, false], CHUNKS[1], sum),
+        ([false, false, true], CHUNKS[1], mean),
     ] {
-        for chunk_bytes in CHUNKS {
-            for reduction in [LossReduction::Sum, LossReduction::Mean] {
-                let what = format!("{of_x} {of_weight} {of_bias} {chunk_bytes} {reduction:?}");
-                let options = options(chunk_bytes, reduction);
-                let x = trained([ROWS, HIDDEN], of_x, &device);
-                let weight = trained([VOCABULARY, HIDDEN], of_weight, &device);
-                let bias = trained([VOCABULARY], of_bias, &device);
-                let ids = ints(&numbers, DType::I32, &device);
-                let of_x_bias = Some(bias.clone());
-                let ours =
-                    linear_cross_entropy(x.clone(), weight.clone(), of_x_bias, ids, &options);
-                let ours = ours.expect("it fits");
-                assert_eq!((ours.dims(), ours.dtype()), ([1], DType::F32));
-                let logits = x.clone().matmul(weight.clone().transpose());
-                let theirs = composed(logits + bias.clone().unsqueeze(), &numbers, &options);
-                assert_near(&values(&ours), &values(&theirs), 1e-5, &what);
-                let both = [ours, theirs].map(|loss| (loss * 0.7).backward());
-                let both = both.each_ref();
-                for (is_trained, matrix) in [(of_x, &x), (of_weight, &weight)] {
-                    if is_trained {
-                        assert_same(matrix, both, &what);
-                    }
-                }
-                if of_bias {
-                    assert_same(&bias, both, &what);
-                }
+        let what = format!("{of_x} {of_weight} {of_bias} {chunk_bytes} {reduction:?}");
+        let options = options(chunk_bytes, reduction);
+        let x = trained([ROWS, HIDDEN], of_x, &device);
+        let weight = trained([VOCABULARY, HIDDEN], of_weight, &device);
+        let bias = trained([VOCABULARY], of_bias, &device);
+        let ids = ints(&numbers, DType::I32, &device);
+        let with_bias = Some(bias.clone());
+        let ours = linear_cross_entropy(x.clone(), weight.clone(), with_bias, ids, &options);
+        let ours = ours.expect("it fits");
+        assert_eq!((ours.dims(), ours.dtype()), ([1], DType::F32));
+        let logits = x.clone().matmul(weight.clone().transpose());
+        let theirs = composed(logits + bias.clone().unsqueeze(), &numbers, &options);
+        assert_near(&values(&ours), &values(&theirs), 1e-5, &what);
+        let both = [ours, theirs].map(|loss| (loss * 0.7).backward());
+        let both = both.each_ref();
+        for (is_trained, matrix) in [(of_x, &x), (of_weight, &weight)] {
+            if is_trained {
+                assert_same(matrix, both, &what);
             }
+        }
+        if of_bias {
+            assert_same(&bias, both, &what);
         }
     }
 }
@@ -488,7 +487,7 @@ fn heads_of_every_form_have_the_loss_of_their_logits(device: &Device) {
     let numbers = targets(ROWS, VOCABULARY, OPTIONS[5].ignore_index);
     for form in FORMS {
         let head = head(form, &device);
-        for chunk_bytes in CHUNKS {
+        for chunk_bytes in [CHUNKS[1], CHUNKS[3]] {
             let what = format!("{form:?} {chunk_bytes}");
             let options = options(chunk_bytes, LossReduction::Mean);
             let x = trained([ROWS, HIDDEN], true, &device);
