@@ -164,19 +164,24 @@ impl Case {
         }
     }
 
-    /// In plain operations, in f32.
+    /// In plain operations, in f32, on the host: on CUDA Burn multiplies in TF32.
     fn expected(&self, x: &Tensor<2>, [a, b]: [Tensor<2>; 2]) -> Tensor<2> {
+        let host = &x.device();
         let dense = self
             .weight
             .dequantize::<2>(FloatType::F32)
             .expect("it can be decoded");
-        let dense = dense.to_device(&x.device());
+        let dense = on_host(dense, host);
         let y = x.clone().matmul(dense.transpose()) + x.clone().matmul(a).matmul(b) * SCALE;
         match &self.bias {
-            Some(bias) => y + bias.clone().unsqueeze(),
+            Some(bias) => y + on_host(bias.clone(), host).unsqueeze(),
             None => y,
         }
     }
+}
+
+fn on_host<const D: usize>(x: Tensor<D>, host: &Device) -> Tensor<D> {
+    Tensor::from_data(x.into_data(), (host, DType::F32))
 }
 
 /// Three products of one `x`, with branches in the type of `x` and in f32. What is not used has no part in
@@ -224,7 +229,8 @@ fn joined_branches_of(
     let loss = |results: &[Tensor<2>]| {
         let of = |&i: &usize| {
             let y = results[i].clone();
-            (y.clone() * g[i].clone().cast(y.dtype())).sum()
+            let g = Tensor::from_data(g[i].to_data(), (&y.device(), y.dtype()));
+            (y * g).sum()
         };
         used.iter()
             .map(of)
@@ -232,7 +238,11 @@ fn joined_branches_of(
             .expect("one is used")
     };
 
-    let (of_x, of_factors) = (leaf(x, DType::F32), leaves(DType::F32));
+    let host = &Device::flex().autodiff();
+    let of_x = on_host(x.clone(), host).require_grad();
+    let of_factors = cases
+        .each_ref()
+        .map(|case| [&case.a, &case.b].map(|factor| on_host(factor.clone(), host).require_grad()));
     let expected = [0, 1, 2].map(|i: usize| cases[i].expected(&of_x, of_factors[i].clone()));
     let (given_x, factors) = (leaf(x, dtype), leaves(of_branch));
     let parts = [0, 1, 2].map(|i: usize| LinearPart {

@@ -19,7 +19,7 @@ pub use parts::FlatParts;
 use self::group::Group;
 use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
-use crate::flat::{AdamWForm, AdamWScalars, FlatLayout};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, TILE_ELEMS};
 use crate::format::{FloatType, check_len};
 
 /// Tensors that an operation takes at most.
@@ -361,13 +361,15 @@ impl FlatAdamW {
         self.has_gradient.fill(false);
     }
 
-    /// Sums of the values and of the gradients, `[2]`, f32: whether a recorded pass reads and writes the buffers
-    /// that are here.
-    pub fn sums(&self) -> Tensor<1> {
-        Tensor::cat(
-            vec![self.values.tensor().sum(), self.grads.tensor().abs().sum()],
-            0,
-        )
+    /// The first and the last 256 of the values and of the gradients, `[1024]`, f32, to see whether a recorded pass
+    /// reads and writes the buffers that are here.
+    pub fn probe(&self) -> Tensor<1> {
+        let last = self.layout.elems() - TILE_ELEMS;
+        let parts = [&self.values, &self.grads].into_iter().flat_map(|buffer| {
+            let tensor = buffer.tensor();
+            [0, last].map(|start| tensor.clone().narrow(0, start, TILE_ELEMS))
+        });
+        Tensor::cat(parts.collect(), 0)
     }
 
     /// Makes a step with the gradients that were accumulated since the last, and sets them to zero. The host waits

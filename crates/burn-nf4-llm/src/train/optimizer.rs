@@ -138,9 +138,9 @@ impl Optimizer {
         model.map(&mut Released { numbers, nothing })
     }
 
-    /// See [`FlatAdamW::sums`].
-    pub(super) fn sums(&self) -> Tensor<1> {
-        self.flat.sums()
+    /// See [`FlatAdamW::probe`].
+    pub(super) fn probe(&self) -> Tensor<1> {
+        self.flat.probe()
     }
 
     /// See [`FlatAdamW::with_gradients`].

@@ -14,7 +14,7 @@ use burn_nf4::op::has_graphs;
 
 use crate::error::ModelError;
 use crate::generate::replay::RECORDING;
-use crate::model::Decoder;
+use crate::model::{Decoder, DecoderLayer, Mlp};
 use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::optimizer::Optimizer;
 
@@ -26,8 +26,8 @@ type Run = Box<dyn FnMut() -> Output>;
 /// What a pass gives.
 struct Output {
     loss: Tensor<1>,
-    /// `[2]`: sums of the values and of the gradients that it begins with.
-    sums: Tensor<1>,
+    /// Some of the values and gradients that it begins with.
+    probe: Tensor<1>,
 }
 
 /// How the passes of a run are made.
@@ -58,7 +58,7 @@ pub(super) struct Replays {
     last: Option<Inputs>,
     /// Whether a device that says that it records did not.
     failed: bool,
-    /// The sums that the last replay should have begun with, and those that it did.
+    /// What replays should have begun with, and what they did.
     unchecked: Vec<[Tensor<1>; 2]>,
 }
 
@@ -77,7 +77,9 @@ impl Replays {
         is_first: bool,
     ) -> Result<Tensor<1>, Inputs> {
         let device = model.device().without_autodiff();
-        if self.failed || !has_graphs(&device) {
+        // The host sends tokens to experts.
+        let is_mixture = |layer: &DecoderLayer| matches!(layer.mlp, Mlp::Mixture(_));
+        if self.failed || !has_graphs(&device) || model.layers.iter().any(is_mixture) {
             return Err(inputs);
         }
         let known = |recorded: &Recorded| recorded.inputs.borrow().is_like(&inputs);
@@ -97,18 +99,18 @@ impl Replays {
             return Err(inputs);
         };
         recorded.inputs.borrow_mut().write(inputs);
-        let before = optimizer.borrow().sums();
+        let before = optimizer.borrow().probe();
         // SAFETY: what `Graph::replay` asks for is there.
         // - What the launches touch is alive: the frozen weights are those of the model that the closure holds,
         //   the values and gradients those of the optimizer that it shares, the inputs and the output belong to
         //   it; the intermediates lie on pages that cubecl keeps from others as long as the graph lives.
         // - All of it is this thread's alone, as `Rc` is not `Send`, and replays, writes and reads follow each
         //   other on its stream.
-        // - Where a value or a gradient moved to another buffer, the sums tell, see `check`.
-        let Output { loss, sums } = unsafe { recorded.graph.replay() };
+        // - Where values or gradients moved to another buffer, the probe tells, see `check`.
+        let Output { loss, probe } = unsafe { recorded.graph.replay() };
         // Copies: the next replay overwrites them.
-        let (loss, sums) = (loss.clone() + 0.0, sums.clone() + 0.0);
-        self.unchecked.push([before, sums]);
+        let (loss, probe) = (loss.clone() + 0.0, probe.clone() + 0.0);
+        self.unchecked.push([before, probe]);
         optimizer.borrow_mut().set_with_gradients(&recorded.trained);
         Ok(loss)
     }
@@ -119,17 +121,20 @@ impl Replays {
     /// # Errors
     /// [`ModelError::Replay`].
     pub fn check(&mut self, device: &Device) -> Result<(), ModelError> {
-        for sums in std::mem::take(&mut self.unchecked) {
-            let [expected, given] = sums.map(|sums| sums.into_data().iter().collect::<Vec<f32>>());
-            let bits =
-                |sums: &[f32]| -> Vec<u32> { sums.iter().map(|sum| sum.to_bits()).collect() };
-            if bits(&expected) != bits(&given) {
-                let message = format!(
-                    "a training pass read values and gradients of the sums {given:?}, expected {expected:?}: \
-                     parameters of the trainer's model must not be held across a step"
-                );
+        for probes in std::mem::take(&mut self.unchecked) {
+            let [expected, given] = probes.map(|probe| {
+                let values = probe.into_data().iter().collect::<Vec<f32>>();
+                // Adding zero has turned a negative zero into one.
+                values
+                    .into_iter()
+                    .map(|value| (value + 0.0).to_bits())
+                    .collect::<Vec<u32>>()
+            });
+            if expected != given {
+                let message = "a training pass read other values or gradients than there are: parameters of the \
+                               trainer's model must not be held across a step";
                 self.recorded = None;
-                return Err(ModelError::replay(device, message));
+                return Err(ModelError::replay(device, message.into()));
             }
         }
         Ok(())
@@ -161,7 +166,7 @@ impl Recorded {
         let run: Run = Box::new(move || {
             let mut optimizer = shared.borrow_mut();
             let model = optimizer.with_values(model.clone());
-            let sums = optimizer.sums();
+            let probe = optimizer.probe();
             let inputs = of_graph.borrow().clone();
             let options = PassOptions {
                 checkpointing,
@@ -171,9 +176,11 @@ impl Recorded {
             let loss = backward(&model, inputs, options, &mut optimizer);
             Output {
                 loss: loss.inner(),
-                sums,
+                probe,
             }
         });
+        // What launched passes left in the pools is of no use to the recorded one.
+        device.memory_cleanup();
         let graph = {
             let _alone = RECORDING.lock().unwrap_or_else(PoisonError::into_inner);
             capture(device, run)
