@@ -94,6 +94,14 @@ impl KeyRanges {
         Ok(Self { ranges, keys })
     }
 
+    /// The same ranges in a buffer of their own.
+    pub fn copied(&self) -> Self {
+        Self {
+            ranges: self.ranges.clone() + 0,
+            keys: self.keys,
+        }
+    }
+
     /// Writes other ranges of the same sizes into the buffer of these, where nobody else holds it: what a recorded
     /// pass reads.
     ///

@@ -205,9 +205,11 @@ impl<B: Nf4Backend> Backward<B, 3> for LoraSeedBackward {
 }
 
 /// What several products have in common: its gradient is the one that they have put down.
+#[cfg(feature = "cube")]
 #[derive(Debug)]
 pub(super) struct Fork;
 
+#[cfg(feature = "cube")]
 impl<B: Nf4Backend> Backward<B, 1> for Fork {
     type State = SharedGradient<FloatTensor<B>>;
 
@@ -222,6 +224,7 @@ impl<B: Nf4Backend> Backward<B, 1> for Fork {
 }
 
 /// `x` as a node of its own, and where its consumers put the gradient.
+#[cfg(feature = "cube")]
 pub(super) fn fork<B: Nf4Backend, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
 ) -> (FloatTensor<Autodiff<B, C>>, SharedGradient<FloatTensor<B>>) {

@@ -30,7 +30,9 @@ impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C>
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (kind, x) = (Origin.prepare::<C>([x.node()]), x.into_primitive());
         let values = B::rms_norm(x.clone(), weight.primitive().clone(), spec);
-        ways(kind.compute_bound().stateful(), x, values, weight, spec)
+        let kind = kind.compute_bound().stateful();
+        let [x, values] = ways(kind, x, values, weight, spec);
+        (x, values)
     }
 
     fn add_rms_norm(
@@ -42,7 +44,9 @@ impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C>
         let kind = Origin.prepare::<C>([x.node(), y.node()]);
         let [x, y] = [x, y].map(|tensor| tensor.into_primitive());
         let (sum, values) = B::add_rms_norm(x, y, weight.primitive().clone(), spec);
-        ways(kind.compute_bound().stateful(), sum, values, weight, spec)
+        let kind = kind.compute_bound().stateful();
+        let [sum, values] = ways(kind, sum, values, weight, spec);
+        (sum, values)
     }
 }
 
@@ -62,7 +66,7 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
     normed: FloatTensor<B>,
     weight: FloatTensor<Autodiff<B, C>>,
     spec: RmsNormSpec,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> [FloatTensor<Autodiff<B, C>>; 2] {
     let returned = Arc::new(Mutex::new(Returned {
         past: None,
         normed: None,
@@ -92,7 +96,7 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
         OpsKind::Tracked(prep) => prep.finish((returned, x, spec), normed),
         OpsKind::UnTracked(prep) => prep.finish(normed),
     };
-    (past, normed)
+    [past, normed]
 }
 
 fn put_down<F>(returned: &Shared<F>, put: impl FnOnce(&mut Returned<F>)) {

@@ -88,6 +88,18 @@ impl Pass {
         }
     }
 
+    /// The same in buffers of its own.
+    pub(crate) fn copied(&self) -> Self {
+        let ranges = self.ranges.iter();
+        Self {
+            rotations: self.rotations.iter().map(Rotation::copied).collect(),
+            ranges: ranges
+                .map(|(window, ranges)| (*window, ranges.copied()))
+                .collect(),
+            position: self.position.clone().map(|position| position + 0),
+        }
+    }
+
     /// Whether [`write`](Self::write) takes the other: all of it has the same sizes.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let ranges = |pass: &Self| -> Vec<_> {

@@ -236,6 +236,14 @@ impl RopeTable {
 }
 
 impl Rotation {
+    /// The same in buffers of its own: those of one pass can be views of the tables.
+    pub(super) fn copied(&self) -> Self {
+        Self {
+            cos: self.cos.clone() + 0.0,
+            sin: self.sin.clone() + 0.0,
+        }
+    }
+
     /// `[batch or 1, length, rotary_dim]`.
     pub(super) fn dims(&self) -> [usize; 3] {
         self.cos.dims()

@@ -66,6 +66,16 @@ impl Inputs {
         }
     }
 
+    /// The same in buffers of their own.
+    pub fn copied(&self) -> Self {
+        Self {
+            ids: self.ids.clone() + 0,
+            labels: self.labels.clone() + 0,
+            factor: self.factor.clone() + 0.0,
+            pass: self.pass.copied(),
+        }
+    }
+
     /// Whether [`write`](Self::write) takes the other.
     pub fn is_like(&self, other: &Self) -> bool {
         self.ids.dims() == other.ids.dims() && self.pass.is_like(&other.pass)

@@ -323,17 +323,16 @@ impl Trainer {
 
     /// The loss of a batch of a step, and its gradients to the optimizer.
     fn pass(&mut self, batch: &Batch, targets: usize, index: usize) -> Tensor<1> {
-        let mut inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
+        let inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
         let dropout = self.lora.lora_dropout > 0.0;
         // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
         if !dropout && self.on_phase.is_none() && self.capture {
             let (model, optimizer) = (&self.model, &self.optimizer);
-            let run = self
-                .replays
-                .run(model, optimizer, inputs, self.checkpointing, index == 0);
-            match run {
-                Ok(loss) => return loss,
-                Err(given) => inputs = given,
+            let checkpointing = self.checkpointing;
+            let replays = &mut self.replays;
+            let loss = replays.run(model, optimizer, &inputs, checkpointing, index == 0);
+            if let Some(loss) = loss {
+                return loss;
             }
         }
         let options = PassOptions {
@@ -403,7 +402,7 @@ impl Trainer {
         let model = base.apply_adapter(&adapter, &device)?;
         self.adapter = Some(adapter);
         let settings = &self.settings;
-        let (mut optimizer, model) = optimizer_of(model, &settings)?;
+        let (mut optimizer, model) = optimizer_of(model, settings)?;
         self.model = optimizer.load(folder, state.step, model)?;
         self.optimizer = Rc::new(RefCell::new(optimizer));
         self.replays = Replays::default();

@@ -67,38 +67,36 @@ impl Replays {
     ///
     /// - `is_first`: whether no gradients of this step are there yet, which a recording would spoil
     ///
-    /// Returns the loss, `[1]`, or the inputs, if it is to be launched.
+    /// Returns the loss, `[1]`, or nothing, if it is to be launched.
     pub fn run(
         &mut self,
         model: &Decoder,
         optimizer: &SharedOptimizer,
-        inputs: Inputs,
+        inputs: &Inputs,
         checkpointing: bool,
         is_first: bool,
-    ) -> Result<Tensor<1>, Inputs> {
+    ) -> Option<Tensor<1>> {
         let device = model.device().without_autodiff();
         // The host sends tokens to experts.
         let is_mixture = |layer: &DecoderLayer| matches!(layer.mlp, Mlp::Mixture(_));
         if self.failed || !has_graphs(&device) || model.layers.iter().any(is_mixture) {
-            return Err(inputs);
+            return None;
         }
-        let known = |recorded: &Recorded| recorded.inputs.borrow().is_like(&inputs);
+        let known = |recorded: &Recorded| recorded.inputs.borrow().is_like(inputs);
         if !self.recorded.as_ref().is_some_and(known) {
-            let came_before = self.last.as_ref().is_some_and(|last| last.is_like(&inputs));
+            let came_before = self.last.as_ref().is_some_and(|last| last.is_like(inputs));
             if !(came_before && is_first) {
                 self.last = Some(inputs.clone());
-                return Err(inputs);
+                return None;
             }
             // The pages of another are of no use to it.
             self.recorded = None;
-            let recorded = Recorded::new(model, optimizer, inputs.clone(), checkpointing, &device);
+            let recorded = Recorded::new(model, optimizer, inputs, checkpointing, &device);
             self.failed = recorded.is_none();
             self.recorded = recorded;
         }
-        let Some(recorded) = &mut self.recorded else {
-            return Err(inputs);
-        };
-        recorded.inputs.borrow_mut().write(inputs);
+        let recorded = self.recorded.as_mut()?;
+        recorded.inputs.borrow_mut().write(inputs.clone());
         let before = optimizer.borrow().probe();
         // SAFETY: what `Graph::replay` asks for is there.
         // - What the launches touch is alive: the frozen weights are those of the model that the closure holds,
@@ -112,7 +110,7 @@ impl Replays {
         let (loss, probe) = (loss.clone() + 0.0, probe.clone() + 0.0);
         self.unchecked.push([before, probe]);
         optimizer.borrow_mut().set_with_gradients(&recorded.trained);
-        Ok(loss)
+        Some(loss)
     }
 
     /// Checks that the replays of a step began with the values and the gradients that were there. The
@@ -155,13 +153,14 @@ impl Recorded {
     fn new(
         model: &Decoder,
         optimizer: &SharedOptimizer,
-        inputs: Inputs,
+        inputs: &Inputs,
         checkpointing: bool,
         device: &Device,
     ) -> Option<Self> {
         // Without the values: it would hold them across steps.
         let model = optimizer.borrow().without_values(model.clone());
-        let inputs = Rc::new(RefCell::new(inputs));
+        // Buffers of their own, or they could not be written in place.
+        let inputs = Rc::new(RefCell::new(inputs.copied()));
         let (of_graph, shared) = (inputs.clone(), optimizer.clone());
         let run: Run = Box::new(move || {
             let mut optimizer = shared.borrow_mut();
