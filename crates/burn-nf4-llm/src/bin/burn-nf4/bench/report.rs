@@ -131,7 +131,8 @@ pub struct TrainRow {
     /// no peak, and what a layer holds only in between is not in it. On a CPU the most that the process held
     /// in that step.
     pub peak_in_use_bytes: Option<u64>,
-    /// After the timed steps. The peak of the process is theirs where the system counts anew (Linux).
+    /// After the timed steps. Pages that a recorded pass keeps to itself are reserved and not in use. The peak
+    /// of the process is that of these steps where the system counts anew (Linux).
     pub memory: Memory,
 }
 
@@ -185,7 +186,7 @@ pub struct PeerTrain {
     pub peak_bytes: Option<u64>,
     /// How many times as fast as the peer ours is.
     pub ratio: Option<f64>,
-    /// How many times our most bytes in use its peak is.
+    /// How many times our `peak_in_use_bytes` its peak is.
     pub memory_ratio: Option<f64>,
 }
 
@@ -226,7 +227,7 @@ impl BenchReport {
                 continue;
             };
             theirs.ratio = Some(theirs.ms / ours.ms);
-            let both = theirs.peak_bytes.zip(ours.most_in_use_bytes());
+            let both = theirs.peak_bytes.zip(ours.peak_in_use_bytes);
             theirs.memory_ratio = both.map(|(theirs, ours)| theirs as f64 / ours as f64);
         }
     }
@@ -365,7 +366,7 @@ impl PeerReport {
                 or_dash(ours.map(|ours| ours.ms), 1),
                 theirs.ms,
                 or_dash(theirs.ratio, 2),
-                or_unknown(ours.and_then(TrainRow::most_in_use_bytes)),
+                or_unknown(ours.and_then(|ours| ours.peak_in_use_bytes)),
                 or_unknown(theirs.peak_bytes),
                 or_dash(theirs.memory_ratio, 2)
             )?;
@@ -445,11 +446,6 @@ impl PrefillRow {
 }
 
 impl TrainRow {
-    /// What is held against a peer's peak: recorded passes may hold more after a step than a launched one in it.
-    fn most_in_use_bytes(&self) -> Option<u64> {
-        self.peak_in_use_bytes.max(self.memory.in_use_bytes)
-    }
-
     /// The head of the rows of a table.
     pub fn print_head() -> Result<(), ModelError> {
         say!(
