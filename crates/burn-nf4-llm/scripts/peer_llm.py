@@ -10,17 +10,24 @@ JOB is JSON:
   decode         pairs of a batch and a context: tokens are generated behind a prompt of that length
   tokens         how many, after the first
   prefill        lengths of prompts
-Without `config` it only says whether all that it needs is there.
+  train          steps of QLoRA: rows, tokens of a row, and whether all activations are kept (else gradient
+                 checkpointing runs each layer twice)
+  lora           of those steps: rank, alpha, and the learning_rate and weight_decay of AdamW
+Without `config` it only says whether all that it needs is there. Training needs peft too; without it only the
+steps of training are left out.
 
 The model has random weights: each linear layer becomes a Linear4bit of bitsandbytes, NF4 with double
-quantization, as `from_pretrained` makes it, but for the head and routers. No checkpoint is needed.
+quantization, as `from_pretrained` makes it, but for the head and routers. No checkpoint is needed. peft's
+branches are on all those layers but the head, in f32 as peft makes them, without autocast.
 
-Prints a JSON object a line, with the field `what`: hello, missing, decode, prefill, left_out. Exits with 3
-if something is missing.
+Prints a JSON object a line, with the field `what`: hello, missing, decode, prefill, train, left_out. Exits
+with 3 if something is missing.
 """
 
+import gc
 import importlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -38,11 +45,17 @@ def missing(name, message):
     sys.exit(3)
 
 
-def need(name):
+def found(name):
+    """The module, and why there is none."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name), None
     except Exception as error:  # a broken installation raises all sorts
-        missing(name, f"{type(error).__name__}: {error}".splitlines()[0])
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def need(name):
+    module, why = found(name)
+    return module or missing(name, why)
 
 
 job = json.loads(sys.argv[1])
@@ -151,19 +164,101 @@ def prefill(model, tokens):
     emit("prefill", tokens=tokens, ms=statistics.median(times[2:]) * 1e3)
 
 
+def with_branches(peft, model):
+    """The model with a branch on each layer in 4 bit but the head."""
+    # As `from_pretrained` says; peft then takes its layer for bitsandbytes.
+    model.is_loaded_in_4bit = True
+    layers = {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    lora = job["lora"]
+    config = peft.LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=0.0,
+        target_modules=sorted(layers - {"lm_head"}),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config).train()
+
+
+def train(model, rows, tokens, keep_all):
+    base = model.get_base_model()
+    if keep_all:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lora = job["lora"]
+    optimizer = torch.optim.AdamW(
+        trained, lr=lora["learning_rate"], weight_decay=lora["weight_decay"]
+    )
+    ids = torch.randint(3, base.config.vocab_size, (rows, tokens), device=device)
+    times = []
+    try:
+        for step in range(5):
+            # The first two make the moments and warm it up.
+            if step == 2 and device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
+            start = time.perf_counter()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss.item()
+            times.append(time.perf_counter() - start)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of {rows} x {tokens} is {loss}")
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if not keep_all:
+            base.disable_input_require_grads()
+    emit(
+        "train",
+        rows=rows,
+        tokens=tokens,
+        keep_all=keep_all,
+        ms=statistics.median(times[2:]) * 1e3,
+        peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    )
+
+
+def train_all(model, peft, why):
+    shapes = [
+        (f"training on {rows} x {tokens}" + (", keeping all" if keep_all else ""), rows, tokens, keep_all)
+        for rows, tokens, keep_all in job["train"]
+    ]
+    if peft is None:
+        for what, *_ in shapes:
+            emit("left_out", of=what, why=f"no peft: {why}")
+        return
+    model = with_branches(peft, model)
+    for what, *shape in shapes:
+        measured(what, train, model, *shape)
+
+
 def measured(what, call, *arguments):
     try:
         call(*arguments)
     except torch.OutOfMemoryError as error:
         emit("left_out", of=what, why=str(error).splitlines()[0])
+    # Not before: the error holds what the call held.
+    gc.collect()
+    if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def main():
+    peft, no_peft = found("peft") if job.get("train") else (None, None)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    versions = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (transformers, bitsandbytes, torch)
-    )
+    modules = [module for module in (transformers, peft, bitsandbytes, torch) if module]
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
     emit("hello", text=f"{versions}, {name}")
     if "config" not in job:
         return
@@ -173,6 +268,8 @@ def main():
         measured(what, decode, model, batch, context, job["tokens"])
     for tokens in job["prefill"]:
         measured(f"a prompt of {tokens}", prefill, model, tokens)
+    if job["train"]:
+        train_all(model, peft, no_peft)
 
 
 main()

@@ -147,11 +147,16 @@ fn a_run_is_written_as_json_with_all_that_it_measured() {
     }
     positive(&json["prefill"][0], &["ms", "tokens_s"]);
     assert_eq!(json["prefill"][0]["tokens"], 6);
-    positive(&json["train"][0], &["ms", "tokens_s"]);
-    assert_eq!(
-        [&json["train"][0]["rows"], &json["train"][0]["tokens"]],
-        [1, 4]
-    );
+    let step = &json["train"][0];
+    positive(step, &["ms", "tokens_s", "first_ms"]);
+    assert_eq!([&step["rows"], &step["tokens"], &step["rank"]], [1, 4, 16]);
+    // There are no graphs on a CPU.
+    assert_eq!(step["passes"], "launched");
+    assert_eq!(step["memory"]["in_use_bytes"], Value::Null);
+    if cfg!(target_os = "linux") {
+        positive(step, &["peak_in_use_bytes"]);
+        positive(&step["memory"], &["process_peak_bytes"]);
+    }
 
     for part in [
         "first token of a prompt of 128",
@@ -203,6 +208,31 @@ fn what_is_not_asked_for_is_not_measured(#[case] arguments: &str, #[case] expect
 }
 
 #[rstest]
+#[case::by_shape("--train 1x4 --train 2x3:keep", [false, true])]
+#[case::by_the_switch("--train 1x4 --train 2x3:keep --keep-all", [true, true])]
+#[case::with_a_head_in_4_bit("--train 1x4 --train 2x3:keep --quantize-head --eager", [false, true])]
+fn a_run_trains_with_and_without_checkpointing(
+    #[case] arguments: &str,
+    #[case] expected: [bool; 2],
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let (said, json) = measured(&format!("{arguments} --rank 2"), folder.path());
+    let rows = json["train"].as_array().unwrap();
+    let keeps: Vec<_> = rows.iter().map(|row| &row["keep_all"]).collect();
+    assert_eq!(keeps, expected);
+    assert!(rows.iter().all(|row| row["rank"] == 2), "{json}");
+    let lines: Vec<_> = said
+        .lines()
+        .filter(|line| line.ends_with("launched"))
+        .collect();
+    let times = expected.map(|keep_all| if keep_all { " once " } else { " twice " });
+    assert_eq!(lines.len(), 2, "{said}");
+    for (line, (shape, times)) in lines.iter().zip(["1 x 4", "2 x 3"].iter().zip(times)) {
+        assert!(line.contains(shape) && line.contains(times), "{line}");
+    }
+}
+
+#[rstest]
 #[case::batch("--batch 0", "--batch is 0")]
 #[case::batch_large("--batch 100000000", "--batch is 100000000, expected at most")]
 #[case::context("--context 0", "--context is 0")]
@@ -210,12 +240,13 @@ fn what_is_not_asked_for_is_not_measured(#[case] arguments: &str, #[case] expect
 #[case::tokens("--tokens 0", "--tokens is 0")]
 #[case::rank("--rank 0", "--rank is 0")]
 #[case::shape("--train 4", "expected rows and tokens")]
+#[case::what_is_kept("--train 1x4:all", "such as 4x2048 or 4x2048:keep")]
+#[case::kept_of_nothing("--train :keep", "expected rows and tokens")]
 #[case::two_sizes("--size smollm2 --config none", "--config")]
 #[case::no_config("--config FOLDER/none.json", "none.json")]
 #[case::no_folder("--json FOLDER/none/out.json", "none/out.json")]
 #[case::chart_of_nothing("--prefill 4 --chart FOLDER/out.svg", "expected left out, or decoding")]
 #[case::chart_in_png("--chart FOLDER/out.png", "expected a file that ends with .svg")]
-#[case::peer_in_training("--train 1x4 --peer python3", "--peer is given for training alone")]
 #[case::no_python("--peer FOLDER/python", "expected a program that is there")]
 fn what_cannot_be_measured_is_refused_at_once(#[case] arguments: &str, #[case] expected: &str) {
     let folder = tempfile::tempdir().unwrap();
@@ -252,14 +283,48 @@ fn what_no_device_has_memory_for_is_refused_with_its_size(
     #[case] what: &str,
 ) {
     let folder = tempfile::tempdir().unwrap();
-    let error = refused(arguments, folder.path());
+    let (needed, there) = refused_for_memory(arguments, what, folder.path());
+    assert!(needed > there, "{needed} {there}");
+}
+
+/// The MiB that are needed and those that are there.
+#[track_caller]
+fn refused_for_memory(arguments: &str, what: &str, folder: &Path) -> (f64, f64) {
+    let error = refused(arguments, folder);
     let begins = format!("error: the memory of {what}");
     assert!(error.starts_with(&begins), "{error}");
     let sizes = error.split_once(" is about ").unwrap().1;
     let (needed, there) = sizes.split_once(" MiB, expected at most the ").unwrap();
-    let [needed, there] =
-        [needed, there.split(' ').next().unwrap()].map(|size| size.parse::<f64>());
-    assert!(needed.unwrap() > there.unwrap(), "{error}");
+    let number = |size: &str| size.parse().unwrap();
+    (number(needed), number(there.split(' ').next().unwrap()))
+}
+
+/// Of 2^28 tokens in f32. With checkpointing that is the inputs of 32 layers, and of one layer some 20 times as
+/// much as its input; without it all layers hold 17 times their input.
+#[test]
+fn training_needs_memory_by_what_its_layers_keep() {
+    let folder = tempfile::tempdir().unwrap();
+    let needed = |flags: &str, what: &str| {
+        let arguments = format!("--size llama8b {flags}");
+        refused_for_memory(&arguments, what, folder.path()).0
+    };
+    let tokens = "65536 x 4096";
+    let twice = needed("--train 65536x4096", &format!("training on {tokens} is"));
+    let once = needed(
+        "--train 65536x4096:keep",
+        &format!("training on {tokens}, keeping all is"),
+    );
+    let wide = needed("--train 65536x4096 --rank 1024", "training on");
+    // MiB of an input of a layer.
+    let input = 4096.0 * 4.0 * 256.0;
+    assert!((45.0..65.0).contains(&(twice / input)), "{twice}");
+    assert!((500.0..600.0).contains(&(once / input)), "{once}");
+    // 16 bytes of each of 42 million elements for 16 ranks.
+    let branches = 1008.0 * 41_943_040.0 * 16.0 / 16.0 / f64::from(1 << 20);
+    assert!(
+        ((wide - twice) / branches - 1.0).abs() < 0.01,
+        "{wide} {twice}"
+    );
 }
 
 /// As `head` does, which has read enough. What was measured until then is in the file.
@@ -309,7 +374,7 @@ fn python(folder: &TempDir, first: &str, measured: &str, code: u8) -> PathBuf {
 
     let path = folder.path().join("python");
     let script = format!(
-        "#!/bin/sh\ncat > \"$(dirname \"$0\")/script.py\"\ncase \"$2\" in\n*config*) printf '%s\\n' '{first}' \
+        "#!/bin/sh\nhere=$(dirname \"$0\")\ncat > \"$here/script.py\"\nprintf '%s' \"$2\" > \"$here/job.json\"\ncase \"$2\" in\n*config*) printf '%s\\n' '{first}' \
          '{measured}';;\n*) printf '%s\\n' '{first}';;\nesac\nexit {code}\n"
     );
     fs::write(&path, script).unwrap();
@@ -353,6 +418,51 @@ fn the_peer_stands_beside_ours_with_the_ratio() {
     assert!(chart.contains("bitsandbytes"), "{chart}");
     let script = fs::read_to_string(folder.path().join("script.py")).unwrap();
     assert!(script.contains("import importlib"), "{script}");
+}
+
+/// A peer may be asked for training alone; what it lacks for that it leaves out.
+#[cfg(unix)]
+#[test]
+fn steps_of_training_stand_beside_those_of_the_peer() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [
+        r#"{"what": "train", "rows": 1, "tokens": 4, "keep_all": false, "ms": 1e9, "peak_bytes": 1000000000000}"#,
+        r#"{"what": "train", "rows": 1, "tokens": 4, "keep_all": true, "ms": 1e6, "peak_bytes": null}"#,
+        r#"{"what": "train", "rows": 2, "tokens": 4, "keep_all": true, "ms": 1, "peak_bytes": 5}"#,
+        r#"{"what": "left_out", "of": "training on 2 x 4", "why": "no peft: none"}"#,
+    ];
+    python(&folder, HELLO, &rows.join("' '"), 0);
+    let arguments = "--train 1x4 --train 1x4:keep --train 2x4 --rank 3 --peer FOLDER/python";
+    let (said, json) = measured(arguments, folder.path());
+    let (ours, theirs) = (&json["train"], &json["peer"]["train"]);
+    for (row, ms) in [(0, 1e9), (1, 1e6)] {
+        assert_eq!(theirs[row]["ratio"], ms / ours[row]["ms"].as_f64().unwrap());
+    }
+    if cfg!(target_os = "linux") {
+        let bytes = ours[0]["peak_in_use_bytes"].as_f64().unwrap();
+        assert_eq!(theirs[0]["memory_ratio"], 1e12 / bytes);
+        assert!(said.contains(" 953674.3 MiB"), "{said}");
+    }
+    assert_eq!(theirs[1]["memory_ratio"], Value::Null);
+    // There is none of ours that keeps all.
+    assert_eq!(
+        [&theirs[2]["ratio"], &theirs[2]["memory_ratio"]],
+        [&Value::Null; 2]
+    );
+    assert!(
+        said.contains("left out: training on 2 x 4: no peft: none"),
+        "{said}"
+    );
+
+    let job = fs::read(folder.path().join("job.json")).unwrap();
+    let job: Value = serde_json::from_slice(&job).unwrap();
+    assert_eq!(
+        job["train"],
+        json!([[1, 4, false], [1, 4, true], [2, 4, false]])
+    );
+    let lora = json!({"rank": 3, "alpha": 6.0, "learning_rate": 1e-4, "weight_decay": 0.01});
+    assert_eq!(job["lora"], lora);
+    assert_eq!((&job["decode"], &job["prefill"]), (&json!([]), &json!([])));
 }
 
 #[cfg(unix)]

@@ -6,11 +6,13 @@
 //! optimizer, which are written in place.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::rc::Rc;
 use std::sync::PoisonError;
 
 use burn::tensor::{Device, Graph, Tensor, capture};
 use burn_nf4::op::has_graphs;
+use serde::Serialize;
 
 use crate::error::ModelError;
 use crate::generate::replay::RECORDING;
@@ -31,7 +33,8 @@ struct Output {
 }
 
 /// How the passes of a run are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Passes {
     /// Launch by launch: the device has no graphs, or no two batches of one size have followed each other.
@@ -40,6 +43,16 @@ pub enum Passes {
     NotRecorded,
     /// As replays of a recorded one.
     Replayed,
+}
+
+impl fmt::Display for Passes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Launched => "launched",
+            Self::NotRecorded => "launched: the device broke off the recording",
+            Self::Replayed => "replayed",
+        })
+    }
 }
 
 /// A recorded pass.

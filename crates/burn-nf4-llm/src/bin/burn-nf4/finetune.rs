@@ -1,7 +1,7 @@
 //! The command `finetune`.
 
 mod data;
-mod memory;
+pub mod memory;
 pub mod plot;
 
 use std::fs;

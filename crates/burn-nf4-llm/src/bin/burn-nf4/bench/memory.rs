@@ -2,17 +2,22 @@
 
 use burn::tensor::Device;
 use burn_nf4::format::FloatType;
-use burn_nf4::op::device_memory;
+use burn_nf4::op::{LinearCrossEntropyOptions, device_memory};
 use burn_nf4_llm::ModelError;
+use burn_nf4_llm::model::config::LayerConfig;
 use burn_nf4_llm::model::{DecoderConfig, PROMPT_CHUNK};
 
 use super::report::LeftOut;
+use super::train::TrainShape;
 use crate::device::DeviceName;
 use crate::progress::{available_memory_bytes, mebibytes};
 
 /// What no device has: the bound where a system tells nothing. Nearly all that is asked for by mistake, such as
 /// a context of millions of tokens for a batch of 64, is beyond it.
 const NO_DEVICE_HAS: u64 = 1 << 42;
+
+/// Of each element of a branch: its value, its gradient and two moments, in f32.
+const BRANCH_ELEMENT_BYTES: usize = 4 * size_of::<f32>();
 
 /// A measurement and about how many bytes it takes beside the weights.
 pub struct Need {
@@ -51,13 +56,40 @@ impl Need {
         }
     }
 
-    /// A step of training: the input of each layer, which is kept, and what a layer holds.
-    pub fn training(config: &DecoderConfig, dtype: FloatType, [rows, tokens]: [usize; 2]) -> Self {
-        let all = rows.saturating_mul(tokens);
-        let inputs = config.layers.len() * config.hidden_size * dtype.size_bytes();
+    /// A step of training: the input of each layer and what one layer keeps for its gradients, or what all
+    /// keep; gradients in one layer; a part of the logits; and the branches with what the optimizer has of them.
+    pub fn training(
+        config: &DecoderConfig,
+        dtype: FloatType,
+        shape: TrainShape,
+        rank: usize,
+    ) -> Self {
+        let tokens = shape.rows.saturating_mul(shape.tokens);
+        let kept = config
+            .layers
+            .iter()
+            .map(|layer| kept_elements(config, layer));
+        let kept = match shape.keep_all {
+            true => kept.sum(),
+            false => config.layers.len() * config.hidden_size + kept.max().unwrap_or(0),
+        };
+        let inner = config
+            .layers
+            .iter()
+            .map(|layer| inner_elements(config, layer));
+        let gradients = config.hidden_size + 2 * inner.max().unwrap_or(0);
+        let branches = config
+            .layers
+            .iter()
+            .map(|layer| branch_elements(config, layer));
+        let bytes = [
+            times(tokens, (kept + gradients) * dtype.size_bytes()),
+            of_logits(config, dtype, tokens),
+            times(rank, branches.sum::<usize>() * BRANCH_ELEMENT_BYTES),
+        ];
         Self {
-            what: format!("training on {rows} x {tokens}"),
-            bytes: times(all, inputs).saturating_add(of_pass(config, dtype, all)),
+            what: format!("training on {shape}"),
+            bytes: bytes.into_iter().fold(0, u64::saturating_add),
         }
     }
 
@@ -127,6 +159,38 @@ fn of_cache(config: &DecoderConfig, dtype: FloatType, positions: usize) -> u64 {
 fn of_pass(config: &DecoderConfig, dtype: FloatType, tokens: usize) -> u64 {
     let elements = 6 * config.hidden_size + 3 * config.intermediate_size;
     times(tokens, elements * dtype.size_bytes())
+}
+
+/// What a layer keeps of a token for its gradients: its input, the sum behind attention and both normalised,
+/// queries, keys, values and the output of attention, gate, up and their product.
+fn kept_elements(config: &DecoderConfig, layer: &LayerConfig) -> usize {
+    let heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads;
+    4 * config.hidden_size + heads * config.head_dim + 3 * inner_elements(config, layer)
+}
+
+/// Elements of a token inside of the MLP, or of those that it is sent to.
+fn inner_elements(config: &DecoderConfig, layer: &LayerConfig) -> usize {
+    layer.mixture.map_or(config.intermediate_size, |mixture| {
+        mixture.experts_per_token * mixture.intermediate_size
+    })
+}
+
+/// Elements that each rank of the branches of a layer has: inputs and outputs of its matrices.
+fn branch_elements(config: &DecoderConfig, layer: &LayerConfig) -> usize {
+    let (mlps, inner) = layer
+        .mixture
+        .map_or((1, config.intermediate_size), |mixture| {
+            (mixture.experts, mixture.intermediate_size)
+        });
+    let heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads;
+    4 * config.hidden_size + heads * config.head_dim + 3 * mlps * (config.hidden_size + inner)
+}
+
+/// The logits that are held at a time, and as many in f32 beside them.
+fn of_logits(config: &DecoderConfig, dtype: FloatType, tokens: usize) -> u64 {
+    let part = LinearCrossEntropyOptions::DEFAULT_CHUNK_BYTES / dtype.size_bytes();
+    let logits = times(tokens, config.vocab_size).min(part as u64);
+    logits * (dtype.size_bytes() + size_of::<f32>()) as u64
 }
 
 fn times(count: usize, bytes: usize) -> u64 {

@@ -15,7 +15,7 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::op::{DenseProvider, MatmulOptions, matmul, set_dense_provider};
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::model::{DecoderConfig, random};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use clap::{Args, ValueEnum};
 
 use crate::args::FloatArg;
@@ -26,6 +26,7 @@ use memory::Need;
 use peer::{Job, Peer};
 use report::{BenchReport, DecodeRow, PrefillRow, TrainRow, Weights};
 use size::SizeArgs;
+use train::{Recipe, TrainShape};
 
 /// Time decoding, prompts and training steps with random weights: needs no checkpoint.
 #[derive(Args, Debug)]
@@ -48,10 +49,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TOKENS")]
     prefill: Vec<usize>,
     /// Time steps of QLoRA, AdamW on all linear layers but the head, of so many rows of so many tokens,
-    /// such as 4x2048; may be given several times.
-    #[arg(long, value_name = "ROWSxTOKENS", value_parser = parse_shape)]
-    train: Vec<[usize; 2]>,
-    /// Train without computing each layer twice: more memory, less time.
+    /// such as 4x2048; may be given several times. Layers are computed twice (gradient checkpointing), but not
+    /// with :keep behind the tokens.
+    #[arg(long, value_name = "ROWSxTOKENS[:keep]")]
+    train: Vec<TrainShape>,
+    /// Train without computing each layer twice: more memory, less time. As :keep behind each --train.
     #[arg(long)]
     keep_all: bool,
     /// Put a low-rank branch of this rank on every linear layer but the head [default: none; in training 16].
@@ -63,7 +65,7 @@ pub struct BenchArgs {
     /// Who computes products of many rows: for a comparison.
     #[arg(long, value_enum, default_value_t = ProviderName::Auto)]
     provider: ProviderName,
-    /// Launch each step of decoding anew, also where the device could replay a recorded one.
+    /// Launch each step anew, of decoding and of training, also where the device could replay a recorded one.
     #[arg(long)]
     eager: bool,
     /// Write all that was measured as JSON.
@@ -72,7 +74,7 @@ pub struct BenchArgs {
     /// Draw the steps of decoding as an SVG.
     #[arg(long, value_name = "FILE.svg")]
     chart: Option<PathBuf>,
-    /// Measure transformers with bitsandbytes too, by this Python, which must have both.
+    /// Measure transformers with bitsandbytes too, by this Python, which must have both, and for training peft.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
     /// Where to run.
@@ -81,15 +83,6 @@ pub struct BenchArgs {
     /// The type to compute in: f32 on the CPU, elsewhere the model's own, bfloat16 of each --size.
     #[arg(long, value_enum)]
     dtype: Option<FloatArg>,
-}
-
-/// `4x2048`.
-fn parse_shape(text: &str) -> Result<[usize; 2], String> {
-    let sizes: Option<Vec<usize>> = text.split('x').map(|size| size.parse().ok()).collect();
-    match sizes.as_deref() {
-        Some(&[rows, tokens]) if rows > 0 && tokens > 1 => Ok([rows, tokens]),
-        _ => Err("expected rows and tokens, such as 4x2048".into()),
-    }
 }
 
 /// See `burn_nf4::op::DenseProvider`.
@@ -108,6 +101,7 @@ struct Plan {
     /// Batches and contexts.
     decode: Vec<[usize; 2]>,
     prefill: Vec<usize>,
+    train: Vec<TrainShape>,
 }
 
 /// What all measurements have in common.
@@ -165,7 +159,7 @@ impl BenchArgs {
         report.print_head()?;
         self.warn_of_length(config, &plan);
         self.inference(&setting, &plan, &mut report)?;
-        self.training(&setting, &mut report)?;
+        self.training(&setting, &plan, &mut report)?;
         if let Some(peer) = peer {
             device.memory_cleanup();
             report.peer = Some(peer.measure(&Job {
@@ -175,6 +169,8 @@ impl BenchArgs {
                 decode: plan.decode,
                 tokens: self.tokens,
                 prefill: &plan.prefill,
+                train: &plan.train,
+                recipe: Recipe::new(self.rank),
             })?);
             report.compare();
             report.write(self.json.as_deref())?;
@@ -198,17 +194,8 @@ impl BenchArgs {
             }
         }
         at_least(1, "--rank", self.rank.unwrap_or(1))?;
-        let plan = self.plan();
-        if self.peer.is_some() && plan.decode.is_empty() && plan.prefill.is_empty() {
-            let expected = "left out, or decoding or prompts that are measured";
-            return Err(ModelError::setting(
-                "--peer",
-                "given for training alone",
-                expected,
-            ));
-        }
         if let Some(path) = &self.chart {
-            if plan.decode.is_empty() {
+            if self.plan().decode.is_empty() {
                 let expected = "left out, or decoding that is measured";
                 return Err(ModelError::setting("--chart", path.display(), expected));
             }
@@ -243,7 +230,15 @@ impl BenchArgs {
         if !(decoding || others) {
             prefill = or(&[], &[512], &[512, 2048, 8192]);
         }
-        Plan { decode, prefill }
+        let train = self.train.iter().map(|&shape| TrainShape {
+            keep_all: shape.keep_all || self.keep_all,
+            ..shape
+        });
+        Plan {
+            decode,
+            prefill,
+            train: train.collect(),
+        }
     }
 
     fn warn_of_length(&self, config: &DecoderConfig, plan: &Plan) {
@@ -252,7 +247,7 @@ impl BenchArgs {
             texts.map(|&[_, context]| context.saturating_add(self.tokens).saturating_add(1));
         let longest = texts
             .chain(plan.prefill.iter().copied())
-            .chain(self.train.iter().map(|&[_, tokens]| tokens))
+            .chain(plan.train.iter().map(|shape| shape.tokens))
             .max();
         if let Some(warning) = config.warn_of_length("the longest text", longest.unwrap_or(0)) {
             eprintln!("{warning}");
@@ -274,10 +269,7 @@ impl BenchArgs {
             dtype,
             device,
         } = setting;
-        let mut model = random(config, dtype, self.rank, device)?;
-        if self.quantize_head {
-            model = model.quantize_head(QuantConfig::default())?;
-        }
+        let model = self.model(setting, self.rank, device)?;
         let model = model.with_exact_tables();
         measure::sync(device)?;
         report.first_token = Some(measure::first_token(&model, config)?);
@@ -336,8 +328,9 @@ impl BenchArgs {
         }
         let prompts = self.prefill.iter();
         needs.extend(prompts.map(|&tokens| Need::prompt(config, dtype, tokens)));
-        let steps = self.train.iter();
-        needs.extend(steps.map(|&shape| Need::training(config, dtype, shape)));
+        let Recipe { rank, .. } = Recipe::new(self.rank);
+        let steps = plan.train.iter();
+        needs.extend(steps.map(|&shape| Need::training(config, dtype, shape, rank)));
         let mut misfits = needs
             .into_iter()
             .filter_map(|need| need.does_not_fit(self.device, device));
@@ -361,24 +354,50 @@ impl BenchArgs {
         printed.map(|()| false)
     }
 
-    fn training(&self, setting: &Setting<'_>, report: &mut BenchReport) -> Result<(), ModelError> {
-        if self.train.is_empty() {
+    fn training(
+        &self,
+        setting: &Setting<'_>,
+        plan: &Plan,
+        report: &mut BenchReport,
+    ) -> Result<(), ModelError> {
+        if plan.train.is_empty() {
             return Ok(());
         }
-        let device = setting.device.clone().autodiff();
-        let model = random(setting.config, setting.dtype, None, &device)?;
-        let mut trainer = train::trainer(model, setting.config, self.rank, self.keep_all)?;
+        let &Setting {
+            config,
+            dtype,
+            device,
+        } = setting;
+        let model = self.model(setting, None, &device.clone().autodiff())?;
+        let recipe = Recipe::new(self.rank);
         TrainRow::print_head()?;
-        for &shape in &self.train {
-            let need = Need::training(setting.config, setting.dtype, shape);
-            if !self.fits(need, setting.device, report)? {
+        for &shape in &plan.train {
+            // What is reserved is of this shape then.
+            measure::sync(device)?;
+            device.memory_cleanup();
+            let need = Need::training(config, dtype, shape, recipe.rank);
+            if !self.fits(need, device, report)? {
                 continue;
             }
-            let row = train::train(&mut trainer, setting.config, shape)?;
+            let row = train::train(model.clone(), config, recipe, shape, self.eager, device)?;
             report.train.push(row);
             report.write(self.json.as_deref())?;
             report.train[report.train.len() - 1].print()?;
         }
         Ok(())
+    }
+
+    /// A model of random weights.
+    fn model(
+        &self,
+        setting: &Setting<'_>,
+        rank: Option<usize>,
+        device: &Device,
+    ) -> Result<Decoder, ModelError> {
+        let model = random(setting.config, setting.dtype, rank, device)?;
+        match self.quantize_head {
+            true => Ok(model.quantize_head(QuantConfig::default())?),
+            false => Ok(model),
+        }
     }
 }

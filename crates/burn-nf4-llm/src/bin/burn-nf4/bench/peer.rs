@@ -8,7 +8,8 @@ use burn_nf4_llm::ModelError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::report::{LeftOut, PeerDecode, PeerPrefill, PeerReport};
+use super::report::{LeftOut, PeerDecode, PeerPrefill, PeerReport, PeerTrain};
+use super::train::{Recipe, TrainShape};
 use crate::device::DeviceName;
 
 const SCRIPT: &str = include_str!("../../../../scripts/peer_llm.py");
@@ -30,6 +31,8 @@ pub struct Job<'a> {
     pub decode: Vec<[usize; 2]>,
     pub tokens: usize,
     pub prefill: &'a [usize],
+    pub train: &'a [TrainShape],
+    pub recipe: Recipe,
 }
 
 /// A line of the script.
@@ -53,6 +56,13 @@ enum Line {
     Prefill {
         tokens: usize,
         ms: f64,
+    },
+    Train {
+        rows: usize,
+        tokens: usize,
+        keep_all: bool,
+        ms: f64,
+        peak_bytes: Option<u64>,
     },
     LeftOut {
         of: String,
@@ -84,6 +94,8 @@ impl<'a> Peer<'a> {
     /// # Errors
     /// Those of [`find`](Self::find), and [`ModelError::Device`] if the script fails.
     pub fn measure(&self, job: &Job<'_>) -> Result<PeerReport, ModelError> {
+        let train = job.train.iter();
+        let train = train.map(|shape| json!([shape.rows, shape.tokens, shape.keep_all]));
         self.run(&json!({
             "config": job.config,
             "device": self.device,
@@ -92,6 +104,8 @@ impl<'a> Peer<'a> {
             "decode": job.decode,
             "tokens": job.tokens,
             "prefill": job.prefill,
+            "train": train.collect::<Vec<_>>(),
+            "lora": job.recipe,
         }))
     }
 
@@ -121,6 +135,7 @@ impl<'a> Peer<'a> {
             versions: String::new(),
             decode: Vec::new(),
             prefill: Vec::new(),
+            train: Vec::new(),
             left_out: Vec::new(),
         };
         let mut missing = None;
@@ -172,6 +187,21 @@ impl PeerReport {
                 tokens,
                 ms,
                 ratio: None,
+            }),
+            Line::Train {
+                rows,
+                tokens,
+                keep_all,
+                ms,
+                peak_bytes,
+            } => self.train.push(PeerTrain {
+                rows,
+                tokens,
+                keep_all,
+                ms,
+                peak_bytes,
+                ratio: None,
+                memory_ratio: None,
             }),
             Line::LeftOut { of, why } => self.left_out.push(LeftOut { what: of, why }),
         }

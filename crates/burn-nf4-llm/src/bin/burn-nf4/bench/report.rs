@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use burn_nf4_llm::ModelError;
+use burn_nf4_llm::train::Passes;
 use chrono::{SecondsFormat, Utc};
 use serde::Serialize;
 
@@ -115,8 +116,24 @@ pub struct PrefillRow {
 pub struct TrainRow {
     pub rows: usize,
     pub tokens: usize,
+    /// Whether nothing was computed twice.
+    pub keep_all: bool,
+    /// Of the branches.
+    pub rank: usize,
+    /// The median.
     pub ms: f64,
     pub tokens_s: f64,
+    /// The first step of a run on this shape. A device that has never seen it compiles and tunes in it.
+    pub first_ms: f64,
+    /// How the timed ones were made: launched, replayed, or launched as they could not be recorded.
+    pub passes: Passes,
+    /// The most that was in use after a layer of one more step, which was launched and not timed: CubeCL keeps
+    /// no peak, and what a layer holds only in between is not in it. On a CPU the most that the process held
+    /// in that step.
+    pub peak_in_use_bytes: Option<u64>,
+    /// After the timed steps. Pages that a recorded pass keeps to itself are reserved and not in use. The peak
+    /// of the process is that of these steps where the system counts anew (Linux).
+    pub memory: Memory,
 }
 
 /// What was not measured, and why.
@@ -133,6 +150,7 @@ pub struct PeerReport {
     pub versions: String,
     pub decode: Vec<PeerDecode>,
     pub prefill: Vec<PeerPrefill>,
+    pub train: Vec<PeerTrain>,
     pub left_out: Vec<LeftOut>,
 }
 
@@ -155,6 +173,21 @@ pub struct PeerPrefill {
     pub tokens: usize,
     pub ms: f64,
     pub ratio: Option<f64>,
+}
+
+/// A step of training of the peer.
+#[derive(Debug, Serialize)]
+pub struct PeerTrain {
+    pub rows: usize,
+    pub tokens: usize,
+    pub keep_all: bool,
+    pub ms: f64,
+    /// The most that PyTorch's allocator held.
+    pub peak_bytes: Option<u64>,
+    /// How many times as fast as the peer ours is.
+    pub ratio: Option<f64>,
+    /// How many times our `peak_in_use_bytes` its peak is.
+    pub memory_ratio: Option<f64>,
 }
 
 /// Now, as the report has it.
@@ -188,6 +221,14 @@ impl BenchReport {
                 .iter()
                 .find(|ours| ours.tokens == theirs.tokens);
             theirs.ratio = ours.map(|ours| theirs.ms / ours.ms);
+        }
+        for theirs in &mut peer.train {
+            let Some(ours) = self.train.iter().find(|ours| theirs.is_like(ours)) else {
+                continue;
+            };
+            theirs.ratio = Some(theirs.ms / ours.ms);
+            let both = theirs.peak_bytes.zip(ours.peak_in_use_bytes);
+            theirs.memory_ratio = both.map(|(theirs, ours)| theirs as f64 / ours as f64);
         }
     }
 
@@ -243,7 +284,19 @@ impl BenchReport {
             return Ok(());
         };
         say!("\n{}", peer.versions)?;
-        if !peer.decode.is_empty() {
+        peer.print_decode()?;
+        peer.print_prefill()?;
+        peer.print_train(&self.train)?;
+        for left_out in &peer.left_out {
+            left_out.print()?;
+        }
+        Ok(())
+    }
+}
+
+impl PeerReport {
+    fn print_decode(&self) -> Result<(), ModelError> {
+        if !self.decode.is_empty() {
             say!(
                 "{:>5} {:>8} {:>14} {:>14} {:>9}",
                 "batch",
@@ -253,7 +306,7 @@ impl BenchReport {
                 "ratio"
             )?;
         }
-        for theirs in &peer.decode {
+        for theirs in &self.decode {
             let ours = theirs.ratio.map(|ratio| ratio * theirs.tokens_s);
             say!(
                 "{:>5} {:>8} {:>14} {:>14.1} {:>9}",
@@ -264,7 +317,11 @@ impl BenchReport {
                 or_dash(theirs.ratio, 2)
             )?;
         }
-        if !peer.prefill.is_empty() {
+        Ok(())
+    }
+
+    fn print_prefill(&self) -> Result<(), ModelError> {
+        if !self.prefill.is_empty() {
             say!(
                 "{:>14} {:>14} {:>14} {:>9}",
                 "prompt",
@@ -273,7 +330,7 @@ impl BenchReport {
                 "ratio"
             )?;
         }
-        for theirs in &peer.prefill {
+        for theirs in &self.prefill {
             let ours = theirs.ratio.map(|ratio| theirs.ms / ratio);
             say!(
                 "{:>14} {:>14} {:>14.1} {:>9}",
@@ -283,10 +340,45 @@ impl BenchReport {
                 or_dash(theirs.ratio, 2)
             )?;
         }
-        for left_out in &peer.left_out {
-            left_out.print()?;
+        Ok(())
+    }
+
+    fn print_train(&self, rows: &[TrainRow]) -> Result<(), ModelError> {
+        if !self.train.is_empty() {
+            say!(
+                "{:>14} {:>10} {:>14} {:>14} {:>9} {:>14} {:>14} {:>9}",
+                "training step",
+                "layers",
+                "ms ours",
+                "theirs",
+                "ratio",
+                "peak ours",
+                "theirs",
+                "ratio"
+            )?;
+        }
+        for theirs in &self.train {
+            let ours = rows.iter().find(|ours| theirs.is_like(ours));
+            say!(
+                "{:>14} {:>10} {:>14} {:>14.1} {:>9} {:>14} {:>14} {:>9}",
+                shape(theirs.rows, theirs.tokens),
+                layers(theirs.keep_all),
+                or_dash(ours.map(|ours| ours.ms), 1),
+                theirs.ms,
+                or_dash(theirs.ratio, 2),
+                or_unknown(ours.and_then(|ours| ours.peak_in_use_bytes)),
+                or_unknown(theirs.peak_bytes),
+                or_dash(theirs.memory_ratio, 2)
+            )?;
         }
         Ok(())
+    }
+}
+
+impl PeerTrain {
+    /// Whether ours is of the same shape.
+    fn is_like(&self, ours: &TrainRow) -> bool {
+        (self.rows, self.tokens, self.keep_all) == (ours.rows, ours.tokens, ours.keep_all)
     }
 }
 
@@ -356,14 +448,43 @@ impl PrefillRow {
 impl TrainRow {
     /// The head of the rows of a table.
     pub fn print_head() -> Result<(), ModelError> {
-        say!("\n{:>14} {:>10} {:>10}", "training step", "ms", "tokens/s")
+        say!(
+            "\n{:>14} {:>10} {:>10} {:>10} {:>10} {:>12} {:>12} {:>12}  passes",
+            "training step",
+            "layers",
+            "ms",
+            "tokens/s",
+            "first ms",
+            "peak in use",
+            "in use",
+            "reserved"
+        )
     }
 
     /// A row.
     pub fn print(&self) -> Result<(), ModelError> {
-        let shape = format!("{} x {}", self.rows, self.tokens);
-        say!("{shape:>14} {:>10.0} {:>10.0}", self.ms, self.tokens_s)
+        say!(
+            "{:>14} {:>10} {:>10.1} {:>10.0} {:>10.0} {:>12} {:>12} {:>12}  {}",
+            shape(self.rows, self.tokens),
+            layers(self.keep_all),
+            self.ms,
+            self.tokens_s,
+            self.first_ms,
+            or_unknown(self.peak_in_use_bytes),
+            or_unknown(self.memory.in_use_bytes),
+            or_unknown(self.memory.reserved_bytes),
+            self.passes,
+        )
     }
+}
+
+fn shape(rows: usize, tokens: usize) -> String {
+    format!("{rows} x {tokens}")
+}
+
+/// How often layers are computed.
+fn layers(keep_all: bool) -> &'static str {
+    if keep_all { "once" } else { "twice" }
 }
 
 impl LeftOut {

@@ -69,6 +69,15 @@ impl MemoryReport {
         Box::new(move |phase| report.ask(phase.name()))
     }
 
+    /// The most that was held when it was asked for. Of a process it is the peak in between too.
+    pub fn most(&self) -> Option<u64> {
+        self.phases
+            .borrow()
+            .iter()
+            .filter_map(|phase| phase.most)
+            .max()
+    }
+
     /// A table.
     pub fn lines(&self) -> String {
         let of_device = self.device.memory_pool_usage().is_some();
