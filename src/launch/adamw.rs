@@ -1,5 +1,7 @@
 //! Launches of the kernels of the optimizer.
 
+use std::collections::HashSet;
+
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
@@ -37,7 +39,8 @@ pub struct AccumulatePart {
 ///
 /// # Errors
 /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if a buffer is too small or
-/// there is no such tensor in the layout, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16 bytes.
+/// there is no such tensor in the layout, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16 bytes,
+/// [`Nf4Error::Config`] for a tensor that comes twice.
 pub fn flat_accumulate(
     client: &Client,
     layout: &FlatLayout,
@@ -47,7 +50,15 @@ pub fn flat_accumulate(
 ) -> Result<(), Nf4Error> {
     check_dtype(client, dtype)?;
     check_flat("flat", flat, layout.elems())?;
+    let mut tensors = HashSet::new();
     for part in parts {
+        if !tensors.insert(part.tensor) {
+            return Err(Nf4Error::Config {
+                field: "parts",
+                expected: "each tensor once",
+                given: format!("tensor {} twice", part.tensor),
+            });
+        }
         if part.tensor >= layout.tensors() {
             return Err(Nf4Error::Length {
                 tensor: "layout".into(),
@@ -79,7 +90,8 @@ pub fn flat_accumulate(
             args.push(FlatPartLaunch::new(values, range.start, len, cubes));
             cubes += len.div_ceil(of_cube);
         }
-        // SAFETY: the flat buffer holds the whole layout (checked above), and each part lies within it. A cube
+        // SAFETY: the flat buffer holds the whole layout (checked above), and each part lies within it, no two in one
+        // place. A cube
         // past the last part and a unit past the end of a part do nothing.
         unsafe {
             flat_accumulate_kernel::launch_unchecked(
@@ -104,7 +116,7 @@ pub fn flat_accumulate(
 ///
 /// # Errors
 /// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin at a multiple of 16
-/// bytes.
+/// bytes, [`Nf4Error::ElementCount`] for no elements.
 pub fn step_report(
     client: &Client,
     elems: usize,
@@ -112,6 +124,12 @@ pub fn step_report(
     loss: Handle,
     report: Handle,
 ) -> Result<(), Nf4Error> {
+    if elems == 0 {
+        return Err(Nf4Error::ElementCount {
+            tensor: "flat".into(),
+            shape: vec![elems],
+        });
+    }
     check_flat("flat", &flat, elems)?;
     check_flat("loss", &loss, 1)?;
     check_flat("report", &report, 2)?;

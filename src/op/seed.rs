@@ -84,12 +84,15 @@ impl Seed {
         Self::of(lora_linear(x, weight, bias, branch, strategy)?, grad)
     }
 
-    /// Both.
+    /// Both. One seed twice counts once.
     pub fn and(self, other: Self) -> Self {
         Self(self.0 + other.0)
     }
 
     /// The gradients of all that the tensors come from.
+    ///
+    /// # Panics
+    /// If none of them comes from a tensor that wants a gradient, as [`Tensor::backward`].
     pub fn backward(self) -> Gradients {
         self.0.backward()
     }

@@ -161,8 +161,9 @@ impl StepReport {
 }
 
 /// AdamW (arXiv 1711.05101) over many parameters: their f32 values, gradients and moments lie in flat buffers, and
-/// a step is one launch over all of them, or two where some moments are in 8 bit, after two for the norm. Nothing is read by the host but the loss and the
-/// norm, together.
+/// a step is one launch over
+/// all of them, or two where some moments are in 8 bit, after two for the norm. Nothing is read by the host but
+/// the loss and the norm, together.
 ///
 /// The arithmetic is that which [`AdamWMoments`] names, in f32. A tensor without a gradient in a step stays as it is, and
 /// so does its number of steps. A step whose loss or norm is not finite is left out, which the device decides.
@@ -469,7 +470,7 @@ impl FlatAdamW {
         }
     }
 
-    /// One tensor of a flat buffer: a view of it on CubeCL if it has a multiple of 128 elements, else a copy.
+    /// One tensor of a flat buffer: a view of it on CubeCL if its bytes are a multiple of 512, else a copy.
     ///
     /// # Panics
     /// If there is no such tensor, or it has not so many elements.

@@ -118,7 +118,6 @@ impl ChunkedLoss<'_> {
             options,
         } = self;
         let of_x = x.is_tracked();
-        let is_tracked = of_x || !leaves.0.is_empty();
         let values = x.clone().detach().set_require_grad(false);
         let mut loss = Tensor::<1>::zeros([1], (&x.device(), DType::F32));
         let mut gradients_of_x = Vec::new();
@@ -138,7 +137,7 @@ impl ChunkedLoss<'_> {
                 is_root: true,
             };
             let sum = losses(logits, targets.clone().narrow(0, start, count), spec).sum();
-            if is_tracked {
+            if sum.is_tracked() {
                 let mut gradients = sum.backward();
                 gradients_of_x.extend(part.grad_remove(&mut gradients));
                 leaves

@@ -135,6 +135,11 @@ impl Pass {
         &self.rotations[rope]
     }
 
+    /// Those of each window.
+    pub(crate) fn ranges_of_windows(&self) -> impl Iterator<Item = &KeyRanges> {
+        self.ranges.iter().map(|(_, ranges)| ranges)
+    }
+
     /// The keys that each query of a layer with this window sees.
     pub(super) fn ranges(&self, window: Option<usize>) -> &KeyRanges {
         let mut ranges = self.ranges.iter();

@@ -51,6 +51,9 @@ pub struct Inputs {
     pub pass: Pass,
 }
 
+/// Elements of each tensor in a [probe](Inputs::probe).
+const PROBED: usize = 256;
+
 impl Inputs {
     /// Those of a batch whose losses are divided by `targets`.
     pub fn new(batch: &Batch, targets: usize, model: &Decoder, rope: &mut RopeTables) -> Self {
@@ -74,6 +77,22 @@ impl Inputs {
             factor: self.factor.clone() + 0.0,
             pass: self.pass.copied(),
         }
+    }
+
+    /// The ends of tokens, labels and ranges, and the factor, in f32, to see whether a recorded pass reads them.
+    pub fn probe(&self) -> Tensor<1> {
+        let end = |all: Tensor<1, Int>| {
+            let [len] = all.dims();
+            let count = len.min(PROBED);
+            all.narrow(0, len - count, count).float().cast(DType::F32)
+        };
+        let ranges = self.pass.ranges_of_windows().map(|ranges| {
+            let ranges = ranges.tensor().clone().flatten(0, 2);
+            Tensor::from_inner(end(ranges))
+        });
+        let ids = self.ids.clone().flatten(0, 1);
+        let parts = [end(ids), end(self.labels.clone()), self.factor.clone()];
+        Tensor::cat(parts.into_iter().chain(ranges).collect(), 0)
     }
 
     /// Whether [`write`](Self::write) takes the other.
@@ -126,7 +145,7 @@ pub fn backward(
         let loss = loss(model, residual.sum(), labels, factor);
         options.in_phase(Phase::Loss);
         let gradients = GradientsParams::from_grads(loss.backward(), model);
-        grads.accumulate(model, gradients);
+        grads.accumulate(gradients);
         options.in_phase(Phase::Backward);
         return loss.detach();
     }
@@ -145,7 +164,7 @@ pub fn backward(
     let loss = loss(model, x.clone(), labels, factor);
     let mut gradients = loss.backward();
     let mut flow = x.grad_remove(&mut gradients);
-    grads.accumulate(model, GradientsParams::from_grads(gradients, model));
+    grads.accumulate(GradientsParams::from_grads(gradients, model));
     options.in_phase(Phase::Loss);
     for (index, layer) in model.layers.iter().enumerate().rev() {
         let (Some(x), Some(gradient)) = (inputs.pop(), flow.take()) else {
@@ -155,12 +174,12 @@ pub fn backward(
         options.seed_dropout(&device, index);
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
-        grads.accumulate(layer, GradientsParams::from_grads(gradients, layer));
+        grads.accumulate(GradientsParams::from_grads(gradients, layer));
         options.in_phase(Phase::Backward);
     }
     if let Some(gradient) = flow.filter(|_| model.embed_tokens.is_require_grad()) {
         let seed = Seed::of(model.embed(ids), gradient).expect("it is the gradient of x");
-        grads.accumulate(model, GradientsParams::from_grads(seed.backward(), model));
+        grads.accumulate(GradientsParams::from_grads(seed.backward(), model));
         options.in_phase(Phase::Backward);
     }
     loss.detach()

@@ -33,6 +33,9 @@ impl Trainer {
         let (mut sum, mut targets) = (0.0, 0);
         for batch in batches {
             let of_batch = batch.targets();
+            if of_batch == 0 {
+                continue;
+            }
             let inputs = Inputs::new(&batch, of_batch, &model, &mut rope);
             let Inputs {
                 ids,

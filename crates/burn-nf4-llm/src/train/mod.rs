@@ -192,7 +192,8 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
 
 /// A run under way.
 pub struct Trainer {
-    /// What is trained. The values of its trained parameters are the optimizer's: a step puts them in anew.
+    /// What is trained. The values of its trained parameters are the optimizer's: a step puts them in anew. What
+    /// else is changed in it does not reach passes that are recorded already, see [`capture`](Self::capture).
     pub model: Decoder,
     optimizer: SharedOptimizer,
     replays: Replays,
@@ -279,8 +280,8 @@ impl Trainer {
     /// finite is left out, which is said in what is returned.
     ///
     /// # Errors
-    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch, and
-    /// those of [`Optimizer::step`].
+    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
+    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
         let targets = batches.iter().map(Batch::targets).sum();
         let mut loss = None;
@@ -295,7 +296,10 @@ impl Trainer {
         let rate = self.rate();
         let report = {
             let mut optimizer = self.optimizer.borrow_mut();
-            optimizer.step(rate, &mut self.model, loss)?;
+            if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
+                optimizer.drop_gradients();
+                return Err(error);
+            }
             optimizer.report().expect("a step was made")
         };
         self.replays.check(&self.model.device())?;

@@ -92,7 +92,7 @@ impl Optimizer {
     }
 
     /// Adds gradients to those of the next step. What is wrong with them is told by the step.
-    pub fn accumulate<M: Module>(&mut self, _model: &M, mut gradients: GradientsParams) {
+    pub fn accumulate(&mut self, mut gradients: GradientsParams) {
         let mut parts = Vec::with_capacity(gradients.len());
         for (number, one) in self.trained.iter().enumerate() {
             if gradients.is_empty() {
@@ -196,7 +196,7 @@ impl Optimizer {
                 path: &one.path,
                 shape: &one.shape,
                 state,
-                has_values: one.dtype != DType::F32,
+                has_values: one.kept != DType::F32,
             });
         optimizer_file::write(folder, step, all)
     }
@@ -224,7 +224,7 @@ impl Optimizer {
         ) in self.trained.iter().zip(&mut state)
         {
             file.read_moments(&one.path, &one.shape, moments)?;
-            if one.dtype != DType::F32 {
+            if one.kept != DType::F32 {
                 file.read_values(&one.path, &one.shape, values)?;
             }
             *steps = file.steps(&one.path)?;

@@ -10,7 +10,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::PoisonError;
 
-use burn::tensor::{Device, Graph, Tensor, capture};
+use burn::tensor::{DType, Device, Graph, Tensor, capture};
 use burn_nf4::op::has_graphs;
 use serde::Serialize;
 
@@ -28,7 +28,7 @@ type Run = Box<dyn FnMut() -> Output>;
 /// What a pass gives.
 struct Output {
     loss: Tensor<1>,
-    /// Some of the values and gradients that it begins with.
+    /// See [`probe`].
     probe: Tensor<1>,
 }
 
@@ -39,7 +39,8 @@ struct Output {
 pub enum Passes {
     /// Launch by launch: the device has no graphs, or no two batches of one size have followed each other.
     Launched,
-    /// Launch by launch, though the device has graphs: it has broken off a recording.
+    /// Launch by launch, though the device has graphs: it could not begin or end a recording, which is not tried
+    /// again.
     NotRecorded,
     /// As replays of a recorded one.
     Replayed,
@@ -67,7 +68,7 @@ struct Recorded {
 #[derive(Default)]
 pub(super) struct Replays {
     recorded: Option<Recorded>,
-    /// Those of the last pass that was launched.
+    /// Those of the last pass.
     last: Option<Inputs>,
     /// Whether a device that says that it records did not.
     failed: bool,
@@ -95,11 +96,11 @@ impl Replays {
         if self.failed || !has_graphs(&device) || model.layers.iter().any(is_mixture) {
             return None;
         }
+        let came_before = self.last.as_ref().is_some_and(|last| last.is_like(inputs));
+        self.last = Some(inputs.clone());
         let known = |recorded: &Recorded| recorded.inputs.borrow().is_like(inputs);
         if !self.recorded.as_ref().is_some_and(known) {
-            let came_before = self.last.as_ref().is_some_and(|last| last.is_like(inputs));
             if !(came_before && is_first) {
-                self.last = Some(inputs.clone());
                 return None;
             }
             // The pages of another are of no use to it.
@@ -110,41 +111,39 @@ impl Replays {
         }
         let recorded = self.recorded.as_mut()?;
         recorded.inputs.borrow_mut().write(inputs.clone());
-        let before = optimizer.borrow().probe();
+        let before = probe(&optimizer.borrow(), inputs);
         // SAFETY: what `Graph::replay` asks for is there.
         // - What the launches touch is alive: the frozen weights are those of the model that the closure holds,
-        //   the values and gradients those of the optimizer that it shares, the inputs and the output belong to
-        //   it; the intermediates lie on pages that cubecl keeps from others as long as the graph lives.
+        //   the inputs and the output belong to it. Values and gradients are those of the optimizer that it
+        //   shares; should they move to other buffers, the old ones lie, as the intermediates do, on pages that
+        //   cubecl keeps from others as long as the graph lives.
         // - All of it is this thread's alone, as `Rc` is not `Send`, and replays, writes and reads follow each
         //   other on its stream.
-        // - Where values or gradients moved to another buffer, the probe tells, see `check`.
-        let Output { loss, probe } = unsafe { recorded.graph.replay() };
-        // Copies: the next replay overwrites them.
-        let (loss, probe) = (loss.clone() + 0.0, probe.clone() + 0.0);
-        self.unchecked.push([before, probe]);
+        let output = unsafe { recorded.graph.replay() };
+        let (loss, read) = (output.loss.clone(), output.probe.clone() + 0.0);
+        // A pass that read something else has no finite loss, and the optimizer leaves its step out.
+        let same = before.clone().equal(read.clone()).all().float();
+        let loss = loss / same.cast(DType::F32);
+        self.unchecked.push([before, read]);
         optimizer.borrow_mut().set_with_gradients(&recorded.trained);
         Some(loss)
     }
 
-    /// Checks that the replays of a step began with the values and the gradients that were there. The
-    /// optimizer copies its values if somebody holds a clone of the model's, and a replay reads the old ones.
+    /// Checks that the replays of a step read what they should. The optimizer copies its values if somebody holds
+    /// a clone of the model's, and a replay reads the old ones; its step was left out.
     ///
     /// # Errors
     /// [`ModelError::Replay`].
     pub fn check(&mut self, device: &Device) -> Result<(), ModelError> {
         for probes in std::mem::take(&mut self.unchecked) {
-            let [expected, given] = probes.map(|probe| {
-                let values = probe.into_data().iter().collect::<Vec<f32>>();
-                // Adding zero has turned a negative zero into one.
-                values
-                    .into_iter()
-                    .map(|value| (value + 0.0).to_bits())
-                    .collect::<Vec<u32>>()
+            let [expected, read] = probes.map(|probe| {
+                let values: Vec<f32> = probe.into_data().iter().collect();
+                values.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
             });
-            if expected != given {
-                let message = "a training pass read other values or gradients than there are: parameters of the \
-                               trainer's model must not be held across a step";
+            if expected != read {
                 self.recorded = None;
+                let message = "a training pass read other values, gradients or tokens than there are, and its step \
+                               was left out: parameters of the trainer's model must not be held across a step";
                 return Err(ModelError::replay(device, message.into()));
             }
         }
@@ -159,6 +158,11 @@ impl Replays {
             (None, true) => Passes::NotRecorded,
         }
     }
+}
+
+/// Some of the values and gradients that a pass begins with, and of what it reads, in f32.
+fn probe(optimizer: &Optimizer, inputs: &Inputs) -> Tensor<1> {
+    Tensor::cat(vec![optimizer.probe(), inputs.probe().inner()], 0) + 0.0
 }
 
 impl Recorded {
@@ -178,8 +182,8 @@ impl Recorded {
         let run: Run = Box::new(move || {
             let mut optimizer = shared.borrow_mut();
             let model = optimizer.with_values(model.clone());
-            let probe = optimizer.probe();
             let inputs = of_graph.borrow().clone();
+            let probe = probe(&optimizer, &inputs);
             let options = PassOptions {
                 checkpointing,
                 dropout_seed: None,

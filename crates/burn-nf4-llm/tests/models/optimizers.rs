@@ -55,7 +55,7 @@ impl Weights {
 fn step(optimizer: &mut Optimizer, model: &mut Weights, rate: f64) -> f32 {
     let loss = model.loss();
     let gradients = GradientsParams::from_grads(loss.backward(), model);
-    optimizer.accumulate(model, gradients);
+    optimizer.accumulate(gradients);
     optimizer.step(rate, model, loss).unwrap();
     optimizer.report().unwrap().loss
 }
@@ -211,7 +211,7 @@ fn a_step_that_is_not_finite_is_left_out_and_the_third_in_a_row_ends_the_run() {
     let batch = [batch];
     let first = trainer.step(&batch).unwrap();
     assert!(first.grad_norm > 0.0 && !first.skipped, "{first:?}");
-    let scaling = trainer.model.logits_scaling;
+    let eps = trainer.model.norm.eps;
     let saved = |trainer: &mut Trainer| {
         let folder = tempfile::tempdir().unwrap();
         trainer.save_adapter(folder.path()).unwrap();
@@ -219,7 +219,7 @@ fn a_step_that_is_not_finite_is_left_out_and_the_third_in_a_row_ends_the_run() {
     };
     let before = saved(&mut trainer);
     for count in 1..=2 * MAX_SKIPPED {
-        trainer.model.logits_scaling = f64::NAN;
+        trainer.model.norm.eps = f64::NAN;
         let step = trainer.step(&batch);
         if count < MAX_SKIPPED {
             let step = step.unwrap();
@@ -236,10 +236,10 @@ fn a_step_that_is_not_finite_is_left_out_and_the_third_in_a_row_ends_the_run() {
         break;
     }
     assert!(saved(&mut trainer) == before);
-    trainer.model.logits_scaling = scaling;
+    trainer.model.norm.eps = eps;
     assert!(!trainer.step(&batch).unwrap().skipped);
     // Two in a row, after one that was made.
-    trainer.model.logits_scaling = f64::NAN;
+    trainer.model.norm.eps = f64::NAN;
     for _ in 1..MAX_SKIPPED {
         assert!(trainer.step(&batch).unwrap().skipped);
     }

@@ -322,10 +322,10 @@ impl FinetuneArgs {
                 tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
             })?;
             if done.skipped {
-                eprintln!(
-                    "warning: step {} was left out: its loss is {}, the norm of its gradients {}",
+                watch.warn(format!(
+                    "step {} was left out: its loss is {}, the norm of its gradients {}",
                     done.number, done.loss, done.grad_norm
-                );
+                ));
             }
             if let Some(eval) = &data.eval
                 && (trainer.step == total || trainer.step.is_multiple_of(eval_every))

@@ -160,6 +160,14 @@ impl Watch {
         writeln!(self.log, "{line}").map_err(ModelError::io(&self.path))
     }
 
+    /// Tells of something that is not as it should be.
+    pub fn warn(&mut self, warning: String) {
+        match &mut self.view {
+            View::Lines => eprintln!("warning: {warning}"),
+            View::Tui(tui) => tui.log_event_training(warning),
+        }
+    }
+
     /// Says that something was saved.
     pub fn saved(&mut self, folder: &Path) {
         match &mut self.view {
