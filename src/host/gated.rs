@@ -63,11 +63,21 @@ pub(crate) fn gated_backward<T: FloatElement>(
     [of_gate, of_up]
 }
 
+/// Of gate and what it opens.
+///
 /// # Safety
-/// Of both: the processor must have the instructions that they were chosen by.
+/// The processor must have the instructions that it uses.
+type Forward<T> = unsafe fn([&[T]; 2], Activation, &mut [T]);
+
+/// Of these and the gradient of the result.
+///
+/// # Safety
+/// As [`Forward`].
+type Backward<T> = unsafe fn([&[T]; 3], Activation, [&mut [T]; 2]);
+
 struct Kernels<T> {
-    forward: unsafe fn([&[T]; 2], Activation, &mut [T]),
-    backward: unsafe fn([&[T]; 3], Activation, [&mut [T]; 2]),
+    forward: Forward<T>,
+    backward: Backward<T>,
 }
 
 /// # Panics

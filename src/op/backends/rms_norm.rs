@@ -53,6 +53,8 @@ struct Returned<F> {
     normed: Option<F>,
 }
 
+type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
+
 type Shared<F> = Arc<Mutex<Returned<F>>>;
 
 /// The nodes of what was normalised, with what they hold.
@@ -60,9 +62,9 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
     kind: OpsKind<Origin, B, OriginState<B>, C, N>,
     x: FloatTensor<B>,
     normed: FloatTensor<B>,
-    weight: FloatTensor<Autodiff<B, C>>,
+    weight: Tracked<B, C>,
     spec: RmsNormSpec,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> (Tracked<B, C>, Tracked<B, C>) {
     let returned = Arc::new(Mutex::new(Returned {
         past: None,
         normed: None,
