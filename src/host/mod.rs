@@ -29,6 +29,10 @@ mod cross_entropy;
 mod dequantize;
 mod embedding;
 mod float_matmul;
+#[cfg(feature = "flex")]
+mod gated;
+#[cfg(feature = "flex")]
+mod gemm;
 mod matmul;
 #[cfg(feature = "flex")]
 mod norm;
@@ -48,9 +52,13 @@ pub(crate) use cross_entropy::{cross_entropy, cross_entropy_gradient};
 pub use dequantize::{dequantize, dequantize_with};
 pub use embedding::embedding;
 pub use float_matmul::{float_matmul, float_matmul_with};
+#[cfg(feature = "flex")]
+pub(crate) use gated::{gated, gated_backward};
+#[cfg(feature = "flex")]
+pub(crate) use gemm::{Gemm, PackedMatrix, Right, Strided, gemm, gemm_add};
 pub use matmul::{matmul, matmul_with};
 #[cfg(feature = "flex")]
-pub(crate) use norm::{RmsNorm, Rotation, rms_norm, rotate};
+pub(crate) use norm::{RmsNorm, Rotation, rms_norm, rms_norm_backward, rotate};
 pub use quantize::{quantize, quantize_with};
 pub use sample::{Choice, sample, sample_candidates};
 pub use simd::Simd;

@@ -29,14 +29,7 @@ pub(crate) fn rms_norm<T: FloatElement>(x: &[T], weight: &[T], norm: RmsNorm) ->
     let rows = out.par_chunks_mut(size).zip(x.par_chunks(size));
     rows.with_min_len(TASK_ELEMS.div_ceil(size))
         .for_each(|(out, x)| {
-            // In parts that add up side by side.
-            let mut squares = [0.0f32; 16];
-            for part in x.chunks(squares.len()) {
-                for (square, x) in squares.iter_mut().zip(part) {
-                    *square += x.to_f32() * x.to_f32();
-                }
-            }
-            let mean = squares.iter().sum::<f32>() / size as f32;
+            let mean = sum(x, x, |x, again| x.to_f32() * again.to_f32()) / size as f32;
             let scale = 1.0 / (mean + norm.eps as f32).sqrt();
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
                 let (x, weight) = (x.to_f32() * scale, weight.to_f32());
@@ -45,6 +38,62 @@ pub(crate) fn rms_norm<T: FloatElement>(x: &[T], weight: &[T], norm: RmsNorm) ->
                     NormForm::WeightThenCast => T::from_f32(x * weight),
                     NormForm::OnePlusWeight => T::from_f32(x * (1.0 + weight)),
                 };
+            }
+        });
+    out
+}
+
+/// The sum of a function of the elements of two rows, in parts that add up side by side.
+#[inline(always)]
+fn sum<A: Copy, B: Copy>(a: &[A], b: &[B], term: impl Fn(A, B) -> f32) -> f32 {
+    let mut sums = [0.0f32; 16];
+    for (a, b) in a.chunks(sums.len()).zip(b.chunks(sums.len())) {
+        for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += term(a, b);
+        }
+    }
+    sums.iter().sum()
+}
+
+/// The gradient of `x` in [`rms_norm`], and `residual` added to it, in f32 inside. With `n` the normalised row, `w`
+/// the factors and `s` the scale: `s (g w - n mean(g w n))`.
+///
+/// # Shapes
+/// - `x`, `grad`, `residual`: `[rows, size]`, and so the result; `weight`: `[size]`
+pub(crate) fn rms_norm_backward<T: FloatElement>(
+    x: &[T],
+    weight: &[T],
+    grad: &[T],
+    residual: Option<&[T]>,
+    norm: RmsNorm,
+) -> Vec<T> {
+    let size = norm.size;
+    let one = match norm.form {
+        NormForm::OnePlusWeight => 1.0,
+        NormForm::CastThenWeight | NormForm::WeightThenCast => 0.0,
+    };
+    let factors: Vec<f32> = weight.iter().map(|weight| weight.to_f32() + one).collect();
+    let mut out = vec![T::zeroed(); x.len()];
+    let rows = out.par_chunks_mut(size).enumerate();
+    rows.with_min_len(TASK_ELEMS.div_ceil(size))
+        .for_each(|(row, out)| {
+            let row = row * size..(row + 1) * size;
+            let (x, grad) = (&x[row.clone()], &grad[row.clone()]);
+            let mean = sum(x, x, |x, again| x.to_f32() * again.to_f32()) / size as f32;
+            let scale = 1.0 / (mean + norm.eps as f32).sqrt();
+            let mut weighted = vec![0.0; size];
+            for (weighted, (grad, factor)) in weighted.iter_mut().zip(grad.iter().zip(&factors)) {
+                *weighted = grad.to_f32() * factor;
+            }
+            let along = sum(&weighted, x, |weighted, x| weighted * (x.to_f32() * scale));
+            let along = along / size as f32;
+            for ((out, x), weighted) in out.iter_mut().zip(x).zip(&weighted) {
+                *out = T::from_f32((weighted - x.to_f32() * scale * along) * scale);
+            }
+            if let Some(residual) = residual {
+                for (out, residual) in out.iter_mut().zip(&residual[row]) {
+                    *out = T::from_f32(out.to_f32() + residual.to_f32());
+                }
             }
         });
     out

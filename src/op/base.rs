@@ -92,7 +92,7 @@ pub struct LinearSpec {
     pub weight: DequantizeSpec,
     /// How it is computed.
     pub strategy: MatmulStrategy,
-    /// Whether products with the decoded weight are cuBLASLt's.
+    /// Whether dense products are `dense_matmul`'s: cuBLASLt's, or those of `host` on Flex.
     pub cublaslt: bool,
 }
 
@@ -168,7 +168,7 @@ pub struct MatmulSpec {
     pub weight: DequantizeSpec,
     /// How it is computed.
     pub strategy: MatmulStrategy,
-    /// Whether products with the decoded weight are cuBLASLt's.
+    /// Whether dense products are `dense_matmul`'s: cuBLASLt's, or those of `host` on Flex.
     pub cublaslt: bool,
     /// Rows of `x`.
     pub m: usize,
@@ -208,6 +208,15 @@ impl MatmulSpec {
             MatmulStrategy::Decode => true,
             MatmulStrategy::Gemv | MatmulStrategy::TensorCore | MatmulStrategy::Levels => false,
         }
+    }
+
+    /// The product `x Wᵀ` of the decoded weight, or without `transpose` `x W`.
+    pub(super) fn decoded(&self, transpose: bool) -> DenseSpec {
+        let (n, k) = match transpose {
+            true => (self.weight.rows, self.weight.columns),
+            false => (self.weight.columns, self.weight.rows),
+        };
+        DenseSpec::of_matrices([self.m, n, k], transpose, self.weight.dtype)
     }
 
     /// The same without the number of rows.
@@ -540,6 +549,20 @@ pub trait Nf4Backend: Backend {
     ) -> FloatTensor<Self> {
         Self::float_add(addend, Self::dense_matmul(lhs, rhs, spec))
     }
+
+    /// `C + x Wᵀ` over the decoded weight, or without `transpose` `C + x W`, in the place of `C` as
+    /// [`dense_matmul_add`](Self::dense_matmul_add).
+    #[fusion(default)]
+    fn nf4_matmul_add(
+        addend: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: MatmulSpec,
+        transpose: bool,
+    ) -> FloatTensor<Self> {
+        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        Self::dense_matmul_add(addend, x, decoded, spec.decoded(transpose))
+    }
 }
 
 /// `s A B` by the backend's own product.
@@ -598,8 +621,7 @@ pub(super) fn lora_product<B: Nf4Backend>(
     bias: Option<FloatTensor<B>>,
     spec: LoraSpec,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let MatmulSpec { weight, m, .. } = spec.matmul;
-    let dtype = weight.dtype;
+    let dtype = spec.matmul.weight.dtype;
     let down = B::dense_matmul(x.clone(), a, spec.down(dtype));
     if !spec.matmul.decodes() {
         let y = match bias {
@@ -615,23 +637,10 @@ pub(super) fn lora_product<B: Nf4Backend>(
         None => B::dense_matmul(down.clone(), b, spec.up(dtype)),
         Some(bias) => B::dense_matmul_bias(down.clone(), b, bias, spec.up(dtype)),
     };
-    let decoded = B::nf4_dequantize(packed, weight);
-    let product = DenseSpec::of_matrices([m, weight.rows, weight.columns], true, dtype);
-    (B::dense_matmul_add(branch, x, decoded, product), down)
-}
-
-/// `C + dy W` by cuBLASLt, in the place of `C` if nobody else needs it.
-pub(super) fn linear_backward_add<B: Nf4Backend>(
-    addend: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    packed: IntTensor<B>,
-    spec: MatmulSpec,
-) -> FloatTensor<B> {
-    let weight = spec.weight;
-    let sizes = [spec.m, weight.columns, weight.rows];
-    let decoded = B::nf4_dequantize(packed, weight);
-    let product = DenseSpec::of_matrices(sizes, false, weight.dtype);
-    B::dense_matmul_add(addend, grad, decoded, product)
+    (
+        B::nf4_matmul_add(branch, x, packed, spec.matmul, true),
+        down,
+    )
 }
 
 /// Adds a bias to the rows of `y`.

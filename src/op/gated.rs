@@ -8,10 +8,9 @@ use crate::activation::Activation;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, check_shape};
 
-#[cfg(feature = "cube")]
 pub use base::{GatedBackend, GatedSpec};
 
-/// `activation(gate) up` (arXiv 2002.05202): one operation on a CubeCL device, forward and backward. The
+/// `activation(gate) up` (arXiv 2002.05202): one operation, forward and backward. The
 /// activation is rounded to the dtype of the gate before it is multiplied.
 ///
 /// # Shapes
@@ -29,11 +28,9 @@ pub fn gated<const D: usize>(
     let dtype = FloatType::from_dtype(gate.dtype(), "gate")?;
     check_dtype("up", &up, "as the gate", &[gate.dtype()])?;
     check_device("up", &up.device(), &gate.device())?;
-    #[cfg(feature = "cube")]
     if let Some(y) = base::launched(&gate, &up, activation, dtype) {
         return Ok(y);
     }
-    let _ = dtype;
     Ok(activation.forward(gate) * up)
 }
 
@@ -51,11 +48,12 @@ impl Activation {
     }
 }
 
-#[cfg(feature = "cube")]
 mod base {
     use burn::backend::tensor::FloatTensor;
     use burn::backend::{Backend, Dispatch, DispatchDevice, backend_extension};
-    use burn::tensor::{DType, Shape, Tensor};
+    use burn::tensor::Tensor;
+    #[cfg(feature = "fusion")]
+    use burn::tensor::{DType, Shape};
 
     use crate::activation::Activation;
     use crate::format::FloatType;
@@ -71,10 +69,11 @@ mod base {
         pub dtype: FloatType,
     }
 
-    /// Gates of a backend. The function in front calls it for CubeCL devices alone.
+    /// Gates of a backend: by one kernel on CubeCL, by `host` on Flex.
     #[backend_extension(
         Autodiff,
-        Cube,
+        Cube: cfg(feature = "cube"),
+        Flex: cfg(feature = "flex"),
         Fusion: cfg(feature = "fusion"),
     )]
     pub trait GatedBackend: Backend {
@@ -117,7 +116,14 @@ mod base {
         let device = gate.device().without_autodiff();
         let shape = gate.shape();
         let elems = shape.num_elements();
-        if !matches!(device.as_dispatch(), DispatchDevice::Cube(_)) || elems == 0 {
+        let has_kernel = match device.as_dispatch() {
+            #[cfg(feature = "cube")]
+            DispatchDevice::Cube(_) => true,
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => true,
+            _ => false,
+        };
+        if !has_kernel || elems == 0 {
             return None;
         }
         let spec = GatedSpec {

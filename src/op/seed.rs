@@ -44,8 +44,8 @@ impl Seed {
         Ok(Self(Tensor::from_dispatch(zero)))
     }
 
-    /// The result of [`lora_linear`] has the gradient `grad`. Where cuBLASLt computes it, the result itself is
-    /// not computed.
+    /// The result of [`lora_linear`] has the gradient `grad`. Where cuBLASLt computes it, or Flex in
+    /// f32, the result itself is not computed.
     ///
     /// # Shapes
     /// - `grad`: `[..., out_features]`
@@ -60,7 +60,6 @@ impl Seed {
         strategy: MatmulStrategy,
         grad: Tensor<D>,
     ) -> Result<Self, Nf4Error> {
-        #[cfg(feature = "cube")]
         if bias.is_none()
             && let Some(spec) = branch.trained_spec(&x, weight, None, strategy)?
         {

@@ -1,17 +1,19 @@
 //! The operations on Flex, Burn's CPU backend: the vectorised functions of `host`.
 
-use burn::backend::DispatchDevice;
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{DispatchDevice, TensorMetadata};
 use burn::tensor::{Bytes, DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
+use super::products;
 use crate::error::Nf4Error;
 use crate::format::{self, FloatElement, FloatType};
 use crate::host;
 use crate::op::base::{
-    DequantizeSpec, EmbeddingSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
-    debug_check, decoded_matmul,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+    QuantizeSpec, add_bias, composed_matmul, debug_check, decoded_matmul,
 };
 
 impl Nf4Backend for Flex {
@@ -65,7 +67,7 @@ impl Nf4Backend for Flex {
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            return decoded_matmul::<Self>(x, packed, None, spec.linear());
+            return Self::nf4_linear(x, packed, spec.linear());
         }
         matmul(x, packed, None, spec)
     }
@@ -77,10 +79,87 @@ impl Nf4Backend for Flex {
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            return decoded_matmul::<Self>(x, packed, Some(bias), spec.linear());
+            return add_bias::<Self>(Self::nf4_linear(x, packed, spec.linear()), bias);
         }
         matmul(x, packed, Some(bias), spec)
     }
+
+    fn nf4_linear(
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: LinearSpec,
+    ) -> FloatTensor<Self> {
+        let m = x.shape()[0];
+        match MatmulSpec::of(spec, m).filter(reads_packed) {
+            Some(spec) => matmul(x, packed, None, spec),
+            None if multiplies(m, &spec) => {
+                debug_check(&packed, &spec.weight.layout);
+                products::packed(None, x, &packed, spec.weight, true)
+            }
+            None => decoded_matmul::<Self>(x, packed, None, spec),
+        }
+    }
+
+    fn nf4_linear_backward(
+        grad: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: LinearSpec,
+    ) -> FloatTensor<Self> {
+        debug_check(&packed, &spec.weight.layout);
+        if multiplies(grad.shape()[0], &spec) {
+            return products::packed(None, grad, &packed, spec.weight, false);
+        }
+        Self::float_matmul(grad, Self::nf4_dequantize(packed, spec.weight))
+    }
+
+    fn nf4_matmul_add(
+        addend: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        packed: IntTensor<Self>,
+        spec: MatmulSpec,
+        transpose: bool,
+    ) -> FloatTensor<Self> {
+        debug_check(&packed, &spec.weight.layout);
+        if multiplies(spec.m, &spec.linear()) {
+            return products::packed(Some(addend), x, &packed, spec.weight, transpose);
+        }
+        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        Self::dense_matmul_add(addend, x, decoded, spec.decoded(transpose))
+    }
+
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        match products::takes(&spec) {
+            true => products::dense(None, lhs, rhs, spec),
+            false => composed_matmul::<Self>(lhs, rhs, spec),
+        }
+    }
+
+    fn dense_matmul_add(
+        addend: FloatTensor<Self>,
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        spec: DenseSpec,
+    ) -> FloatTensor<Self> {
+        match products::takes(&spec) {
+            true => products::dense(Some(addend), lhs, rhs, spec),
+            false => Self::float_add(addend, composed_matmul::<Self>(lhs, rhs, spec)),
+        }
+    }
+}
+
+/// Whether a product with a packed weight is that of `products`.
+fn multiplies(m: usize, spec: &LinearSpec) -> bool {
+    let DequantizeSpec {
+        rows,
+        columns,
+        dtype,
+        ..
+    } = spec.weight;
+    spec.cublaslt && products::takes(&DenseSpec::of_matrices([m, rows, columns], true, dtype))
 }
 
 /// The numbers of a contiguous tensor.
@@ -98,12 +177,16 @@ pub(super) fn tensor_of<T: FloatElement>(values: Vec<T>, shape: Shape) -> FlexTe
     FlexTensor::from_data(TensorData::from_bytes(bytes, shape, T::FLOAT_TYPE.into()))
 }
 
-/// Rows up to which the packed weight is read as it is. At eight that takes half the time of decoding
-/// it for Burn's own product at nine (SmolLM2-135M in f32); where the two cross was not measured.
-const MATMUL_ROWS: usize = 8;
+/// Rows up to which the packed weight is read as it is; more are for the tiles of `products`. Where the two cross
+/// was not measured.
+const MATMUL_ROWS: usize = products::FEW_ROWS;
 
 fn reads_packed(spec: &MatmulSpec) -> bool {
-    spec.m <= MATMUL_ROWS || spec.strategy == MatmulStrategy::Gemv
+    match spec.strategy {
+        MatmulStrategy::Gemv => true,
+        MatmulStrategy::Decode => false,
+        _ => spec.m <= MATMUL_ROWS,
+    }
 }
 
 /// Checks that the CPU has the kernel that was asked for.

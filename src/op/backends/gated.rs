@@ -1,4 +1,4 @@
-//! Gates on CubeCL runtimes, with gradients.
+//! Gates on each backend, with gradients.
 
 use burn::backend::Autodiff;
 use burn::backend::autodiff::NodeId;
@@ -7,12 +7,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::Shape;
-use burn_cubecl::CubeBackend;
-use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::tensor::CubeTensor;
 
-use crate::launch::{self, GatedProblem};
 use crate::op::gated::{GatedBackend, GatedSpec};
 
 impl<B: GatedBackend, C: CheckpointStrategy> GatedBackend for Autodiff<B, C> {
@@ -64,47 +59,124 @@ impl<B: GatedBackend> Backward<B, 2> for GatedBackward {
     }
 }
 
-impl GatedBackend for CubeBackend {
-    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, spec: GatedSpec) -> FloatTensor<Self> {
-        let [gate, up] = [gate, up].map(into_contiguous);
-        let out = empty_like(&gate, spec);
-        let operands = [gate.handle, up.handle];
-        launch::gated(&gate.client, problem(spec), operands, out.handle.clone())
+#[cfg(feature = "flex")]
+mod flex {
+    use burn::tensor::Shape;
+    use burn_flex::{Flex, FlexTensor};
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::format::{FloatElement, FloatType};
+    use crate::host::{self, Simd};
+    use crate::op::backends::flex::{contents, tensor_of};
+
+    impl GatedBackend for Flex {
+        fn gated(
+            gate: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            spec: GatedSpec,
+        ) -> FloatTensor<Self> {
+            fn forward<T: FloatElement>(
+                [gate, up]: &[FlexTensor; 2],
+                spec: GatedSpec,
+            ) -> FlexTensor {
+                let (gate, up) = (contents::<T>(gate), contents(up));
+                let y = host::gated(Simd::detect(), gate, up, spec.activation);
+                tensor_of(y, Shape::from([spec.elems]))
+            }
+
+            let operands = [gate, up].map(|tensor| tensor.to_contiguous());
+            match spec.dtype {
+                FloatType::F16 => forward::<f16>(&operands, spec),
+                FloatType::BF16 => forward::<bf16>(&operands, spec),
+                FloatType::F32 => forward::<f32>(&operands, spec),
+            }
+        }
+
+        fn gated_backward(
+            gate: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            spec: GatedSpec,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            fn backward<T: FloatElement>(
+                operands: &[FlexTensor; 3],
+                spec: GatedSpec,
+            ) -> (FlexTensor, FlexTensor) {
+                let [gate, up, grad] = operands.each_ref().map(contents::<T>);
+                let gradients =
+                    host::gated_backward(Simd::detect(), [gate, up], grad, spec.activation);
+                let shape = Shape::from([spec.elems]);
+                let [of_gate, of_up] = gradients.map(|values| tensor_of(values, shape.clone()));
+                (of_gate, of_up)
+            }
+
+            let operands = [gate, up, grad].map(|tensor| tensor.to_contiguous());
+            match spec.dtype {
+                FloatType::F16 => backward::<f16>(&operands, spec),
+                FloatType::BF16 => backward::<bf16>(&operands, spec),
+                FloatType::F32 => backward::<f32>(&operands, spec),
+            }
+        }
+    }
+}
+
+#[cfg(feature = "cube")]
+mod cube {
+    use burn::tensor::Shape;
+    use burn_cubecl::CubeBackend;
+    use burn_cubecl::kernel::into_contiguous;
+    use burn_cubecl::tensor::CubeTensor;
+
+    use super::*;
+    use crate::launch::{self, GatedProblem};
+
+    impl GatedBackend for CubeBackend {
+        fn gated(
+            gate: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            spec: GatedSpec,
+        ) -> FloatTensor<Self> {
+            let [gate, up] = [gate, up].map(into_contiguous);
+            let out = empty_like(&gate, spec);
+            let operands = [gate.handle, up.handle];
+            launch::gated(&gate.client, problem(spec), operands, out.handle.clone())
+                .expect("arguments were validated");
+            out
+        }
+
+        fn gated_backward(
+            gate: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            spec: GatedSpec,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            let [gate, up, grad] = [gate, up, grad].map(into_contiguous);
+            let (d_gate, d_up) = (empty_like(&gate, spec), empty_like(&gate, spec));
+            launch::gated_backward(
+                &gate.client,
+                problem(spec),
+                [gate.handle, up.handle],
+                grad.handle,
+                [d_gate.handle.clone(), d_up.handle.clone()],
+            )
             .expect("arguments were validated");
-        out
+            (d_gate, d_up)
+        }
     }
 
-    fn gated_backward(
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        spec: GatedSpec,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let [gate, up, grad] = [gate, up, grad].map(into_contiguous);
-        let (d_gate, d_up) = (empty_like(&gate, spec), empty_like(&gate, spec));
-        launch::gated_backward(
-            &gate.client,
-            problem(spec),
-            [gate.handle, up.handle],
-            grad.handle,
-            [d_gate.handle.clone(), d_up.handle.clone()],
-        )
-        .expect("arguments were validated");
-        (d_gate, d_up)
+    fn problem(spec: GatedSpec) -> GatedProblem {
+        GatedProblem {
+            elems: spec.elems,
+            activation: spec.activation,
+            dtype: spec.dtype,
+        }
     }
-}
 
-fn problem(spec: GatedSpec) -> GatedProblem {
-    GatedProblem {
-        elems: spec.elems,
-        activation: spec.activation,
-        dtype: spec.dtype,
+    fn empty_like(x: &CubeTensor, spec: GatedSpec) -> CubeTensor {
+        let handle = x.client.empty(spec.elems * spec.dtype.size_bytes());
+        let (client, device) = (x.client.clone(), x.device.clone());
+        let shape = Shape::from([spec.elems]);
+        CubeTensor::new_contiguous(client, device, shape, handle, spec.dtype.into())
     }
-}
-
-fn empty_like(x: &CubeTensor, spec: GatedSpec) -> CubeTensor {
-    let handle = x.client.empty(spec.elems * spec.dtype.size_bytes());
-    let (client, device) = (x.client.clone(), x.device.clone());
-    let shape = Shape::from([spec.elems]);
-    CubeTensor::new_contiguous(client, device, shape, handle, spec.dtype.into())
 }

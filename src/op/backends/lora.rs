@@ -11,9 +11,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::autodiff::register_bias;
-use crate::op::base::{
-    DenseSpec, LoraSpec, MatmulSpec, Nf4Backend, cast, linear_backward_add, lora_product,
-};
+use crate::op::base::{DenseSpec, LoraSpec, MatmulSpec, Nf4Backend, cast, lora_product};
 
 /// Where products of one `x` put its gradient, each adding to what is there.
 pub(super) type SharedGradient<F> = Arc<Mutex<Option<F>>>;
@@ -124,7 +122,7 @@ impl<B: Nf4Backend> LoraState<B> {
             None => B::dense_matmul(h, a, of_branch),
             Some(others) => B::dense_matmul_add(others, h, a, of_branch),
         };
-        let dx = linear_backward_add::<B>(dx, grad, self.packed, spec.matmul);
+        let dx = B::nf4_matmul_add(dx, grad, self.packed, spec.matmul, false);
         match self.shared {
             None => grads.register::<B>(node, dx),
             Some(shared) => *locked(&shared) = Some(dx),

@@ -8,11 +8,12 @@ mod cross_entropy;
 pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
-#[cfg(feature = "cube")]
 mod gated;
 #[cfg(feature = "cube")]
 pub(super) mod joined;
 mod lora;
+#[cfg(feature = "flex")]
+mod products;
 mod rms_norm;
 mod rotary;
 mod sample;

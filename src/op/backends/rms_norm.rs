@@ -57,6 +57,8 @@ struct Returned<F> {
     normed: Option<F>,
 }
 
+type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
+
 type Shared<F> = Arc<Mutex<Returned<F>>>;
 
 /// The nodes of what was normalised, with what they hold.
@@ -64,9 +66,9 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
     kind: OpsKind<Origin, B, OriginState<B>, C, N>,
     x: FloatTensor<B>,
     normed: FloatTensor<B>,
-    weight: FloatTensor<Autodiff<B, C>>,
+    weight: Tracked<B, C>,
     spec: RmsNormSpec,
-) -> [FloatTensor<Autodiff<B, C>>; 2] {
+) -> [Tracked<B, C>; 2] {
     let returned = Arc::new(Mutex::new(Returned {
         past: None,
         normed: None,
@@ -170,37 +172,88 @@ impl<B: RmsNormBackend> Backward<B, 2> for Norm {
 }
 
 #[cfg(feature = "flex")]
-impl RmsNormBackend for burn_flex::Flex {
-    fn rms_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        spec: RmsNormSpec,
-    ) -> FloatTensor<Self> {
-        use half::{bf16, f16};
+mod flex {
+    use burn_flex::{Flex, FlexTensor};
+    use half::{bf16, f16};
 
-        use super::flex::{contents, tensor_of};
-        use crate::format::{FloatElement, FloatType};
-        use crate::host;
+    use super::*;
+    use crate::format::{FloatElement, FloatType};
+    use crate::host;
+    use crate::op::backends::flex::{contents, tensor_of};
 
-        fn norm<T: FloatElement>(
-            [x, weight]: &[burn_flex::FlexTensor; 2],
+    impl RmsNormBackend for Flex {
+        fn rms_norm(
+            x: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
             spec: RmsNormSpec,
-        ) -> burn_flex::FlexTensor {
-            let RmsNormSpec {
-                size, eps, form, ..
-            } = spec;
-            let norm = host::RmsNorm { size, eps, form };
-            tensor_of(
-                host::rms_norm::<T>(contents(x), contents(weight), norm),
-                spec.shape(),
-            )
+        ) -> FloatTensor<Self> {
+            fn norm<T: FloatElement>(
+                [x, weight]: &[FlexTensor; 2],
+                spec: RmsNormSpec,
+            ) -> FlexTensor {
+                let (x, weight) = (contents::<T>(x), contents(weight));
+                tensor_of(host::rms_norm(x, weight, norm_of(spec)), spec.shape())
+            }
+
+            let operands = [x, weight].map(|tensor| tensor.to_contiguous());
+            match spec.dtype {
+                FloatType::F16 => norm::<f16>(&operands, spec),
+                FloatType::BF16 => norm::<bf16>(&operands, spec),
+                FloatType::F32 => norm::<f32>(&operands, spec),
+            }
         }
 
-        let operands = [x, weight].map(|tensor| tensor.to_contiguous());
+        fn rms_norm_backward(
+            x: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            spec: RmsNormSpec,
+        ) -> FloatTensor<Self> {
+            backward(x, weight, grad, None, spec)
+        }
+
+        fn rms_norm_backward_add(
+            x: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            residual: FloatTensor<Self>,
+            spec: RmsNormSpec,
+        ) -> FloatTensor<Self> {
+            backward(x, weight, grad, Some(residual), spec)
+        }
+    }
+
+    fn norm_of(spec: RmsNormSpec) -> host::RmsNorm {
+        let RmsNormSpec {
+            size, eps, form, ..
+        } = spec;
+        host::RmsNorm { size, eps, form }
+    }
+
+    fn backward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        grad: FlexTensor,
+        residual: Option<FlexTensor>,
+        spec: RmsNormSpec,
+    ) -> FlexTensor {
+        fn gradient<T: FloatElement>(
+            operands: &[FlexTensor; 3],
+            residual: Option<&FlexTensor>,
+            spec: RmsNormSpec,
+        ) -> FlexTensor {
+            let [x, weight, grad] = operands.each_ref().map(contents::<T>);
+            let residual = residual.map(contents);
+            let gradient = host::rms_norm_backward(x, weight, grad, residual, norm_of(spec));
+            tensor_of(gradient, spec.shape())
+        }
+
+        let operands = [x, weight, grad].map(|tensor| tensor.to_contiguous());
+        let residual = residual.map(|tensor| tensor.to_contiguous());
         match spec.dtype {
-            FloatType::F16 => norm::<f16>(&operands, spec),
-            FloatType::BF16 => norm::<bf16>(&operands, spec),
-            FloatType::F32 => norm::<f32>(&operands, spec),
+            FloatType::F16 => gradient::<f16>(&operands, residual.as_ref(), spec),
+            FloatType::BF16 => gradient::<bf16>(&operands, residual.as_ref(), spec),
+            FloatType::F32 => gradient::<f32>(&operands, residual.as_ref(), spec),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use burn::backend::Dispatch;
-#[cfg(feature = "cublaslt")]
+#[cfg(any(feature = "cublaslt", feature = "flex"))]
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
@@ -20,8 +20,9 @@ use crate::op::table::TableBackend;
 /// Who computes products of dense matrices: those of [`matmul`], and those with a decoded weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum DenseProvider {
-    /// cuBLASLt on CUDA devices where it can be loaded, with the feature `cublaslt`, on Linux; else
-    /// Burn. Once a device has to do without it, that is logged as a warning, with all that was tried.
+    /// cuBLASLt on CUDA devices where it can be loaded, with the feature `cublaslt`, on Linux; this crate on
+    /// Flex, for f32; else Burn. Once a device has to do without cuBLASLt, that is logged as a warning, with
+    /// all that was tried.
     #[default]
     Auto,
     /// cuBLASLt; an error where it cannot be loaded or the device is not CUDA's. A product that it has no
@@ -62,6 +63,22 @@ pub fn uses_cublaslt(device: &Device) -> Result<bool, Nf4Error> {
         DenseProvider::Auto => Ok(has_cublaslt(device)),
         DenseProvider::CublasLt => check_cublaslt(device).map(|()| true),
     }
+}
+
+/// Whether products on a device are those of [`Nf4Backend`]: cuBLASLt's, or of f32 on Flex those of
+/// [`host`](crate::host), which decode a packed weight on the way.
+///
+/// # Errors
+/// Those of [`uses_cublaslt`].
+pub(in crate::op) fn has_products(device: &Device, dtype: FloatType) -> Result<bool, Nf4Error> {
+    #[cfg(feature = "flex")]
+    if let DispatchDevice::Flex(_) = device.clone().without_autodiff().as_dispatch()
+        && dense_provider() == DenseProvider::Auto
+    {
+        return Ok(dtype == FloatType::F32);
+    }
+    let _ = dtype;
+    uses_cublaslt(device)
 }
 
 /// The same without the reason.
@@ -166,7 +183,7 @@ pub fn matmul<const D: usize>(
         check_device("bias", &bias.device(), &lhs.device())?;
         check_shape("bias", &[sizes.n], &bias.dims())?;
     }
-    let available = uses_cublaslt(&lhs.device())?;
+    let available = has_products(&lhs.device(), dtype)?;
     let mut shape = lhs.dims();
     (shape[D - 2], shape[D - 1]) = (sizes.m, sizes.n);
     // Nothing, or sums of nothing. Not a reshape: it would read a zero as "keep this dimension".
@@ -181,7 +198,7 @@ pub fn matmul<const D: usize>(
         });
     }
     // CubeCL's relaxed f32 is f32 in memory, but cuBLASLt is not relaxed.
-    let on_cublaslt = available && lhs.dtype() == DType::from(dtype);
+    let by_backend = available && lhs.dtype() == DType::from(dtype);
     let Sizes { batch, m, n, k, .. } = sizes;
     let [lhs_rows, lhs_columns] = [lhs.dims()[D - 2], lhs.dims()[D - 1]];
     let [rhs_rows, rhs_columns] = [rhs.dims()[D - 2], rhs.dims()[D - 1]];
@@ -209,7 +226,7 @@ pub fn matmul<const D: usize>(
         if lhs.dtype() == DType::F32 && spec.m <= FEW_ROWS && reads_tables(&lhs.device()) {
             return Ok(by_table(lhs, rhs, bias, spec).reshape(shape));
         }
-        let y = product(lhs, rhs, bias, spec, on_cublaslt);
+        let y = product(lhs, rhs, bias, spec, by_backend);
         return Ok(y.reshape(shape));
     }
     let lhs = lhs.reshape([batch, lhs_rows, lhs_columns]);
@@ -218,7 +235,7 @@ pub fn matmul<const D: usize>(
         .reshape([of_rhs, rhs_rows, rhs_columns])
         // A view, and its gradient is the sum over the batch.
         .expand([batch, rhs_rows, rhs_columns]);
-    Ok(product(lhs, rhs, bias, spec, on_cublaslt).reshape(shape))
+    Ok(product(lhs, rhs, bias, spec, by_backend).reshape(shape))
 }
 
 fn product<const D: usize>(
@@ -226,19 +243,19 @@ fn product<const D: usize>(
     rhs: Tensor<D>,
     bias: Option<Tensor<1>>,
     spec: DenseSpec,
-    cublaslt: bool,
+    by_backend: bool,
 ) -> Tensor<D> {
     let rhs = match rhs.dtype() == lhs.dtype() {
         true => rhs,
         false => rhs.cast(lhs.dtype()),
     };
-    match cublaslt {
-        true => by_cublaslt(lhs, rhs, bias, spec),
+    match by_backend {
+        true => by_backend_product(lhs, rhs, bias, spec),
         false => by_burn(lhs, rhs, bias, spec),
     }
 }
 
-fn by_cublaslt<const D: usize>(
+fn by_backend_product<const D: usize>(
     lhs: Tensor<D>,
     rhs: Tensor<D>,
     bias: Option<Tensor<1>>,
@@ -262,7 +279,7 @@ const FEW_ROWS: usize = 64;
 /// on Flex, without autodiff.
 pub fn reads_tables(device: &Device) -> bool {
     #[cfg(feature = "flex")]
-    if let burn::backend::DispatchDevice::Flex(_) = device.as_dispatch() {
+    if let DispatchDevice::Flex(_) = device.as_dispatch() {
         return true;
     }
     let _ = device;

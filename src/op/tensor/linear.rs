@@ -4,7 +4,7 @@ use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Device, Int, Shape, Tensor};
 
 use super::check::{check_device, check_dtype};
-use super::dense::{MatmulOptions, matmul, uses_cublaslt};
+use super::dense::{MatmulOptions, has_products, matmul};
 use super::empty::{connect_empty, tracked_sum};
 use super::weight::Nf4Weight;
 use crate::error::Nf4Error;
@@ -109,7 +109,6 @@ impl LowRank {
     ///
     /// # Errors
     /// Those of [`lora_linear`].
-    #[cfg(feature = "cube")]
     pub(in crate::op) fn trained_spec<const D: usize>(
         &self,
         x: &Tensor<D>,
@@ -126,7 +125,7 @@ impl LowRank {
             && bias.is_none_or(|bias| bias.dtype() == x.dtype())
             && !strategy.is_kernel()
             && !weight.is_transposed();
-        if m == 0 || !alike || !device.is_autodiff() || !uses_cublaslt(&device)? {
+        if m == 0 || !alike || !device.is_autodiff() || !has_products(&device, dtype)? {
             return Ok(None);
         }
         let spec = LinearSpec {
@@ -326,7 +325,7 @@ pub(in crate::op) fn linear_at<const D: usize>(
             dtype,
         },
         strategy,
-        cublaslt: uses_cublaslt(&x.device())?,
+        cublaslt: has_products(&x.device(), dtype)?,
     };
     if strategy.is_kernel() {
         check_strategy(&x, spec, rows, transposed, bias.is_some())?;
