@@ -80,7 +80,7 @@ fn results_of<const D: usize>(
     results.into_iter().map(back).collect()
 }
 
-/// The products with gradients by cuBLASLt, if all are.
+/// The products with gradients by cuBLASLt, if all are. Only a CubeCL device has them joined.
 ///
 /// # Errors
 /// Those of [`lora_linear`](crate::op::lora_linear).
@@ -88,7 +88,12 @@ pub(super) fn trained_spec<const D: usize>(
     x: &Tensor<D>,
     parts: &[LinearPart],
 ) -> Result<Option<JoinedLoraSpec>, Nf4Error> {
-    if !(2..=3).contains(&parts.len()) {
+    let device = x.device();
+    let is_cube = matches!(
+        device.clone().without_autodiff().as_dispatch(),
+        DispatchDevice::Cube(_)
+    );
+    if !device.is_autodiff() || !is_cube || !(2..=3).contains(&parts.len()) {
         return Ok(None);
     }
     let specs = parts.iter().map(|part| match &part.branch {

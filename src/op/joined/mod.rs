@@ -128,7 +128,9 @@ fn joined<const D: usize>(
         return launch::launched(x, parts, spec).map(Joined::Results);
     }
     #[cfg(feature = "cube")]
-    if let (None, Some(spec)) = (gate, launch::trained_spec(&x, &parts)?) {
+    if gate.is_none()
+        && let Some(spec) = launch::trained_spec(&x, &parts)?
+    {
         return launch::trained(x, parts, spec).map(Joined::Results);
     }
     let _ = gate;
