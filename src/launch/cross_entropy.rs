@@ -4,7 +4,10 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::{Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, vector_size};
+use super::{
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_of_row,
+    vector_size,
+};
 use crate::cross_entropy::CrossEntropyOptions;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -13,7 +16,7 @@ use crate::kernel::cross_entropy::{
 };
 
 /// Most units of a cube, which has a whole row.
-const MAX_UNITS: usize = 1024;
+const MAX_UNITS: u32 = 1024;
 
 /// Rows of logits with a target each.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,22 +70,14 @@ pub fn cross_entropy(
         });
     };
     check_dtype(client, dtype)?;
-    for (name, handle, dims, elem_bytes) in [
+    check_buffers([
         ("logits", &logits, [rows, vocabulary], dtype.size_bytes()),
         ("targets", &targets, [rows, 1], targets_dtype.size()),
         ("loss", &loss, [rows, 1], 4),
-    ] {
-        Buffer {
-            name,
-            handle,
-            dims,
-            elem_bytes,
-        }
-        .check()?;
-    }
+    ])?;
     let vector = vector_size(client, dtype, 8, &[vocabulary]);
     let vectors = vocabulary / vector;
-    let units = units(client, vectors);
+    let units = units_of_row(client, MAX_UNITS, vectors);
     let view = CrossEntropyViewLaunch::new(
         rows,
         vectors,
@@ -121,15 +116,4 @@ pub fn cross_entropy(
         );
     }
     Ok(())
-}
-
-/// Units of a cube: as many as there can be, but for those that would have nothing to do.
-fn units(client: &Client, vectors: usize) -> usize {
-    if !has_barriers(client) {
-        return 1;
-    }
-    let hardware = &client.properties().hardware;
-    let limit = hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize;
-    let limit = MAX_UNITS.min(1 << limit.max(1).ilog2());
-    limit.min(vectors.next_power_of_two())
 }

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -198,18 +198,10 @@ impl DequantizePlan {
     /// at a multiple of 16 bytes.
     pub fn launch(&self, packed: Handle, out: Handle) -> Result<(), Nf4Error> {
         let (layout, len) = (&self.layout, self.len);
-        for (name, handle, dims, elem_bytes) in [
+        check_buffers([
             ("packed weight", &packed, [layout.words(), 1], 4),
             ("dequantized", &out, [len, 1], self.dtype.size_bytes()),
-        ] {
-            Buffer {
-                name,
-                handle,
-                dims,
-                elem_bytes,
-            }
-            .check()?;
-        }
+        ])?;
         let view = PackedViewLaunch::new(
             self.start,
             len,

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -168,19 +168,11 @@ impl EmbeddingPlan {
     /// at a multiple of 16 bytes.
     pub fn launch(&self, packed: Handle, ids: Handle, out: Handle) -> Result<(), Nf4Error> {
         let (layout, len, problem) = (&self.layout, self.len, &self.problem);
-        for (name, handle, dims, elem_bytes) in [
+        check_buffers([
             ("packed weight", &packed, [layout.words(), 1], 4),
             ("ids", &ids, [problem.ids, 1], problem.ids_dtype.size()),
             ("embedded", &out, [len, 1], problem.dtype.size_bytes()),
-        ] {
-            Buffer {
-                name,
-                handle,
-                dims,
-                elem_bytes,
-            }
-            .check()?;
-        }
+        ])?;
         let view = PackedViewLaunch::new(0, len, layout.scales_start(), layout.codebook_start(), 0);
         // SAFETY: the buffers hold at least the words and elements that are declared here, and begin
         // where vectors may (checked above). The kernel guards every read of an id and every store by

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, units_per_cube, vector_size,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, units_per_cube, vector_size,
 };
 use crate::activation::Activation;
 use crate::error::Nf4Error;
@@ -121,16 +121,8 @@ impl GatedProblem {
             });
         }
         check_dtype(client, dtype)?;
-        for (name, handle) in buffers {
-            Buffer {
-                name,
-                handle,
-                dims: [elems, 1],
-                elem_bytes: dtype.size_bytes(),
-            }
-            .check()?;
-        }
-        Ok(())
+        let bytes = dtype.size_bytes();
+        check_buffers(buffers.map(|(name, handle)| (name, handle, [elems, 1], bytes)))
     }
 
     /// Elements of a vector, and units of a cube.

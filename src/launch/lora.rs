@@ -5,7 +5,7 @@ use cubecl::server::Handle;
 
 use super::product::Product;
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -74,18 +74,11 @@ impl Lora {
                 given: 0,
             });
         }
-        for (name, handle, dims) in [
-            ("lora_a", &self.a, [product.k, rank]),
-            ("lora_b", &self.b, [rank, product.n]),
-        ] {
-            Buffer {
-                name,
-                handle,
-                dims,
-                elem_bytes: self.dtype.size_bytes(),
-            }
-            .check()?;
-        }
+        let bytes = self.dtype.size_bytes();
+        check_buffers([
+            ("lora_a", &self.a, [product.k, rank], bytes),
+            ("lora_b", &self.b, [rank, product.n], bytes),
+        ])?;
         // `s x A`, in parts.
         let part_bytes = rank.checked_next_multiple_of(DOWN_TILE);
         let bytes = part_bytes.and_then(|bytes| bytes.checked_mul(4 * MAX_SPLITS));

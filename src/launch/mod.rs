@@ -149,6 +149,23 @@ fn vector_size(client: &Client, dtype: FloatType, limit: usize, multiples: &[usi
         .unwrap_or(1)
 }
 
+/// Checks buffers: the name of each, its dimensions and the bytes of an element.
+fn check_buffers<'a>(
+    buffers: impl IntoIterator<Item = (&'static str, &'a Handle, [usize; 2], usize)>,
+) -> Result<(), Nf4Error> {
+    buffers
+        .into_iter()
+        .try_for_each(|(name, handle, dims, elem_bytes)| {
+            Buffer {
+                name,
+                handle,
+                dims,
+                elem_bytes,
+            }
+            .check()
+        })
+}
+
 /// Spreads `cubes` over the three dimensions of a grid. Kernels count along `CUBE_POS` and leave
 /// out what overshoots.
 fn cube_count(client: &Client, cubes: usize) -> CubeCount {
@@ -173,6 +190,12 @@ fn units_up_to(client: &Client, most: u32) -> u32 {
     let limit = hardware.max_units_per_cube.min(hardware.max_cube_dim.0);
     // A power of two, so that tiles come out even.
     most.min(1 << limit.max(1).ilog2())
+}
+
+/// Units of a cube that has a whole row of so many vectors: as many as there can be up to a power of two, but
+/// for those that would have nothing to do.
+fn units_of_row(client: &Client, most: u32, vectors: usize) -> usize {
+    (units_up_to(client, most) as usize).min(vectors.next_power_of_two())
 }
 
 /// The index type that reaches past the last element, overshoot of the last cube included.

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, units_up_to,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_of_row,
     vector_size,
 };
 use crate::error::Nf4Error;
@@ -183,27 +183,22 @@ impl RmsNormProblem {
             });
         }
         check_dtype(client, dtype)?;
-        let buffers = buffers.map(|(name, handle)| (name, handle, [rows, size]));
-        for (name, handle, dims) in buffers.into_iter().chain([("weight", weight, [1, size])]) {
-            Buffer {
-                name,
-                handle,
-                dims,
-                elem_bytes: dtype.size_bytes(),
-            }
-            .check()?;
-        }
-        Ok(())
+        let bytes = dtype.size_bytes();
+        let buffers = buffers.map(|(name, handle)| (name, handle, [rows, size], bytes));
+        check_buffers(
+            buffers
+                .into_iter()
+                .chain([("weight", weight, [1, size], bytes)]),
+        )
     }
 
     /// The size of a vector, and what forks the kernel.
     fn blueprint(&self, client: &Client, adds: bool) -> (usize, RmsNormBlueprint) {
         let vector = vector_size(client, self.dtype, 8, &[self.size]);
         let vectors = self.size / vector;
-        let units = units_up_to(client, MOST_UNITS) as usize;
         let blueprint = RmsNormBlueprint {
             vectors,
-            units: units.min(vectors.next_power_of_two()),
+            units: units_of_row(client, MOST_UNITS, vectors),
             rounds_first: self.form == NormForm::CastThenWeight,
             one_plus: self.form == NormForm::OnePlusWeight,
             adds,

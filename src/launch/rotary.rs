@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{
-    Buffer, address_type, check_dtype, cube_count, elem_type, units_per_cube, vector_size,
+    address_type, check_buffers, check_dtype, cube_count, elem_type, units_per_cube, vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::FloatType;
@@ -125,23 +125,6 @@ pub fn rotary(
         );
     }
     Ok(())
-}
-
-/// Checks buffers: the name of each, its dimensions and the bytes of an element.
-fn check_buffers<const N: usize>(
-    buffers: [(&'static str, &Handle, [usize; 2], usize); N],
-) -> Result<(), Nf4Error> {
-    buffers
-        .into_iter()
-        .try_for_each(|(name, handle, dims, elem_bytes)| {
-            Buffer {
-                name,
-                handle,
-                dims,
-                elem_bytes,
-            }
-            .check()
-        })
 }
 
 fn check_tables(

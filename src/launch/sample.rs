@@ -4,7 +4,10 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::{Buffer, address_type, check_dtype, cube_count, elem_type, has_barriers, vector_size};
+use super::{
+    address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_of_row,
+    vector_size,
+};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 use crate::kernel::sample::{LISTED, SampleBlueprint, SampleViewLaunch, sample_kernel};
@@ -76,20 +79,12 @@ pub fn sample(
         ids,
         numbers,
     } = buffers;
-    for (name, handle, dims, elem_bytes) in [
+    check_buffers([
         ("logits", &logits, [rows, vocabulary], dtype.size_bytes()),
         ("state", &state, [rows, words], 4),
         ("ids", &ids, [rows, 1], int.size()),
         ("numbers", &numbers, [rows, 1], int.size()),
-    ] {
-        Buffer {
-            name,
-            handle,
-            dims,
-            elem_bytes,
-        }
-        .check()?;
-    }
+    ])?;
     let vector = vector_size(client, dtype, 4, &[vocabulary]);
     let constants = settings.constants();
     let view = SampleViewLaunch::new(
@@ -103,7 +98,7 @@ pub fn sample(
         constants.top_p,
         constants.farthest,
     );
-    let units = units(client, vocabulary / vector);
+    let units = units_of_row(client, LISTED as u32, vocabulary / vector);
     let blueprint = SampleBlueprint {
         units,
         greedy: constants.greedy,
@@ -133,15 +128,4 @@ pub fn sample(
         );
     }
     Ok(())
-}
-
-/// Units of a cube: a cube has a whole row, so as many as there can be.
-fn units(client: &Client, vectors: usize) -> usize {
-    if !has_barriers(client) {
-        return 1;
-    }
-    let hardware = &client.properties().hardware;
-    let limit = hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize;
-    let limit = LISTED.min(1 << limit.max(1).ilog2());
-    limit.min(vectors.next_power_of_two())
 }
