@@ -8,6 +8,9 @@ use crate::error::Nf4Error;
 /// of 512 bytes in 16 bit and in 32, and a tile has elements of one tensor only.
 pub const TILE_ELEMS: usize = 256;
 
+/// Tensors that are added to a flat buffer at once, at most: those of a layer with seven branches, and a few.
+pub const MAX_PARTS: usize = 16;
+
 /// Where each of many tensors lies in a flat buffer: one after the other, each at the next tile. What is between
 /// them is zero.
 ///

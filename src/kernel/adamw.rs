@@ -56,9 +56,23 @@ pub fn flat_accumulate_kernel<F: Float>(
     }
 }
 
-/// The sum of what each unit of a cube has, in the first element of `shared`.
+/// What becomes of the numbers that the units of a cube have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Reduction {
+    /// Their sum.
+    Sum,
+    /// The largest of them.
+    Largest,
+}
+
+/// The sum or the largest of what each unit of a cube has, always in the same order.
 #[cube]
-fn cube_sum(mine: f32, #[comptime] units: usize, #[comptime] barriers: bool) -> f32 {
+fn reduced(
+    mine: f32,
+    #[comptime] to: Reduction,
+    #[comptime] units: usize,
+    #[comptime] barriers: bool,
+) -> f32 {
     let unit = UNIT_POS as usize;
     let mut shared = Shared::<[f32]>::new_slice(units);
     shared[unit] = mine;
@@ -69,7 +83,11 @@ fn cube_sum(mine: f32, #[comptime] units: usize, #[comptime] barriers: bool) -> 
         wait(barriers);
         if unit < half {
             let other = shared[unit + half];
-            shared[unit] += other;
+            let own = shared[unit];
+            shared[unit] = match comptime!(to) {
+                Reduction::Sum => own + other,
+                Reduction::Largest => f32::max(own, other),
+            };
         }
     }
     wait(barriers);
@@ -105,7 +123,7 @@ pub fn square_sums_kernel<N: Size>(
     for e in 0..vector {
         mine += squares.extract(e);
     }
-    let sum = cube_sum(mine, units, barriers);
+    let sum = reduced(mine, Reduction::Sum, units, barriers);
     if UNIT_POS == 0 {
         sums[CUBE_POS] = sum;
     }
@@ -129,7 +147,7 @@ pub fn step_report_kernel(
         mine += sums[i];
         i += units;
     }
-    let sum = cube_sum(mine, units, barriers);
+    let sum = reduced(mine, Reduction::Sum, units, barriers);
     if UNIT_POS == 0 {
         report[0] = loss[0];
         report[1] = f32::sqrt(sum);
@@ -225,27 +243,6 @@ pub fn adamw_kernel<N: Size>(
         first[moment] = m;
         second[moment] = v;
     }
-}
-
-/// The larger of what the units of a cube have; none is negative.
-#[cube]
-fn cube_max(mine: f32, #[comptime] units: usize, #[comptime] barriers: bool) -> f32 {
-    let unit = UNIT_POS as usize;
-    let mut shared = Shared::<[f32]>::new_slice(units);
-    shared[unit] = mine;
-    let steps = comptime!(units.ilog2() as usize);
-    #[unroll]
-    for step in 0..steps {
-        let half = comptime!(units >> (step + 1));
-        wait(barriers);
-        if unit < half {
-            let other = shared[unit + half];
-            let own = shared[unit];
-            shared[unit] = f32::max(own, other);
-        }
-    }
-    wait(barriers);
-    shared[0usize]
 }
 
 /// The code whose value in a map, from `map` on in `maps`, is nearest to `x`, of two as near the one that
@@ -370,8 +367,8 @@ pub fn adamw_8bit_kernel(
             most_second = f32::max(most_second, v);
         }
     }
-    let most_first = cube_max(most_first, units, barriers);
-    let most_second = cube_max(most_second, units, barriers);
+    let most_first = reduced(most_first, Reduction::Largest, units, barriers);
+    let most_second = reduced(most_second, Reduction::Largest, units, barriers);
     if applies {
         if unit == 0 {
             first_max[tile] = most_first;

@@ -10,15 +10,12 @@ use super::{
     vector_size,
 };
 use crate::error::Nf4Error;
-use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, TILE_ELEMS};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, MAX_PARTS, TILE_ELEMS};
 use crate::format::FloatType;
 use crate::kernel::adamw::{
     FlatPart, FlatPartLaunch, StepScalarsLaunch, adamw_8bit_kernel, adamw_kernel,
     flat_accumulate_kernel, square_sums_kernel, step_report_kernel,
 };
-
-/// Tensors that a launch of [`flat_accumulate`] takes at most: those of a layer with seven branches, and a few.
-pub const MAX_PARTS: usize = 16;
 
 /// Elements that a unit adds up.
 const PER_UNIT: usize = 8;

@@ -21,7 +21,8 @@ mod tensor_core;
 mod tile;
 mod tune_key;
 
-pub use adamw::{AccumulatePart, MAX_PARTS, flat_accumulate, step_report};
+pub use crate::flat::MAX_PARTS;
+pub use adamw::{AccumulatePart, flat_accumulate, step_report};
 pub(crate) use adamw::{AdamWBuffers, MomentBuffers, adamw};
 pub use attention::{
     AttentionOperands, AttentionPlan, AttentionProblem, AttentionResults, AttentionVariant,

@@ -19,11 +19,8 @@ pub use parts::FlatParts;
 use self::group::Group;
 use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
-use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, TILE_ELEMS};
+use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, MAX_PARTS, TILE_ELEMS};
 use crate::format::{FloatType, check_len};
-
-/// Tensors that an operation takes at most.
-const MAX_PARTS: usize = 16;
 
 /// What AdamW is set to, but for the learning rate.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -21,7 +21,7 @@ mod flex {
             parts: FlatParts<Self>,
             spec: AccumulateSpec,
         ) -> FloatTensor<Self> {
-            let mut flat = owned(flat);
+            let mut flat = flat.to_contiguous();
             let sums = flat.storage_mut::<f32>();
             for (part, &tensor) in parts.into_vec().into_iter().zip(&spec.tensors) {
                 let part = part.to_contiguous();
@@ -50,7 +50,7 @@ mod flex {
             moments: Moments<Self>,
             spec: AdamWSpec,
         ) -> (FloatTensor<Self>, FloatTensor<Self>, Moments<Self>) {
-            let [mut values, mut grads] = [values, grads].map(owned);
+            let [mut values, mut grads] = [values, grads].map(|tensor| tensor.to_contiguous());
             let [report, tiles, factors] =
                 [report, tiles, factors].map(|tensor| tensor.to_contiguous());
             let report: &[f32] = contents(&report);
@@ -65,7 +65,8 @@ mod flex {
             };
             let moments = match moments {
                 Moments::F32 { first, second } => {
-                    let [mut first, mut second] = [first, second].map(owned);
+                    let [mut first, mut second] =
+                        [first, second].map(|tensor| tensor.to_contiguous());
                     let slices = MomentSlices::F32 {
                         first: first.storage_mut(),
                         second: second.storage_mut(),
@@ -81,7 +82,7 @@ mod flex {
                     maps,
                 } => {
                     let [mut first, mut second, mut first_max, mut second_max] =
-                        [first, second, first_max, second_max].map(owned);
+                        [first, second, first_max, second_max].map(|tensor| tensor.to_contiguous());
                     let codes = [&mut first, &mut second]
                         .map(|tensor| bytemuck::cast_slice_mut(tensor.storage_mut::<u32>()));
                     let slices = MomentSlices::Bits8 {
@@ -104,11 +105,6 @@ mod flex {
 
     fn first<T: FloatElement>(tensor: &FlexTensor) -> T {
         contents(&tensor.to_contiguous())[0]
-    }
-
-    /// A tensor whose memory is what it holds, and its own if nobody else has it.
-    fn owned(tensor: FlexTensor) -> FlexTensor {
-        tensor.to_contiguous()
     }
 }
 

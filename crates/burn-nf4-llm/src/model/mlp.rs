@@ -63,9 +63,7 @@ impl GatedMlp {
         self.down_proj
             .forward(self.gate_up.forward(x, self.activation))
     }
-}
 
-impl GatedMlp {
     /// Where a backward pass begins that knows the gradient of the output, see [`AnyLinear::seed`].
     ///
     /// # Shapes
