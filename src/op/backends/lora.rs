@@ -1,7 +1,5 @@
 //! Gradients of products with a packed weight and a low-rank branch, by cuBLASLt.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use burn::backend::Autodiff;
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -11,10 +9,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::autodiff::register_bias;
+use super::shared_gradient::SharedGradient;
 use crate::op::base::{DenseSpec, LoraSpec, MatmulSpec, Nf4Backend, cast, lora_product};
-
-/// Where products of one `x` put its gradient, each adding to what is there.
-pub(super) type SharedGradient<F> = Arc<Mutex<Option<F>>>;
 
 /// Backward of a product with a low-rank branch. With `g = dy` and `h = s g Bᵀ`:
 /// `dx = h Aᵀ + g W`, `dA = xᵀ h`, `dB = (s x A)ᵀ g`, and `db` the sum of the rows of `g`.
@@ -113,10 +109,7 @@ impl<B: Nf4Backend> LoraState<B> {
         let Some(node) = of_x else {
             return;
         };
-        let others = self
-            .shared
-            .as_ref()
-            .and_then(|shared| locked(shared).take());
+        let others = self.shared.as_ref().and_then(SharedGradient::take);
         let of_branch = DenseSpec::of_matrices([m, k, rank], true, dtype);
         let dx = match others {
             None => B::dense_matmul(h, a, of_branch),
@@ -125,13 +118,9 @@ impl<B: Nf4Backend> LoraState<B> {
         let dx = B::nf4_matmul_add(dx, grad, self.packed, spec.matmul, false);
         match self.shared {
             None => grads.register::<B>(node, dx),
-            Some(shared) => *locked(&shared) = Some(dx),
+            Some(shared) => shared.put(dx),
         }
     }
-}
-
-fn locked<F>(shared: &SharedGradient<F>) -> std::sync::MutexGuard<'_, Option<F>> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<B: Nf4Backend, const N: usize> Backward<B, N> for LoraBackward {
@@ -212,7 +201,7 @@ impl<B: Nf4Backend> Backward<B, 1> for Fork {
     type State = SharedGradient<FloatTensor<B>>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let gradient = locked(&ops.state).take();
+        let gradient = ops.state.take();
         for parent in ops.parents.into_iter().flatten() {
             if let Some(gradient) = &gradient {
                 grads.register::<B>(parent.id, gradient.clone());

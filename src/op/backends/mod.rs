@@ -17,5 +17,6 @@ mod products;
 mod rms_norm;
 mod rotary;
 mod sample;
+mod shared_gradient;
 #[cfg(feature = "flex")]
 mod table;

@@ -1,7 +1,5 @@
 //! Norms on each backend.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use burn::backend::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -9,11 +7,11 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
+use super::shared_gradient::SharedGradient;
 use crate::op::rms_norm::{RmsNormBackend, RmsNormSpec, gradient_of_weight};
 
 // What is normalised and goes past the norm too is three nodes: one that it comes from, and one for each
-// way on. Those put their gradients down, and the first adds both in one operation; registered by
-// themselves, Burn would add them in an operation of its own.
+// way on. Those hand their gradients to the first, which adds both in one operation.
 impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C> {
     fn rms_norm(
         x: FloatTensor<Self>,
@@ -50,16 +48,7 @@ impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C>
     }
 }
 
-/// The gradients of both ways.
-#[derive(Debug)]
-struct Returned<F> {
-    past: Option<F>,
-    normed: Option<F>,
-}
-
 type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
-
-type Shared<F> = Arc<Mutex<Returned<F>>>;
 
 /// The nodes of what was normalised, with what they hold.
 fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
@@ -69,18 +58,11 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
     weight: Tracked<B, C>,
     spec: RmsNormSpec,
 ) -> [Tracked<B, C>; 2] {
-    let returned = Arc::new(Mutex::new(Returned {
-        past: None,
-        normed: None,
-    }));
+    let (of_past, of_norm) = (SharedGradient::default(), SharedGradient::default());
     let origin = match kind {
         OpsKind::Tracked(prep) => {
-            let state = (
-                returned.clone(),
-                x.clone(),
-                weight.primitive().clone(),
-                spec,
-            );
+            let ways = [of_past.clone(), of_norm.clone()];
+            let state = (ways, x.clone(), weight.primitive().clone(), spec);
             prep.finish(state, x.clone())
         }
         OpsKind::UnTracked(prep) => prep.finish(x.clone()),
@@ -90,19 +72,15 @@ fn ways<B: RmsNormBackend, C: CheckpointStrategy, const N: usize>(
         .compute_bound()
         .stateful()
     {
-        OpsKind::Tracked(prep) => prep.finish(returned.clone(), x.clone()),
+        OpsKind::Tracked(prep) => prep.finish(of_past, x.clone()),
         OpsKind::UnTracked(prep) => prep.finish(x.clone()),
     };
     let kind = Norm.prepare::<C>([origin.node(), weight.node()]);
     let normed = match kind.compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish((returned, x, spec), normed),
+        OpsKind::Tracked(prep) => prep.finish((of_norm, x, spec), normed),
         OpsKind::UnTracked(prep) => prep.finish(normed),
     };
     [past, normed]
-}
-
-fn put_down<F>(returned: &Shared<F>, put: impl FnOnce(&mut Returned<F>)) {
-    put(&mut returned.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// What is normalised: its gradient is that of all its parents.
@@ -110,7 +88,7 @@ fn put_down<F>(returned: &Shared<F>, put: impl FnOnce(&mut Returned<F>)) {
 struct Origin;
 
 type OriginState<B> = (
-    Shared<FloatTensor<B>>,
+    [SharedGradient<FloatTensor<B>>; 2],
     FloatTensor<B>,
     FloatTensor<B>,
     RmsNormSpec,
@@ -120,12 +98,8 @@ impl<B: RmsNormBackend, const N: usize> Backward<B, N> for Origin {
     type State = OriginState<B>;
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (returned, x, weight, spec) = ops.state;
-        let (mut past, mut normed) = (None, None);
-        put_down(&returned, |returned| {
-            (past, normed) = (returned.past.take(), returned.normed.take());
-        });
-        let gradient = match (past, normed) {
+        let ([of_past, of_norm], x, weight, spec) = ops.state;
+        let gradient = match (of_past.take(), of_norm.take()) {
             (None, None) => return,
             (Some(past), None) => past,
             (None, Some(grad)) => B::rms_norm_backward(x, weight, grad, spec),
@@ -142,11 +116,10 @@ impl<B: RmsNormBackend, const N: usize> Backward<B, N> for Origin {
 struct Past;
 
 impl<B: RmsNormBackend> Backward<B, 1> for Past {
-    type State = Shared<FloatTensor<B>>;
+    type State = SharedGradient<FloatTensor<B>>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let gradient = grads.consume::<B>(&ops.node);
-        put_down(&ops.state, |returned| returned.past = Some(gradient));
+        ops.state.put(grads.consume::<B>(&ops.node));
     }
 }
 
@@ -155,10 +128,10 @@ impl<B: RmsNormBackend> Backward<B, 1> for Past {
 struct Norm;
 
 impl<B: RmsNormBackend> Backward<B, 2> for Norm {
-    type State = (Shared<FloatTensor<B>>, FloatTensor<B>, RmsNormSpec);
+    type State = (SharedGradient<FloatTensor<B>>, FloatTensor<B>, RmsNormSpec);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (returned, x, spec) = ops.state;
+        let (of_norm, x, spec) = ops.state;
         let grad = grads.consume::<B>(&ops.node);
         let [origin, of_weight] = ops.parents;
         if let Some(parent) = of_weight {
@@ -166,7 +139,7 @@ impl<B: RmsNormBackend> Backward<B, 2> for Norm {
             grads.register::<B>(parent.id, gradient);
         }
         if origin.is_some() {
-            put_down(&returned, |returned| returned.normed = Some(grad));
+            of_norm.put(grad);
         }
     }
 }
