@@ -64,5 +64,6 @@ pub use mixture::MixtureMlp;
 pub use mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::RmsNorm;
 pub use pass::Pass;
+pub(crate) use pass::PassSizes;
 pub use rotation::{RopeTables, Rotation};
 pub use scale::EmbeddingScale;

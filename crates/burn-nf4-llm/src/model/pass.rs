@@ -16,6 +16,15 @@ pub struct Pass {
     position: Option<Tensor<1, Int>>,
 }
 
+/// The sizes of a [`Pass`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PassSizes {
+    /// Of the tables of each rotary embedding.
+    rotations: Vec<[usize; 3]>,
+    /// Of the ranges of each window, and their keys.
+    ranges: Vec<(Option<usize>, [usize; 3], usize)>,
+}
+
 impl Pass {
     /// Of `length` queries after `start` earlier positions: causal, within the windows that layers have,
     /// and without the padding at the start of each row.
@@ -100,16 +109,15 @@ impl Pass {
         }
     }
 
-    /// Whether [`write`](Self::write) takes the other: all of it has the same sizes.
-    pub(crate) fn is_like(&self, other: &Self) -> bool {
-        let ranges = |pass: &Self| -> Vec<_> {
-            let all = pass.ranges.iter();
-            all.map(|(window, ranges)| (*window, ranges.tensor().dims(), ranges.keys()))
-                .collect()
-        };
-        let rotations =
-            |pass: &Self| -> Vec<_> { pass.rotations.iter().map(Rotation::dims).collect() };
-        ranges(self) == ranges(other) && rotations(self) == rotations(other)
+    /// Its sizes: [`write`](Self::write) takes a pass of the same ones.
+    pub(crate) fn sizes(&self) -> PassSizes {
+        let ranges = self.ranges.iter();
+        PassSizes {
+            rotations: self.rotations.iter().map(Rotation::dims).collect(),
+            ranges: ranges
+                .map(|(window, ranges)| (*window, ranges.tensor().dims(), ranges.keys()))
+                .collect(),
+        }
     }
 
     /// Writes another pass of the same sizes into the buffers of this one, where nobody else holds them.

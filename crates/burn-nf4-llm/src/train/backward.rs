@@ -5,9 +5,9 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_nf4::op::Seed;
 
-use crate::model::Pass;
 use crate::model::RopeTables;
 use crate::model::{Decoder, DecoderLayer, Residual};
+use crate::model::{Pass, PassSizes};
 use crate::train::data::Batch;
 use crate::train::loss::loss;
 use crate::train::optimizer::Optimizer;
@@ -50,6 +50,9 @@ pub struct Inputs {
     /// Positions, and which tokens see which.
     pub pass: Pass,
 }
+
+/// The sizes of [`Inputs`]: rows and length, and those of the pass.
+pub type InputSizes = ([usize; 2], PassSizes);
 
 /// Elements of each tensor in a [probe](Inputs::probe).
 const PROBED: usize = 256;
@@ -95,9 +98,9 @@ impl Inputs {
         Tensor::cat(parts.into_iter().chain(ranges).collect(), 0)
     }
 
-    /// Whether [`write`](Self::write) takes the other.
-    pub fn is_like(&self, other: &Self) -> bool {
-        self.ids.dims() == other.ids.dims() && self.pass.is_like(&other.pass)
+    /// Its sizes: [`write`](Self::write) takes inputs of the same ones.
+    pub fn sizes(&self) -> InputSizes {
+        (self.ids.dims(), self.pass.sizes())
     }
 
     /// Writes others of the same sizes into the buffers of these, where nobody else holds them.

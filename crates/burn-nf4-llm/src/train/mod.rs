@@ -302,7 +302,8 @@ impl Trainer {
             }
             optimizer.report().expect("a step was made")
         };
-        self.replays.check(&self.model.device())?;
+        self.replays
+            .check(report.is_applied(), &self.model.device())?;
         if let Some(on_phase) = &self.on_phase {
             on_phase(Phase::Step);
         }
