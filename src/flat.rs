@@ -119,6 +119,7 @@ pub(crate) struct AdamWScalars {
     pub max_norm: f32,
 }
 
+#[cfg(feature = "flex")]
 impl AdamWScalars {
     /// The factor that brings gradients of a norm to the largest one, as PyTorch's `clip_grad_norm_` has it.
     pub fn clip(&self, norm: f32) -> f32 {
@@ -137,4 +138,5 @@ pub(crate) enum AdamWForm {
 }
 
 /// What `clip_grad_norm_` adds to the norm.
+#[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) const CLIP_EPS: f32 = 1e-6;
