@@ -181,6 +181,15 @@ pub enum Nf4Error {
         /// What was tried, each with why it was rejected.
         tried: Vec<String>,
     },
+    /// A rank of several that work together failed, or ended before the others: see
+    /// [`parallel`](crate::parallel).
+    #[error("rank {rank}: {message}")]
+    Parallel {
+        /// The rank, from 0.
+        rank: usize,
+        /// What it said.
+        message: String,
+    },
     /// A tensor or buffer on another device.
     #[error("`{tensor}` lies on {given}, expected {expected}")]
     Device {

@@ -24,6 +24,7 @@ mod norm_form;
     allow(unused, reason = "there is no backend to implement the operations for")
 )]
 pub mod op;
+pub mod parallel;
 #[cfg(feature = "peft")]
 pub mod peft;
 mod sampling;

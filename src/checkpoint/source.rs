@@ -85,12 +85,14 @@ pub(super) fn entries(
 }
 
 /// How a parameter is to be read.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct ReadAs {
     /// The type to convert floats to.
     pub dtype: Option<FloatType>,
     /// Whether to transpose a dense matrix.
     pub transposed: bool,
+    /// The words of a packed weight, if not all.
+    pub words: Option<Range<usize>>,
 }
 
 /// A tensor that is read when it is asked for. `done` is called after each read, with its error if it
@@ -105,7 +107,8 @@ pub(super) fn deferred(
     let (dtype, shape) = match &entry.kind {
         EntryKind::Packed(form) => {
             let layout = PackedLayout::for_shape(&form.shape, form.config)?;
-            (DType::U32, vec![layout.words()])
+            let words = read_as.words.as_ref();
+            (DType::U32, vec![words.map_or(layout.words(), Range::len)])
         }
         EntryKind::Dense { dtype, shape } => {
             let mut shape = shape.clone();
@@ -126,7 +129,11 @@ pub(super) fn deferred(
         move || -> Result<TensorData, Nf4Error> {
             let bytes = match &kind {
                 EntryKind::Packed(form) => {
-                    Bytes::from_elems(find_weight(&*checkpoint, &key)?.to_packed(form)?)
+                    let words = find_weight(&*checkpoint, &key)?.to_packed(form)?;
+                    match read_as.words.clone() {
+                        Some(part) => Bytes::from_elems(words[part].to_vec()),
+                        None => Bytes::from_elems(words),
+                    }
                 }
                 EntryKind::Dense { shape, .. } => {
                     let mut stored = checkpoint.stored(&key)?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +18,8 @@ use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
 use super::unstack::Unstack;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
+#[cfg(feature = "peft")]
+use crate::parallel::ShardPlan;
 
 /// A checkpoint as a store that any Burn module loads from, by path.
 ///
@@ -64,6 +67,10 @@ pub struct CheckpointStore {
     /// Stacks of matrices that are taken apart.
     unstacked: Vec<Unstack>,
     dtype: Option<FloatType>,
+    #[cfg(feature = "peft")]
+    shards: Option<ShardPlan>,
+    /// The words of packed weights that are read, by the paths of those that are not read whole.
+    words: BTreeMap<String, Range<usize>>,
     skip_enum_variants: bool,
     report: Arc<Mutex<Report>>,
     /// Everything, by remapped key, once it was asked for.
@@ -104,6 +111,9 @@ impl CheckpointStore {
             ignored: Vec::new(),
             unstacked: Vec::new(),
             dtype: None,
+            #[cfg(feature = "peft")]
+            shards: None,
+            words: BTreeMap::new(),
             skip_enum_variants: false,
             report: Arc::default(),
             tensors: None,
@@ -272,6 +282,27 @@ impl CheckpointStore {
         self
     }
 
+    /// Has a model be loaded of whose packed weights this rank keeps a part: see
+    /// [`ShardedWeights::new`](crate::parallel::ShardedWeights::new), which is to be called for each unit of the
+    /// plan. By [`LinearLayers::load_checkpoint`](crate::model::LinearLayers::load_checkpoint) only.
+    #[cfg(feature = "peft")]
+    pub fn shard(mut self, plan: ShardPlan) -> Self {
+        self.shards = Some(plan);
+        self
+    }
+
+    #[cfg(feature = "peft")]
+    pub(crate) fn shards(&self) -> Option<&ShardPlan> {
+        self.shards.as_ref()
+    }
+
+    /// Sets which words of packed weights are read, by their paths in the module.
+    #[cfg(feature = "peft")]
+    pub(crate) fn with_words(mut self, words: BTreeMap<String, Range<usize>>) -> Self {
+        self.words = words;
+        self
+    }
+
     /// What dense floats are converted to.
     #[cfg(feature = "peft")]
     pub(crate) fn dtype(&self) -> Option<FloatType> {
@@ -357,6 +388,7 @@ impl ModuleStore for CheckpointStore {
             let read_as = ReadAs {
                 dtype: self.dtype,
                 transposed: parameter.transposed,
+                words: self.words.get(&parameter.path).cloned(),
             };
             let Some(tensor) = self.reported(entry, name, read_as)? else {
                 continue;
@@ -404,7 +436,7 @@ impl ModuleStore for CheckpointStore {
                     };
                     let read_as = ReadAs {
                         dtype: self.dtype,
-                        transposed: false,
+                        ..ReadAs::default()
                     };
                     let tensor = deferred(&self.checkpoint, &entry, name.clone(), read_as, |_| {})?;
                     tensors.extend(tensor.map(|tensor| (name, tensor)));

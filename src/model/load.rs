@@ -39,6 +39,15 @@ pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<
         })
     })?;
 
+    let shards = store.shards().map(|plan| plan.cut(model.clone()));
+    let store = match shards {
+        None => store,
+        Some((cut, words)) => {
+            model = cut;
+            store.with_words(words)
+        }
+    };
+
     let mut places = BTreeMap::new();
     let mut names = BTreeMap::new();
     for parameter in parameters_of(&model, true) {

@@ -98,6 +98,8 @@ pub use seed::Seed;
 pub use table::TableBackend;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
+#[cfg(feature = "cube")]
+pub(crate) use backends::cube::owned;
 #[doc(hidden)]
 pub use base::{
     DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend,
@@ -108,7 +110,7 @@ pub use tensor::{
     DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, embedding, expert_linear,
     linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider, uses_cublaslt,
 };
-pub(crate) use tensor::{connect_empty, effective_weight};
+pub(crate) use tensor::{PACKED_CONTAINER, connect_empty, effective_weight};
 
 use burn::tensor::{DType, Device};
 

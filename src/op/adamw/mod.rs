@@ -21,6 +21,7 @@ use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
 use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, MAX_PARTS, TILE_ELEMS};
 use crate::format::{FloatType, check_len};
+use crate::parallel::Rank;
 
 /// What AdamW is set to, but for the learning rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -357,6 +358,48 @@ impl FlatAdamW {
         let grads = grads.slice_assign([0..self.layout.elems()], zeros);
         self.grads.put(grads);
         self.has_gradient.fill(false);
+    }
+
+    /// Sums the gradients that were accumulated over the ranks of a group, as one tensor; for all ranks. A tensor has a
+    /// gradient then if it has one on some rank.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors.
+    pub fn all_reduce(&mut self, rank: &Rank) -> Result<(), Nf4Error> {
+        let all = rank.exchange(self.has_gradient.clone())?;
+        for of_rank in &all {
+            check_len(
+                "gradients of another rank",
+                self.has_gradient.len(),
+                of_rank.len(),
+            )?;
+            for (has, other) in self.has_gradient.iter_mut().zip(of_rank) {
+                *has |= other;
+            }
+        }
+        if self.has_gradient.contains(&true) {
+            let sums = rank.all_reduce(self.grads.take())?;
+            self.grads.put(sums);
+        }
+        Ok(())
+    }
+
+    /// Takes the values of rank 0 of a group; for all ranks. Moments stay as they are.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors.
+    pub fn broadcast(&mut self, rank: &Rank) -> Result<(), Nf4Error> {
+        let elems = self.layout.elems();
+        for of_rank in rank.exchange(elems)? {
+            check_len("values of another rank", elems, of_rank)?;
+        }
+        let values = match rank.index() {
+            0 => self.values.take(),
+            _ => Tensor::zeros([elems], (&self.device, DType::F32)),
+        };
+        let values = rank.all_reduce(values)?;
+        self.values.put(values);
+        Ok(())
     }
 
     /// The first and the last 256 of the values and of the gradients, `[1024]`, f32, to see whether a recorded pass

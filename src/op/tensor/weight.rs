@@ -47,21 +47,21 @@ pub struct Nf4Weight {
 }
 
 /// What visitors and mappers are told that the packed tensor lies in.
-const CONTAINER: &str = "Struct:Nf4Weight";
+pub(crate) const PACKED_CONTAINER: &str = "Struct:Nf4Weight";
 
 impl Module for Nf4Weight {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         let name = self.spec.form.packed_name();
-        visitor.enter_module(&name, CONTAINER);
+        visitor.enter_module(&name, PACKED_CONTAINER);
         self.packed.visit(visitor);
-        visitor.exit_module(&name, CONTAINER);
+        visitor.exit_module(&name, PACKED_CONTAINER);
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         let name = self.spec.form.packed_name();
-        mapper.enter_module(&name, CONTAINER);
+        mapper.enter_module(&name, PACKED_CONTAINER);
         let packed = Module::map(self.packed, mapper);
-        mapper.exit_module(&name, CONTAINER);
+        mapper.exit_module(&name, PACKED_CONTAINER);
         Self { packed, ..self }
     }
 

@@ -10,7 +10,7 @@ use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
 use crate::model::config::{DecoderConfig, LayerConfig, MixtureConfig, NormPlacement, QkNorm};
-use crate::model::decoder::{Decoder, HEAD, ROUTER};
+use crate::model::decoder::{Decoder, ROUTER};
 use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 use crate::model::load::by_rule;
 use crate::model::mixture::MixtureMlp;
@@ -179,6 +179,21 @@ pub fn random(
     rank: Option<usize>,
     device: &Device,
 ) -> Result<Decoder, ModelError> {
+    random_by_layers(config, dtype, rank, device, &mut Ok)
+}
+
+/// The model of [`random`], each of whose layers goes through a function as soon as it is made: one that takes its
+/// weights away keeps the model from being on the device as a whole.
+///
+/// # Errors
+/// Those of [`random`] and of the function.
+pub fn random_by_layers(
+    config: &DecoderConfig,
+    dtype: FloatType,
+    rank: Option<usize>,
+    device: &Device,
+    each: &mut dyn FnMut(DecoderLayer) -> Result<DecoderLayer, ModelError>,
+) -> Result<Decoder, ModelError> {
     let options = (device, DType::from(dtype));
     let small = Distribution::Normal(0.0, 0.02);
     let matrix = |dims: [usize; 2]| Param::from_tensor(Tensor::<2>::random(dims, small, options));
@@ -199,12 +214,8 @@ pub fn random(
         })
     };
     model.embed_tokens = stored(matrix([config.vocab_size, config.hidden_size]));
-    let model = model.try_map_linears(|name, layer| {
+    let mut of_layer = |name: &str, layer: AnyLinear| {
         let [d_output, d_input] = layer.dims();
-        if name == HEAD {
-            let weight = stored(matrix([d_output, d_input])).val();
-            return Ok(AnyLinear::from_weight(weight, None));
-        }
         let dense = Linear {
             weight: matrix([d_input, d_output]),
             bias: None,
@@ -217,6 +228,14 @@ pub fn random(
             Some(rank) => packed.with_lora(&QLoraLinearConfig::new(rank), device),
             None => Ok(packed),
         }
-    })?;
+    };
+    for layer in std::mem::take(&mut model.layers) {
+        let layer = layer.map_linears("", &mut of_layer)?.no_grad();
+        model.layers.push(each(layer)?);
+    }
+    model.lm_head = model.lm_head.map(|head| {
+        let [d_output, d_input] = head.dims();
+        AnyLinear::from_weight(stored(matrix([d_output, d_input])).val(), None)
+    });
     Ok(by_rule(model.no_grad())?)
 }

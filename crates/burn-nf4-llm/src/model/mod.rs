@@ -56,7 +56,7 @@ mod variants;
 pub use burn_nf4::op::{Activation, NormForm};
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, EMBEDDING, HEAD, PROMPT_CHUNK};
-pub use init::random;
+pub use init::{random, random_by_layers};
 pub(crate) use layer::Residual;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};

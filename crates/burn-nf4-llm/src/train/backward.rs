@@ -5,12 +5,14 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_nf4::op::Seed;
 
+use crate::error::ModelError;
 use crate::model::RopeTables;
-use crate::model::{Decoder, DecoderLayer, Residual};
+use crate::model::{Decoder, Residual};
 use crate::model::{Pass, PassSizes};
 use crate::train::data::Batch;
 use crate::train::loss::loss;
 use crate::train::optimizer::Optimizer;
+use crate::train::parallel::{Layers, Shards};
 use crate::train::phases::{Phase, PhaseHook};
 
 /// How a pass through the layers is made.
@@ -22,6 +24,8 @@ pub struct PassOptions<'a> {
     pub dropout_seed: Option<u64>,
     /// Is told of each phase.
     pub on_phase: Option<&'a PhaseHook>,
+    /// The weights of the layers, if this rank has only a part of them. Only with checkpointing.
+    pub shards: Option<&'a Shards>,
 }
 
 impl PassOptions<'_> {
@@ -124,12 +128,15 @@ impl Inputs {
 ///
 /// The loss is the mean cross-entropy, if the targets of the inputs are those of this batch; with those of
 /// all batches of a step, the sum over the batches is the mean over the step.
+///
+/// # Errors
+/// Those of [`Layers::get`], where layers are in parts.
 pub fn backward(
     model: &Decoder,
     inputs: Inputs,
     options: PassOptions<'_>,
     grads: &mut Optimizer,
-) -> Tensor<1> {
+) -> Result<Tensor<1>, ModelError> {
     let Inputs {
         ids,
         labels,
@@ -150,17 +157,21 @@ pub fn backward(
         let gradients = GradientsParams::from_grads(loss.backward(), model);
         grads.accumulate(gradients);
         options.in_phase(Phase::Backward);
-        return loss.detach();
+        return Ok(loss.detach());
     }
 
     // Only the inputs stay. Without a parameter that wants a gradient no graph is kept; dropping one
     // would not do, as Burn frees the graphs of dropped tensors in a later backward pass only.
-    let mut inputs = Vec::with_capacity(model.layers.len());
+    let mut layers = Layers::new(model, options.shards);
+    let last = layers.len().saturating_sub(1);
+    let mut inputs = Vec::with_capacity(layers.len());
     let mut x = x.detach();
-    for (index, layer) in model.layers.iter().enumerate() {
+    for index in 0..layers.len() {
         inputs.push(x.clone());
         options.seed_dropout(&device, index);
-        x = frozen(layer).forward(x, &pass, None);
+        // The last one comes first in the backward pass.
+        let layer = layers.get(index, Some((index + 1).min(last)))?;
+        x = layer.no_grad().forward(x, &pass, None);
         options.in_phase(Phase::Forward);
     }
     let x = x.require_grad();
@@ -169,15 +180,16 @@ pub fn backward(
     let mut flow = x.grad_remove(&mut gradients);
     grads.accumulate(GradientsParams::from_grads(gradients, model));
     options.in_phase(Phase::Loss);
-    for (index, layer) in model.layers.iter().enumerate().rev() {
+    for index in (0..layers.len()).rev() {
         let (Some(x), Some(gradient)) = (inputs.pop(), flow.take()) else {
             break;
         };
         let x = x.require_grad();
         options.seed_dropout(&device, index);
+        let layer = layers.get(index, index.checked_sub(1))?;
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
-        grads.accumulate(GradientsParams::from_grads(gradients, layer));
+        grads.accumulate(GradientsParams::from_grads(gradients, &layer));
         options.in_phase(Phase::Backward);
     }
     if let Some(gradient) = flow.filter(|_| model.embed_tokens.is_require_grad()) {
@@ -185,10 +197,5 @@ pub fn backward(
         grads.accumulate(GradientsParams::from_grads(seed.backward(), model));
         options.in_phase(Phase::Backward);
     }
-    loss.detach()
-}
-
-/// A layer without parameters that want a gradient.
-fn frozen(layer: &DecoderLayer) -> DecoderLayer {
-    layer.clone().no_grad()
+    Ok(loss.detach())
 }

@@ -2,10 +2,12 @@
 
 use burn::module::Module;
 
+use crate::error::ModelError;
 use crate::train::Trainer;
 use crate::train::backward::Inputs;
 use crate::train::data::Batch;
 use crate::train::loss::loss;
+use crate::train::parallel::Layers;
 
 /// What an evaluation finds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,18 +27,31 @@ impl Evaluation {
 
 impl Trainer {
     /// The loss of batches, without dropout and gradients. Nothing of the run changes. Without a target it is
-    /// NaN.
-    pub fn evaluate(&self, batches: impl IntoIterator<Item = Batch>) -> Evaluation {
+    /// NaN. Of several ranks, which are given the same batches, each takes its own in turns.
+    ///
+    /// # Errors
+    /// [`ModelError::Nf4`] if another rank has failed.
+    pub fn evaluate(
+        &self,
+        batches: impl IntoIterator<Item = Batch>,
+    ) -> Result<Evaluation, ModelError> {
         let model = self.model.valid();
-        let device = model.device();
-        let mut rope = self.rope.on(&device);
+        let mut rope = self.rope.on(&model.device());
+        let [rank, ranks] = self.place();
         let (mut sum, mut targets) = (0.0, 0);
-        for batch in batches {
+        let mut batches = batches.into_iter().filter(|batch| batch.targets() > 0);
+        loop {
+            let round: Vec<Batch> = batches.by_ref().take(ranks).collect();
+            let Some(first) = round.first() else {
+                break;
+            };
+            let own = round.get(rank);
+            // Where layers are put together all ranks have to come to each.
+            let Some(batch) = own.or(self.shards.as_ref().map(|_| first)) else {
+                break;
+            };
             let of_batch = batch.targets();
-            if of_batch == 0 {
-                continue;
-            }
-            let inputs = Inputs::new(&batch, of_batch, &model, &mut rope);
+            let inputs = Inputs::new(batch, of_batch, &model, &mut rope);
             let Inputs {
                 ids,
                 labels,
@@ -44,16 +59,26 @@ impl Trainer {
                 pass,
             } = inputs;
             let mut x = model.embed(ids);
-            for layer in &model.layers {
-                x = layer.forward(x, &pass, None);
+            let mut layers = Layers::new(&model, self.shards.as_ref());
+            for index in 0..layers.len() {
+                let then = Some(index + 1).filter(|&next| next < layers.len());
+                x = layers.get(index, then)?.forward(x, &pass, None);
             }
             let mean = loss(&model, x, labels, factor).into_scalar::<f32>();
-            sum += f64::from(mean) * of_batch as f64;
-            targets += of_batch;
+            if own.is_some() {
+                sum += f64::from(mean) * of_batch as f64;
+                targets += of_batch;
+            }
         }
-        Evaluation {
+        if let Some(rank) = &self.rank {
+            let all = rank.exchange((sum, targets))?;
+            (sum, targets) = all
+                .into_iter()
+                .fold((0.0, 0), |(sum, targets), (s, t)| (sum + s, targets + t));
+        }
+        Ok(Evaluation {
             loss: sum / targets as f64,
             targets,
-        }
+        })
     }
 }

@@ -8,12 +8,14 @@ mod loss;
 pub mod optimizer;
 mod optimizer_file;
 mod packing;
+mod parallel;
 mod phases;
 mod records;
 mod replay;
 pub mod schedule;
 
 pub use eval::Evaluation;
+pub use parallel::Shards;
 pub use phases::{Phase, PhaseHook};
 pub use replay::Passes;
 
@@ -22,10 +24,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
+use burn_nf4::parallel::Rank;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -38,6 +42,7 @@ use crate::model::config::DecoderConfig;
 use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::Optimizer;
+use crate::train::parallel::no_loss;
 use crate::train::replay::{Replays, SharedOptimizer};
 use crate::train::schedule::{Decay, Schedule};
 
@@ -203,6 +208,10 @@ pub struct Trainer {
     adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
+    /// Where several devices train one model: this one.
+    rank: Option<Arc<Rank>>,
+    /// The packed weights, if each device holds a part of them.
+    shards: Option<Shards>,
     /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
     /// other. Not with dropout, and not while somebody is told of phases.
     pub capture: bool,
@@ -264,11 +273,64 @@ impl Trainer {
             adapter: None,
             settings,
             checkpointing,
+            rank: None,
+            shards: None,
             capture: true,
             on_phase: None,
             step: 0,
             skipped: 0,
         })
+    }
+
+    /// Has the run go on as one of several ranks, each with a trainer of its own on a thread of its own, with the same
+    /// settings, and the trained values of rank 0; for all ranks. From now on [`step`](Self::step),
+    /// [`evaluate`](Self::evaluate) and [`resume`](Self::resume) are for all ranks, which are given the same batches
+    /// and files.
+    ///
+    /// - `shards`: the packed weights, if this rank has a part of them only
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] for shards without gradient checkpointing, which would put all weights together and
+    /// keep them, for dropout, whose random numbers Burn draws from one row for all devices, and unless all ranks
+    /// have the same settings. [`ModelError::Nf4`] if another rank has failed.
+    pub fn in_group(mut self, rank: Arc<Rank>, shards: Option<Shards>) -> Result<Self, ModelError> {
+        if shards.is_some() && !self.checkpointing {
+            let expected = "true where ranks keep parts of the weights: the gradients would need all of them at once";
+            return Err(ModelError::setting(
+                "gradient checkpointing",
+                false,
+                expected,
+            ));
+        }
+        let dropout = self.lora.lora_dropout;
+        if dropout > 0.0 && rank.size() > 1 {
+            let expected =
+                "0 on several devices: Burn draws random numbers from one row for all of them";
+            return Err(ModelError::setting("lora_dropout", dropout, expected));
+        }
+        let settings =
+            serde_json::to_string(&self.settings).map_err(ModelError::json("settings"))?;
+        for (other, given) in rank.exchange(settings.clone())?.into_iter().enumerate() {
+            if given != settings {
+                let expected = format!("those of rank {}: {settings}", rank.index());
+                return Err(ModelError::setting(
+                    format!("settings of rank {other}"),
+                    given,
+                    expected,
+                ));
+            }
+        }
+        self.model = self.optimizer.borrow_mut().broadcast(&rank, self.model)?;
+        self.replays = Replays::default();
+        (self.rank, self.shards) = (Some(rank), shards);
+        Ok(self)
+    }
+
+    /// This rank's number, and how many there are.
+    fn place(&self) -> [usize; 2] {
+        self.rank
+            .as_ref()
+            .map_or([0, 1], |rank| [rank.index(), rank.size()])
     }
 
     /// The learning rate of the next step.
@@ -279,20 +341,31 @@ impl Trainer {
     /// One step of the optimizer, on the gradients of all batches. A step with a loss or gradients that are not
     /// finite is left out, which is said in what is returned.
     ///
+    /// Of several ranks, which are given the same batches, each makes the passes of its own: the first rank those of
+    /// the first batch, and so on in turns. Gradients and loss are summed once, so that a step is that of one
+    /// device to rounding.
+    ///
     /// # Errors
     /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
-    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out, and those of [`Optimizer::step`].
+    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out,
+    /// [`ModelError::Nf4`] if another rank has failed, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
         let targets = batches.iter().map(Batch::targets).sum();
-        let mut loss = None;
-        for (index, batch) in batches.iter().enumerate() {
-            let part = self.pass(batch, targets, index);
-            loss = Some(match loss {
-                Some(sum) => sum + part,
-                None => part,
-            });
-        }
-        let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
+        let first = batches.first();
+        let first = first.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
+        let [rank, ranks] = self.place();
+        let mut own: Vec<(usize, &Batch)> = batches.iter().enumerate().collect();
+        own.retain(|(index, _)| index % ranks == rank);
+        // Where layers are put together all ranks have to come to each.
+        let idle = self.shards.is_some() && own.len() < batches.len().div_ceil(ranks);
+        let loss = match self.passes_of(&own, targets) {
+            Ok(loss) if idle => loss + self.idle_pass(first)?,
+            loss => loss?,
+        };
+        let loss = match &self.rank {
+            Some(rank) => self.optimizer.borrow_mut().all_reduce(rank, loss)?,
+            None => loss,
+        };
         let rate = self.rate();
         let report = {
             let mut optimizer = self.optimizer.borrow_mut();
@@ -326,27 +399,87 @@ impl Trainer {
         Ok(step)
     }
 
-    /// The loss of a batch of a step, and its gradients to the optimizer.
-    fn pass(&mut self, batch: &Batch, targets: usize, index: usize) -> Tensor<1> {
-        let inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
-        let dropout = self.lora.lora_dropout > 0.0;
+    /// The losses of this rank's batches of a step, `[1]`, and their gradients to the optimizer.
+    ///
+    /// - `own`: with their numbers among all batches of the step
+    fn passes_of(
+        &mut self,
+        own: &[(usize, &Batch)],
+        targets: usize,
+    ) -> Result<Tensor<1>, ModelError> {
+        let mut loss = no_loss(&self.model.device().without_autodiff());
+        let mut all = own.iter();
+        let mut next = |trainer: &mut Self| {
+            let &(index, batch) = all.next()?;
+            let inputs = Inputs::new(batch, targets, &trainer.model, &mut trainer.rope);
+            Some((index, inputs))
+        };
+        let mut pass = next(self);
+        self.record(pass.as_ref().map(|(_, inputs)| inputs))?;
+        while let Some((index, inputs)) = pass {
+            loss = loss + self.pass(index, inputs)?;
+            pass = next(self);
+        }
+        Ok(loss)
+    }
+
+    /// Records the first pass of a step if it is due; for all ranks. One records at a time, and while it does no other
+    /// uses its device: CUDA forbids much to all threads of a process then.
+    fn record(&mut self, inputs: Option<&Inputs>) -> Result<(), ModelError> {
         // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
+        let captures = self.capture
+            && self.lora.lora_dropout == 0.0
+            && self.on_phase.is_none()
+            && self.shards.is_none();
+        let inputs = inputs.filter(|inputs| captures && self.replays.is_due(&self.model, inputs));
+        let Some(rank) = self.rank.clone().filter(|_| self.shards.is_none()) else {
+            if let Some(inputs) = inputs {
+                self.record_pass(inputs);
+            }
+            return Ok(());
+        };
+        if !rank.exchange(inputs.is_some())?.contains(&true) {
+            return Ok(());
+        }
+        sync(rank.device())?;
+        rank.in_turn(|| {
+            if let Some(inputs) = inputs {
+                self.record_pass(inputs);
+            }
+            sync(rank.device())
+        })?
+    }
+
+    fn record_pass(&mut self, inputs: &Inputs) {
+        let (model, optimizer) = (&self.model, &self.optimizer);
+        self.replays
+            .record(model, optimizer, inputs, self.checkpointing);
+    }
+
+    /// The loss of a batch of a step, and its gradients to the optimizer.
+    fn pass(&mut self, index: usize, inputs: Inputs) -> Result<Tensor<1>, ModelError> {
+        let dropout = self.lora.lora_dropout > 0.0;
         if !dropout && self.on_phase.is_none() && self.capture {
-            let (model, optimizer) = (&self.model, &self.optimizer);
-            let checkpointing = self.checkpointing;
-            let replays = &mut self.replays;
-            let loss = replays.run(model, optimizer, &inputs, checkpointing, index == 0);
+            let loss = self.replays.replay(&self.optimizer, &inputs);
             if let Some(loss) = loss {
-                return loss;
+                return Ok(loss);
             }
         }
         let options = PassOptions {
             checkpointing: self.checkpointing,
             dropout_seed: dropout.then(|| self.dropout_seed(index)),
             on_phase: self.on_phase.as_ref(),
+            shards: self.shards.as_ref(),
         };
         let mut optimizer = self.optimizer.borrow_mut();
-        backward(&self.model, inputs, options, &mut optimizer).inner()
+        Ok(backward(&self.model, inputs, options, &mut optimizer)?.inner())
+    }
+
+    /// A pass that adds nothing: its loss and gradients are multiplied by zero.
+    fn idle_pass(&mut self, batch: &Batch) -> Result<Tensor<1>, ModelError> {
+        let mut inputs = Inputs::new(batch, 1, &self.model, &mut self.rope);
+        inputs.factor = inputs.factor * 0.0;
+        self.pass(0, inputs)
     }
 
     /// How passes over batches of the last size are made.
@@ -472,4 +605,11 @@ fn resume_error(path: &Path, message: impl ToString) -> ModelError {
         path: path.into(),
         message: message.to_string(),
     }
+}
+
+fn sync(device: &Device) -> Result<(), ModelError> {
+    device.sync().map_err(|error| ModelError::Device {
+        device: format!("{device:?}"),
+        message: error.to_string(),
+    })
 }

@@ -8,6 +8,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW, StepReport, TensorState};
+use burn_nf4::parallel::Rank;
 
 use crate::error::ModelError;
 use crate::train::optimizer_file;
@@ -136,6 +137,32 @@ impl Optimizer {
         let nothing = Tensor::zeros([1], (&self.flat.device(), DType::F32));
         let numbers = &self.numbers;
         model.map(&mut Released { numbers, nothing })
+    }
+
+    /// Sums the gradients and a loss over the ranks of a group; for all ranks.
+    ///
+    /// # Shapes
+    /// - `loss`: `[1]`, f32, and so the result
+    ///
+    /// # Errors
+    /// Those of [`FlatAdamW::all_reduce`].
+    pub(super) fn all_reduce(
+        &mut self,
+        rank: &Rank,
+        loss: Tensor<1>,
+    ) -> Result<Tensor<1>, ModelError> {
+        self.flat.all_reduce(rank)?;
+        Ok(rank.all_reduce(loss)?)
+    }
+
+    /// Gives the model the values of rank 0; for all ranks.
+    ///
+    /// # Errors
+    /// Those of [`FlatAdamW::broadcast`].
+    pub(super) fn broadcast<M: Module>(&mut self, rank: &Rank, model: M) -> Result<M, ModelError> {
+        let model = self.without_values(model);
+        self.flat.broadcast(rank)?;
+        Ok(self.with_values(model))
     }
 
     /// See [`FlatAdamW::probe`].

@@ -23,6 +23,10 @@ use crate::train::optimizer::Optimizer;
 /// The optimizer, which a recorded pass shares.
 pub(super) type SharedOptimizer = Rc<RefCell<Optimizer>>;
 
+/// Tokens of a pass from which on a recording gains nothing: the device takes longer than the host. It would hold
+/// all pages of the pass, and cost four passes.
+const MAX_TOKENS: usize = 16_384;
+
 type Run = Box<dyn FnMut() -> Output>;
 
 /// What a pass gives.
@@ -78,37 +82,49 @@ pub(super) struct Replays {
 }
 
 impl Replays {
-    /// Makes the pass by a replay, if it was recorded, or records it.
-    ///
-    /// - `is_first`: whether no gradients of this step are there yet, which a recording would spoil
-    ///
-    /// Returns the loss, `[1]`, or nothing, if it is to be launched.
-    pub fn run(
+    /// Whether the first pass of a step should be [recorded](Self::record) now: the device has graphs, the last step
+    /// began with a pass of the same sizes, and none of these is recorded.
+    pub fn is_due(&mut self, model: &Decoder, inputs: &Inputs) -> bool {
+        // The host sends tokens to experts.
+        let is_mixture = |layer: &DecoderLayer| matches!(layer.mlp, Mlp::Mixture(_));
+        let [rows, length] = inputs.ids.dims();
+        if self.failed
+            || rows * length > MAX_TOKENS
+            || !has_graphs(&model.device().without_autodiff())
+            || model.layers.iter().any(is_mixture)
+        {
+            return false;
+        }
+        let sizes = inputs.sizes();
+        let came_before = self.last.replace(sizes.clone()).as_ref() == Some(&sizes);
+        came_before && !self.knows(&sizes)
+    }
+
+    fn knows(&self, sizes: &InputSizes) -> bool {
+        let recorded = self.recorded.as_ref();
+        recorded.is_some_and(|recorded| recorded.sizes == *sizes)
+    }
+
+    /// Records a pass, if the device does so, before any gradients of a step are there. In the meantime nothing else
+    /// of the process may use a device.
+    pub fn record(
         &mut self,
         model: &Decoder,
         optimizer: &SharedOptimizer,
         inputs: &Inputs,
         checkpointing: bool,
-        is_first: bool,
-    ) -> Option<Tensor<1>> {
+    ) {
         let device = model.device().without_autodiff();
-        // The host sends tokens to experts.
-        let is_mixture = |layer: &DecoderLayer| matches!(layer.mlp, Mlp::Mixture(_));
-        if self.failed || !has_graphs(&device) || model.layers.iter().any(is_mixture) {
+        // The pages of another are of no use to it.
+        self.recorded = None;
+        self.recorded = Recorded::new(model, optimizer, inputs, checkpointing, &device);
+        self.failed = self.recorded.is_none();
+    }
+
+    /// Makes a pass by a replay, if one of its sizes was recorded. Returns the loss, `[1]`.
+    pub fn replay(&mut self, optimizer: &SharedOptimizer, inputs: &Inputs) -> Option<Tensor<1>> {
+        if !self.knows(&inputs.sizes()) {
             return None;
-        }
-        let sizes = inputs.sizes();
-        let came_before = self.last.replace(sizes.clone()).as_ref() == Some(&sizes);
-        let is_known = |recorded: &Recorded| recorded.sizes == sizes;
-        if !self.recorded.as_ref().is_some_and(is_known) {
-            if !(came_before && is_first) {
-                return None;
-            }
-            // The pages of another are of no use to it.
-            self.recorded = None;
-            let recorded = Recorded::new(model, optimizer, inputs, checkpointing, &device);
-            self.failed = recorded.is_none();
-            self.recorded = recorded;
         }
         let recorded = self.recorded.as_mut()?;
         recorded.inputs.borrow_mut().write(inputs.clone());
@@ -192,8 +208,10 @@ impl Recorded {
                 checkpointing,
                 dropout_seed: None,
                 on_phase: None,
+                shards: None,
             };
             let loss = backward(&model, inputs, options, &mut optimizer);
+            let loss = loss.expect("nothing can fail where this rank has all weights");
             Output {
                 loss: loss.inner(),
                 probe,

@@ -11,7 +11,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 /// A tensor that may be written to: itself if nobody else has it.
-pub(in crate::op) fn owned(tensor: CubeTensor) -> CubeTensor {
+pub(crate) fn owned(tensor: CubeTensor) -> CubeTensor {
     let tensor = into_contiguous(tensor);
     match tensor.can_mut() {
         true => tensor,

@@ -1,5 +1,7 @@
 //! Where to run and in which type.
 
+#[cfg(any(feature = "cuda", feature = "wgpu", feature = "rocm"))]
+use burn::tensor::DeviceType;
 use burn::tensor::{DType, Device};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::FloatType;
@@ -87,6 +89,42 @@ impl DeviceName {
         }
     }
 
+    /// One of several such devices, by its number. On the CPU all numbers are the same one.
+    pub fn open_at(self, index: usize) -> Result<Device, ModelError> {
+        let first = self.open()?;
+        let Some(all) = self.numbered() else {
+            return Ok(first);
+        };
+        let count = all.len();
+        all.into_iter().nth(index).ok_or_else(|| {
+            let expected = format!(
+                "a number below {count}, as many {} devices are here",
+                self.name()
+            );
+            ModelError::setting("--devices", index, expected)
+        })
+    }
+
+    /// All devices of the kind, if it is one of which there can be several.
+    #[cfg(any(feature = "cuda", feature = "wgpu", feature = "rocm"))]
+    fn numbered(self) -> Option<Vec<Device>> {
+        let kind = match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda => DeviceType::Cuda,
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => DeviceType::Wgpu,
+            #[cfg(feature = "rocm")]
+            Self::Rocm => DeviceType::Rocm,
+            _ => return None,
+        };
+        Some(Device::enumerate(kind).into_iter().collect())
+    }
+
+    #[cfg(not(any(feature = "cuda", feature = "wgpu", feature = "rocm")))]
+    fn numbered(self) -> Option<Vec<Device>> {
+        None
+    }
+
     /// The type asked for; else f32 on the CPU, and elsewhere that of the model where the device
     /// has it.
     pub fn dtype(
@@ -110,6 +148,14 @@ impl DeviceName {
         }
         Ok(dtype)
     }
+}
+
+/// Waits for all that was asked of a device.
+pub fn sync(device: &Device) -> Result<(), ModelError> {
+    device.sync().map_err(|error| ModelError::Device {
+        device: format!("{device:?}"),
+        message: error.to_string(),
+    })
 }
 
 /// The processor's name, where the system tells (Linux).

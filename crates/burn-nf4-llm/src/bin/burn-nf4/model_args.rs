@@ -8,6 +8,7 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
+use burn_nf4::parallel::Rank;
 use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::fetch;
@@ -15,14 +16,15 @@ use burn_nf4_llm::generate::Sampling;
 use burn_nf4_llm::model::config::GenerationConfig;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, left_out, load};
 use burn_nf4_llm::text::{StopStrings, Text};
+use burn_nf4_llm::train::Shards;
 use clap::Args;
 
 use crate::args::FloatArg;
-use crate::device::DeviceName;
+use crate::device::{DeviceName, sync};
 use crate::progress::{Bar, mebibytes, seconds};
 
 /// Which model, where, and in which type.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     /// A folder, or a repository `org/name` to fetch from the Hugging Face hub.
     #[arg(long)]
@@ -86,26 +88,35 @@ impl ModelArgs {
 impl Prepared {
     /// Loads the weights.
     pub fn load(self) -> Result<Opened, ModelError> {
-        let Self {
-            folder,
-            name,
-            device,
-            dtype,
-            quantize_head,
-            config,
-            text,
-            ..
-        } = self;
+        let model = self.load_on(&self.device, None, true)?;
+        Ok(Opened {
+            model,
+            config: self.config,
+            text: self.text,
+        })
+    }
+
+    /// Loads the weights onto a device.
+    ///
+    /// - `shard`: whose part of the layers' packed weights to load, if not all
+    /// - `tells`: whether people are told of it
+    pub fn load_on(
+        &self,
+        device: &Device,
+        shard: Option<&Rank>,
+        tells: bool,
+    ) -> Result<Decoder, ModelError> {
         let start = Instant::now();
-        let mut model = load_model(&folder, &config, dtype, &device)?;
+        let config = &self.config;
+        let mut model = self.load_model(device, shard, tells)?;
         let has_own_head = model.lm_head.is_some();
-        if quantize_head {
+        if self.quantize_head {
             model = model.quantize_head(QuantConfig::default())?;
         }
-        device.sync().map_err(|error| ModelError::Device {
-            device: format!("{device:?}"),
-            message: error.to_string(),
-        })?;
+        sync(device)?;
+        if !tells {
+            return Ok(model);
+        }
         if config.tie_word_embeddings && has_own_head {
             eprintln!(
                 "warning: config.json ties the head to the embeddings (tie_word_embeddings), but the \
@@ -114,41 +125,44 @@ impl Prepared {
         }
         let (packed, dense) = model.size_bytes();
         eprintln!(
-            "loaded in {} on {name:?} ({}): {} of packed weights, {} of float weights",
+            "loaded in {} on {:?} ({}): {} of packed weights, {} of float weights",
             seconds(start.elapsed()),
-            dtype.name(),
+            self.name,
+            self.dtype.name(),
             mebibytes(packed as u64),
             mebibytes(dense as u64),
         );
-        Ok(Opened {
-            model,
-            config,
-            text,
-        })
+        Ok(model)
     }
-}
 
-fn load_model(
-    folder: &Path,
-    config: &DecoderConfig,
-    dtype: FloatType,
-    device: &Device,
-) -> Result<Decoder, ModelError> {
-    let bar = Bar::new("load");
-    let store = CheckpointStore::open(folder)?;
-    if let Some(whole) = &config.text_part_of {
-        let names = left_out(store.checkpoint(), config);
-        let mut parts: Vec<&str> = names.iter().map(|name| part_of(name)).collect();
-        parts.dedup();
-        eprintln!(
-            "the model is of text and images ({whole}): its text part is used, {} parameters are left \
-             out ({})",
-            names.len(),
-            parts.join(", "),
-        );
+    fn load_model(
+        &self,
+        device: &Device,
+        shard: Option<&Rank>,
+        tells: bool,
+    ) -> Result<Decoder, ModelError> {
+        let config = &self.config;
+        let mut store = CheckpointStore::open(&self.folder)?;
+        if let Some(whole) = config.text_part_of.as_ref().filter(|_| tells) {
+            let names = left_out(store.checkpoint(), config);
+            let mut parts: Vec<&str> = names.iter().map(|name| part_of(name)).collect();
+            parts.dedup();
+            eprintln!(
+                "the model is of text and images ({whole}): its text part is used, {} parameters are left \
+                 out ({})",
+                names.len(),
+                parts.join(", "),
+            );
+        }
+        if tells {
+            let bar = Bar::new("load");
+            store = store.on_progress(move |progress| bar.show(progress));
+        }
+        if let Some(rank) = shard {
+            store = store.shard(Shards::plan(config, rank));
+        }
+        load(store, config, self.dtype, device)
     }
-    let store = store.on_progress(move |progress| bar.show(progress));
-    load(store, config, dtype, device)
 }
 
 /// The beginning of a parameter's name that tells the part of the model: `vision_tower`.

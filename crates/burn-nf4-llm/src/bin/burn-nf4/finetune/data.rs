@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use crate::model_args::at_least;
 
 /// The texts to train on, and those to evaluate with.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct DataArgs {
     /// A .txt file, or a .jsonl or .json file of objects with `text`, `messages`, or `prompt` and `completion`
     #[arg(long)]
@@ -53,6 +53,15 @@ pub enum Packing {
 pub struct Data {
     pub train: Dataset,
     pub eval: Option<Dataset>,
+    /// Steps between evaluations, if not an epoch.
+    eval_every: Option<usize>,
+}
+
+impl Data {
+    /// Steps between evaluations.
+    pub fn eval_every(&self, per_epoch: usize) -> usize {
+        self.eval_every.unwrap_or(per_epoch)
+    }
 }
 
 impl DataArgs {
@@ -97,6 +106,7 @@ impl DataArgs {
         Ok(Data {
             train: self.in_rows(train),
             eval: eval.map(|eval| self.in_rows(eval)),
+            eval_every: self.eval_every,
         })
     }
 

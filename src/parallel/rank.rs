@@ -1,0 +1,303 @@
+//! One of the threads that work on a step together.
+
+#[cfg(feature = "cube")]
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use super::meeting::Meeting;
+use crate::error::Nf4Error;
+use crate::format::check_len;
+
+#[cfg(feature = "cube")]
+use super::collective::{CollectiveBackend, CollectiveSpec};
+#[cfg(feature = "cube")]
+use burn::backend::{DeviceOps, Dispatch, DispatchDevice};
+
+/// One of the threads that work on a step together, with its device. [`run`](super::run) makes them.
+///
+/// What is said to be for all ranks must be called by each, in the same order.
+pub struct Rank {
+    index: usize,
+    size: usize,
+    device: Device,
+    meeting: Arc<Meeting>,
+    /// Whose collectives carry data; without them it goes through the memory of the process.
+    #[cfg(feature = "cube")]
+    collective: Option<CollectiveSpec>,
+}
+
+impl fmt::Debug for Rank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rank")
+            .field("index", &self.index)
+            .field("size", &self.size)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Rank {
+    /// A group of devices. Each is to be moved to a thread of its own, and [connected](Self::connect) there.
+    pub(super) fn group(devices: Vec<Device>) -> Result<Vec<Self>, Nf4Error> {
+        if devices.is_empty() {
+            return Err(wrong("at least one device", "none".into()));
+        }
+        #[cfg(feature = "cube")]
+        let collective = collective_of(&devices)?;
+        let size = devices.len();
+        let meeting = Arc::new(Meeting::new(size));
+        let ranks = devices.into_iter().enumerate();
+        Ok(ranks
+            .map(|(index, device)| Self {
+                index,
+                size,
+                device,
+                meeting: meeting.clone(),
+                #[cfg(feature = "cube")]
+                collective: collective.clone(),
+            })
+            .collect())
+    }
+
+    pub(super) fn meeting(&self) -> Arc<Meeting> {
+        self.meeting.clone()
+    }
+
+    /// Joins the group on the device, and makes sure that sums come out right.
+    pub(super) fn connect(&self) -> Result<(), Nf4Error> {
+        self.exchange(())?;
+        #[cfg(feature = "cube")]
+        if let Some(spec) = &self.collective
+            && let DispatchDevice::Cube(device) =
+                self.device.clone().without_autodiff().as_dispatch()
+        {
+            device.client().ensure_init_collective(spec.devices.clone());
+        }
+        let expected = (self.size * (self.size + 1) / 2) as f32;
+        let device = self.device.clone().without_autodiff();
+        let own = Tensor::<1>::full([1], (self.index + 1) as f32, (&device, DType::F32));
+        let sum = self.all_reduce(own)?.try_into_data();
+        let failed = |message: String| Nf4Error::Parallel {
+            rank: self.index,
+            message: format!("its device cannot sum with the others: {message}"),
+        };
+        let sum: Vec<f32> = sum
+            .map_err(|error| failed(error.to_string()))?
+            .iter()
+            .collect();
+        match sum == [expected] {
+            true => Ok(()),
+            false => Err(failed(format!(
+                "the numbers up to {} sum to {sum:?}",
+                self.size
+            ))),
+        }
+    }
+
+    /// Its number, below [`size`](Self::size).
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Ranks of the group.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The values that all ranks give, in their order; for all ranks. Waits for the other threads, not for
+    /// devices.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Parallel`] if a rank has failed, has ended, or is at another exchange.
+    pub fn exchange<T>(&self, value: T) -> Result<Vec<T>, Nf4Error>
+    where
+        T: Clone + Send + Sync + 'static,
+    {
+        self.meeting.exchange(self.index, value)
+    }
+
+    /// Runs a function on one rank after the other, for what the process has only one of, such as Burn's random
+    /// numbers; for all ranks.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Parallel`] if a rank has failed.
+    pub fn in_turn<T>(&self, function: impl FnOnce() -> T) -> Result<T, Nf4Error> {
+        for _ in 0..=self.index {
+            self.exchange(())?;
+        }
+        let given = function();
+        for _ in self.index..self.size {
+            self.exchange(())?;
+        }
+        Ok(given)
+    }
+
+    /// The sums of a tensor over all ranks, the same bits on each; for all ranks. It is written in place if it has
+    /// no other owner. On cards the host does not wait.
+    ///
+    /// # Shapes
+    /// - `tensor`: `[len]`, f32, without autodiff, of one length on all ranks, and so the result
+    ///
+    /// # Errors
+    /// [`Nf4Error::Dtype`] unless it is f32, [`Nf4Error::Parallel`] if a rank has failed.
+    pub fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>, Nf4Error> {
+        check_dtype("tensor", tensor.dtype(), DType::F32)?;
+        if self.size == 1 {
+            return Ok(tensor);
+        }
+        #[cfg(feature = "cube")]
+        if let Some(spec) = &self.collective {
+            let sum = <Dispatch as CollectiveBackend>::sum_over_devices(
+                tensor.into_dispatch(),
+                spec.clone(),
+            );
+            return Ok(Tensor::from_dispatch(sum));
+        }
+        let own: Vec<f32> = tensor.clone().into_data().iter().collect();
+        let len = own.len();
+        let all = self.exchange(Arc::new(own))?;
+        let mut sum = vec![0.0; len];
+        for part in &all {
+            check_len("tensor of another rank", len, part.len())?;
+            for (sum, part) in sum.iter_mut().zip(part.iter()) {
+                *sum += part;
+            }
+        }
+        let sum = Tensor::from_data(TensorData::new(sum, [len]), (&tensor.device(), DType::F32));
+        #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
+        Ok(tensor.slice_assign([0..len], sum))
+    }
+
+    /// Begins to put the parts of all ranks together, one after the other; for all ranks, whose parts are of one
+    /// length. What is computed until [`Gathering::end`] goes on beside it where devices have collectives.
+    ///
+    /// # Shapes
+    /// - `part`: `[words]`, u32
+    ///
+    /// # Errors
+    /// [`Nf4Error::Dtype`] unless it is u32, [`Nf4Error::Parallel`] if a rank has failed.
+    pub fn gather(&self, part: Tensor<1, Int>) -> Result<Gathering, Nf4Error> {
+        check_dtype("part", part.dtype(), DType::U32)?;
+        if self.size == 1 {
+            return Ok(Gathering {
+                words: Some(part),
+                begun: false,
+            });
+        }
+        let [words] = part.dims();
+        #[cfg(feature = "cube")]
+        if let Some(spec) = &self.collective {
+            // Sums of words with zeros are exact; CubeCL has no collective that only gathers.
+            let zeros = Tensor::<1, Int>::zeros([self.size * words], (&part.device(), DType::U32));
+            let start = self.index * words;
+            #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
+            let own = zeros.slice_assign([start..start + words], part);
+            let begun =
+                <Dispatch as CollectiveBackend>::begin_sum(own.into_dispatch(), spec.clone());
+            return Ok(Gathering {
+                words: Some(Tensor::from_dispatch(begun)),
+                begun: true,
+            });
+        }
+        let device = part.device();
+        let own: Vec<u32> = part.into_data().iter().collect();
+        let all = self.exchange(Arc::new(own))?;
+        for part in &all {
+            check_len("part of another rank", words, part.len())?;
+        }
+        let all: Vec<u32> = all.iter().flat_map(|part| part.iter().copied()).collect();
+        let data = TensorData::new(all, [self.size * words]);
+        Ok(Gathering {
+            words: Some(Tensor::from_data(data, (&device, DType::U32))),
+            begun: false,
+        })
+    }
+}
+
+/// Words of all ranks that are being put together.
+#[derive(Debug)]
+#[must_use = "what was begun must be ended"]
+pub struct Gathering {
+    words: Option<Tensor<1, Int>>,
+    /// Whether the device is still at it, as far as the host knows.
+    begun: bool,
+}
+
+impl Gathering {
+    /// The parts of all ranks, one after the other, `[ranks * words]`, u32. The host does not wait.
+    pub fn end(mut self) -> Tensor<1, Int> {
+        self.ended().expect("only this takes it, once")
+    }
+
+    fn ended(&mut self) -> Option<Tensor<1, Int>> {
+        let words = self.words.take()?;
+        #[cfg(feature = "cube")]
+        if self.begun {
+            let words = <Dispatch as CollectiveBackend>::end_sum(words.into_dispatch());
+            return Some(Tensor::from_dispatch(words));
+        }
+        let _ = self.begun;
+        Some(words)
+    }
+}
+
+impl Drop for Gathering {
+    /// The memory must not be used for anything else while the device writes to it.
+    fn drop(&mut self) {
+        drop(self.ended());
+    }
+}
+
+/// What devices of a group sum by, if they have collectives.
+#[cfg(feature = "cube")]
+fn collective_of(devices: &[Device]) -> Result<Option<CollectiveSpec>, Nf4Error> {
+    let mut ids = Vec::new();
+    for device in devices {
+        let device = device.clone().without_autodiff();
+        if let DispatchDevice::Cube(device) = device.as_dispatch()
+            && device.client().has_device_transport()
+        {
+            ids.push(DeviceOps::id(device));
+        }
+    }
+    if ids.is_empty() || devices.len() == 1 {
+        return Ok(None);
+    }
+    if ids.len() < devices.len() {
+        return Err(wrong("devices of one kind", format!("{devices:?}")));
+    }
+    let different: BTreeSet<_> = ids.iter().collect();
+    if different.len() < ids.len() {
+        return Err(wrong("each device once", format!("{devices:?}")));
+    }
+    #[cfg(feature = "cuda")]
+    super::nccl::check()?;
+    Ok(Some(CollectiveSpec { devices: ids }))
+}
+
+fn wrong(expected: &'static str, given: String) -> Nf4Error {
+    Nf4Error::Config {
+        field: "devices",
+        expected,
+        given,
+    }
+}
+
+fn check_dtype(tensor: &str, given: DType, expected: DType) -> Result<(), Nf4Error> {
+    if given == expected {
+        return Ok(());
+    }
+    Err(Nf4Error::Dtype {
+        tensor: tensor.into(),
+        expected: format!("{expected:?}"),
+        given: format!("{given:?}"),
+    })
+}

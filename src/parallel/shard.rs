@@ -1,0 +1,322 @@
+//! Packed weights of which each rank keeps an equal part.
+
+#[cfg(feature = "peft")]
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Int, Tensor};
+#[cfg(feature = "peft")]
+use burn::tensor::{Device, Shape};
+
+use super::rank::{Gathering, Rank};
+#[cfg(feature = "peft")]
+use crate::checkpoint::parameters::{Kind, parameters_of};
+use crate::error::Nf4Error;
+use crate::format::{PackedLayout, WeightForm, check_len};
+use crate::op::PACKED_CONTAINER;
+
+/// Words at whose multiples each weight begins, so that a view of it begins at a multiple of 512 bytes.
+const ALIGNMENT: usize = 128;
+
+/// The words of packed weights, one after the other in one row that is cut into equal parts, one a rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Row {
+    /// Of each weight, in the order in which a visitor meets them.
+    words: Vec<usize>,
+    starts: Vec<usize>,
+    /// Of each rank.
+    part: usize,
+}
+
+impl Row {
+    fn new(words: Vec<usize>, ranks: usize) -> Self {
+        let mut starts = Vec::with_capacity(words.len());
+        let mut end = 0;
+        for &words in &words {
+            starts.push(end);
+            end += words.next_multiple_of(ALIGNMENT);
+        }
+        let part = end.div_ceil(ranks).next_multiple_of(ALIGNMENT);
+        Self {
+            words,
+            starts,
+            part,
+        }
+    }
+
+    /// The words of a weight that a rank keeps, and where in its part they lie; none if it keeps none.
+    fn kept(&self, weight: usize, rank: usize) -> Option<(Range<usize>, usize)> {
+        let (first, end) = (rank * self.part, (rank + 1) * self.part);
+        let start = self.starts[weight];
+        let from = start.max(first);
+        let to = (start + self.words[weight]).min(end);
+        (from < to).then(|| (from - start..to - start, from - first))
+    }
+}
+
+/// The packed weights of a module, of which this rank keeps a part: 1 / ranks of their bytes, rounded up to 512.
+///
+/// FSDP2 calls such a module a unit, for which [`gather`](Self::gather) is `unshard`. What is not packed, such as norms
+/// and low-rank branches, stays as it is on each rank.
+#[derive(Debug, Clone)]
+pub struct ShardedWeights {
+    row: Row,
+    /// `[row.part]`, u32.
+    part: Tensor<1, Int>,
+    /// Whether the tensors of the module are on an autodiff device.
+    in_autodiff: bool,
+}
+
+impl ShardedWeights {
+    /// Takes the packed weights out of a module, and keeps the part of them that is this rank's. The module cannot
+    /// be used until they are [put in](Self::put) again. Each rank needs the same weights.
+    ///
+    /// Of a module that was loaded [by a plan](ShardPlan) the parts are there already.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Length`] for a weight that is neither whole nor the part of it that a plan gives this rank.
+    pub fn new<M: Module>(module: M, rank: &Rank) -> Result<(M, Self), Nf4Error> {
+        let mut taken = Taken::default();
+        let module = module.map(&mut taken);
+        let words: Vec<usize> = taken.weights.iter().map(|(words, _)| *words).collect();
+        let row = Row::new(words, rank.size());
+        let in_autodiff = taken.in_autodiff;
+        let device = rank.device().clone().without_autodiff();
+        let mut part = Tensor::<1, Int>::zeros([row.part], (&device, DType::U32));
+        for (weight, (words, given)) in taken.weights.into_iter().enumerate() {
+            let Some((kept, at)) = row.kept(weight, rank.index()) else {
+                continue;
+            };
+            let [len] = given.dims();
+            let given = match len == words {
+                true => given.narrow(0, kept.start, kept.len()),
+                false => {
+                    check_len("part of a packed weight", kept.len(), len)?;
+                    given
+                }
+            };
+            #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
+            {
+                part = part.slice_assign([at..at + kept.len()], given);
+            }
+        }
+        let sharded = Self {
+            row,
+            part,
+            in_autodiff,
+        };
+        Ok((module, sharded))
+    }
+
+    /// Bytes on this rank's device.
+    pub fn size_bytes(&self) -> usize {
+        self.row.part * size_of::<u32>()
+    }
+
+    /// Begins to put the parts of all ranks together; for all ranks.
+    ///
+    /// # Errors
+    /// Those of [`Rank::gather`].
+    pub fn gather(&self, rank: &Rank) -> Result<Gathering, Nf4Error> {
+        rank.gather(self.part.clone())
+    }
+
+    /// Puts the weights into the module that they were taken from, as views of what was gathered where the
+    /// device has views.
+    ///
+    /// # Shapes
+    /// - `words`: what [`Gathering::end`] gave
+    pub fn put<M: Module>(&self, module: M, words: Tensor<1, Int>) -> M {
+        let words = match self.in_autodiff {
+            true => Tensor::from_inner(words),
+            false => words,
+        };
+        module.map(&mut Put {
+            row: &self.row,
+            words,
+            next: 0,
+            in_weight: false,
+        })
+    }
+}
+
+/// Takes the packed tensors out of weights, with how many words they have.
+#[derive(Default)]
+struct Taken {
+    weights: Vec<(usize, Tensor<1, Int>)>,
+    /// Words of the weight that is visited.
+    words: Option<usize>,
+    in_autodiff: bool,
+}
+
+impl ModuleMapper for Taken {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.words = words_of(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.words = None;
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let Some(words) = self.words else {
+            return param;
+        };
+        let mut value = param.val();
+        let nothing = Tensor::zeros([1; D], (&value.device(), DType::U32));
+        if value.is_autodiff() {
+            self.in_autodiff = true;
+            value = value.inner();
+        }
+        self.weights.push((words, value.flatten(0, D - 1)));
+        replaced(param, nothing)
+    }
+}
+
+struct Put<'a> {
+    row: &'a Row,
+    words: Tensor<1, Int>,
+    next: usize,
+    in_weight: bool,
+}
+
+impl ModuleMapper for Put<'_> {
+    fn enter_module(&mut self, _name: &str, container: &str) {
+        self.in_weight = container == PACKED_CONTAINER;
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.in_weight = false;
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        if !self.in_weight {
+            return param;
+        }
+        let (start, words) = (self.row.starts[self.next], self.row.words[self.next]);
+        self.next += 1;
+        let value = self.words.clone().narrow(0, start, words);
+        replaced(param, value.reshape([words as i32; D]))
+    }
+}
+
+fn replaced<const D: usize>(
+    param: Param<Tensor<D, Int>>,
+    value: Tensor<D, Int>,
+) -> Param<Tensor<D, Int>> {
+    let (id, _, mapper) = param.consume();
+    Param::from_mapped_value(id, value, mapper)
+}
+
+/// The words of a packed weight, by what visitors are told of it.
+fn words_of(name: &str, container: &str) -> Option<usize> {
+    if container != PACKED_CONTAINER {
+        return None;
+    }
+    let form = WeightForm::from_packed_name(name)?;
+    let layout = PackedLayout::for_shape(&form.shape, form.config).ok()?;
+    Some(layout.words())
+}
+
+/// Which parts of packed weights a rank loads, for
+/// [`CheckpointStore::shard`](crate::checkpoint::CheckpointStore::shard): each unit's weights are cut into equal
+/// parts, as [`ShardedWeights::new`] has them.
+#[cfg(feature = "peft")]
+#[derive(Debug, Clone)]
+pub struct ShardPlan {
+    rank: usize,
+    ranks: usize,
+    units: Vec<String>,
+}
+
+#[cfg(feature = "peft")]
+impl ShardPlan {
+    /// A plan for a rank.
+    ///
+    /// - `units`: the paths of modules in the model, such as `layers.0`; no module of another
+    pub fn new(rank: &Rank, units: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            rank: rank.index(),
+            ranks: rank.size(),
+            units: units.into_iter().collect(),
+        }
+    }
+
+    /// The model with weights of units that only hold the words that the rank keeps, and which words
+    /// those are, by the paths of the weights.
+    pub(crate) fn cut<M: Module>(&self, model: M) -> (M, BTreeMap<String, Range<usize>>) {
+        let mut packed: Vec<(String, usize)> = Vec::new();
+        for parameter in parameters_of(&model, true) {
+            if let Kind::Packed(form) = &parameter.kind {
+                let layout = PackedLayout::for_shape(&form.shape, form.config);
+                let words = layout.expect("it is the form of a weight").words();
+                packed.push((parameter.path, words));
+            }
+        }
+        let mut kept: Vec<Option<Range<usize>>> = vec![None; packed.len()];
+        for unit in &self.units {
+            let is_in = |path: &str| {
+                let rest = path.strip_prefix(unit.as_str());
+                rest.is_some_and(|rest| rest.starts_with('.'))
+            };
+            let of_unit: Vec<usize> = (0..packed.len())
+                .filter(|&weight| is_in(&packed[weight].0))
+                .collect();
+            let words = of_unit.iter().map(|&weight| packed[weight].1).collect();
+            let row = Row::new(words, self.ranks);
+            for (number, &weight) in of_unit.iter().enumerate() {
+                let words = row.kept(number, self.rank).map(|(words, _)| words);
+                // A tensor has elements. One word too many does no harm: it is not looked at.
+                kept[weight] = Some(words.unwrap_or(0..1));
+            }
+        }
+        let model = model.map(&mut Cut {
+            kept: &kept,
+            next: 0,
+            in_weight: false,
+        });
+        let kept = packed.into_iter().zip(kept);
+        let kept = kept.filter_map(|((path, _), words)| Some((path, words?)));
+        (model, kept.collect())
+    }
+}
+
+/// Has weights that are yet to be loaded hold only some of their words.
+#[cfg(feature = "peft")]
+struct Cut<'a> {
+    /// Of each weight.
+    kept: &'a [Option<Range<usize>>],
+    next: usize,
+    in_weight: bool,
+}
+
+#[cfg(feature = "peft")]
+impl ModuleMapper for Cut<'_> {
+    fn enter_module(&mut self, _name: &str, container: &str) {
+        self.in_weight = container == PACKED_CONTAINER;
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.in_weight = false;
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        if !self.in_weight {
+            return param;
+        }
+        self.next += 1;
+        let Some(words) = self.kept[self.next - 1].clone() else {
+            return param;
+        };
+        let shape = Shape::from([words.len(); D]);
+        let of = shape.clone();
+        Param::uninitialized(
+            param.id,
+            move |device: &Device, _| Tensor::zeros(of.clone(), (device, DType::U32)),
+            param.lazy_device(),
+            false,
+            shape,
+        )
+    }
+}
