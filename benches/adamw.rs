@@ -5,6 +5,8 @@
 //! cargo bench --features cuda,fusion --bench adamw
 //! ```
 //!
+//! Peers: `python3 benches/peer_adamw.py` (PyTorch and bitsandbytes).
+//!
 //! `host` is until the last call has returned, `all` until the device is done. `accumulate` is the 32 layers of a
 //! pass, `step` the norm, AdamW and the views of all parameters; `burn` is Burn's AdamW, a tensor at a time, with
 //! the gradients of one pass.

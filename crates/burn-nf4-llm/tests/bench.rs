@@ -83,6 +83,7 @@ fn a_run_is_written_as_json_with_all_that_it_measured() {
         "rank",
         "size",
         "train",
+        "unsloth",
         "weights",
     ];
     let mut found = keys(&json);
@@ -463,6 +464,49 @@ fn steps_of_training_stand_beside_those_of_the_peer() {
     let lora = json!({"rank": 3, "alpha": 6.0, "learning_rate": 1e-4, "weight_decay": 0.01});
     assert_eq!(job["lora"], lora);
     assert_eq!((&job["decode"], &job["prefill"]), (&json!([]), &json!([])));
+    // The last one to be asked.
+    assert_eq!(job["library"], "unsloth");
+    assert_eq!(json["unsloth"]["train"], json["peer"]["train"]);
+}
+
+/// Each library is measured by a process of its own.
+#[cfg(unix)]
+#[rstest]
+#[case::unsloth("unsloth", "peer", true)]
+#[case::transformers("transformers", "unsloth", false)]
+fn a_library_that_fails_leaves_the_rows_of_the_other(
+    #[case] failing: &str,
+    #[case] other: &str,
+    #[case] succeeds: bool,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let row = r#"{"what": "train", "rows": 1, "tokens": 4, "keep_all": false, "ms": 1e9, "peak_bytes": null}"#;
+    let path = python(&folder, HELLO, row, 0);
+    let script = fs::read_to_string(&path).unwrap();
+    // The configuration names transformers too.
+    let library = format!(r#"*'"library":"{failing}"'*"#);
+    let fails = format!("case \"$2\" in {library}) exit 7;; esac\ncase \"$2\" in\n");
+    assert!(script.contains("case \"$2\" in\n"));
+    fs::write(&path, script.replacen("case \"$2\" in\n", &fails, 1)).unwrap();
+    let arguments = "--train 1x4 --peer FOLDER/python --json FOLDER/bench.json";
+    let output = run(&format!("--config {CONFIG} {arguments}"), folder.path());
+    assert_eq!(output.status.success(), succeeds);
+    let json = fs::read(folder.path().join("bench.json")).unwrap();
+    let json: Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(json[other]["train"][0]["ms"], 1e9);
+    let (said, error) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    let expected = "the script of the peer failed (exit status: 7)";
+    if succeeds {
+        let why = json[failing]["left_out"][0]["why"].as_str().unwrap();
+        assert!(why.contains(expected), "{why}");
+        assert!(said.contains("left out: unsloth: "), "{said}");
+    } else {
+        assert_eq!(json["peer"], Value::Null);
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[cfg(unix)]

@@ -23,8 +23,8 @@ use crate::device::DeviceName;
 use crate::model_args::{at_least, check_rows};
 use measure::Floor;
 use memory::Need;
-use peer::{Job, Peer};
-use report::{BenchReport, DecodeRow, PrefillRow, TrainRow, Weights};
+use peer::{Job, Library, Peer};
+use report::{BenchReport, DecodeRow, PeerReport, PrefillRow, TrainRow, Weights};
 use size::SizeArgs;
 use train::{Recipe, TrainShape};
 
@@ -74,7 +74,8 @@ pub struct BenchArgs {
     /// Draw the steps of decoding as an SVG.
     #[arg(long, value_name = "FILE.svg")]
     chart: Option<PathBuf>,
-    /// Measure transformers with bitsandbytes too, by this Python, which must have both, and for training peft.
+    /// Measure transformers with bitsandbytes too, by this Python, which must have both, and for training peft;
+    /// in training also Unsloth, where it is there.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
     /// Where to run.
@@ -154,6 +155,7 @@ impl BenchArgs {
             train: Vec::new(),
             left_out: Vec::new(),
             peer: None,
+            unsloth: None,
         };
         report.write(self.json.as_deref())?;
         report.print_head()?;
@@ -162,7 +164,7 @@ impl BenchArgs {
         self.training(&setting, &plan, &mut report)?;
         if let Some(peer) = peer {
             device.memory_cleanup();
-            report.peer = Some(peer.measure(&Job {
+            let job = Job {
                 config: &size.json,
                 dtype,
                 quantize_head: self.quantize_head,
@@ -171,15 +173,39 @@ impl BenchArgs {
                 prefill: &plan.prefill,
                 train: &plan.train,
                 recipe: Recipe::new(self.rank),
-            })?);
-            report.compare();
-            report.write(self.json.as_deref())?;
-            report.print_peer()?;
+            };
+            self.beside(&peer, &job, &mut report)?;
         }
         match &self.chart {
             Some(path) => chart::draw(&report, path),
             None => Ok(()),
         }
+    }
+
+    /// The peers, one after the other: what one does, or that it fails, changes nothing of the others.
+    fn beside(
+        &self,
+        peer: &Peer<'_>,
+        job: &Job<'_>,
+        report: &mut BenchReport,
+    ) -> Result<(), ModelError> {
+        let mut failure = None;
+        report.peer = match peer.measure(Library::Transformers, job) {
+            Ok(measured) => Some(measured),
+            Err(error) => {
+                failure = Some(error);
+                None
+            }
+        };
+        if !job.train.is_empty() {
+            let measured = peer.measure(Library::Unsloth, job);
+            let failed = |error| PeerReport::failed(Library::Unsloth, &error);
+            report.unsloth = Some(measured.unwrap_or_else(failed));
+        }
+        report.compare();
+        report.write(self.json.as_deref())?;
+        report.print_peers()?;
+        failure.map_or(Ok(()), Err)
     }
 
     /// Refuses what cannot be measured, before anything is.

@@ -1,11 +1,12 @@
-//! transformers with bitsandbytes on the same machine: `scripts/peer_llm.py`, run by Python.
+//! transformers with bitsandbytes, and Unsloth, on the same machine: `scripts/peer_llm.py`, run by Python, a
+//! process for each.
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::process::{Command, Stdio};
 
 use burn_nf4::format::FloatType;
 use burn_nf4_llm::ModelError;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::report::{LeftOut, PeerDecode, PeerPrefill, PeerReport, PeerTrain};
@@ -19,6 +20,15 @@ pub struct Peer<'a> {
     python: &'a str,
     /// As PyTorch calls it.
     device: &'static str,
+}
+
+/// What the script measures.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Library {
+    Transformers,
+    /// Steps of training alone.
+    Unsloth,
 }
 
 /// What the peer is to measure.
@@ -93,10 +103,11 @@ impl<'a> Peer<'a> {
     ///
     /// # Errors
     /// Those of [`find`](Self::find), and [`ModelError::Device`] if the script fails.
-    pub fn measure(&self, job: &Job<'_>) -> Result<PeerReport, ModelError> {
+    pub fn measure(&self, library: Library, job: &Job<'_>) -> Result<PeerReport, ModelError> {
         let train = job.train.iter();
         let train = train.map(|shape| json!([shape.rows, shape.tokens, shape.keep_all]));
         self.run(&json!({
+            "library": library,
             "config": job.config,
             "device": self.device,
             "dtype": job.dtype.name(),
@@ -131,13 +142,7 @@ impl<'a> Peer<'a> {
         // A program that is no Python may not read it; its output then tells.
         let _ = stdin.write_all(SCRIPT.as_bytes());
         drop(stdin);
-        let mut report = PeerReport {
-            versions: String::new(),
-            decode: Vec::new(),
-            prefill: Vec::new(),
-            train: Vec::new(),
-            left_out: Vec::new(),
-        };
+        let mut report = PeerReport::empty();
         let mut missing = None;
         for line in BufReader::new(child.stdout.take().expect("piped")).lines() {
             let line = line.map_err(ModelError::io(python))?;
@@ -165,6 +170,26 @@ impl<'a> Peer<'a> {
 }
 
 impl PeerReport {
+    /// Of a library whose process failed: others go on.
+    pub fn failed(library: Library, error: &ModelError) -> Self {
+        let what = format!("{library:?}").to_lowercase();
+        let why = error.to_string();
+        Self {
+            left_out: vec![LeftOut { what, why }],
+            ..Self::empty()
+        }
+    }
+
+    fn empty() -> Self {
+        Self {
+            versions: String::new(),
+            decode: Vec::new(),
+            prefill: Vec::new(),
+            train: Vec::new(),
+            left_out: Vec::new(),
+        }
+    }
+
     fn take(&mut self, line: Line) {
         match line {
             Line::Hello { text } => self.versions = text,

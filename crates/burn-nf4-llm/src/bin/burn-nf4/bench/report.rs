@@ -39,6 +39,8 @@ pub struct BenchReport {
     /// What was asked for and not measured.
     pub left_out: Vec<LeftOut>,
     pub peer: Option<PeerReport>,
+    /// Unsloth, in training.
+    pub unsloth: Option<PeerReport>,
 }
 
 /// Bytes of the weights.
@@ -143,7 +145,7 @@ pub struct LeftOut {
     pub why: String,
 }
 
-/// transformers with bitsandbytes on the same machine.
+/// Another library on the same machine: transformers with bitsandbytes, or Unsloth.
 #[derive(Debug, Serialize)]
 pub struct PeerReport {
     /// Its versions.
@@ -206,29 +208,10 @@ impl BenchReport {
         fs::write(path, text).map_err(ModelError::io(path))
     }
 
-    /// Sets the ratios of the peer's rows to ours.
+    /// Sets the ratios of the peers' rows to ours.
     pub fn compare(&mut self) {
-        let Some(peer) = &mut self.peer else { return };
-        for theirs in &mut peer.decode {
-            let same =
-                |ours: &&DecodeRow| (ours.batch, ours.context) == (theirs.batch, theirs.context);
-            let ours = self.decode.iter().find(same);
-            theirs.ratio = ours.map(|ours| ours.tokens_s / theirs.tokens_s);
-        }
-        for theirs in &mut peer.prefill {
-            let ours = self
-                .prefill
-                .iter()
-                .find(|ours| ours.tokens == theirs.tokens);
-            theirs.ratio = ours.map(|ours| theirs.ms / ours.ms);
-        }
-        for theirs in &mut peer.train {
-            let Some(ours) = self.train.iter().find(|ours| theirs.is_like(ours)) else {
-                continue;
-            };
-            theirs.ratio = Some(theirs.ms / ours.ms);
-            let both = theirs.peak_bytes.zip(ours.peak_in_use_bytes);
-            theirs.memory_ratio = both.map(|(theirs, ours)| theirs as f64 / ours as f64);
+        for peer in [&mut self.peer, &mut self.unsloth].into_iter().flatten() {
+            peer.compare(&self.decode, &self.prefill, &self.train);
         }
     }
 
@@ -278,23 +261,44 @@ impl BenchReport {
         Ok(())
     }
 
-    /// Ours beside the peer's.
-    pub fn print_peer(&self) -> Result<(), ModelError> {
-        let Some(peer) = &self.peer else {
-            return Ok(());
-        };
-        say!("\n{}", peer.versions)?;
-        peer.print_decode()?;
-        peer.print_prefill()?;
-        peer.print_train(&self.train)?;
-        for left_out in &peer.left_out {
-            left_out.print()?;
+    /// Ours beside the peers'.
+    pub fn print_peers(&self) -> Result<(), ModelError> {
+        for peer in [&self.peer, &self.unsloth].into_iter().flatten() {
+            say!("\n{}", peer.versions)?;
+            peer.print_decode()?;
+            peer.print_prefill()?;
+            peer.print_train(&self.train)?;
+            for left_out in &peer.left_out {
+                left_out.print()?;
+            }
         }
         Ok(())
     }
 }
 
 impl PeerReport {
+    /// Sets the ratios of its rows to ours.
+    fn compare(&mut self, decode: &[DecodeRow], prefill: &[PrefillRow], train: &[TrainRow]) {
+        for theirs in &mut self.decode {
+            let same =
+                |ours: &&DecodeRow| (ours.batch, ours.context) == (theirs.batch, theirs.context);
+            let ours = decode.iter().find(same);
+            theirs.ratio = ours.map(|ours| ours.tokens_s / theirs.tokens_s);
+        }
+        for theirs in &mut self.prefill {
+            let ours = prefill.iter().find(|ours| ours.tokens == theirs.tokens);
+            theirs.ratio = ours.map(|ours| theirs.ms / ours.ms);
+        }
+        for theirs in &mut self.train {
+            let Some(ours) = train.iter().find(|ours| theirs.is_like(ours)) else {
+                continue;
+            };
+            theirs.ratio = Some(theirs.ms / ours.ms);
+            let both = theirs.peak_bytes.zip(ours.peak_in_use_bytes);
+            theirs.memory_ratio = both.map(|(theirs, ours)| theirs as f64 / ours as f64);
+        }
+    }
+
     fn print_decode(&self) -> Result<(), ModelError> {
         if !self.decode.is_empty() {
             say!(
