@@ -17,6 +17,7 @@ pub use eval::Evaluation;
 pub use phases::{Phase, PhaseHook};
 pub use replay::Passes;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,7 +26,7 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, Tensor};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, StepReport, uses_cublaslt};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -204,7 +205,11 @@ pub struct Trainer {
     settings: Settings,
     checkpointing: bool,
     /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
-    /// other. Not with dropout, and not while somebody is told of phases.
+    /// other; those of packed rows are [filled](Batch::filled) to be so. Not with dropout, and not while somebody is
+    /// told of phases.
+    ///
+    /// Whoever holds parameters of [`model`](Self::model) across a step has the next pass launched, and recorded
+    /// anew.
     pub capture: bool,
     /// Is told of the phases of a step.
     pub on_phase: Option<PhaseHook>,
@@ -280,30 +285,13 @@ impl Trainer {
     /// finite is left out, which is said in what is returned.
     ///
     /// # Errors
-    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
-    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out, and those of [`Optimizer::step`].
+    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch, and
+    /// those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
-        let targets = batches.iter().map(Batch::targets).sum();
-        let mut loss = None;
-        for (index, batch) in batches.iter().enumerate() {
-            let part = self.pass(batch, targets, index);
-            loss = Some(match loss {
-                Some(sum) => sum + part,
-                None => part,
-            });
+        let mut report = self.try_step(batches)?;
+        if !self.replays.check(report.is_applied()) {
+            report = self.try_step(batches)?;
         }
-        let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
-        let rate = self.rate();
-        let report = {
-            let mut optimizer = self.optimizer.borrow_mut();
-            if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
-                optimizer.drop_gradients();
-                return Err(error);
-            }
-            optimizer.report().expect("a step was made")
-        };
-        self.replays
-            .check(report.is_applied(), &self.model.device())?;
         if let Some(on_phase) = &self.on_phase {
             on_phase(Phase::Step);
         }
@@ -326,12 +314,43 @@ impl Trainer {
         Ok(step)
     }
 
+    /// The passes over all batches and the step of the optimizer, which is left out if what they give is not finite.
+    fn try_step(&mut self, batches: &[Batch]) -> Result<StepReport, ModelError> {
+        let targets = batches.iter().map(Batch::targets).sum();
+        let mut loss = None;
+        for (index, batch) in batches.iter().enumerate() {
+            let part = self.pass(batch, targets, index);
+            loss = Some(match loss {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
+        let rate = self.rate();
+        let mut optimizer = self.optimizer.borrow_mut();
+        if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
+            optimizer.drop_gradients();
+            return Err(error);
+        }
+        Ok(optimizer.report().expect("a step was made"))
+    }
+
+    /// Whether passes are replayed where batches of one size follow each other.
+    fn can_replay(&self) -> bool {
+        // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
+        let is_plain = self.lora.lora_dropout == 0.0 && self.on_phase.is_none();
+        is_plain && self.capture && self.replays.can_replay(&self.model)
+    }
+
     /// The loss of a batch of a step, and its gradients to the optimizer.
     fn pass(&mut self, batch: &Batch, targets: usize, index: usize) -> Tensor<1> {
-        let inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
-        let dropout = self.lora.lora_dropout > 0.0;
-        // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
-        if !dropout && self.on_phase.is_none() && self.capture {
+        let can_replay = self.can_replay();
+        let batch = match can_replay {
+            true => batch.filled(),
+            false => Cow::Borrowed(batch),
+        };
+        let inputs = Inputs::new(&batch, targets, &self.model, &mut self.rope);
+        if can_replay {
             let (model, optimizer) = (&self.model, &self.optimizer);
             let checkpointing = self.checkpointing;
             let replays = &mut self.replays;
@@ -340,6 +359,7 @@ impl Trainer {
                 return loss;
             }
         }
+        let dropout = self.lora.lora_dropout > 0.0;
         let options = PassOptions {
             checkpointing: self.checkpointing,
             dropout_seed: dropout.then(|| self.dropout_seed(index)),
