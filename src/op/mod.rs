@@ -78,7 +78,7 @@ pub use graphs::has_graphs;
 #[doc(hidden)]
 pub use joined::{JoinedBackend, JoinedLoraSpec, JoinedSpec};
 pub use joined::{LinearPart, gated_linear, joined_linear};
-pub use memory::{DeviceMemory, device_memory};
+pub use memory::{DeviceMemory, MemoryWatch, device_memory};
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_beside};

@@ -247,6 +247,9 @@ impl LoraConfig {
             let given = self.lora_dropout.to_string();
             return invalid("lora_dropout", "at least 0 and below 1", given);
         }
+        if self.modules_to_save.iter().flatten().any(String::is_empty) {
+            return invalid("modules_to_save", "names of modules", "an empty one".into());
+        }
         let listed = matches!(self.target_modules, TargetModules::List(_));
         if !listed && self.layers_to_transform.is_some() {
             let given = format!("{:?}", self.layers_to_transform);

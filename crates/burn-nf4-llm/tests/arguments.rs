@@ -79,6 +79,9 @@ use program::{finetune, fixture, folder, run};
 #[case::packing("finetune --packing some", "possible values: text, always, never")]
 #[case::lr_zero("finetune --lr 0", "--lr is 0")]
 #[case::lr_negative("finetune --lr=-1", "--lr is -1")]
+#[case::lr_below_zero("finetune --lr -1", "--lr is -1")]
+#[case::lr_beyond_f32("finetune --lr 1e39", "--lr is 1e39")]
+#[case::lr_nothing_in_f32("finetune --lr 1e-320", "--lr is 1e-320")]
 #[case::lr_nan("finetune --lr nan", "--lr is NaN")]
 #[case::lr_infinite("finetune --lr inf", "--lr is inf")]
 #[case::alpha_zero("finetune --alpha 0", "--alpha is 0")]
@@ -86,6 +89,14 @@ use program::{finetune, fixture, folder, run};
 #[case::weight_decay("finetune --weight-decay=-0.1", "--weight-decay is -0.1")]
 #[case::max_grad_norm("finetune --max-grad-norm=-1", "--max-grad-norm is -1")]
 #[case::max_grad_norm_nan("finetune --max-grad-norm nan", "--max-grad-norm is NaN")]
+#[case::max_grad_norm_beyond_f32("finetune --max-grad-norm 1e39", "--max-grad-norm is 1e39")]
+#[case::max_grad_norm_nothing_in_f32("finetune --max-grad-norm 1e-50", "--max-grad-norm is 1e-50")]
+#[case::steps_below_zero("finetune --steps -1", "invalid value '-1' for '--steps")]
+#[case::split_below_zero("finetune --eval-split -0.1", "--eval-split is -0.1")]
+#[case::modules_to_save(
+    "finetune --modules-to-save lm_head,",
+    "`modules_to_save` is an empty one"
+)]
 #[case::optim("finetune --optim sgd", "adamw_torch, adamw_8bit")]
 #[case::weight_decay_nan("finetune --weight-decay nan", "--weight-decay is NaN")]
 #[case::rank("finetune --r 0", "r")]
@@ -397,6 +408,18 @@ fn a_run_does_not_write_over_another() {
     assert!(error.contains("holds no checkpoint"), "{error}");
     let error = finetune(folder.path(), "--resume --overwrite").unwrap_err();
     assert!(error.contains("cannot be used with"), "{error}");
+}
+
+#[rstest]
+fn a_rank_that_no_layer_has_is_refused(#[values("100000", "18446744073709551615")] rank: &str) {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let [model, data, output] = ["", "data.jsonl", "out"].map(path);
+    let mut arguments = vec!["finetune", "--model", &model, "--data", &data];
+    arguments.extend(["--output", &output, "--r", rank]);
+    let error = run(&arguments).unwrap_err();
+    let expected = format!("--r is {rank}, expected at most ");
+    assert!(error.contains(&expected), "{error}");
 }
 
 /// The weights are damaged: what is missing beside them is told before they are read.

@@ -50,6 +50,7 @@ fn a_run_is_evaluated_logged_and_drawn() {
         with_it.map(|line| line["step"].as_u64().unwrap()).collect()
     };
     assert_eq!(steps("loss"), [1, 2, 3]);
+    assert_eq!(steps("grad_norm"), [1, 2, 3]);
     assert_eq!(steps("eval_loss"), [2, 3]);
     let last = lines.last().unwrap();
     let [loss, perplexity] =

@@ -1,5 +1,7 @@
 //! Examples, and what goes through the model at once.
 
+use std::borrow::Cow;
+
 use crate::model::{Decoder, Pass, RopeTables};
 
 /// The label of a position that predicts nothing, as PyTorch has it.
@@ -24,14 +26,17 @@ pub struct Batch {
     pub ids: Vec<i64>,
     /// Rows of tokens.
     pub rows: usize,
-    /// Tokens of the longest, to which the others are padded.
+    /// Tokens of the longest, to which the others are padded, or of the padding of one that is
+    /// [filled](Self::filled).
     pub length: usize,
-    /// Tokens of each row.
+    /// Tokens of each row, without padding.
     pub lengths: Vec<usize>,
     /// `[rows, length]`.
     labels: Vec<i64>,
     /// Where examples end in each row, if there are several in one.
     ends: Option<Vec<Vec<usize>>>,
+    /// Tokens that there is room for, of a batch of packed rows.
+    room: Option<usize>,
 }
 
 impl Example {
@@ -93,6 +98,7 @@ impl Batch {
             lengths,
             labels,
             ends: None,
+            room: None,
         }
     }
 
@@ -116,8 +122,47 @@ impl Batch {
             length: ids.len(),
             lengths: vec![ids.len()],
             ends: Some(vec![ends.collect()]),
+            room: None,
             ids,
         }
+    }
+
+    /// With room for so many tokens. The batch has no padding.
+    pub(super) fn with_room(self, room: usize) -> Self {
+        Self {
+            room: Some(room),
+            ..self
+        }
+    }
+
+    /// A batch of packed rows as one row of all the room that they have, so that all batches are of one size and
+    /// a recorded pass can be replayed. What is no token of an example is padding: each position of it sees itself
+    /// only and predicts nothing.
+    ///
+    /// Other batches are returned as they are, and those of which more than a quarter would be padding, such as
+    /// the last of an epoch may be.
+    pub fn filled(&self) -> Cow<'_, Self> {
+        let tokens = self.tokens();
+        let padding = |room: usize| room.checked_sub(tokens).filter(|&rest| rest <= room / 4);
+        let Some((room, padding)) = self.room.and_then(|room| Some((room, padding(room)?))) else {
+            return Cow::Borrowed(self);
+        };
+        let filled = |of: &[i64], with: i64| [of, &vec![with; padding]].concat();
+        let mut ends = match &self.ends {
+            Some(rows) => rows.concat(),
+            None => (1..=self.rows).map(|row| row * self.length).collect(),
+        };
+        // A text of all the padding could be the longest, by which some models choose their angles.
+        ends.extend(tokens + 1..=room);
+        Cow::Owned(Self {
+            ids: filled(&self.ids, 0),
+            labels: filled(&self.labels, NO_LABEL),
+            rows: 1,
+            length: room,
+            lengths: vec![tokens],
+            ends: Some(vec![ends]),
+            room: Some(room),
+        })
     }
 
     /// `[rows, length]`: the token that each position predicts, or [`NO_LABEL`].
@@ -136,15 +181,6 @@ impl Batch {
     /// Tokens of all rows, without padding.
     pub fn tokens(&self) -> usize {
         self.lengths.iter().sum()
-    }
-
-    /// 1 for each position that predicts a token, else 0, `[rows, length - 1]`: the last of a row has none.
-    pub fn weights(&self) -> Vec<f32> {
-        self.labels
-            .chunks(self.length.max(1))
-            .flat_map(|row| &row[..row.len() - 1])
-            .map(|&label| f32::from(u8::from(label != NO_LABEL)))
-            .collect()
     }
 
     /// What the layers share in the pass over the batch: positions, and which tokens see which.

@@ -22,6 +22,8 @@ pub struct Dataset {
     examples: Vec<Example>,
     /// The examples of each row.
     rows: Vec<Vec<usize>>,
+    /// Most tokens of a row, if some have several examples.
+    room: Option<usize>,
     /// Whether all of it is text, with no conversation and no completion in it.
     pub is_text: bool,
     /// Examples of the file that were cut off.
@@ -122,6 +124,7 @@ impl Dataset {
         Ok(Self {
             left_out: given - examples.len(),
             rows: one_a_row(examples.len()),
+            room: None,
             examples,
             is_text: true,
             cut: 0,
@@ -133,6 +136,7 @@ impl Dataset {
     pub fn pack(mut self, length: usize) -> Self {
         let lengths: Vec<usize> = self.examples.iter().map(|one| one.ids.len()).collect();
         self.rows = best_fit_decreasing(&lengths, length);
+        self.room = (self.rows.len() < lengths.len()).then_some(length);
         self
     }
 
@@ -166,6 +170,7 @@ impl Dataset {
         }
         let of = |examples: Vec<Example>, cut, left_out| Self {
             rows: one_a_row(examples.len()),
+            room: None,
             examples,
             is_text: self.is_text,
             cut,
@@ -246,7 +251,7 @@ impl Dataset {
         let last = (first + per_step).min(order.len());
         order[first..last]
             .chunks(batch)
-            .map(|rows| self.batch(rows))
+            .map(|rows| self.batch(rows, batch))
             .collect()
     }
 
@@ -255,14 +260,19 @@ impl Dataset {
         let starts = (0..self.rows.len()).step_by(batch);
         starts.map(move |start| {
             let end = (start + batch).min(self.rows.len());
-            self.batch(&(start..end).collect::<Vec<_>>())
+            self.batch(&(start..end).collect::<Vec<_>>(), batch)
         })
     }
 
-    fn batch(&self, rows: &[usize]) -> Batch {
+    /// Rows of a batch that has at most `most` of them.
+    fn batch(&self, rows: &[usize], most: usize) -> Batch {
         let examples = rows.iter().flat_map(|&row| &self.rows[row]);
         let examples: Vec<&Example> = examples.map(|&example| &self.examples[example]).collect();
-        Batch::packed(&examples)
+        let batch = Batch::packed(&examples);
+        match self.room {
+            Some(room) => batch.with_room(room.saturating_mul(most)),
+            None => batch,
+        }
     }
 }
 

@@ -19,6 +19,7 @@ pub use parallel::Shards;
 pub use phases::{Phase, PhaseHook};
 pub use replay::Passes;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,7 +29,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, StepReport, uses_cublaslt};
 use burn_nf4::parallel::Rank;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
@@ -213,7 +214,11 @@ pub struct Trainer {
     /// The packed weights, if each device holds a part of them.
     shards: Option<Shards>,
     /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
-    /// other. Not with dropout, and not while somebody is told of phases.
+    /// other; those of packed rows are [filled](Batch::filled) to be so. Not with dropout, and not while somebody is
+    /// told of phases.
+    ///
+    /// Whoever holds parameters of [`model`](Self::model) across a step has the next pass launched, and recorded
+    /// anew.
     pub capture: bool,
     /// Is told of the phases of a step.
     pub on_phase: Option<PhaseHook>,
@@ -347,36 +352,12 @@ impl Trainer {
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
-    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out,
     /// [`ModelError::Nf4`] if another rank has failed, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
-        let targets = batches.iter().map(Batch::targets).sum();
-        let first = batches.first();
-        let first = first.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
-        let [rank, ranks] = self.place();
-        let mut own: Vec<(usize, &Batch)> = batches.iter().enumerate().collect();
-        own.retain(|(index, _)| index % ranks == rank);
-        // Where layers are put together all ranks have to come to each.
-        let idle = self.shards.is_some() && own.len() < batches.len().div_ceil(ranks);
-        let loss = match self.passes_of(&own, targets) {
-            Ok(loss) if idle => loss + self.idle_pass(first)?,
-            loss => loss?,
-        };
-        let loss = match &self.rank {
-            Some(rank) => self.optimizer.borrow_mut().all_reduce(rank, loss)?,
-            None => loss,
-        };
-        let rate = self.rate();
-        let report = {
-            let mut optimizer = self.optimizer.borrow_mut();
-            if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
-                optimizer.drop_gradients();
-                return Err(error);
-            }
-            optimizer.report().expect("a step was made")
-        };
-        self.replays
-            .check(report.is_applied(), &self.model.device())?;
+        let mut report = self.try_step(batches)?;
+        if !self.has_read_right(report.is_applied())? {
+            report = self.try_step(batches)?;
+        }
         if let Some(on_phase) = &self.on_phase {
             on_phase(Phase::Step);
         }
@@ -399,6 +380,48 @@ impl Trainer {
         Ok(step)
     }
 
+    /// The passes over all batches and the step of the optimizer, which is left out if what they give is not finite.
+    fn try_step(&mut self, batches: &[Batch]) -> Result<StepReport, ModelError> {
+        let targets = batches.iter().map(Batch::targets).sum();
+        let first = batches.first();
+        let first = first.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
+        let [rank, ranks] = self.place();
+        let mut own: Vec<(usize, &Batch)> = batches.iter().enumerate().collect();
+        own.retain(|(index, _)| index % ranks == rank);
+        let mut loss = self.passes_of(&own, targets)?;
+        // Where layers are put together all ranks have to come to each.
+        if self.shards.is_some() && own.len() < batches.len().div_ceil(ranks) {
+            loss = loss + self.idle_pass(first)?;
+        }
+        let mut optimizer = self.optimizer.borrow_mut();
+        if let Some(rank) = &self.rank {
+            loss = optimizer.all_reduce(rank, loss)?;
+        }
+        let rate = self.settings.schedule.rate(self.step);
+        if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
+            optimizer.drop_gradients();
+            return Err(error);
+        }
+        Ok(optimizer.report().expect("a step was made"))
+    }
+
+    /// Whether the replays of the last step, on all ranks, read what they should. One that was applied needs no look.
+    fn has_read_right(&mut self, applied: bool) -> Result<bool, ModelError> {
+        let is_right = self.replays.check(applied);
+        match self.rank.as_ref().filter(|_| !applied) {
+            Some(rank) => Ok(!rank.exchange(is_right)?.contains(&false)),
+            None => Ok(is_right),
+        }
+    }
+
+    /// Whether passes are replayed where batches of one size follow each other.
+    fn can_replay(&self) -> bool {
+        // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
+        let is_plain = self.lora.lora_dropout == 0.0 && self.on_phase.is_none();
+        let has_all_weights = self.shards.is_none();
+        is_plain && has_all_weights && self.capture && self.replays.can_replay(&self.model)
+    }
+
     /// The losses of this rank's batches of a step, `[1]`, and their gradients to the optimizer.
     ///
     /// - `own`: with their numbers among all batches of the step
@@ -408,10 +431,15 @@ impl Trainer {
         targets: usize,
     ) -> Result<Tensor<1>, ModelError> {
         let mut loss = no_loss(&self.model.device().without_autodiff());
+        let can_replay = self.can_replay();
         let mut all = own.iter();
         let mut next = |trainer: &mut Self| {
             let &(index, batch) = all.next()?;
-            let inputs = Inputs::new(batch, targets, &trainer.model, &mut trainer.rope);
+            let batch = match can_replay {
+                true => batch.filled(),
+                false => Cow::Borrowed(batch),
+            };
+            let inputs = Inputs::new(&batch, targets, &trainer.model, &mut trainer.rope);
             Some((index, inputs))
         };
         let mut pass = next(self);
@@ -426,12 +454,8 @@ impl Trainer {
     /// Records the first pass of a step if it is due; for all ranks. One records at a time, and while it does no other
     /// uses its device: CUDA forbids much to all threads of a process then.
     fn record(&mut self, inputs: Option<&Inputs>) -> Result<(), ModelError> {
-        // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
-        let captures = self.capture
-            && self.lora.lora_dropout == 0.0
-            && self.on_phase.is_none()
-            && self.shards.is_none();
-        let inputs = inputs.filter(|inputs| captures && self.replays.is_due(&self.model, inputs));
+        let can_replay = self.can_replay();
+        let inputs = inputs.filter(|inputs| can_replay && self.replays.is_due(inputs));
         let Some(rank) = self.rank.clone().filter(|_| self.shards.is_none()) else {
             if let Some(inputs) = inputs {
                 self.record_pass(inputs);
@@ -458,13 +482,13 @@ impl Trainer {
 
     /// The loss of a batch of a step, and its gradients to the optimizer.
     fn pass(&mut self, index: usize, inputs: Inputs) -> Result<Tensor<1>, ModelError> {
-        let dropout = self.lora.lora_dropout > 0.0;
-        if !dropout && self.on_phase.is_none() && self.capture {
+        if self.can_replay() {
             let loss = self.replays.replay(&self.optimizer, &inputs);
             if let Some(loss) = loss {
                 return Ok(loss);
             }
         }
+        let dropout = self.lora.lora_dropout > 0.0;
         let options = PassOptions {
             checkpointing: self.checkpointing,
             dropout_seed: dropout.then(|| self.dropout_seed(index)),

@@ -14,7 +14,6 @@ use burn::tensor::{DType, Device, Graph, Tensor, capture};
 use burn_nf4::op::has_graphs;
 use serde::Serialize;
 
-use crate::error::ModelError;
 use crate::generate::replay::RECORDING;
 use crate::model::{Decoder, DecoderLayer, Mlp};
 use crate::train::backward::{InputSizes, Inputs, PassOptions, backward};
@@ -48,7 +47,13 @@ pub enum Passes {
     NotRecorded,
     /// As replays of a recorded one.
     Replayed,
+    /// Launch by launch, though the device has graphs: somebody holds parameters of the model at every step, so that
+    /// a recorded pass would read old values. It is not tried again.
+    Held,
 }
+
+/// So many recordings in a row that serve one step only end it.
+const MAX_STALE: usize = 2;
 
 impl fmt::Display for Passes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -56,6 +61,7 @@ impl fmt::Display for Passes {
             Self::Launched => "launched",
             Self::NotRecorded => "launched: the device could not record",
             Self::Replayed => "replayed",
+            Self::Held => "launched: parameters of the model are held across steps",
         })
     }
 }
@@ -67,6 +73,8 @@ struct Recorded {
     graph: Graph<Output, Run>,
     /// The tensors that have gradients after it.
     trained: Vec<usize>,
+    /// Steps that had replays of it.
+    steps: usize,
 }
 
 /// Passes of a run that are recorded: those over the last size of batches that came twice in a row.
@@ -77,27 +85,31 @@ pub(super) struct Replays {
     last: Option<InputSizes>,
     /// Whether a device that says that it records did not.
     failed: bool,
+    /// Recordings in a row that served one step only.
+    stale: usize,
     /// What replays should have begun with, and what they did.
     unchecked: Vec<[Tensor<1>; 2]>,
 }
 
 impl Replays {
-    /// Whether the first pass of a step should be [recorded](Self::record) now: the device has graphs, the last step
-    /// began with a pass of the same sizes, and none of these is recorded.
-    pub fn is_due(&mut self, model: &Decoder, inputs: &Inputs) -> bool {
+    /// Whether passes of a model are replayed where batches of one size follow each other.
+    pub fn can_replay(&self, model: &Decoder) -> bool {
         // The host sends tokens to experts.
         let is_mixture = |layer: &DecoderLayer| matches!(layer.mlp, Mlp::Mixture(_));
+        !self.failed
+            && self.stale < MAX_STALE
+            && has_graphs(&model.device().without_autodiff())
+            && !model.layers.iter().any(is_mixture)
+    }
+
+    /// Whether the first pass of a step should be [recorded](Self::record) now, where passes
+    /// [can be replayed](Self::can_replay): the last step began with a pass of the same sizes, and none of these is
+    /// recorded.
+    pub fn is_due(&mut self, inputs: &Inputs) -> bool {
         let [rows, length] = inputs.ids.dims();
-        if self.failed
-            || rows * length > MAX_TOKENS
-            || !has_graphs(&model.device().without_autodiff())
-            || model.layers.iter().any(is_mixture)
-        {
-            return false;
-        }
         let sizes = inputs.sizes();
         let came_before = self.last.replace(sizes.clone()).as_ref() == Some(&sizes);
-        came_before && !self.knows(&sizes)
+        came_before && rows * length <= MAX_TOKENS && !self.knows(&sizes)
     }
 
     fn knows(&self, sizes: &InputSizes) -> bool {
@@ -146,35 +158,40 @@ impl Replays {
         Some(loss)
     }
 
-    /// Checks that the replays of a step read what they should. The optimizer copies its values if somebody holds
-    /// a clone of the model's, and a replay reads the old ones; its step was left out, so that one that was
-    /// applied needs no look.
-    ///
-    /// # Errors
-    /// [`ModelError::Replay`].
-    pub fn check(&mut self, applied: bool, device: &Device) -> Result<(), ModelError> {
+    /// Whether the replays of a step read what they should; if not, the recording is dropped, and the passes of the
+    /// step are to be made again, launched. The optimizer copies its values if somebody holds a clone of the
+    /// model's, and a replay reads the old ones; its step was left out, so that one that was applied needs no look.
+    pub fn check(&mut self, applied: bool) -> bool {
+        let bits = |probe: Tensor<1>| -> Vec<u32> {
+            let values = probe.into_data();
+            values.iter::<f32>().map(f32::to_bits).collect()
+        };
         let unchecked = std::mem::take(&mut self.unchecked);
-        for probes in unchecked.into_iter().filter(|_| !applied) {
-            let [expected, read] = probes.map(|probe| {
-                let values: Vec<f32> = probe.into_data().iter().collect();
-                values.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
-            });
-            if expected != read {
-                self.recorded = None;
-                let message = "a training pass read other values, gradients or tokens than there are, and its step \
-                               was left out: parameters of the trainer's model must not be held across a step";
-                return Err(ModelError::replay(device, message.into()));
-            }
+        let Some(recorded) = self.recorded.as_mut().filter(|_| !unchecked.is_empty()) else {
+            return true;
+        };
+        recorded.steps += 1;
+        let served_several = recorded.steps > 2;
+        let mut unchecked = unchecked.into_iter();
+        let is_right = applied || unchecked.all(|[expected, read]| bits(expected) == bits(read));
+        if served_several {
+            self.stale = 0;
         }
-        Ok(())
+        if !is_right {
+            self.recorded = None;
+            self.last = None;
+            self.stale += usize::from(!served_several);
+        }
+        is_right
     }
 
     /// How the passes are made.
     pub fn passes(&self) -> Passes {
         match (&self.recorded, self.failed) {
             (Some(_), _) => Passes::Replayed,
-            (None, false) => Passes::Launched,
             (None, true) => Passes::NotRecorded,
+            (None, false) if self.stale >= MAX_STALE => Passes::Held,
+            (None, false) => Passes::Launched,
         }
     }
 }
@@ -231,6 +248,7 @@ impl Recorded {
             inputs,
             graph,
             trained,
+            steps: 0,
         })
     }
 }

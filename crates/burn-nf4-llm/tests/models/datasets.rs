@@ -136,7 +136,7 @@ fn padding_is_left_out_of_the_targets() {
     let batch = Batch::new(&[&[1, 2, 3, 4], &[5, 6]]);
     assert_eq!(batch.ids, [1, 2, 3, 4, 5, 6, 0, 0]);
     assert_eq!(batch.targets(), 4);
-    assert_eq!(batch.weights(), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(batch.labels(), [2, 3, 4, -100, 6, -100, -100, -100]);
 }
 
 const A: &str = r#"{"text": "abc"}"#;
@@ -384,7 +384,6 @@ fn packed_rows_hold_every_example_once_and_none_is_seen_by_another() {
     let batches: Vec<Batch> = data.batches(1).collect();
     assert_eq!(batches[0].ids, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]);
     assert_eq!(batches[0].labels(), [1, 2, 3, 4, 5, -100, 1, 2, 3, -100]);
-    assert_eq!(batches[0].weights(), [1., 1., 1., 1., 1., 0., 1., 1., 1.]);
     assert_eq!((batches[1].targets(), batches[1].tokens()), (7, 10));
     let both: Vec<Batch> = data.batches(2).collect();
     assert_eq!((both.len(), both[0].rows, both[0].length), (1, 1, 20));
@@ -392,6 +391,28 @@ fn packed_rows_hold_every_example_once_and_none_is_seen_by_another() {
     assert_eq!(data.step(0, 1, 2, 3), data.step(0, 1, 2, 3));
     let rows = data.step(0, 1, 2, 3);
     assert_eq!(rows.iter().map(Batch::targets).sum::<usize>(), 15);
+}
+
+/// Of the form `[rows, length]` and targets. A row of ten has room for all but one or two of the tokens.
+#[rstest]
+#[case::full(&[6, 4, 5, 5], 2, &[([1, 20], 16)])]
+#[case::nearly_full(&[6, 4, 5, 3], 2, &[([1, 20], 14)])]
+#[case::equal_lengths(&[5, 5, 5, 5], 2, &[([1, 20], 16)])]
+#[case::one_short_batch(&[6, 4, 5, 5, 3], 2, &[([1, 20], 16), ([1, 3], 2)])]
+#[case::nothing_packed(&[9, 8, 9], 1, &[([1, 9], 8), ([1, 9], 8), ([1, 8], 7)])]
+#[case::longer_than_its_row(&[12, 6, 4], 1, &[([1, 12], 11), ([1, 10], 8)])]
+fn batches_of_packed_rows_are_filled(
+    #[case] lengths: &[u32],
+    #[case] rows: usize,
+    #[case] expected: &[([usize; 2], usize)],
+) {
+    let data = examples(lengths).pack(10);
+    let sizes = data.batches(rows).map(|batch| {
+        let filled = batch.filled();
+        assert_eq!(filled.tokens(), batch.tokens());
+        ([filled.rows, filled.length], filled.targets())
+    });
+    assert_eq!(sizes.collect::<Vec<_>>(), expected);
 }
 
 #[test]

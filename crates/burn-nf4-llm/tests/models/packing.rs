@@ -10,7 +10,7 @@ use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::peft::{InitLoraWeights, LoraConfig, TargetModules};
 use burn_nf4_llm::model::{Decoder, DecoderConfig};
-use burn_nf4_llm::train::data::{Batch, Example, NO_LABEL};
+use burn_nf4_llm::train::data::{Batch, Dataset, Example, NO_LABEL};
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Evaluation, Settings, Trainer};
 use rstest::rstest;
@@ -125,8 +125,13 @@ fn packed_examples_have_the_loss_and_gradients_of_examples_in_rows(
     let examples: Vec<&Example> = examples.iter().collect();
     let packed = Batch::packed(&examples);
     assert_eq!((packed.rows, packed.length), (1, 94));
-    let (loss, ours) = gradients(&model, &config, &packed);
-    let (expected, theirs) = gradients(&model, &config, &Batch::padded(&examples));
+    assert_alike(&model, &config, &packed, &Batch::padded(&examples));
+}
+
+/// That the losses and gradients of two batches are the same.
+fn assert_alike(model: &Decoder, config: &DecoderConfig, one: &Batch, other: &Batch) {
+    let (loss, ours) = gradients(model, config, one);
+    let (expected, theirs) = gradients(model, config, other);
     // Sums in another order, in f32.
     assert!((loss - expected).abs() < 1e-5, "{loss} and {expected}");
     assert!(!theirs.is_empty());
@@ -144,6 +149,20 @@ fn packed_examples_have_the_loss_and_gradients_of_examples_in_rows(
             "{difference:e} of {largest:e}"
         );
     }
+}
+
+/// Windows, angles that change with the length of the longest text, mixtures.
+#[rstest]
+fn filled_rows_have_the_loss_and_gradients_of_packed_ones(
+    #[values("qwen2_window", "gemma3_text", "phi3", "qwen3_moe")] family: &str,
+) {
+    let (model, config) = model(family, &lora(false));
+    let data = Dataset::from_examples(examples(config.vocab_size)).unwrap();
+    let batch = data.pack(120).batches(1).next().unwrap();
+    let filled = batch.filled();
+    assert_eq!((batch.length, filled.length), (94, 120));
+    assert_eq!(filled.tokens(), 94);
+    assert_alike(&model, &config, &filled, &batch);
 }
 
 /// Without the borders between them the examples would see each other.

@@ -81,10 +81,10 @@ pub struct FinetuneArgs {
     #[arg(long, value_enum, default_value_t = Optim::AdamwTorch)]
     pub optim: Optim,
     #[arg(long, default_value_t = 0.0)]
-    pub weight_decay: f32,
+    pub weight_decay: f64,
     /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
-    #[arg(long, default_value_t = MAX_GRAD_NORM)]
-    pub max_grad_norm: f32,
+    #[arg(long, default_value_t = MAX_GRAD_NORM.into())]
+    pub max_grad_norm: f64,
     /// Rows in one pass: examples, or rows of packed ones.
     #[arg(long, default_value_t = 1)]
     pub batch_size: usize,
@@ -140,26 +140,20 @@ impl FinetuneArgs {
         at_least(1, "--epochs", self.epochs)?;
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
         at_least(1, "--save-every", self.save_every.unwrap_or(1))?;
-        let decay = f64::from(self.weight_decay);
-        let norm = f64::from(self.max_grad_norm);
-        for (name, given, fine, expected) in [
-            ("--lr", self.lr, self.lr > 0.0, "a positive number"),
-            ("--alpha", self.alpha, self.alpha > 0.0, "a positive number"),
-            (
-                "--weight-decay",
-                decay,
-                decay >= 0.0,
-                "a number of at least 0",
-            ),
-            (
-                "--max-grad-norm",
-                norm,
-                norm >= 0.0,
-                "a number of at least 0",
-            ),
+        for (name, given, may_be_0) in [
+            ("--lr", self.lr, false),
+            ("--alpha", self.alpha, false),
+            ("--weight-decay", self.weight_decay, true),
+            ("--max-grad-norm", self.max_grad_norm, true),
         ] {
-            if !fine || !given.is_finite() {
-                return Err(ModelError::setting(name, given, expected));
+            let in_f32 = given as f32;
+            let is_positive = in_f32 > 0.0 && in_f32.is_finite();
+            if !(is_positive || may_be_0 && given == 0.0) {
+                let expected = match may_be_0 {
+                    true => "0 or a positive number in the range of f32",
+                    false => "a positive number in the range of f32",
+                };
+                return Err(ModelError::setting(name, format!("{given:?}"), expected));
             }
         }
         self.lora(self.targets(None)).check()?;
@@ -217,7 +211,8 @@ impl FinetuneArgs {
             .data
             .read(&mut prepared.text, &prepared.config, self.seed)?;
         let per_epoch = data.train.steps_per_epoch(self.rows_of_step());
-        let total = self.steps.unwrap_or(self.epochs * per_epoch);
+        let total = self.steps;
+        let total = total.unwrap_or(self.epochs.saturating_mul(per_epoch));
         if self.warmup > total {
             eprintln!(
                 "warning: --warmup is {}, of {total} steps: the learning rate does not reach --lr",
@@ -284,10 +279,26 @@ impl FinetuneArgs {
         let sizes = prepared.config.init(&prepared.device);
         let lora = self.lora(self.targets(Some(&sizes)));
         check_targets(&lora, &sizes)?;
+        self.check_rank(&sizes)?;
         if let Some(warning) = self.warn_of_experts(&lora, &sizes)? {
             eprintln!("{warning}");
         }
         Ok(lora)
+    }
+
+    /// Refuses a rank that no product of two matrices has in this model.
+    fn check_rank(&self, model: &Decoder) -> Result<(), ModelError> {
+        let layers = model.linears();
+        let ranks = layers.iter().map(|(_, layer)| {
+            let [d_output, d_input] = layer.dims();
+            d_output.min(d_input)
+        });
+        let most = ranks.max().unwrap_or(usize::MAX);
+        if self.r > most {
+            let expected = format!("at most {most}, the largest rank of a layer of the model");
+            return Err(ModelError::setting("--r", self.r, expected));
+        }
+        Ok(())
     }
 
     /// A warning, if PEFT will refuse the adapter: it has the experts of a layer in one parameter.
@@ -352,8 +363,8 @@ impl FinetuneArgs {
         };
         Ok(Settings {
             optim: self.optim,
-            weight_decay: self.weight_decay,
-            max_grad_norm: self.max_grad_norm,
+            weight_decay: self.weight_decay as f32,
+            max_grad_norm: self.max_grad_norm as f32,
             batch_size: self.batch_size,
             grad_accum: self.passes(),
             seq_len: self.data.seq_len,
@@ -499,8 +510,8 @@ impl Job {
             total: self.total,
         })?;
         let trained = self.steps(trainer, rank, Some(&mut watch));
-        // Closes the TUI before anything else is printed.
-        drop(watch);
+        // The TUI is closed before anything else is printed.
+        watch.close();
         // A run that failed has losses to be looked at too.
         let plot = output.join(PLOT_FILE);
         let drawn = losses(&log).and_then(|losses| losses.draw(&plot));
@@ -548,6 +559,7 @@ impl Job {
                 watch.step(&StepReport {
                     step: trainer.step,
                     loss: done.loss,
+                    grad_norm: done.grad_norm,
                     learning_rate,
                     tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
                 })?;

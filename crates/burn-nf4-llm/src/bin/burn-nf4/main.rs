@@ -23,7 +23,7 @@ use std::io::{Write, stderr};
 use std::process::ExitCode;
 
 use burn_nf4_llm::ModelError;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Work with language models in bitsandbytes' 4 bit: Hugging Face folders and safetensors files.
 #[derive(Parser)]
@@ -58,7 +58,7 @@ enum Command {
 fn main() -> ExitCode {
     // Nobody has read the configuration before.
     burn_nf4::op::keep_compiled_kernels();
-    match run(Cli::parse().command) {
+    match run(parse().command) {
         Ok(code) => code,
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -67,6 +67,18 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// The arguments. A number below zero is the value of the one before it, to be refused by its name, and no other.
+fn parse() -> Cli {
+    let command = Cli::command().mut_subcommands(|command| {
+        command.mut_args(|argument| match argument.get_action().takes_values() {
+            true => argument.allow_negative_numbers(true),
+            false => argument,
+        })
+    });
+    let matches = command.get_matches();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 fn run(command: Command) -> Result<ExitCode, ModelError> {

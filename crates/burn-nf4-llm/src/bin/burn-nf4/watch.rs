@@ -23,6 +23,8 @@ pub struct StepReport {
     /// Steps done.
     pub step: usize,
     pub loss: f32,
+    /// Of all gradients together, before they were scaled down.
+    pub grad_norm: f32,
     pub learning_rate: f64,
     pub tokens_per_second: f64,
 }
@@ -58,6 +60,8 @@ pub struct Watch {
     log: File,
     path: PathBuf,
     total: usize,
+    /// The last step and the last evaluation, as lines.
+    last: [Option<String>; 2],
 }
 
 enum View {
@@ -100,6 +104,7 @@ impl Watch {
             log,
             path: path.into(),
             total: run.total,
+            last: [None, None],
         })
     }
 
@@ -111,15 +116,12 @@ impl Watch {
     /// Shows and logs a step.
     pub fn step(&mut self, report: &StepReport) -> Result<(), ModelError> {
         self.write(report)?;
+        let line = format!(
+            "step {}/{}  loss {:.4}  lr {:.3e}  {:.0} tokens/s",
+            report.step, self.total, report.loss, report.learning_rate, report.tokens_per_second
+        );
         match &mut self.view {
-            View::Lines => println!(
-                "step {}/{}  loss {:.4}  lr {:.3e}  {:.0} tokens/s",
-                report.step,
-                self.total,
-                report.loss,
-                report.learning_rate,
-                report.tokens_per_second
-            ),
+            View::Lines => println!("{line}"),
             View::Tui(tui) => {
                 let values = [
                     f64::from(report.loss),
@@ -132,27 +134,36 @@ impl Watch {
                 tui.update_split(report.step);
             }
         }
+        self.last[0] = Some(line);
         Ok(())
     }
 
     /// Shows and logs an evaluation.
     pub fn evaluation(&mut self, report: &EvalReport) -> Result<(), ModelError> {
         self.write(report)?;
+        let line = format!(
+            "step {}/{}  evaluation: loss {:.4}  perplexity {:.3}  of {} tokens",
+            report.step, self.total, report.eval_loss, report.eval_perplexity, report.eval_targets
+        );
         match &mut self.view {
-            View::Lines => println!(
-                "step {}/{}  evaluation: loss {:.4}  perplexity {:.3}  of {} tokens",
-                report.step,
-                self.total,
-                report.eval_loss,
-                report.eval_perplexity,
-                report.eval_targets
-            ),
+            View::Lines => println!("{line}"),
             View::Tui(tui) => {
                 tui.update_valid(metric(LOSS, report.eval_loss));
                 tui.update_valid(metric(PERPLEXITY, report.eval_perplexity));
             }
         }
+        self.last[1] = Some(line);
         Ok(())
+    }
+
+    /// Closes the view. What the TUI showed last is printed, as it is gone with it.
+    pub fn close(self) {
+        let Self { view, last, .. } = self;
+        let is_tui = matches!(view, View::Tui(_));
+        drop(view);
+        for line in last.into_iter().flatten().filter(|_| is_tui) {
+            println!("{line}");
+        }
     }
 
     fn write(&mut self, report: &impl Serialize) -> Result<(), ModelError> {

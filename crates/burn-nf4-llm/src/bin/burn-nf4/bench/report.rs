@@ -129,9 +129,9 @@ pub struct TrainRow {
     pub first_ms: f64,
     /// How the timed ones were made: launched, replayed, or launched as they could not be recorded.
     pub passes: Passes,
-    /// The most that was in use after a layer of one more step, which was launched and not timed: CubeCL keeps
-    /// no peak, and what a layer holds only in between is not in it. On a CPU the most that the process held
-    /// in that step.
+    /// The most that was in use in one more step, which was launched and not timed: that of samples taken after
+    /// each layer and every 0.1 ms or so in between, as CubeCL keeps no peak. On a CPU the most that the process
+    /// held in that step.
     pub peak_in_use_bytes: Option<u64>,
     /// After the timed steps. Pages that a recorded pass keeps to itself are reserved and not in use. The peak
     /// of the process is that of these steps where the system counts anew (Linux).

@@ -135,6 +135,9 @@ pub fn train(
     trainer.on_phase = Some(seen.hook());
     step(&mut trainer, &batch)?;
     trainer.on_phase = None;
+    let peak_in_use_bytes = seen.most();
+    // Nobody may ask the device for anything while a pass is recorded or timed.
+    drop(seen);
     step(&mut trainer, &batch)?;
     let times = (0..STEPS).map(|_| step(&mut trainer, &batch));
     let time = median(times.collect::<Result<_, _>>()?);
@@ -147,7 +150,7 @@ pub fn train(
         tokens_s: (rows * length) as f64 / time.as_secs_f64(),
         first_ms: milliseconds(first),
         passes: trainer.passes(),
-        peak_in_use_bytes: seen.most(),
+        peak_in_use_bytes,
         memory: Memory::of(device),
     })
 }

@@ -4,14 +4,19 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use burn::tensor::Device;
+use burn_nf4::op::MemoryWatch;
 use burn_nf4_llm::train::PhaseHook;
 
 use crate::progress::{mebibytes, memory_bytes, peak_memory_bytes, restart_peak};
 
 /// Bytes by phase: those of the device that its allocator knows, else those of the process.
+///
+/// Of a device they are looked at after each layer, and by a [`MemoryWatch`] in between, where most is in use: the
+/// allocator keeps no peak.
 #[derive(Clone)]
 pub struct MemoryReport {
     device: Device,
+    watch: Rc<Option<MemoryWatch>>,
     phases: Rc<RefCell<Vec<PhaseBytes>>>,
     /// Whether the peak of the process can be had of each phase alone.
     restarts: bool,
@@ -29,6 +34,7 @@ impl MemoryReport {
     pub fn new(device: &Device) -> Self {
         Self {
             device: device.clone(),
+            watch: Rc::new(MemoryWatch::new(device)),
             phases: Rc::default(),
             restarts: restart_peak(),
         }
@@ -40,7 +46,12 @@ impl MemoryReport {
         let _ = self.device.sync();
         let usage = self.device.memory_pool_usage();
         let (live, most) = match usage {
-            Some(usage) => (Some(usage.bytes_in_use), Some(usage.bytes_in_use)),
+            Some(usage) => {
+                let watch = self.watch.as_ref().as_ref();
+                let between = watch.map_or(0, MemoryWatch::take_most_bytes);
+                let live = usage.bytes_in_use;
+                (Some(live), Some(live.max(between)))
+            }
             None => (memory_bytes(), peak_memory_bytes()),
         };
         if self.restarts {
@@ -69,7 +80,7 @@ impl MemoryReport {
         Box::new(move |phase| report.ask(phase.name()))
     }
 
-    /// The most that was held when it was asked for. Of a process it is the peak in between too.
+    /// The most that was held: the peak of a process, of a device the largest of the samples.
     pub fn most(&self) -> Option<u64> {
         self.phases
             .borrow()
@@ -82,7 +93,7 @@ impl MemoryReport {
     pub fn lines(&self) -> String {
         let of_device = self.device.memory_pool_usage().is_some();
         let heads = match (of_device, self.restarts) {
-            (true, _) => "in use at its end, most in use after a layer, most reserved",
+            (true, _) => "in use at its end, peak of samples, most reserved",
             (false, true) => "of the process at its end, peak",
             (false, false) => "of the process at its end, peak so far",
         };

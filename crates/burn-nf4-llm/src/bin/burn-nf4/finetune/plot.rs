@@ -15,8 +15,8 @@ const LEFT: i32 = 56;
 const RIGHT: i32 = 16;
 const TOP: i32 = 64;
 const BOTTOM: i32 = 44;
-/// Of the new loss in the smoothed one.
-const SHARE: f64 = 0.1;
+/// Steps of the run for each one that a smoothed loss has to either side.
+const SIDE: usize = 20;
 
 /// A step and its loss.
 pub type Point = (usize, f64);
@@ -101,13 +101,45 @@ fn scale_of(numbers: impl Iterator<Item = f64> + Clone) -> Scale {
     Scale::over(least, numbers.fold(f64::NEG_INFINITY, f64::max))
 }
 
-/// The exponential moving average, without the pull of its beginning.
+/// The mean of each loss and of as many to either side, fewer near the ends: it does not lag behind, as an average
+/// over what came before would.
 fn smoothed(points: &[Point]) -> Vec<Point> {
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let average = |&(step, loss): &Point| {
-        sum = (1.0 - SHARE) * sum + SHARE * loss;
-        weight = (1.0 - SHARE) * weight + SHARE;
-        (step, sum / weight)
+    let sums: Vec<f64> = std::iter::once(0.0)
+        .chain(points.iter().scan(0.0, |sum, &(_, loss)| {
+            *sum += loss;
+            Some(*sum)
+        }))
+        .collect();
+    let average = |(index, &(step, _)): (usize, &Point)| {
+        let side = (points.len() / SIDE)
+            .min(index)
+            .min(points.len() - 1 - index);
+        let (first, end) = (index - side, index + side + 1);
+        (step, (sums[end] - sums[first]) / (end - first) as f64)
     };
-    points.iter().map(average).collect()
+    points.iter().enumerate().map(average).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of ups and downs around a line the line, from the first step to the last.
+    #[test]
+    fn smoothed_losses_do_not_lag() {
+        let line = |step: usize| 5.0 - 0.01 * step as f64;
+        let up_and_down = |step: usize| if step.is_multiple_of(2) { 0.1 } else { -0.1 };
+        let points = (0..401).map(|step| (step, line(step) + up_and_down(step)));
+        let smoothed = smoothed(&points.collect::<Vec<_>>());
+        assert_eq!(smoothed.len(), 401);
+        for &(step, loss) in &smoothed[20..381] {
+            assert!((loss - line(step)).abs() < 0.003, "{step} {loss}");
+        }
+        for ((step, loss), expected) in [(smoothed[0], (0, 5.1)), (smoothed[400], (400, 1.1))] {
+            assert!(
+                step == expected.0 && (loss - expected.1).abs() < 1e-9,
+                "{step} {loss}"
+            );
+        }
+    }
 }
