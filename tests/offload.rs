@@ -154,7 +154,8 @@ fn in_use(device: &Device) -> u64 {
     usage.expect("a device that counts").bytes_in_use
 }
 
-/// 32 tensors of 4 MiB; of those on the host at most two are on the device too.
+/// 32 tensors of 4 MiB. At most two are on their way to the host, each in two buffers on wgpu, and two on their way
+/// back.
 fn memory_of_the_device_is_free_meanwhile(device: &Device) {
     let _alone = alone();
     let one = || Tensor::<2>::ones([1024, 1024], device) * 2.0;
@@ -166,13 +167,17 @@ fn memory_of_the_device_is_free_meanwhile(device: &Device) {
     let mut stack = OffloadStack::new(device).unwrap();
     for _ in 0..32 {
         stack.push(one()).unwrap();
-        assert!(in_use(device) <= before + 20 * MEBIBYTE);
+        let now = in_use(device);
+        assert!(now <= before + 32 * MEBIBYTE, "{before} {now}");
     }
     assert_eq!(stack.host_bytes(), 30 * 4 * MEBIBYTE as usize);
+    // Else copies would be slow, and the device would wait for them.
+    assert_eq!(stack.pageable_copies(), 0);
     while let Some(x) = stack.pop().unwrap() {
         assert!((x.sum().into_scalar::<f32>() - 2.0 * 1024.0 * 1024.0).abs() < 1.0);
         stack.prefetch().unwrap();
-        assert!(in_use(device) <= before + 20 * MEBIBYTE);
+        let now = in_use(device);
+        assert!(now <= before + 32 * MEBIBYTE, "{before} {now}");
     }
     drop(stack);
     let after = in_use(device);
@@ -242,19 +247,3 @@ on_devices_with_memory!(
     what_nobody_takes_is_dropped,
     a_tensor_of_another_device_is_refused,
 );
-
-/// Else copies would be slow, and the host would wait for them.
-#[cfg(feature = "cuda")]
-#[test]
-fn cuda_copies_to_pinned_memory() {
-    let _alone = alone();
-    let device = Device::cuda(0);
-    let mut stack = OffloadStack::new(&device).unwrap();
-    for _ in 0..8 {
-        stack
-            .push(Tensor::<2>::ones([1024, 1024], &device))
-            .unwrap();
-    }
-    assert_eq!(stack.host_bytes(), 6 * 4 * MEBIBYTE as usize);
-    assert_eq!(stack.pinned_bytes(), stack.host_bytes());
-}

@@ -113,10 +113,15 @@ pub(super) struct Copies<const D: usize> {
     /// Of the copies.
     stream: StreamId,
     entries: Vec<Entry<D>>,
+    /// Whether what is read lies in pinned memory. Elsewhere it lies in a buffer of the device that is mapped, and
+    /// counts as memory in use.
+    pins: bool,
     /// When the device has taken what was popped last out of its buffer.
     taken: Option<DynFut<Result<(), ServerError>>>,
     /// Whether there is memory to give back.
     used: bool,
+    /// Copies to memory that is not pinned.
+    pageable: usize,
 }
 
 impl<const D: usize> Copies<D> {
@@ -126,13 +131,16 @@ impl<const D: usize> Copies<D> {
             return None;
         };
         let client = device.client();
+        let pins = matches!(client.name(), "cuda" | "hip");
         (client.name() != "cpu").then(|| Self {
             client,
             device: device.clone(),
             stream: StreamId::allocate(),
             entries: Vec::new(),
+            pins,
             taken: None,
             used: false,
+            pageable: 0,
         })
     }
 
@@ -162,8 +170,14 @@ impl<const D: usize> Copies<D> {
             dtype,
             autodiff,
         }));
-        let mut before = self.entries.iter_mut().rev().skip(IN_FLIGHT);
-        before.try_for_each(Entry::leave)
+        for entry in self.entries.iter_mut().rev().skip(IN_FLIGHT) {
+            if let Entry::Away(away) = entry
+                && let Some(is_pinned) = away.leave(self.pins)?
+            {
+                self.pageable += usize::from(self.pins && !is_pinned);
+            }
+        }
+        Ok(())
     }
 
     pub fn prefetch(&mut self) -> Result<(), String> {
@@ -232,35 +246,36 @@ impl<const D: usize> Copies<D> {
         self.entries.len()
     }
 
-    /// Bytes on the host of those that count, by whether they are pinned.
-    pub fn host_bytes(&self, counts: impl Fn(bool) -> bool) -> usize {
+    pub fn host_bytes(&self) -> usize {
         let of_entry = |entry: &Entry<D>| match entry {
             Entry::Away(Away {
                 place: Place::Host(bytes),
                 ..
-            }) if counts(bytes.property() == AllocationProperty::Pinned) => bytes.len(),
+            }) => bytes.len(),
             _ => 0,
         };
         self.entries.iter().map(of_entry).sum()
     }
-}
 
-impl<const D: usize> Entry<D> {
-    /// Gives up the memory of a tensor on its way to the host, when it is there.
-    fn leave(&mut self) -> Result<(), String> {
-        match self {
-            Self::Away(away) => away.leave(),
-            Self::Empty(_) => Ok(()),
-        }
+    pub fn pageable(&self) -> usize {
+        self.pageable
     }
 }
 
 impl Away {
-    fn leave(&mut self) -> Result<(), String> {
-        if let Place::Leaving(leaving) = &mut self.place {
-            self.place = Place::Host(leaving.finish()?);
-        }
-        Ok(())
+    /// Gives up its memory on the device when it is on the host, which is waited for, and says whether it is in
+    /// pinned memory there. Nothing if it is not on its way there.
+    fn leave(&mut self, pins: bool) -> Result<Option<bool>, String> {
+        let Place::Leaving(leaving) = &mut self.place else {
+            return Ok(None);
+        };
+        let bytes = leaving.finish()?;
+        let is_pinned = pins && bytes.property() == AllocationProperty::Pinned;
+        self.place = Place::Host(match pins {
+            true => bytes,
+            false => Bytes::from_bytes_vec(bytes.to_vec()),
+        });
+        Ok(Some(is_pinned))
     }
 
     /// Sends its bytes to the device.

@@ -17,7 +17,8 @@ use crate::format::FloatType;
 /// need their inputs in the backward pass. The copies run beside what the device computes.
 ///
 /// On CUDA and ROCm they go through a stream of their own and into pinned memory, which is used again as long as
-/// the stack lives and is given back when it is dropped. [`push`](Self::push) starts a copy and waits for the
+/// the stack lives and is given back when it is dropped; elsewhere into ordinary memory, and the host is busy with
+/// them. [`push`](Self::push) starts a copy and waits for the
 /// one that was started two tensors before, so that the host is never further ahead of the device; until then a
 /// tensor takes memory of the device. [`prefetch`](Self::prefetch) starts the copy back of the tensor that is
 /// popped next; without it [`pop`](Self::pop) does, and the device waits for it.
@@ -115,13 +116,13 @@ impl<const D: usize> OffloadStack<D> {
 
     /// Bytes of the tensors that are on the host and no longer on the device.
     pub fn host_bytes(&self) -> usize {
-        self.copies.host_bytes(|_| true)
+        self.copies.host_bytes()
     }
 
-    /// Those of them that are in pinned memory. CUDA and ROCm take other memory where the system has no more of it
-    /// to give; copies are slower then.
-    pub fn pinned_bytes(&self) -> usize {
-        self.copies.host_bytes(|is_pinned| is_pinned)
+    /// Copies up to now that were to go to pinned memory, on CUDA and ROCm, and went to other, as the system had no
+    /// more of it to give. They are right, but slow, and the device waits for them.
+    pub fn pageable_copies(&self) -> usize {
+        self.copies.pageable()
     }
 
     /// After an error, what is left could be told from what is lost by nobody.
@@ -176,7 +177,11 @@ impl<const D: usize> Copies<D> {
         match *self {}
     }
 
-    fn host_bytes(&self, _counts: impl Fn(bool) -> bool) -> usize {
+    fn host_bytes(&self) -> usize {
+        match *self {}
+    }
+
+    fn pageable(&self) -> usize {
         match *self {}
     }
 }
