@@ -25,7 +25,7 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, Tensor};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings, uses_cublaslt};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, OffloadStack, uses_cublaslt};
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -203,8 +203,9 @@ pub struct Trainer {
     adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
+    offload: Option<RefCell<OffloadStack<3>>>,
     /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
-    /// other. Not with dropout, and not while somebody is told of phases.
+    /// other. Not with dropout, not where inputs of layers wait on the host, and not while somebody is told of phases.
     pub capture: bool,
     /// Is told of the phases of a step.
     pub on_phase: Option<PhaseHook>,
@@ -264,10 +265,35 @@ impl Trainer {
             adapter: None,
             settings,
             checkpointing,
+            offload: None,
             capture: true,
             on_phase: None,
             step: 0,
             skipped: 0,
+        })
+    }
+
+    /// Has the inputs of layers wait in the memory of the host between the pass forward and the pass backward, with
+    /// the copies behind what the device computes. All else is computed twice, as with checkpointing, and to the
+    /// same bits; passes are launched, as a graph cannot hold what is on the host.
+    ///
+    /// # Errors
+    /// [`Nf4Error::HostDevice`](burn_nf4::Nf4Error::HostDevice) on a CPU.
+    pub fn offload_inputs(&mut self) -> Result<(), ModelError> {
+        self.offload = Some(RefCell::new(OffloadStack::new(&self.model.device())?));
+        self.checkpointing = true;
+        self.replays = Replays::default();
+        Ok(())
+    }
+
+    /// What is to be told of the copies to the host up to now, if that is anything.
+    pub fn warn_of_offload(&self) -> Option<String> {
+        let pageable = self.offload.as_ref()?.borrow().pageable_copies();
+        (pageable > 0).then(|| {
+            format!(
+                "warning: {pageable} inputs of layers went to memory of the host that is not pinned, as the \
+                 system gave no more of it: steps are slower"
+            )
         })
     }
 
@@ -281,18 +307,13 @@ impl Trainer {
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
-    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out, and those of [`Optimizer::step`].
+    /// [`ModelError::Replay`] if a recorded pass read what it should not, whose step is left out,
+    /// [`Nf4Error::HostCopy`](burn_nf4::Nf4Error::HostCopy) if inputs of layers are lost on the way to the host or
+    /// back, with nothing changed, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
-        let targets = batches.iter().map(Batch::targets).sum();
-        let mut loss = None;
-        for (index, batch) in batches.iter().enumerate() {
-            let part = self.pass(batch, targets, index);
-            loss = Some(match loss {
-                Some(sum) => sum + part,
-                None => part,
-            });
-        }
-        let loss = loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
+        let loss = self.loss(batches).inspect_err(|_| {
+            self.optimizer.borrow_mut().drop_gradients();
+        })?;
         let rate = self.rate();
         let report = {
             let mut optimizer = self.optimizer.borrow_mut();
@@ -326,27 +347,48 @@ impl Trainer {
         Ok(step)
     }
 
+    /// The loss of a step, and the gradients of all its batches to the optimizer.
+    fn loss(&mut self, batches: &[Batch]) -> Result<Tensor<1>, ModelError> {
+        let targets = batches.iter().map(Batch::targets).sum();
+        let mut loss = None;
+        for (index, batch) in batches.iter().enumerate() {
+            let part = self.pass(batch, targets, index)?;
+            loss = Some(match loss {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        loss.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))
+    }
+
     /// The loss of a batch of a step, and its gradients to the optimizer.
-    fn pass(&mut self, batch: &Batch, targets: usize, index: usize) -> Tensor<1> {
+    fn pass(
+        &mut self,
+        batch: &Batch,
+        targets: usize,
+        index: usize,
+    ) -> Result<Tensor<1>, ModelError> {
         let inputs = Inputs::new(batch, targets, &self.model, &mut self.rope);
         let dropout = self.lora.lora_dropout > 0.0;
         // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
-        if !dropout && self.on_phase.is_none() && self.capture {
+        let may_replay = !dropout && self.on_phase.is_none() && self.offload.is_none();
+        if may_replay && self.capture {
             let (model, optimizer) = (&self.model, &self.optimizer);
             let checkpointing = self.checkpointing;
             let replays = &mut self.replays;
             let loss = replays.run(model, optimizer, &inputs, checkpointing, index == 0);
             if let Some(loss) = loss {
-                return loss;
+                return Ok(loss);
             }
         }
         let options = PassOptions {
             checkpointing: self.checkpointing,
+            offload: self.offload.as_ref(),
             dropout_seed: dropout.then(|| self.dropout_seed(index)),
             on_phase: self.on_phase.as_ref(),
         };
         let mut optimizer = self.optimizer.borrow_mut();
-        backward(&self.model, inputs, options, &mut optimizer).inner()
+        Ok(backward(&self.model, inputs, options, &mut optimizer)?.inner())
     }
 
     /// How passes over batches of the last size are made.

@@ -95,6 +95,10 @@ pub struct FinetuneArgs {
     /// time.
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// As --gradient-checkpointing, with the inputs of layers in the memory of the host until they are needed
+    /// again: less memory of the device. Not on a CPU.
+    #[arg(long)]
+    pub offload: bool,
     /// Save a checkpoint every so many steps.
     #[arg(long)]
     pub save_every: Option<usize>,
@@ -122,6 +126,9 @@ impl FinetuneArgs {
     fn check(&self) -> Result<(), ModelError> {
         check_rows("--batch-size", self.batch_size)?;
         check_rows("--grad-accum", self.grad_accum)?;
+        if self.offload {
+            self.model.device.check_offload("--offload")?;
+        }
         self.data.check()?;
         at_least(1, "--epochs", self.epochs)?;
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
@@ -223,6 +230,9 @@ impl FinetuneArgs {
         let model = model.with_lora(&lora, &device)?;
         let checkpointing = self.gradient_checkpointing;
         let mut trainer = Trainer::new(model, &config, lora, settings, checkpointing)?;
+        if self.offload {
+            trainer.offload_inputs()?;
+        }
         if let Some(folder) = checkpoint {
             eprintln!("going on from {}", folder.display());
             trainer = trainer.resume(&folder)?;
@@ -243,6 +253,9 @@ impl FinetuneArgs {
             describe(&data.train)
         );
         self.train(&mut trainer, &data, total)?;
+        if let Some(warning) = trainer.warn_of_offload() {
+            eprintln!("{warning}");
+        }
 
         trainer.save_adapter(&self.output)?;
         println!("saved the adapter in {}", self.output.display());
