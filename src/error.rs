@@ -200,6 +200,22 @@ pub enum Nf4Error {
         /// Where it lies.
         given: String,
     },
+    /// Tensors that are to be moved to the memory of the host, from a device whose memory that is.
+    #[error(
+        "device `{device}` computes in the memory of the host, expected one with memory of its own"
+    )]
+    HostDevice {
+        /// The device.
+        device: String,
+    },
+    /// A copy between a device and the memory of the host that failed.
+    #[error("device `{device}`: a copy to the memory of the host or from it failed: {message}")]
+    HostCopy {
+        /// The device.
+        device: String,
+        /// What its runtime says.
+        message: String,
+    },
     /// A packed buffer whose header does not describe the weight it is used as.
     #[error("packed weight: {what} is {given}, expected {expected}")]
     Header {

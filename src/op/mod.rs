@@ -35,6 +35,7 @@ mod gated;
 mod graphs;
 mod joined;
 mod memory;
+mod offload;
 mod reproducible;
 mod rms_norm;
 mod rotary;
@@ -79,6 +80,7 @@ pub use graphs::has_graphs;
 pub use joined::{JoinedBackend, JoinedLoraSpec, JoinedSpec};
 pub use joined::{LinearPart, gated_linear, joined_linear};
 pub use memory::{DeviceMemory, MemoryWatch, device_memory};
+pub use offload::OffloadStack;
 #[doc(hidden)]
 pub use rms_norm::{RmsNormBackend, RmsNormSpec};
 pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_beside};

@@ -66,6 +66,7 @@ use program::{finetune, fixture, folder, run};
     "--batch-size is 100000000000, expected at most"
 )]
 #[case::grad_accum("finetune --grad-accum 0", "--grad-accum is 0")]
+#[case::offload("finetune --offload", "--device is cpu, expected a GPU for --offload")]
 #[case::seq_len("finetune --seq-len 1", "--seq-len is 1, expected at least 2")]
 #[case::epochs("finetune --epochs 0", "--epochs is 0")]
 #[case::steps("finetune --steps 0", "--steps is 0")]

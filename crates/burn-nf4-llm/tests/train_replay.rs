@@ -6,93 +6,14 @@
 //! ```
 #![cfg(any(feature = "cuda", feature = "wgpu"))]
 
-#[allow(dead_code, reason = "shared with the other tests")]
-#[path = "models/fixtures.rs"]
-mod fixtures;
+mod train_runs;
 
-use std::sync::{Mutex, MutexGuard};
-
-use burn::tensor::Device;
-use burn_nf4::model::LinearLayers;
 use burn_nf4::op::set_reproducible;
-use burn_nf4::peft::{LoraConfig, TargetModules};
-use burn_nf4_llm::train::data::{Batch, Dataset, Example};
-use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Passes, Settings, Trainer};
+use burn_nf4_llm::train::Passes;
+use burn_nf4_llm::train::data::{Batch, Dataset};
 use rstest::rstest;
 
-use fixtures::open;
-
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    let lock = ONE_AT_A_TIME.lock();
-    lock.unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-fn device() -> Device {
-    #[cfg(feature = "cuda")]
-    if std::env::var_os("BURN_NF4_TEST_CUDA").is_some() {
-        return Device::cuda(0).autodiff();
-    }
-    #[cfg(feature = "wgpu")]
-    return Device::wgpu(Default::default()).autodiff();
-    #[cfg(not(feature = "wgpu"))]
-    Device::cuda(0).autodiff()
-}
-
-fn trainer(family: &str, checkpointing: bool, dropout: f64) -> Trainer {
-    let device = device();
-    device.seed(5);
-    let (model, config) = open(&format!("families/{family}/model"), None, &device);
-    let lora = LoraConfig {
-        r: 4,
-        lora_dropout: dropout,
-        ..LoraConfig::new(TargetModules::AllLinear)
-    };
-    let model = model.with_lora(&lora, &device).expect("it fits");
-    let schedule = Schedule {
-        peak: 1e-2,
-        decay: Decay::Constant,
-        warmup: 0,
-        total: 100,
-    };
-    let settings = Settings::new(schedule, &lora).expect("it has a JSON form");
-    Trainer::new(model, &config, lora, settings, checkpointing).expect("it is trained")
-}
-
-/// Rows of 12 tokens, other ones for each number.
-fn rows(number: usize) -> Batch {
-    let row = |row: usize| -> Vec<u32> {
-        (0..12)
-            .map(|i| ((number * 31 + row * 17 + i * 7) % 50) as u32)
-            .collect()
-    };
-    Batch::new(&[&row(0), &row(1)])
-}
-
-/// A row of 24 tokens, in which examples end elsewhere for each number.
-fn packed(number: usize) -> Batch {
-    let first = 5 + number % 7;
-    let example = |from: usize, length: usize| {
-        Example::whole(
-            (from..from + length)
-                .map(|i| ((i * 11 + number) % 50) as u32)
-                .collect(),
-        )
-    };
-    Batch::packed(&[&example(3, first), &example(8, 24 - first)])
-}
-
-/// The losses and norms of steps, each of some batches.
-fn steps(trainer: &mut Trainer, batches: &[Vec<Batch>]) -> Vec<[f32; 2]> {
-    let step = |batches: &Vec<Batch>| {
-        let step = trainer.step(batches).expect("a step");
-        assert!(!step.skipped);
-        [step.loss, step.grad_norm]
-    };
-    batches.iter().map(step).collect()
-}
+use train_runs::{alone, packed, rows, steps, trainer};
 
 fn assert_alike(replayed: &[[f32; 2]], launched: &[[f32; 2]]) {
     for (step, (ours, theirs)) in replayed.iter().zip(launched).enumerate() {

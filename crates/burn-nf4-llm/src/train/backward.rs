@@ -1,9 +1,11 @@
 //! The loss of a batch and its gradients, with and without gradient checkpointing.
 
+use std::cell::{RefCell, RefMut};
+
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, s};
-use burn_nf4::op::Seed;
+use burn_nf4::op::{OffloadStack, Seed};
 
 use crate::error::ModelError;
 use crate::model::RopeTables;
@@ -20,6 +22,8 @@ use crate::train::phases::{Phase, PhaseHook};
 pub struct PassOptions<'a> {
     /// Keep only the input of each layer, and run the layer again for its gradients.
     pub checkpointing: bool,
+    /// Where those inputs wait on the host, if not on the device.
+    pub offload: Option<&'a RefCell<OffloadStack<3>>>,
     /// Seed of the dropout, if there is any.
     pub dropout_seed: Option<u64>,
     /// Is told of each phase.
@@ -130,7 +134,8 @@ impl Inputs {
 /// all batches of a step, the sum over the batches is the mean over the step.
 ///
 /// # Errors
-/// Those of [`Layers::get`], where layers are in parts.
+/// Those of [`Layers::get`], where layers are in parts, and of [`OffloadStack`], where their inputs wait on the host. Some
+/// gradients may be added then.
 pub fn backward(
     model: &Decoder,
     inputs: Inputs,
@@ -164,10 +169,10 @@ pub fn backward(
     // would not do, as Burn frees the graphs of dropped tensors in a later backward pass only.
     let mut layers = Layers::new(model, options.shards);
     let last = layers.len().saturating_sub(1);
-    let mut inputs = Vec::with_capacity(layers.len());
+    let mut inputs = LayerInputs::new(options.offload);
     let mut x = x.detach();
     for index in 0..layers.len() {
-        inputs.push(x.clone());
+        inputs.push(x.clone())?;
         options.seed_dropout(&device, index);
         // The last one comes first in the backward pass.
         let layer = layers.get(index, Some((index + 1).min(last)))?;
@@ -181,7 +186,7 @@ pub fn backward(
     grads.accumulate(GradientsParams::from_grads(gradients, model));
     options.in_phase(Phase::Loss);
     for index in (0..layers.len()).rev() {
-        let (Some(x), Some(gradient)) = (inputs.pop(), flow.take()) else {
+        let (Some(x), Some(gradient)) = (inputs.pop()?, flow.take()) else {
             break;
         };
         let x = x.require_grad();
@@ -190,6 +195,7 @@ pub fn backward(
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
         grads.accumulate(GradientsParams::from_grads(gradients, &layer));
+        inputs.prefetch()?;
         options.in_phase(Phase::Backward);
     }
     if let Some(gradient) = flow.filter(|_| model.embed_tokens.is_require_grad()) {
@@ -198,4 +204,48 @@ pub fn backward(
         options.in_phase(Phase::Backward);
     }
     Ok(loss.detach())
+}
+
+/// The inputs of the layers, from the pass forward to the pass backward.
+enum LayerInputs<'a> {
+    OnDevice(Vec<Tensor<3>>),
+    OnHost(RefMut<'a, OffloadStack<3>>),
+}
+
+impl<'a> LayerInputs<'a> {
+    fn new(offload: Option<&'a RefCell<OffloadStack<3>>>) -> Self {
+        match offload {
+            None => Self::OnDevice(Vec::new()),
+            Some(stack) => {
+                let mut stack = stack.borrow_mut();
+                // Of a pass that ended in an error.
+                stack.clear();
+                Self::OnHost(stack)
+            }
+        }
+    }
+
+    fn push(&mut self, x: Tensor<3>) -> Result<(), ModelError> {
+        match self {
+            Self::OnDevice(inputs) => inputs.push(x),
+            Self::OnHost(stack) => stack.push(x)?,
+        }
+        Ok(())
+    }
+
+    /// The one that was pushed last.
+    fn pop(&mut self) -> Result<Option<Tensor<3>>, ModelError> {
+        match self {
+            Self::OnDevice(inputs) => Ok(inputs.pop()),
+            Self::OnHost(stack) => Ok(stack.pop()?),
+        }
+    }
+
+    /// Has the next one come, now that the work on the last one has been launched.
+    fn prefetch(&mut self) -> Result<(), ModelError> {
+        match self {
+            Self::OnDevice(_) => Ok(()),
+            Self::OnHost(stack) => Ok(stack.prefetch()?),
+        }
+    }
 }

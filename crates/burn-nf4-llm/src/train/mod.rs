@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings, StepReport, uses_cublaslt};
+use burn_nf4::op::{AdamWMoments, AdamWSettings, OffloadStack, StepReport, uses_cublaslt};
 use burn_nf4::parallel::Rank;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
@@ -209,13 +209,14 @@ pub struct Trainer {
     adapter: Option<Adapter>,
     settings: Settings,
     checkpointing: bool,
+    offload: Option<RefCell<OffloadStack<3>>>,
     /// Where several devices train one model: this one.
     rank: Option<Arc<Rank>>,
     /// The packed weights, if each device holds a part of them.
     shards: Option<Shards>,
     /// Whether passes are recorded and replayed, on a device that has graphs, where batches of one size follow each
-    /// other; those of packed rows are [filled](Batch::filled) to be so. Not with dropout, and not while somebody is
-    /// told of phases.
+    /// other; those of packed rows are [filled](Batch::filled) to be so. Not with dropout, not where inputs of
+    /// layers wait on the host, and not while somebody is told of phases.
     ///
     /// Whoever holds parameters of [`model`](Self::model) across a step has the next pass launched, and recorded
     /// anew.
@@ -280,10 +281,35 @@ impl Trainer {
             checkpointing,
             rank: None,
             shards: None,
+            offload: None,
             capture: true,
             on_phase: None,
             step: 0,
             skipped: 0,
+        })
+    }
+
+    /// Has the inputs of layers wait in the memory of the host between the pass forward and the pass backward, with
+    /// the copies behind what the device computes. All else is computed twice, as with checkpointing, and to the
+    /// same bits; passes are launched, as a graph cannot hold what is on the host.
+    ///
+    /// # Errors
+    /// [`Nf4Error::HostDevice`](burn_nf4::Nf4Error::HostDevice) on a CPU.
+    pub fn offload_inputs(&mut self) -> Result<(), ModelError> {
+        self.offload = Some(RefCell::new(OffloadStack::new(&self.model.device())?));
+        self.checkpointing = true;
+        self.replays = Replays::default();
+        Ok(())
+    }
+
+    /// What is to be told of the copies to the host up to now, if that is anything.
+    pub fn warn_of_offload(&self) -> Option<String> {
+        let pageable = self.offload.as_ref()?.borrow().pageable_copies();
+        (pageable > 0).then(|| {
+            format!(
+                "warning: {pageable} inputs of layers went to memory of the host that is not pinned, as the \
+                 system gave no more of it: steps are slower"
+            )
         })
     }
 
@@ -352,7 +378,8 @@ impl Trainer {
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
-    /// [`ModelError::Nf4`] if another rank has failed, and those of [`Optimizer::step`].
+    /// [`ModelError::Nf4`] if another rank has failed or if inputs of layers are lost on the way to the host or back,
+    /// with nothing changed, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
         let mut report = self.try_step(batches)?;
         if !self.has_read_right(report.is_applied())? {
@@ -388,7 +415,10 @@ impl Trainer {
         let [rank, ranks] = self.place();
         let mut own: Vec<(usize, &Batch)> = batches.iter().enumerate().collect();
         own.retain(|(index, _)| index % ranks == rank);
-        let mut loss = self.passes_of(&own, targets)?;
+        let dropped = |trainer: &Self| trainer.optimizer.borrow_mut().drop_gradients();
+        let mut loss = self
+            .passes_of(&own, targets)
+            .inspect_err(|_| dropped(self))?;
         // Where layers are put together all ranks have to come to each.
         if self.shards.is_some() && own.len() < batches.len().div_ceil(ranks) {
             loss = loss + self.idle_pass(first)?;
@@ -418,8 +448,8 @@ impl Trainer {
     fn can_replay(&self) -> bool {
         // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
         let is_plain = self.lora.lora_dropout == 0.0 && self.on_phase.is_none();
-        let has_all_weights = self.shards.is_none();
-        is_plain && has_all_weights && self.capture && self.replays.can_replay(&self.model)
+        let stays_on_device = self.shards.is_none() && self.offload.is_none();
+        is_plain && stays_on_device && self.capture && self.replays.can_replay(&self.model)
     }
 
     /// The losses of this rank's batches of a step, `[1]`, and their gradients to the optimizer.
@@ -491,6 +521,7 @@ impl Trainer {
         let dropout = self.lora.lora_dropout > 0.0;
         let options = PassOptions {
             checkpointing: self.checkpointing,
+            offload: self.offload.as_ref(),
             dropout_seed: dropout.then(|| self.dropout_seed(index)),
             on_phase: self.on_phase.as_ref(),
             shards: self.shards.as_ref(),

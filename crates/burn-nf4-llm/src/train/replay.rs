@@ -40,7 +40,8 @@ struct Output {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Passes {
-    /// Launch by launch: the device has no graphs, or no two batches of one size have followed each other.
+    /// Launch by launch: the device has no graphs, no two batches of one size have followed each other, or inputs
+    /// of layers wait on the host.
     Launched,
     /// Launch by launch, though the device has graphs: it could not begin or end a recording, which is not tried
     /// again.
@@ -223,12 +224,13 @@ impl Recorded {
             let probe = probe(&optimizer, &inputs);
             let options = PassOptions {
                 checkpointing,
+                offload: None,
                 dropout_seed: None,
                 on_phase: None,
                 shards: None,
             };
             let loss = backward(&model, inputs, options, &mut optimizer);
-            let loss = loss.expect("nothing can fail where this rank has all weights");
+            let loss = loss.expect("all that it needs is on the device");
             Output {
                 loss: loss.inner(),
                 probe,

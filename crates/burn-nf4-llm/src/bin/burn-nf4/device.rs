@@ -54,6 +54,18 @@ impl DeviceName {
         }
     }
 
+    /// Refuses to move tensors to the host from a device that has them there.
+    pub fn check_offload(self, argument: &str) -> Result<(), ModelError> {
+        match self {
+            Self::Cpu | Self::CubeclCpu => Err(ModelError::setting(
+                "--device",
+                self.name(),
+                format!("a GPU for {argument}: on a CPU all is in the memory of the host"),
+            )),
+            Self::Cuda | Self::Rocm | Self::Wgpu => Ok(()),
+        }
+    }
+
     /// What the device calls itself.
     pub fn own_name(self, device: &Device) -> String {
         #[cfg(any(feature = "cuda", feature = "wgpu", feature = "rocm", feature = "cpu"))]

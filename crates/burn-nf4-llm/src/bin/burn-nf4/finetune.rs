@@ -109,6 +109,10 @@ pub struct FinetuneArgs {
     /// time.
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// As --gradient-checkpointing, with the inputs of layers in the memory of the host until they are needed
+    /// again: less memory of the device. Not on a CPU.
+    #[arg(long)]
+    pub offload: bool,
     /// Save a checkpoint every so many steps.
     #[arg(long)]
     pub save_every: Option<usize>,
@@ -136,6 +140,9 @@ impl FinetuneArgs {
     fn check(&self) -> Result<(), ModelError> {
         check_rows("--batch-size", self.batch_size)?;
         check_rows("--grad-accum", self.grad_accum)?;
+        if self.offload {
+            self.model.device.check_offload("--offload")?;
+        }
         self.data.check()?;
         at_least(1, "--epochs", self.epochs)?;
         at_least(1, "--steps", self.steps.unwrap_or(1))?;
@@ -242,11 +249,11 @@ impl FinetuneArgs {
         let all = self.devices.iter();
         let devices = all.map(|&index| self.model.device.open_at(index));
         let devices: Vec<Device> = devices.collect::<Result<_, _>>()?;
-        if self.shard && !self.gradient_checkpointing {
+        if self.shard && !(self.gradient_checkpointing || self.offload) {
             return Err(ModelError::setting(
                 "--shard",
-                "given without --gradient-checkpointing",
-                "both: else the gradients would need the weights of all layers at once",
+                "given without --gradient-checkpointing and --offload",
+                "one of these beside it: else the gradients would need the weights of all layers at once",
             ));
         }
         if self.shard && self.dora {
@@ -416,6 +423,9 @@ impl Job {
             self.settings.clone(),
             args.gradient_checkpointing,
         )?;
+        if args.offload {
+            trainer.offload_inputs()?;
+        }
         if let Some(rank) = &rank {
             trainer = trainer.in_group(rank.clone(), shards)?;
         }
@@ -433,6 +443,9 @@ impl Job {
             self.begin()?;
         }
         self.train(&mut trainer, rank.as_deref())?;
+        if let Some(warning) = trainer.warn_of_offload() {
+            eprintln!("{warning}");
+        }
         if !leads {
             return Ok(());
         }

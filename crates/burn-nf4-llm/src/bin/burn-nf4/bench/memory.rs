@@ -8,7 +8,7 @@ use burn_nf4_llm::model::config::LayerConfig;
 use burn_nf4_llm::model::{DecoderConfig, PROMPT_CHUNK};
 
 use super::report::LeftOut;
-use super::train::TrainShape;
+use super::train::{Kept, TrainShape};
 use crate::device::DeviceName;
 use crate::progress::{available_memory_bytes, mebibytes};
 
@@ -18,6 +18,10 @@ const NO_DEVICE_HAS: u64 = 1 << 42;
 
 /// Of each element of a branch: its value, its gradient and two moments, in f32.
 const BRANCH_ELEMENT_BYTES: usize = 4 * size_of::<f32>();
+
+/// Inputs of layers that are on the device at a time where they wait on the host: two on their way there, that of
+/// the layer at work, and the next.
+const NOT_YET_OFFLOADED: usize = 4;
 
 /// A measurement and about how many bytes it takes beside the weights.
 pub struct Need {
@@ -56,8 +60,8 @@ impl Need {
         }
     }
 
-    /// A step of training: the input of each layer and what one layer keeps for its gradients, or what all
-    /// keep; gradients in one layer; a part of the logits; and the branches with what the optimizer has of them.
+    /// A step of training: the input of each layer, or of those that are not on the host, and what one layer keeps
+    /// for its gradients, or what all keep; gradients in one layer; a part of the logits; and the branches with what the optimizer has of them.
     pub fn training(
         config: &DecoderConfig,
         dtype: FloatType,
@@ -69,9 +73,14 @@ impl Need {
             .layers
             .iter()
             .map(|layer| kept_elements(config, layer));
-        let kept = match shape.keep_all {
-            true => kept.sum(),
-            false => config.layers.len() * config.hidden_size + kept.max().unwrap_or(0),
+        let inputs = |count: usize| count * config.hidden_size;
+        let layers = config.layers.len();
+        let kept = match shape.kept {
+            Kept::All => kept.sum(),
+            Kept::Inputs => inputs(layers) + kept.max().unwrap_or(0),
+            Kept::OffloadedInputs => {
+                inputs(layers.min(NOT_YET_OFFLOADED)) + kept.max().unwrap_or(0)
+            }
         };
         let inner = config
             .layers

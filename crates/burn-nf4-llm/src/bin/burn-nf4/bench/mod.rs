@@ -26,7 +26,7 @@ use memory::Need;
 use peer::{Job, Library, Peer};
 use report::{BenchReport, DecodeRow, PeerReport, PrefillRow, TrainRow, Weights};
 use size::SizeArgs;
-use train::{Recipe, TrainShape};
+use train::{Kept, Recipe, TrainShape};
 
 /// Time decoding, prompts and training steps with random weights: needs no checkpoint.
 #[derive(Args, Debug)]
@@ -50,8 +50,8 @@ pub struct BenchArgs {
     prefill: Vec<usize>,
     /// Time steps of QLoRA, AdamW on all linear layers but the head, of so many rows of so many tokens,
     /// such as 4x2048; may be given several times. Layers are computed twice (gradient checkpointing), but not
-    /// with :keep behind the tokens.
-    #[arg(long, value_name = "ROWSxTOKENS[:keep]")]
+    /// with :keep behind the tokens; with :offload the inputs of layers wait in the memory of the host.
+    #[arg(long, value_name = "ROWSxTOKENS[:keep|:offload]")]
     train: Vec<TrainShape>,
     /// Train without computing each layer twice: more memory, less time. As :keep behind each --train.
     #[arg(long)]
@@ -220,6 +220,16 @@ impl BenchArgs {
             }
         }
         at_least(1, "--rank", self.rank.unwrap_or(1))?;
+        let offloads = |shape: &&TrainShape| shape.kept == Kept::OffloadedInputs;
+        if let Some(shape) = self.train.iter().find(offloads) {
+            let TrainShape { rows, tokens, .. } = shape;
+            let argument = format!("--train {rows}x{tokens}:offload");
+            if self.keep_all {
+                let expected = "no --keep-all beside it";
+                return Err(ModelError::setting("--train", argument, expected));
+            }
+            self.device.check_offload(&argument)?;
+        }
         if let Some(path) = &self.chart {
             if self.plan().decode.is_empty() {
                 let expected = "left out, or decoding that is measured";
@@ -257,7 +267,10 @@ impl BenchArgs {
             prefill = or(&[], &[512], &[512, 2048, 8192]);
         }
         let train = self.train.iter().map(|&shape| TrainShape {
-            keep_all: shape.keep_all || self.keep_all,
+            kept: match self.keep_all {
+                true => Kept::All,
+                false => shape.kept,
+            },
             ..shape
         });
         Plan {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::report::{LeftOut, PeerDecode, PeerPrefill, PeerReport, PeerTrain};
-use super::train::{Recipe, TrainShape};
+use super::train::{Kept, Recipe, TrainShape};
 use crate::device::DeviceName;
 
 const SCRIPT: &str = include_str!("../../../../scripts/peer_llm.py");
@@ -104,9 +104,10 @@ impl<'a> Peer<'a> {
     /// # Errors
     /// Those of [`find`](Self::find), and [`ModelError::Device`] if the script fails.
     pub fn measure(&self, library: Library, job: &Job<'_>) -> Result<PeerReport, ModelError> {
-        let train = job.train.iter();
-        let train = train.map(|shape| json!([shape.rows, shape.tokens, shape.keep_all]));
-        self.run(&json!({
+        let offloads = |shape: &&TrainShape| shape.kept == Kept::OffloadedInputs;
+        let train = job.train.iter().filter(|shape| !offloads(shape));
+        let train = train.map(|shape| json!([shape.rows, shape.tokens, shape.kept == Kept::All]));
+        let mut report = self.run(&json!({
             "library": library,
             "config": job.config,
             "device": self.device,
@@ -117,7 +118,13 @@ impl<'a> Peer<'a> {
             "prefill": job.prefill,
             "train": train.collect::<Vec<_>>(),
             "lora": job.recipe,
-        }))
+        }))?;
+        let left_out = job.train.iter().filter(offloads).map(|shape| LeftOut {
+            what: format!("training on {shape}"),
+            why: "the peer has nothing like it".into(),
+        });
+        report.left_out.extend(left_out);
+        Ok(report)
     }
 
     fn run(&self, job: &Value) -> Result<PeerReport, ModelError> {

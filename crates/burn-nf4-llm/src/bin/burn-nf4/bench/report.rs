@@ -8,6 +8,7 @@ use burn_nf4_llm::train::Passes;
 use chrono::{SecondsFormat, Utc};
 use serde::Serialize;
 
+use super::train::Kept;
 use crate::output::say;
 use crate::progress::mebibytes;
 
@@ -120,6 +121,8 @@ pub struct TrainRow {
     pub tokens: usize,
     /// Whether nothing was computed twice.
     pub keep_all: bool,
+    /// What was kept from the pass forward to the pass backward, and where.
+    pub kept: Kept,
     /// Of the branches.
     pub rank: usize,
     /// The median.
@@ -366,7 +369,7 @@ impl PeerReport {
             say!(
                 "{:>14} {:>10} {:>14} {:>14.1} {:>9} {:>14} {:>14} {:>9}",
                 shape(theirs.rows, theirs.tokens),
-                layers(theirs.keep_all),
+                theirs.kept().layers(),
                 or_dash(ours.map(|ours| ours.ms), 1),
                 theirs.ms,
                 or_dash(theirs.ratio, 2),
@@ -382,7 +385,15 @@ impl PeerReport {
 impl PeerTrain {
     /// Whether ours is of the same shape.
     fn is_like(&self, ours: &TrainRow) -> bool {
-        (self.rows, self.tokens, self.keep_all) == (ours.rows, ours.tokens, ours.keep_all)
+        (self.rows, self.tokens, self.kept()) == (ours.rows, ours.tokens, ours.kept)
+    }
+
+    /// The peer offloads nothing.
+    fn kept(&self) -> Kept {
+        match self.keep_all {
+            true => Kept::All,
+            false => Kept::Inputs,
+        }
     }
 }
 
@@ -470,7 +481,7 @@ impl TrainRow {
         say!(
             "{:>14} {:>10} {:>10.1} {:>10.0} {:>10.0} {:>12} {:>12} {:>12}  {}",
             shape(self.rows, self.tokens),
-            layers(self.keep_all),
+            self.kept.layers(),
             self.ms,
             self.tokens_s,
             self.first_ms,
@@ -484,11 +495,6 @@ impl TrainRow {
 
 fn shape(rows: usize, tokens: usize) -> String {
     format!("{rows} x {tokens}")
-}
-
-/// How often layers are computed.
-fn layers(keep_all: bool) -> &'static str {
-    if keep_all { "once" } else { "twice" }
 }
 
 impl LeftOut {

@@ -23,41 +23,67 @@ const STEPS: usize = 3;
 /// Rank of the branches, if none is asked for.
 const RANK: usize = 16;
 
-/// A batch, and whether layers are computed once or twice.
+/// What is kept from the pass forward to the pass backward.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kept {
+    /// The input of each layer, which is computed again.
+    Inputs,
+    /// The same, in the memory of the host.
+    OffloadedInputs,
+    /// All that the gradients need.
+    All,
+}
+
+impl Kept {
+    /// How often layers are computed, for people.
+    pub fn layers(self) -> &'static str {
+        match self {
+            Self::Inputs => "twice",
+            Self::OffloadedInputs => "offloaded",
+            Self::All => "once",
+        }
+    }
+}
+
+/// A batch, and what is kept of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TrainShape {
     pub rows: usize,
     /// Of a row.
     pub tokens: usize,
-    /// Whether all is kept that the gradients need. Else that is the input of each layer, which is computed again.
-    pub keep_all: bool,
+    pub kept: Kept,
 }
 
 impl FromStr for TrainShape {
     type Err = &'static str;
 
-    /// `4x2048` or `4x2048:keep`.
+    /// `4x2048`, `4x2048:keep` or `4x2048:offload`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (shape, keep_all) = match text.strip_suffix(":keep") {
-            Some(shape) => (shape, true),
-            None => (text, false),
+        const EXPECTED: &str =
+            "expected rows and tokens, such as 4x2048, 4x2048:keep or 4x2048:offload";
+        let (shape, kept) = match text.split_once(':') {
+            None => (text, Kept::Inputs),
+            Some((shape, "keep")) => (shape, Kept::All),
+            Some((shape, "offload")) => (shape, Kept::OffloadedInputs),
+            Some(_) => return Err(EXPECTED),
         };
         let sizes: Option<Vec<usize>> = shape.split('x').map(|size| size.parse().ok()).collect();
         match sizes.as_deref() {
-            Some(&[rows, tokens]) if rows > 0 && tokens > 1 => Ok(Self {
-                rows,
-                tokens,
-                keep_all,
-            }),
-            _ => Err("expected rows and tokens, such as 4x2048 or 4x2048:keep"),
+            Some(&[rows, tokens]) if rows > 0 && tokens > 1 => Ok(Self { rows, tokens, kept }),
+            _ => Err(EXPECTED),
         }
     }
 }
 
 impl fmt::Display for TrainShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let keeping = if self.keep_all { ", keeping all" } else { "" };
-        write!(f, "{} x {}{keeping}", self.rows, self.tokens)
+        let how = match self.kept {
+            Kept::Inputs => "",
+            Kept::OffloadedInputs => ", offloading",
+            Kept::All => ", keeping all",
+        };
+        write!(f, "{} x {}{how}", self.rows, self.tokens)
     }
 }
 
@@ -86,7 +112,7 @@ impl Recipe {
         &self,
         model: Decoder,
         config: &DecoderConfig,
-        keep_all: bool,
+        kept: Kept,
     ) -> Result<Trainer, ModelError> {
         let lora = LoraConfig {
             r: self.rank,
@@ -105,7 +131,11 @@ impl Recipe {
         };
         let device = model.device();
         let model = model.with_lora(&lora, &device)?;
-        Trainer::new(model, config, lora, settings, !keep_all)
+        let mut trainer = Trainer::new(model, config, lora, settings, kept != Kept::All)?;
+        if kept == Kept::OffloadedInputs {
+            trainer.offload_inputs()?;
+        }
+        Ok(trainer)
     }
 }
 
@@ -123,9 +153,9 @@ pub fn train(
     let TrainShape {
         rows,
         tokens: length,
-        keep_all,
+        kept,
     } = shape;
-    let mut trainer = recipe.trainer(model, config, keep_all)?;
+    let mut trainer = recipe.trainer(model, config, kept)?;
     trainer.capture = !eager;
     let ids = tokens(rows * length, config);
     let batch = Batch::new(&ids.chunks(length).collect::<Vec<_>>());
@@ -141,10 +171,14 @@ pub fn train(
     step(&mut trainer, &batch)?;
     let times = (0..STEPS).map(|_| step(&mut trainer, &batch));
     let time = median(times.collect::<Result<_, _>>()?);
+    if let Some(warning) = trainer.warn_of_offload() {
+        eprintln!("{warning}");
+    }
     Ok(TrainRow {
         rows,
         tokens: length,
-        keep_all,
+        keep_all: kept == Kept::All,
+        kept,
         rank: recipe.rank,
         ms: milliseconds(time),
         tokens_s: (rows * length) as f64 / time.as_secs_f64(),
