@@ -444,8 +444,13 @@ impl Trainer {
         }
     }
 
+    /// Whether passes over batches of this size are replayed where they follow each other.
+    pub fn can_replay(&self, batch: &Batch) -> bool {
+        self.replays() && Replays::is_worth_it(batch.rows * batch.length)
+    }
+
     /// Whether passes are replayed where batches of one size follow each other.
-    fn can_replay(&self) -> bool {
+    fn replays(&self) -> bool {
         // A replay drops what was dropped in the pass that was recorded, and tells of no phases.
         let is_plain = self.lora.lora_dropout == 0.0 && self.on_phase.is_none();
         let stays_on_device = self.shards.is_none() && self.offload.is_none();
@@ -461,11 +466,11 @@ impl Trainer {
         targets: usize,
     ) -> Result<Tensor<1>, ModelError> {
         let mut loss = no_loss(&self.model.device().without_autodiff());
-        let can_replay = self.can_replay();
+        let can_replay = self.replays();
         let mut all = own.iter();
         let mut next = |trainer: &mut Self| {
             let &(index, batch) = all.next()?;
-            let batch = match can_replay {
+            let batch = match can_replay && Replays::is_worth_it(batch.rows * batch.length) {
                 true => batch.filled(),
                 false => Cow::Borrowed(batch),
             };
@@ -484,7 +489,7 @@ impl Trainer {
     /// Records the first pass of a step if it is due; for all ranks. One records at a time, and while it does no other
     /// uses its device: CUDA forbids much to all threads of a process then.
     fn record(&mut self, inputs: Option<&Inputs>) -> Result<(), ModelError> {
-        let can_replay = self.can_replay();
+        let can_replay = self.replays();
         let inputs = inputs.filter(|inputs| can_replay && self.replays.is_due(inputs));
         let Some(rank) = self.rank.clone().filter(|_| self.shards.is_none()) else {
             if let Some(inputs) = inputs {
@@ -512,7 +517,7 @@ impl Trainer {
 
     /// The loss of a batch of a step, and its gradients to the optimizer.
     fn pass(&mut self, index: usize, inputs: Inputs) -> Result<Tensor<1>, ModelError> {
-        if self.can_replay() {
+        if self.replays() {
             let loss = self.replays.replay(&self.optimizer, &inputs);
             if let Some(loss) = loss {
                 return Ok(loss);

@@ -110,7 +110,12 @@ impl Replays {
         let [rows, length] = inputs.ids.dims();
         let sizes = inputs.sizes();
         let came_before = self.last.replace(sizes.clone()).as_ref() == Some(&sizes);
-        came_before && rows * length <= MAX_TOKENS && !self.knows(&sizes)
+        came_before && Self::is_worth_it(rows * length) && !self.knows(&sizes)
+    }
+
+    /// Whether a replay of a pass over so many tokens would gain anything.
+    pub fn is_worth_it(tokens: usize) -> bool {
+        tokens <= MAX_TOKENS
     }
 
     fn knows(&self, sizes: &InputSizes) -> bool {

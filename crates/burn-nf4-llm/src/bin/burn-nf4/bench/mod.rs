@@ -26,7 +26,7 @@ use memory::Need;
 use peer::{Job, Library, Peer};
 use report::{BenchReport, DecodeRow, PeerReport, PrefillRow, TrainRow, Weights};
 use size::SizeArgs;
-use train::{Kept, Recipe, TrainShape};
+use train::{Kept, Method, Recipe, TrainShape};
 
 /// Time decoding, prompts and training steps with random weights: needs no checkpoint.
 #[derive(Args, Debug)]
@@ -53,6 +53,21 @@ pub struct BenchArgs {
     /// with :keep behind the tokens; with :offload the inputs of layers wait in the memory of the host.
     #[arg(long, value_name = "ROWSxTOKENS[:keep|:offload]")]
     train: Vec<TrainShape>,
+    /// Steps of training that are timed; the median of their times is told.
+    #[arg(long, value_name = "STEPS", default_value_t = 3)]
+    train_steps: usize,
+    /// Train on several devices of --device by their numbers, such as 0,1, each of which has a batch of --train.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NUMBERS",
+        requires = "train",
+        conflicts_with = "peer"
+    )]
+    devices: Vec<usize>,
+    /// Keep on each of --devices a part of the layers' packed weights only, as FSDP2 does.
+    #[arg(long, requires = "devices")]
+    shard: bool,
     /// Train without computing each layer twice: more memory, less time. As :keep behind each --train.
     #[arg(long)]
     keep_all: bool,
@@ -220,6 +235,16 @@ impl BenchArgs {
             }
         }
         at_least(1, "--rank", self.rank.unwrap_or(1))?;
+        at_least(1, "--train-steps", self.train_steps)?;
+        if self.quantize_head && !self.devices.is_empty() {
+            let expected = "left out where --devices are given";
+            return Err(ModelError::setting("--quantize-head", true, expected));
+        }
+        let keeps_all = |shape: &&TrainShape| self.keep_all || shape.kept == Kept::All;
+        if let Some(shape) = self.train.iter().find(keeps_all).filter(|_| self.shard) {
+            let expected = "layers that are computed twice, where --shard is given";
+            return Err(ModelError::setting("--train", shape, expected));
+        }
         let offloads = |shape: &&TrainShape| shape.kept == Kept::OffloadedInputs;
         if let Some(shape) = self.train.iter().find(offloads) {
             let TrainShape { rows, tokens, .. } = shape;
@@ -407,18 +432,37 @@ impl BenchArgs {
             dtype,
             device,
         } = setting;
-        let model = self.model(setting, None, &device.clone().autodiff())?;
         let recipe = Recipe::new(self.rank);
+        let method = Method {
+            eager: self.eager,
+            steps: self.train_steps,
+            shard: self.shard,
+        };
+        let devices = self.devices.iter();
+        let devices = devices.map(|&index| self.device.open_at(index));
+        let devices: Vec<Device> = devices.collect::<Result<_, _>>()?;
+        let model = match devices.is_empty() {
+            true => Some(self.model(setting, None, &device.clone().autodiff())?),
+            false => None,
+        };
         TrainRow::print_head()?;
         for &shape in &plan.train {
-            // What is reserved is of this shape then.
-            measure::sync(device)?;
-            device.memory_cleanup();
-            let need = Need::training(config, dtype, shape, recipe.rank);
-            if !self.fits(need, device, report)? {
-                continue;
-            }
-            let row = train::train(model.clone(), config, recipe, shape, self.eager, device)?;
+            let row = match &model {
+                None => {
+                    let devices = devices.clone();
+                    train::train_on(devices, config, dtype, recipe, shape, method)?
+                }
+                Some(model) => {
+                    // What is reserved is of this shape then.
+                    measure::sync(device)?;
+                    device.memory_cleanup();
+                    let need = Need::training(config, dtype, shape, recipe.rank);
+                    if !self.fits(need, device, report)? {
+                        continue;
+                    }
+                    train::train(model.clone(), config, recipe, shape, method, device)?
+                }
+            };
             report.train.push(row);
             report.write(self.json.as_deref())?;
             report.train[report.train.len() - 1].print()?;

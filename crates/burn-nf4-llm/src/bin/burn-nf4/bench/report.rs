@@ -117,6 +117,11 @@ pub struct PrefillRow {
 /// A step of training.
 #[derive(Debug, Serialize)]
 pub struct TrainRow {
+    /// Devices, each of which has a batch.
+    pub devices: usize,
+    /// Bytes of the layers' packed weights on each, if they are in parts.
+    pub sharded_bytes: Option<usize>,
+    /// Of a device.
     pub rows: usize,
     pub tokens: usize,
     /// Whether nothing was computed twice.
@@ -127,6 +132,7 @@ pub struct TrainRow {
     pub rank: usize,
     /// The median.
     pub ms: f64,
+    /// Of all devices together.
     pub tokens_s: f64,
     /// The first step of a run on this shape. A device that has never seen it compiles and tunes in it.
     pub first_ms: f64,
@@ -464,8 +470,9 @@ impl TrainRow {
     /// The head of the rows of a table.
     pub fn print_head() -> Result<(), ModelError> {
         say!(
-            "\n{:>14} {:>10} {:>10} {:>10} {:>10} {:>12} {:>12} {:>12}  passes",
+            "\n{:>14} {:>8} {:>10} {:>10} {:>10} {:>10} {:>12} {:>12} {:>12}  passes",
             "training step",
+            "devices",
             "layers",
             "ms",
             "tokens/s",
@@ -479,8 +486,9 @@ impl TrainRow {
     /// A row.
     pub fn print(&self) -> Result<(), ModelError> {
         say!(
-            "{:>14} {:>10} {:>10.1} {:>10.0} {:>10.0} {:>12} {:>12} {:>12}  {}",
+            "{:>14} {:>8} {:>10} {:>10.1} {:>10.0} {:>10.0} {:>12} {:>12} {:>12}  {}{}",
             shape(self.rows, self.tokens),
+            self.devices,
             self.kept.layers(),
             self.ms,
             self.tokens_s,
@@ -489,6 +497,10 @@ impl TrainRow {
             or_unknown(self.memory.in_use_bytes),
             or_unknown(self.memory.reserved_bytes),
             self.passes,
+            match self.sharded_bytes {
+                Some(bytes) => format!("; {} of packed weights on each", mebibytes(bytes as u64)),
+                None => String::new(),
+            },
         )
     }
 }

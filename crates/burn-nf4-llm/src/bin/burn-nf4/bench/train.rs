@@ -2,24 +2,26 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
+use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
+use burn_nf4::parallel;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::model::{Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, random, random_by_layers};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{Settings, Trainer};
+use burn_nf4_llm::train::{Settings, Shards, Trainer};
 use serde::Serialize;
 
 use super::measure::{median, milliseconds, tokens};
 use super::report::{Memory, TrainRow};
+use crate::device::sync;
 use crate::finetune::memory::MemoryReport;
 
-/// Steps that are timed, after three: the first, the one whose memory is seen, and one that may be recorded.
-const STEPS: usize = 3;
 /// Rank of the branches, if none is asked for.
 const RANK: usize = 16;
 
@@ -139,6 +141,17 @@ impl Recipe {
     }
 }
 
+/// How a run is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    /// Whether passes are launched where they could be replayed.
+    pub eager: bool,
+    /// Steps that are timed.
+    pub steps: usize,
+    /// Whether each of several devices keeps a part of the packed weights only.
+    pub shard: bool,
+}
+
 /// Times steps of a run of its own, so that nothing is there of other shapes.
 ///
 /// - `device`: that of the model, without autodiff
@@ -147,55 +160,142 @@ pub fn train(
     config: &DecoderConfig,
     recipe: Recipe,
     shape: TrainShape,
-    eager: bool,
+    method: Method,
     device: &Device,
 ) -> Result<TrainRow, ModelError> {
-    let TrainShape {
-        rows,
-        tokens: length,
-        kept,
-    } = shape;
-    let mut trainer = recipe.trainer(model, config, kept)?;
-    trainer.capture = !eager;
-    let ids = tokens(rows * length, config);
-    let batch = Batch::new(&ids.chunks(length).collect::<Vec<_>>());
-    let first = step(&mut trainer, &batch)?;
-    // This one waits for the device after each layer, and is launched. With the hook none would be replayed.
-    let seen = MemoryReport::new(device);
-    trainer.on_phase = Some(seen.hook());
-    step(&mut trainer, &batch)?;
-    trainer.on_phase = None;
-    let peak_in_use_bytes = seen.most();
-    // Nobody may ask the device for anything while a pass is recorded or timed.
-    drop(seen);
-    step(&mut trainer, &batch)?;
-    let times = (0..STEPS).map(|_| step(&mut trainer, &batch));
-    let time = median(times.collect::<Result<_, _>>()?);
-    if let Some(warning) = trainer.warn_of_offload() {
-        eprintln!("{warning}");
-    }
+    let trainer = recipe.trainer(model, config, shape.kept)?;
+    let run = Run {
+        trainer,
+        device,
+        devices: 1,
+    };
+    run.time(config, recipe, shape, method)
+}
+
+/// Times steps on several devices, each of which has a batch of the shape in every step.
+pub fn train_on(
+    devices: Vec<Device>,
+    config: &DecoderConfig,
+    dtype: FloatType,
+    recipe: Recipe,
+    shape: TrainShape,
+    method: Method,
+) -> Result<TrainRow, ModelError> {
+    let config = config.clone();
+    let rows = parallel::run(devices, move |rank| {
+        let rank = Arc::new(rank);
+        let device = rank.device().clone();
+        let on = device.clone().autodiff();
+        let (model, shards) = match method.shard {
+            true => {
+                let mut shards = Shards::new(&rank);
+                let mut take = |layer| shards.take(layer);
+                let model = random_by_layers(&config, dtype, None, &on, &mut take)?;
+                (model, Some(shards))
+            }
+            false => {
+                // The same weights on each.
+                let model = rank.in_turn(|| {
+                    on.seed(0);
+                    let model = random(&config, dtype, None, &on)?;
+                    sync(&on)?;
+                    Ok::<_, ModelError>(model)
+                })??;
+                (model, None)
+            }
+        };
+        sync(&device)?;
+        device.memory_cleanup();
+        let kept_bytes = shards.as_ref().map(Shards::size_bytes);
+        let trainer = recipe.trainer(model, &config, shape.kept)?;
+        let run = Run {
+            trainer: trainer.in_group(rank.clone(), shards)?,
+            device: &device,
+            devices: rank.size(),
+        };
+        let row = run.time(&config, recipe, shape, method)?;
+        Ok::<_, ModelError>(TrainRow {
+            sharded_bytes: kept_bytes,
+            ..row
+        })
+    })?;
+    // All wait for each other in every step.
+    let most = |of: fn(&TrainRow) -> Option<u64>| rows.iter().filter_map(of).max();
+    let peak_in_use_bytes = most(|row| row.peak_in_use_bytes);
+    let first = rows.into_iter().next().expect("there is a device");
     Ok(TrainRow {
-        rows,
-        tokens: length,
-        keep_all: kept == Kept::All,
-        kept,
-        rank: recipe.rank,
-        ms: milliseconds(time),
-        tokens_s: (rows * length) as f64 / time.as_secs_f64(),
-        first_ms: milliseconds(first),
-        passes: trainer.passes(),
         peak_in_use_bytes,
-        memory: Memory::of(device),
+        ..first
     })
 }
 
-/// The time of a step, up to its loss on the host.
-fn step(trainer: &mut Trainer, batch: &Batch) -> Result<Duration, ModelError> {
-    let start = Instant::now();
-    let loss = trainer.step(std::slice::from_ref(batch))?.loss;
-    let time = start.elapsed();
-    if !loss.is_finite() {
-        return Err(ModelError::setting("the loss", loss, "a finite number"));
+/// A run whose steps are timed.
+struct Run<'a> {
+    trainer: Trainer,
+    /// Without autodiff.
+    device: &'a Device,
+    devices: usize,
+}
+
+impl Run<'_> {
+    fn time(
+        mut self,
+        config: &DecoderConfig,
+        recipe: Recipe,
+        shape: TrainShape,
+        method: Method,
+    ) -> Result<TrainRow, ModelError> {
+        let TrainShape {
+            rows,
+            tokens: length,
+            kept,
+        } = shape;
+        self.trainer.capture = !method.eager;
+        let ids = tokens(rows * length, config);
+        let batch = Batch::new(&ids.chunks(length).collect::<Vec<_>>());
+        let batches = vec![batch; self.devices];
+        let first = self.step(&batches)?;
+        // This one waits for the device after each layer, and is launched. With the hook none would be replayed.
+        let seen = MemoryReport::new(self.device);
+        self.trainer.on_phase = Some(seen.hook());
+        self.step(&batches)?;
+        self.trainer.on_phase = None;
+        let peak_in_use_bytes = seen.most();
+        // Nobody may ask the device for anything while a pass is recorded or timed.
+        drop(seen);
+        if self.trainer.can_replay(&batches[0]) {
+            self.step(&batches)?;
+        }
+        let times = (0..method.steps).map(|_| self.step(&batches));
+        let time = median(times.collect::<Result<_, _>>()?);
+        if let Some(warning) = self.trainer.warn_of_offload() {
+            eprintln!("{warning}");
+        }
+        Ok(TrainRow {
+            devices: self.devices,
+            sharded_bytes: None,
+            rows,
+            tokens: length,
+            keep_all: kept == Kept::All,
+            kept,
+            rank: recipe.rank,
+            ms: milliseconds(time),
+            tokens_s: (self.devices * rows * length) as f64 / time.as_secs_f64(),
+            first_ms: milliseconds(first),
+            passes: self.trainer.passes(),
+            peak_in_use_bytes,
+            memory: Memory::of(self.device),
+        })
     }
-    Ok(time)
+
+    /// The time of a step, up to its loss on the host.
+    fn step(&mut self, batches: &[Batch]) -> Result<Duration, ModelError> {
+        let start = Instant::now();
+        let loss = self.trainer.step(batches)?.loss;
+        let time = start.elapsed();
+        if !loss.is_finite() {
+            return Err(ModelError::setting("the loss", loss, "a finite number"));
+        }
+        Ok(time)
+    }
 }
