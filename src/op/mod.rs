@@ -101,7 +101,7 @@ pub use table::TableBackend;
 // Their arguments were validated by the functions over tensors: impossible ones panic. Benches call
 // them.
 #[cfg(feature = "cube")]
-pub(crate) use backends::cube::owned;
+pub(crate) use backends::cube::{Kind as CubeKind, cube_tensor, from_cube, owned};
 #[doc(hidden)]
 pub use base::{
     DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend,

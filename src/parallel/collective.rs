@@ -1,77 +1,91 @@
-//! Sums over devices as Burn's dispatch sees them.
+//! Sums over devices by the collectives of CubeCL.
+//!
+//! All devices of a group must come to their sums in one order, or each waits for another one for ever. Burn's fusion
+//! queues operations, and may run those that do not depend on each other in another order than they were called
+//! in. So these are no operations of its own: they are submitted by the thread that calls them, after all that was
+//! queued.
 
-use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, backend_extension};
-use burn_cubecl::CubeBackend;
+use burn::tensor::{Int, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::{ElemType, FloatKind, UIntKind};
 use cubecl::server::ReduceOperation;
 use cubecl_common::device::DeviceId;
 
-#[cfg(feature = "fusion")]
-use burn::backend::fusion::custom::TensorSpec;
+use crate::op::{CubeKind, cube_tensor, from_cube, owned};
 
-use crate::op::owned;
-
-/// Which devices sum.
+/// The devices of a group.
 #[derive(Debug, Clone)]
-pub struct CollectiveSpec {
-    /// All devices of the group, in one order on each of them.
+pub(super) struct Collective {
     pub devices: Vec<DeviceId>,
 }
 
-/// Sums over devices, on a stream of the device that only they have. All devices of a group must come to them in
-/// one order.
-#[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(feature = "fusion"))]
-pub trait CollectiveBackend: Backend {
-    /// The sums of the elements over the devices, in place if the tensor has no other owner.
-    ///
-    /// # Shapes
-    /// - `tensor`: any, f32, and so the result
-    #[fusion(meta = |tensor: &TensorSpec, _spec: &CollectiveSpec| tensor.clone())]
-    fn sum_over_devices(tensor: FloatTensor<Self>, spec: CollectiveSpec) -> FloatTensor<Self>;
-
-    /// Begins to sum words. The result must not be read, nor dropped, before [`end_sum`](Self::end_sum).
-    ///
-    /// # Shapes
-    /// - `words`: any, u32, and so the result
-    #[fusion(meta = |words: &TensorSpec, _spec: &CollectiveSpec| words.clone())]
-    fn begin_sum(words: IntTensor<Self>, spec: CollectiveSpec) -> IntTensor<Self>;
-
-    /// Has what comes after it wait for all sums that were begun.
-    ///
-    /// # Shapes
-    /// - `words`: what [`begin_sum`](Self::begin_sum) gave, and so the result
-    #[fusion(meta = |words: &TensorSpec| words.clone())]
-    fn end_sum(words: IntTensor<Self>) -> IntTensor<Self>;
-}
-
-impl CollectiveBackend for CubeBackend {
-    fn sum_over_devices(tensor: FloatTensor<Self>, spec: CollectiveSpec) -> FloatTensor<Self> {
-        let tensor = begin(tensor, ElemType::Float(FloatKind::F32), spec);
+impl Collective {
+    /// The sums of f32, in place if the tensor has no other owner.
+    pub fn sum(&self, tensor: Tensor<1>) -> Tensor<1> {
+        let tensor = self.begin(cube(tensor), ElemType::Float(FloatKind::F32));
         tensor.client.sync_collective();
+        from_cube(tensor)
+    }
+
+    /// Begins to sum words of 32 bit.
+    pub fn begin_sum(&self, words: Tensor<1, Int>) -> Summing {
+        Summing(Some(self.begin(cube(words), ElemType::UInt(UIntKind::U32))))
+    }
+
+    fn begin(&self, tensor: CubeTensor, dtype: ElemType) -> CubeTensor {
+        let tensor = owned(tensor);
+        let handle = || tensor.handle.clone();
+        tensor.client.clone().all_reduce(
+            handle(),
+            handle(),
+            dtype,
+            self.devices.clone(),
+            ReduceOperation::Sum,
+        );
         tensor
     }
+}
 
-    fn begin_sum(words: IntTensor<Self>, spec: CollectiveSpec) -> IntTensor<Self> {
-        begin(words, ElemType::UInt(UIntKind::U32), spec)
+/// Words that the device is summing, on a stream that only its collectives have. It holds their memory, which nobody
+/// may have until the sum is made.
+#[derive(Debug)]
+pub(super) struct Summing(Option<CubeTensor>);
+
+impl Summing {
+    /// Has what the device is given from now on wait for the sum.
+    pub fn end(mut self) -> CubeTensor {
+        self.ended().expect("only this takes it, once")
     }
 
-    fn end_sum(words: IntTensor<Self>) -> IntTensor<Self> {
+    fn ended(&mut self) -> Option<CubeTensor> {
+        let words = self.0.take()?;
         words.client.sync_collective();
-        words
+        Some(words)
     }
 }
 
-fn begin(tensor: CubeTensor, dtype: ElemType, spec: CollectiveSpec) -> CubeTensor {
-    let tensor = owned(tensor);
-    let handle = || tensor.handle.clone();
-    tensor.client.clone().all_reduce(
-        handle(),
-        handle(),
-        dtype,
-        spec.devices,
-        ReduceOperation::Sum,
-    );
-    tensor
+impl Drop for Summing {
+    fn drop(&mut self) {
+        drop(self.ended());
+    }
+}
+
+/// One weight of several in a buffer, as a view of it. Burn makes a copy where a view does not end at a multiple of 512
+/// bytes, which no kernel needs.
+pub(super) fn view(words: &CubeTensor, start: usize, len: usize) -> Tensor<1, Int> {
+    let bytes = |words: usize| (words * size_of::<u32>()) as u64;
+    let behind = words.meta.num_elements() - start - len;
+    let handle = words.handle.clone();
+    let handle = handle.offset_start(bytes(start)).offset_end(bytes(behind));
+    from_cube(CubeTensor::new_contiguous(
+        words.client.clone(),
+        words.device.clone(),
+        Shape::from([len]),
+        handle,
+        words.dtype,
+    ))
+}
+
+fn cube<K: CubeKind>(tensor: Tensor<1, K>) -> CubeTensor {
+    cube_tensor(tensor).expect("the device was looked at")
 }

@@ -29,10 +29,7 @@ mod rank;
 mod run;
 mod shard;
 
-#[cfg(feature = "cube")]
-#[doc(hidden)]
-pub use collective::{CollectiveBackend, CollectiveSpec};
-pub use rank::{Gathering, Rank};
+pub use rank::{GatheredWords, Gathering, Rank};
 pub use run::run;
 #[cfg(feature = "peft")]
 pub use shard::ShardPlan;

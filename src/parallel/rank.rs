@@ -12,9 +12,11 @@ use crate::error::Nf4Error;
 use crate::format::check_len;
 
 #[cfg(feature = "cube")]
-use super::collective::{CollectiveBackend, CollectiveSpec};
+use super::collective::{Collective, Summing, view};
 #[cfg(feature = "cube")]
-use burn::backend::{DeviceOps, Dispatch, DispatchDevice};
+use burn::backend::{DeviceOps, DispatchDevice};
+#[cfg(feature = "cube")]
+use burn_cubecl::tensor::CubeTensor;
 
 /// One of the threads that work on a step together, with its device. [`run`](super::run) makes them.
 ///
@@ -26,7 +28,7 @@ pub struct Rank {
     meeting: Arc<Meeting>,
     /// Whose collectives carry data; without them it goes through the memory of the process.
     #[cfg(feature = "cube")]
-    collective: Option<CollectiveSpec>,
+    collective: Option<Collective>,
 }
 
 impl fmt::Debug for Rank {
@@ -70,11 +72,13 @@ impl Rank {
     pub(super) fn connect(&self) -> Result<(), Nf4Error> {
         self.exchange(())?;
         #[cfg(feature = "cube")]
-        if let Some(spec) = &self.collective
+        if let Some(collective) = &self.collective
             && let DispatchDevice::Cube(device) =
                 self.device.clone().without_autodiff().as_dispatch()
         {
-            device.client().ensure_init_collective(spec.devices.clone());
+            device
+                .client()
+                .ensure_init_collective(collective.devices.clone());
         }
         let expected = (self.size * (self.size + 1) / 2) as f32;
         let device = self.device.clone().without_autodiff();
@@ -154,12 +158,8 @@ impl Rank {
             return Ok(tensor);
         }
         #[cfg(feature = "cube")]
-        if let Some(spec) = &self.collective {
-            let sum = <Dispatch as CollectiveBackend>::sum_over_devices(
-                tensor.into_dispatch(),
-                spec.clone(),
-            );
-            return Ok(Tensor::from_dispatch(sum));
+        if let Some(collective) = &self.collective {
+            return Ok(collective.sum(tensor));
         }
         let own: Vec<f32> = tensor.clone().into_data().iter().collect();
         let len = own.len();
@@ -187,25 +187,17 @@ impl Rank {
     pub fn gather(&self, part: Tensor<1, Int>) -> Result<Gathering, Nf4Error> {
         check_dtype("part", part.dtype(), DType::U32)?;
         if self.size == 1 {
-            return Ok(Gathering {
-                words: Some(part),
-                begun: false,
-            });
+            return Ok(Gathering(Coming::Here(part)));
         }
         let [words] = part.dims();
         #[cfg(feature = "cube")]
-        if let Some(spec) = &self.collective {
+        if let Some(collective) = &self.collective {
             // Sums of words with zeros are exact; CubeCL has no collective that only gathers.
             let zeros = Tensor::<1, Int>::zeros([self.size * words], (&part.device(), DType::U32));
             let start = self.index * words;
             #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
             let own = zeros.slice_assign([start..start + words], part);
-            let begun =
-                <Dispatch as CollectiveBackend>::begin_sum(own.into_dispatch(), spec.clone());
-            return Ok(Gathering {
-                words: Some(Tensor::from_dispatch(begun)),
-                begun: true,
-            });
+            return Ok(Gathering(Coming::Summing(collective.begin_sum(own))));
         }
         let device = part.device();
         let own: Vec<u32> = part.into_data().iter().collect();
@@ -215,50 +207,64 @@ impl Rank {
         }
         let all: Vec<u32> = all.iter().flat_map(|part| part.iter().copied()).collect();
         let data = TensorData::new(all, [self.size * words]);
-        Ok(Gathering {
-            words: Some(Tensor::from_data(data, (&device, DType::U32))),
-            begun: false,
+        let all = Tensor::from_data(data, (&device, DType::U32));
+        Ok(Gathering(Coming::Here(all)))
+    }
+}
+
+/// Words of all ranks that are being put together. One that is dropped is ended first.
+#[derive(Debug)]
+#[must_use = "what was begun must be ended"]
+pub struct Gathering(Coming);
+
+#[derive(Debug)]
+enum Coming {
+    Here(Tensor<1, Int>),
+    /// On devices with collectives.
+    #[cfg(feature = "cube")]
+    Summing(Summing),
+}
+
+/// The words of all ranks, one rank's after the other's.
+#[derive(Debug)]
+pub struct GatheredWords(Words);
+
+#[derive(Debug)]
+enum Words {
+    Tensor(Tensor<1, Int>),
+    /// On devices with collectives.
+    #[cfg(feature = "cube")]
+    Cube(CubeTensor),
+}
+
+impl Gathering {
+    /// The parts of all ranks. The host does not wait.
+    pub fn end(self) -> GatheredWords {
+        GatheredWords(match self.0 {
+            Coming::Here(words) => Words::Tensor(words),
+            #[cfg(feature = "cube")]
+            Coming::Summing(words) => Words::Cube(words.end()),
         })
     }
 }
 
-/// Words of all ranks that are being put together.
-#[derive(Debug)]
-#[must_use = "what was begun must be ended"]
-pub struct Gathering {
-    words: Option<Tensor<1, Int>>,
-    /// Whether the device is still at it, as far as the host knows.
-    begun: bool,
-}
-
-impl Gathering {
-    /// The parts of all ranks, one after the other, `[ranks * words]`, u32. The host does not wait.
-    pub fn end(mut self) -> Tensor<1, Int> {
-        self.ended().expect("only this takes it, once")
-    }
-
-    fn ended(&mut self) -> Option<Tensor<1, Int>> {
-        let words = self.words.take()?;
-        #[cfg(feature = "cube")]
-        if self.begun {
-            let words = <Dispatch as CollectiveBackend>::end_sum(words.into_dispatch());
-            return Some(Tensor::from_dispatch(words));
+impl GatheredWords {
+    /// Some of them, `[len]`, u32: a view on devices with collectives.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn part(&self, start: usize, len: usize) -> Tensor<1, Int> {
+        match &self.0 {
+            Words::Tensor(words) => words.clone().narrow(0, start, len),
+            #[cfg(feature = "cube")]
+            Words::Cube(words) => view(words, start, len),
         }
-        let _ = self.begun;
-        Some(words)
-    }
-}
-
-impl Drop for Gathering {
-    /// The memory must not be used for anything else while the device writes to it.
-    fn drop(&mut self) {
-        drop(self.ended());
     }
 }
 
 /// What devices of a group sum by, if they have collectives.
 #[cfg(feature = "cube")]
-fn collective_of(devices: &[Device]) -> Result<Option<CollectiveSpec>, Nf4Error> {
+fn collective_of(devices: &[Device]) -> Result<Option<Collective>, Nf4Error> {
     let mut ids = Vec::new();
     for device in devices {
         let device = device.clone().without_autodiff();
@@ -280,7 +286,7 @@ fn collective_of(devices: &[Device]) -> Result<Option<CollectiveSpec>, Nf4Error>
     }
     #[cfg(feature = "cuda")]
     super::nccl::check()?;
-    Ok(Some(CollectiveSpec { devices: ids }))
+    Ok(Some(Collective { devices: ids }))
 }
 
 fn wrong(expected: &'static str, given: String) -> Nf4Error {

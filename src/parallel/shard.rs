@@ -9,7 +9,7 @@ use burn::tensor::{DType, Int, Tensor};
 #[cfg(feature = "peft")]
 use burn::tensor::{Device, Shape};
 
-use super::rank::{Gathering, Rank};
+use super::rank::{GatheredWords, Gathering, Rank};
 #[cfg(feature = "peft")]
 use crate::checkpoint::parameters::{Kind, parameters_of};
 use crate::error::Nf4Error;
@@ -125,15 +125,10 @@ impl ShardedWeights {
     /// Puts the weights into the module that they were taken from, as views of what was gathered where the
     /// device has views.
     ///
-    /// # Shapes
-    /// - `words`: what [`Gathering::end`] gave
-    pub fn put<M: Module>(&self, module: M, words: Tensor<1, Int>) -> M {
-        let words = match self.in_autodiff {
-            true => Tensor::from_inner(words),
-            false => words,
-        };
+    /// - `words`: of a [gathering](Self::gather) that has ended
+    pub fn put<M: Module>(&self, module: M, words: &GatheredWords) -> M {
         module.map(&mut Put {
-            row: &self.row,
+            sharded: self,
             words,
             next: 0,
             in_weight: false,
@@ -175,8 +170,8 @@ impl ModuleMapper for Taken {
 }
 
 struct Put<'a> {
-    row: &'a Row,
-    words: Tensor<1, Int>,
+    sharded: &'a ShardedWeights,
+    words: &'a GatheredWords,
     next: usize,
     in_weight: bool,
 }
@@ -194,9 +189,15 @@ impl ModuleMapper for Put<'_> {
         if !self.in_weight {
             return param;
         }
-        let (start, words) = (self.row.starts[self.next], self.row.words[self.next]);
+        let ShardedWeights {
+            row, in_autodiff, ..
+        } = self.sharded;
+        let (start, words) = (row.starts[self.next], row.words[self.next]);
         self.next += 1;
-        let value = self.words.clone().narrow(0, start, words);
+        let mut value = self.words.part(start, words);
+        if *in_autodiff {
+            value = Tensor::from_inner(value);
+        }
         replaced(param, value.reshape([words as i32; D]))
     }
 }

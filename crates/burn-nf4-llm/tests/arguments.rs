@@ -67,6 +67,19 @@ use program::{finetune, fixture, folder, run};
 )]
 #[case::grad_accum("finetune --grad-accum 0", "--grad-accum is 0")]
 #[case::offload("finetune --offload", "--device is cpu, expected a GPU for --offload")]
+#[case::shard_keeping_all(
+    "finetune --devices 0,1 --shard",
+    "--shard is given without --gradient-checkpointing and --offload"
+)]
+#[case::shard_dora(
+    "finetune --devices 0,1 --shard --gradient-checkpointing --dora",
+    "--shard is given with --dora"
+)]
+#[case::shard_alone("finetune --shard", "--devices")]
+#[case::dropout_devices(
+    "finetune --devices 0,1 --dropout 0.1",
+    "--dropout is 0.1, expected 0 with --devices"
+)]
 #[case::seq_len("finetune --seq-len 1", "--seq-len is 1, expected at least 2")]
 #[case::epochs("finetune --epochs 0", "--epochs is 0")]
 #[case::steps("finetune --steps 0", "--steps is 0")]

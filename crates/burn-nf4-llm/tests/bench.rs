@@ -244,6 +244,13 @@ fn a_run_trains_with_and_without_checkpointing(
 #[case::what_is_kept("--train 1x4:all", "such as 4x2048, 4x2048:keep or 4x2048:offload")]
 #[case::offloading_on_a_cpu("--train 1x4:offload", "--device is cpu, expected a GPU")]
 #[case::offloading_all("--train 1x4:offload --keep-all", "expected no --keep-all")]
+#[case::devices_alone("--devices 0,1", "--train")]
+#[case::shard_keeping_all(
+    "--train 1x8:keep --devices 0,1 --shard",
+    "--train is 1 x 8, keeping all, expected layers that are computed twice"
+)]
+#[case::head_on_devices("--train 1x8 --devices 0,1 --quantize-head", "--quantize-head is true")]
+#[case::train_steps("--train 1x8 --train-steps 0", "--train-steps is 0")]
 #[case::kept_of_nothing("--train :keep", "expected rows and tokens")]
 #[case::two_sizes("--size smollm2 --config none", "--config")]
 #[case::no_config("--config FOLDER/none.json", "none.json")]

@@ -98,6 +98,48 @@ fn a_resumed_run_goes_on_with_its_log() {
     }
 }
 
+/// Several devices, with whole weights or parts of them, make the steps of one that makes all passes, and a run goes on
+/// on another number of them.
+#[rstest]
+#[case("--devices 0,1 --gradient-checkpointing")]
+#[case("--devices 0,1,2 --shard --gradient-checkpointing --grad-accum 1")]
+fn several_devices_make_the_steps_of_one(#[case] devices: &str) {
+    let folder = with_data(&texts());
+    let values = |field: &str| -> Vec<f64> {
+        let lines = log(&folder.path().join("out/log.jsonl"));
+        let values = lines.iter().filter_map(|line| line[field].as_f64());
+        values.collect()
+    };
+    let count = devices.split(' ').nth(1).unwrap().split(',').count();
+    let fixed = "--eval-split 0.25 --packing never --save-every 2 --overwrite";
+    finetune(
+        folder.path(),
+        &format!("--steps 4 {fixed} --grad-accum {count} --gradient-checkpointing"),
+    )
+    .unwrap();
+    let of_one = ["loss", "grad_norm", "eval_loss"].map(values);
+    finetune(folder.path(), &format!("--steps 4 {fixed} {devices}")).unwrap();
+    let of_all = ["loss", "grad_norm", "eval_loss"].map(values);
+    for (one, all) in of_one.concat().iter().zip(of_all.concat()) {
+        assert!(
+            (one - all).abs() <= 1e-5 * one.abs(),
+            "{of_one:?} {of_all:?}"
+        );
+    }
+    assert_eq!(
+        of_one.map(|values| values.len()),
+        of_all.clone().map(|values| values.len())
+    );
+    let resume = "--resume --eval-split 0.25 --packing never --gradient-checkpointing";
+    finetune(
+        folder.path(),
+        &format!("--steps 5 {resume} --grad-accum {count}"),
+    )
+    .unwrap();
+    assert_eq!(values("loss").len(), 5);
+    assert_eq!(values("loss")[..4], of_all[0]);
+}
+
 /// Nor by a run that goes on, of which it is not the log.
 #[test]
 fn a_log_that_is_there_is_not_written_over() {

@@ -121,7 +121,7 @@ impl<'a> Layers<'a> {
             let gathering = shards.layers[then].gather(&shards.rank)?;
             self.next = Some((then, gathering));
         }
-        Ok(shard.put(layer, words))
+        Ok(shard.put(layer, &words))
     }
 }
 

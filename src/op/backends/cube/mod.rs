@@ -7,7 +7,7 @@ mod primitive;
 mod tune;
 
 pub(in crate::op) use ops::check_strategy;
-pub(in crate::op) use primitive::{cube_tensor, from_cube};
+pub(crate) use primitive::{Kind, cube_tensor, from_cube};
 
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;

@@ -1,23 +1,35 @@
 //! From Burn's tensors to those of CubeCL and back, outside of operations.
 
-use burn::tensor::Tensor;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::kind::Basic;
+use burn::tensor::{BackendPrimitive, Tensor};
 use burn_cubecl::Cube;
 use burn_cubecl::tensor::CubeTensor;
 
-/// The tensor of CubeCL that a float tensor without autodiff on one of its devices is, if it is one. All that
-/// computes it has been submitted then.
-pub(in crate::op) fn cube_tensor<const D: usize>(x: Tensor<D>) -> Option<CubeTensor> {
+/// Floats or integers, which are one type on CubeCL.
+pub(crate) trait Kind: Basic + BackendPrimitive<Cube, Primitive = FloatTensor<Cube>> {}
+
+impl<K: Basic + BackendPrimitive<Cube, Primitive = FloatTensor<Cube>>> Kind for K {}
+
+/// The tensor of CubeCL that a tensor without autodiff on one of its devices is, if it is one. All that computes it
+/// has been submitted then, and all that was queued before it.
+pub(crate) fn cube_tensor<const D: usize, K: Kind>(x: Tensor<D, K>) -> Option<CubeTensor> {
     let primitive = x.try_into_primitive::<Cube>().ok()?;
     #[cfg(feature = "fusion")]
     let primitive = {
+        use burn_cubecl::CubeBackend;
+
         let client = primitive.client.clone();
-        client.resolve_tensor_float::<burn_cubecl::CubeBackend>(primitive)
+        match primitive.dtype.is_float() {
+            true => client.resolve_tensor_float::<CubeBackend>(primitive),
+            false => client.resolve_tensor_int::<CubeBackend>(primitive),
+        }
     };
     Some(primitive)
 }
 
-/// A float tensor.
-pub(in crate::op) fn from_cube<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
+/// A tensor of that kind.
+pub(crate) fn from_cube<const D: usize, K: Kind>(tensor: CubeTensor) -> Tensor<D, K> {
     #[cfg(feature = "fusion")]
     let tensor = fused(tensor);
     Tensor::from_primitive::<Cube>(tensor)
@@ -25,7 +37,7 @@ pub(in crate::op) fn from_cube<const D: usize>(tensor: CubeTensor) -> Tensor<D> 
 
 /// A tensor that is there already, made known to Burn's fusion as one of its own.
 #[cfg(feature = "fusion")]
-fn fused(tensor: CubeTensor) -> burn::backend::tensor::FloatTensor<Cube> {
+fn fused(tensor: CubeTensor) -> FloatTensor<Cube> {
     use burn::backend::fusion::custom::{CustomOpIr, OperationIr, StreamId, TensorIr};
     use burn::backend::fusion::{NoOp, get_client};
     use burn_cubecl::CubeBackend;

@@ -249,6 +249,11 @@ impl FinetuneArgs {
         let all = self.devices.iter();
         let devices = all.map(|&index| self.model.device.open_at(index));
         let devices: Vec<Device> = devices.collect::<Result<_, _>>()?;
+        if self.dropout > 0.0 && devices.len() > 1 {
+            let expected =
+                "0 with --devices: Burn draws random numbers from one row for all devices";
+            return Err(ModelError::setting("--dropout", self.dropout, expected));
+        }
         if self.shard && !(self.gradient_checkpointing || self.offload) {
             return Err(ModelError::setting(
                 "--shard",
