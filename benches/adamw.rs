@@ -122,7 +122,7 @@ fn flat(
                 views.push(optimizer.view(&values, number, shapes[number % shapes.len()]));
             }
         }));
-        let report = optimizer.report().expect("a step was made");
+        let report = optimizer.report().unwrap().expect("a step was made");
         // Every gradient is 0.01.
         let norm = 0.01 * (elems as f32).sqrt();
         assert!((report.grad_norm - norm).abs() < 1e-3 * norm, "{report:?}");

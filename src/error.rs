@@ -8,6 +8,7 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use burn::tensor::Device;
 #[cfg(feature = "checkpoint")]
 use safetensors::SafeTensorError;
 
@@ -207,6 +208,16 @@ pub enum Nf4Error {
     HostDevice {
         /// The device.
         device: String,
+    },
+    /// A device that failed at what it was asked to compute, often for want of memory.
+    #[error(
+        "device `{device}` could not compute what it was asked to, perhaps for want of memory: {message}"
+    )]
+    Execution {
+        /// The device.
+        device: String,
+        /// What its runtime says.
+        message: String,
     },
     /// A copy between a device and the memory of the host that failed.
     #[error("device `{device}`: a copy to the memory of the host or from it failed: {message}")]
@@ -468,6 +479,14 @@ pub enum Nf4Error {
 
 #[cfg(feature = "checkpoint")]
 impl Nf4Error {
+    /// Turns what a device says into one of these.
+    pub(crate) fn execution(device: &Device, error: &dyn fmt::Display) -> Self {
+        Self::Execution {
+            device: format!("{device:?}"),
+            message: error.to_string(),
+        }
+    }
+
     /// Turns an error of the operating system about `path` into one of these.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(io::Error) -> Self {
         move |error| Self::Io {

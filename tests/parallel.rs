@@ -200,7 +200,7 @@ fn gradients_are_summed_and_values_given_by_the_first_rank() {
         optimizer.all_reduce(&rank)?;
         let with_gradients = optimizer.with_gradients();
         optimizer.step(0.1, &AdamWSettings::default(), Tensor::ones([1], device))?;
-        let report = optimizer.report().expect("a step was made");
+        let report = optimizer.report().unwrap().expect("a step was made");
         Ok((
             before,
             with_gradients,

@@ -175,7 +175,7 @@ impl StepReport {
 /// let mut optimizer = FlatAdamW::new(parameters, AdamWMoments::F32)?;
 /// optimizer.accumulate(vec![(0, Tensor::from_floats([3.0, 0.0, 4.0], &device))])?;
 /// optimizer.step(0.1, &AdamWSettings::default(), Tensor::from_floats([0.5], &device))?;
-/// let report = optimizer.report().expect("a step was made");
+/// let report = optimizer.report()?.expect("a step was made");
 /// assert_eq!((report.loss, report.grad_norm), (0.5, 5.0));
 /// let values = optimizer.values(DType::F32);
 /// let parameter = optimizer.view(&values, 0, [3]).into_data();
@@ -423,7 +423,8 @@ impl FlatAdamW {
     ///
     /// # Errors
     /// [`Nf4Error::Config`] for settings that make no sense, [`Nf4Error::Length`], [`Nf4Error::Dtype`] or
-    /// [`Nf4Error::Device`] for a loss that is something else. Then nothing is changed.
+    /// [`Nf4Error::Device`] for a loss that is something else. Then nothing is changed. [`Nf4Error::Execution`] as of
+    /// [`report`](Self::report), for the step before.
     pub fn step(
         &mut self,
         rate: f64,
@@ -442,7 +443,7 @@ impl FlatAdamW {
         check_dtype("loss", &loss, "as the sums of it are", &[DType::F32])?;
         check_device("loss", &loss.device(), &self.device())?;
         // The number of this step depends on whether the last was made.
-        self.report();
+        self.report()?;
         let of = std::mem::replace(&mut self.has_gradient, vec![false; self.steps.len()]);
         let mut factors = Vec::with_capacity(2 * of.len());
         for (&steps, &has_gradient) in self.steps.iter().zip(&of) {
@@ -487,9 +488,17 @@ impl FlatAdamW {
     }
 
     /// Waits for the last step and says what became of it, once.
-    pub fn report(&mut self) -> Option<StepReport> {
-        let Unread { report, of } = self.unread.take()?;
-        let report: Vec<f32> = report.into_data().iter::<f32>().collect();
+    ///
+    /// # Errors
+    /// [`Nf4Error::Execution`] if the device failed at it or at what came before it, such as for want of memory.
+    pub fn report(&mut self) -> Result<Option<StepReport>, Nf4Error> {
+        let Some(Unread { report, of }) = self.unread.take() else {
+            return Ok(None);
+        };
+        let report = report
+            .try_into_data()
+            .map_err(|error| Nf4Error::execution(&self.device, &error))?;
+        let report: Vec<f32> = report.iter::<f32>().collect();
         let report = StepReport {
             loss: report[0],
             grad_norm: report[1],
@@ -499,7 +508,7 @@ impl FlatAdamW {
                 *steps += u32::from(made);
             }
         }
-        Some(report)
+        Ok(Some(report))
     }
 
     /// The values of all parameters, `[elems]`: the buffer itself in f32, else a copy.
@@ -528,8 +537,11 @@ impl FlatAdamW {
     }
 
     /// What is to be kept of each tensor, in host memory.
-    pub fn state(&mut self) -> Vec<TensorState> {
-        self.report();
+    ///
+    /// # Errors
+    /// Those of [`report`](Self::report).
+    pub fn state(&mut self) -> Result<Vec<TensorState>, Nf4Error> {
+        self.report()?;
         let values: Vec<f32> = self.values.tensor().into_data().iter::<f32>().collect();
         let mut moments = vec![None; self.layout.tensors()];
         for group in &self.groups {
@@ -541,7 +553,7 @@ impl FlatAdamW {
             moments: moments.expect("a tensor is in a group"),
             steps: self.steps[tensor],
         });
-        all.collect()
+        Ok(all.collect())
     }
 
     /// Goes on from a state. Gradients that were not used are dropped.

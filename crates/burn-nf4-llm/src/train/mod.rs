@@ -432,7 +432,7 @@ impl Trainer {
             optimizer.drop_gradients();
             return Err(error);
         }
-        Ok(optimizer.report().expect("a step was made"))
+        Ok(optimizer.report()?.expect("a step was made"))
     }
 
     /// Whether the replays of the last step, on all ranks, read what they should. One that was applied needs no look.

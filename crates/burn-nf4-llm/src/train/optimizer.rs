@@ -186,8 +186,11 @@ impl Optimizer {
     }
 
     /// Waits for the last step and says what became of it, once.
-    pub fn report(&mut self) -> Option<StepReport> {
-        self.flat.report()
+    ///
+    /// # Errors
+    /// Those of [`FlatAdamW::report`].
+    pub fn report(&mut self) -> Result<Option<StepReport>, ModelError> {
+        Ok(self.flat.report()?)
     }
 
     /// The model with its parameters there.
@@ -214,7 +217,7 @@ impl Optimizer {
     /// # Errors
     /// [`ModelError::Resume`] if it cannot be written.
     pub fn save(&mut self, folder: &Path, step: usize) -> Result<(), ModelError> {
-        let state = self.flat.state();
+        let state = self.flat.state()?;
         let all = self
             .trained
             .iter()
@@ -239,7 +242,7 @@ impl Optimizer {
         step: usize,
         model: M,
     ) -> Result<M, ModelError> {
-        let mut state = self.flat.state();
+        let mut state = self.flat.state()?;
         let mut file = optimizer_file::open(folder, step)?;
         for (
             one,

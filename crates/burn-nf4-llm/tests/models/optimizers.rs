@@ -57,7 +57,7 @@ fn step(optimizer: &mut Optimizer, model: &mut Weights, rate: f64) -> f32 {
     let gradients = GradientsParams::from_grads(loss.backward(), model);
     optimizer.accumulate(gradients);
     optimizer.step(rate, model, loss).unwrap();
-    optimizer.report().unwrap().loss
+    optimizer.report().unwrap().unwrap().loss
 }
 
 fn without_decay() -> AdamWSettings {

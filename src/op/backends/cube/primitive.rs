@@ -7,7 +7,10 @@ use burn_cubecl::Cube;
 use burn_cubecl::tensor::CubeTensor;
 
 /// Floats or integers, which are one type on CubeCL.
-pub(crate) trait Kind: Basic + BackendPrimitive<Cube, Primitive = FloatTensor<Cube>> {}
+pub(crate) trait Kind:
+    Basic + BackendPrimitive<Cube, Primitive = FloatTensor<Cube>>
+{
+}
 
 impl<K: Basic + BackendPrimitive<Cube, Primitive = FloatTensor<Cube>>> Kind for K {}
 

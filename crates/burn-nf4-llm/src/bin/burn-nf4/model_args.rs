@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
-use burn_nf4::checkpoint::CheckpointStore;
+use burn_nf4::checkpoint::{Checkpoint, CheckpointStore};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
+use burn_nf4::op::device_memory;
 use burn_nf4::parallel::Rank;
 use burn_nf4::peft::Adapter;
 use burn_nf4_llm::ModelError;
@@ -135,6 +136,48 @@ impl Prepared {
         Ok(model)
     }
 
+    /// Refuses weights that the device has no room for.
+    ///
+    /// - `parts`: in how many parts packed weights are cut, of which the device has one
+    fn check_memory(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        parts: usize,
+    ) -> Result<(), ModelError> {
+        let Some(memory) = device_memory(device) else {
+            return Ok(());
+        };
+        let left_out = left_out(checkpoint, &self.config);
+        let mut needed = 0;
+        for key in checkpoint.parameters() {
+            if left_out.contains(&key) {
+                continue;
+            }
+            needed += match checkpoint.is_quantized(key) {
+                true => checkpoint.parameter_bytes(key) / parts,
+                false => {
+                    let elements: usize = checkpoint.tensor_info(key)?.shape.iter().product();
+                    elements * self.dtype.size_bytes()
+                }
+            };
+        }
+        let needed = needed as u64;
+        if needed <= memory.left() {
+            return Ok(());
+        }
+        let expected = format!(
+            "at most the {} that the device has left",
+            mebibytes(memory.left())
+        );
+        let given = format!("about {}", mebibytes(needed));
+        Err(ModelError::setting(
+            "the memory of the weights",
+            given,
+            expected,
+        ))
+    }
+
     fn load_model(
         &self,
         device: &Device,
@@ -154,6 +197,7 @@ impl Prepared {
                 parts.join(", "),
             );
         }
+        self.check_memory(store.checkpoint(), device, shard.map_or(1, Rank::size))?;
         if tells {
             let bar = Bar::new("load");
             store = store.on_progress(move |progress| bar.show(progress));

@@ -2,10 +2,12 @@
 
 use burn::tensor::Device;
 use burn_nf4::format::FloatType;
+use burn_nf4::model::LinearLayers;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::{LinearCrossEntropyOptions, device_memory};
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::model::config::LayerConfig;
-use burn_nf4_llm::model::{DecoderConfig, PROMPT_CHUNK};
+use burn_nf4_llm::model::{DecoderConfig, HEAD, PROMPT_CHUNK};
 
 use super::report::LeftOut;
 use super::train::{Kept, TrainShape};
@@ -57,6 +59,26 @@ impl Need {
                 dtype,
                 tokens.min(PROMPT_CHUNK),
             )),
+        }
+    }
+
+    /// The weights of a model as they are made here: linear layers packed, embeddings and head in floats.
+    pub fn weights(config: &DecoderConfig, dtype: FloatType, device: &Device) -> Self {
+        let model = config.init(device);
+        let elements = |(name, layer): (String, &AnyLinear)| {
+            let [rows, columns] = layer.dims();
+            (name == HEAD, (rows * columns) as u64)
+        };
+        let linears = model.linears().into_iter().map(elements);
+        let (heads, packed): (Vec<_>, Vec<_>) = linears.partition(|&(is_head, _)| is_head);
+        let sum = |all: Vec<(bool, u64)>| all.iter().map(|&(_, elements)| elements).sum::<u64>();
+        let table = (config.vocab_size * config.hidden_size) as u64;
+        // Codes, and for each block of 64 a scale in 8 bit.
+        let packed = sum(packed);
+        let packed = packed / 2 + packed / 64;
+        Self {
+            what: "the weights".into(),
+            bytes: packed + (sum(heads) + table) * dtype.size_bytes() as u64,
         }
     }
 

@@ -385,6 +385,9 @@ impl BenchArgs {
             device,
         } = setting;
         let mut needs = Vec::new();
+        if !self.shard {
+            needs.push(Need::weights(config, dtype, device));
+        }
         if !(self.batch.is_empty() && self.context.is_empty()) {
             let of = |&[batch, context]: &[usize; 2]| [batch, context, self.tokens];
             let all = plan.decode.iter().map(of);
