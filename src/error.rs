@@ -477,7 +477,6 @@ pub enum Nf4Error {
     },
 }
 
-#[cfg(feature = "checkpoint")]
 impl Nf4Error {
     /// Turns what a device says into one of these.
     pub(crate) fn execution(device: &Device, error: &dyn fmt::Display) -> Self {
@@ -486,7 +485,10 @@ impl Nf4Error {
             message: error.to_string(),
         }
     }
+}
 
+#[cfg(feature = "checkpoint")]
+impl Nf4Error {
     /// Turns an error of the operating system about `path` into one of these.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(io::Error) -> Self {
         move |error| Self::Io {

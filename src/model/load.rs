@@ -40,6 +40,7 @@ pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<
     })?;
 
     let shards = store.shards().map(|plan| plan.cut(model.clone()));
+    let shards = shards.transpose()?;
     let store = match shards {
         None => store,
         Some((cut, words)) => {

@@ -4,6 +4,10 @@
 //! queues operations, and may run those that do not depend on each other in another order than they were called
 //! in. So these are no operations of its own: they are submitted by the thread that calls them, after all that was
 //! queued.
+//!
+//! CubeCL skips a sum whose operand was never written, as for want of memory, and says so where its result is read: the
+//! other devices wait for it, or pair it with the next. So a rank whose device has failed must not be followed by a
+//! save: ranks exchange before one, and the report of a step is read before that.
 
 use burn::tensor::{Int, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;

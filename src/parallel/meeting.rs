@@ -99,6 +99,17 @@ impl Meeting {
         }
     }
 
+    /// Whether all ranks are there still, as far as is known.
+    ///
+    /// # Errors
+    /// [`Nf4Error::Parallel`] if a rank has failed or has ended.
+    pub fn check(&self) -> Result<(), Nf4Error> {
+        match &self.state().broken {
+            Some(broken) => Err(error(broken)),
+            None => Ok(()),
+        }
+    }
+
     /// Has all ranks know that one will not come any more.
     pub fn leave(&self, rank: usize, message: String) {
         let mut state = self.state();

@@ -17,14 +17,38 @@ pub(super) fn check() -> Result<(), Nf4Error> {
     if *FOUND.get_or_init(|| unsafe { cudarc::nccl::sys::is_culib_present() }) {
         return Ok(());
     }
+    Err(missing())
+}
+
+fn missing() -> Nf4Error {
     let mut tried = cudarc::get_lib_name_candidates("nccl");
     tried.push(
         "PyPI's nvidia-nccl-cu12 and nvidia-nccl-cu13 have it as `libnccl.so.2` only: make a link `libnccl.so` to it \
          in a folder of `LD_LIBRARY_PATH`, as `scripts/nccl-link.sh` does"
             .into(),
     );
-    Err(Nf4Error::Library {
+    Nf4Error::Library {
         library: NCCL,
         tried,
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_that_were_looked_for_are_told() {
+        let text = missing().to_string();
+        let named = [
+            "NCCL",
+            "libnccl.so;",
+            "libnccl.so.2",
+            "scripts/nccl-link.sh",
+        ];
+        assert!(named.iter().all(|name| text.contains(name)), "{text}");
+        // Where it is there nobody is told that.
+        let present = unsafe { cudarc::nccl::sys::is_culib_present() };
+        assert_eq!(check().is_ok(), present);
+    }
 }

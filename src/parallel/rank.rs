@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
+use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::meeting::Meeting;
@@ -101,6 +102,23 @@ impl Rank {
         }
     }
 
+    fn check_place(&self, tensor: &str, device: &Device) -> Result<(), Nf4Error> {
+        let own = self.device.clone().without_autodiff();
+        if *device == own {
+            return Ok(());
+        }
+        Err(Nf4Error::Device {
+            tensor: tensor.into(),
+            expected: format!("{own:?}, without autodiff"),
+            given: format!("{device:?}"),
+        })
+    }
+
+    fn read<K: Basic, const D: usize>(&self, tensor: Tensor<D, K>) -> Result<TensorData, Nf4Error> {
+        let data = tensor.try_into_data();
+        data.map_err(|error| Nf4Error::execution(&self.device, &error))
+    }
+
     /// Its number, below [`size`](Self::size).
     pub fn index(&self) -> usize {
         self.index
@@ -151,9 +169,13 @@ impl Rank {
     /// - `tensor`: `[len]`, f32, without autodiff, of one length on all ranks, and so the result
     ///
     /// # Errors
-    /// [`Nf4Error::Dtype`] unless it is f32, [`Nf4Error::Parallel`] if a rank has failed.
+    /// [`Nf4Error::Dtype`] unless it is f32, [`Nf4Error::Device`] unless it is on this rank's device and without
+    /// autodiff, [`Nf4Error::Length`] unless all have one length, which collectives of devices do not tell,
+    /// [`Nf4Error::Parallel`] if a rank is known to have failed, [`Nf4Error::Execution`] if the device has.
     pub fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>, Nf4Error> {
         check_dtype("tensor", tensor.dtype(), DType::F32)?;
+        self.check_place("tensor", &tensor.device())?;
+        self.meeting.check()?;
         if self.size == 1 {
             return Ok(tensor);
         }
@@ -161,7 +183,8 @@ impl Rank {
         if let Some(collective) = &self.collective {
             return Ok(collective.sum(tensor));
         }
-        let own: Vec<f32> = tensor.clone().into_data().iter().collect();
+        let own = self.read(tensor.clone())?;
+        let own: Vec<f32> = own.iter().collect();
         let len = own.len();
         let all = self.exchange(Arc::new(own))?;
         let mut sum = vec![0.0; len];
@@ -176,18 +199,19 @@ impl Rank {
         Ok(tensor.slice_assign([0..len], sum))
     }
 
-    /// Begins to put the parts of all ranks together, one after the other; for all ranks, whose parts are of one
-    /// length. What is computed until [`Gathering::end`] goes on beside it where devices have collectives.
+    /// Begins to gather the parts of all ranks, one after the other; for all ranks, whose parts are of one length. What is computed until [`Gathering::end`] goes on beside it where devices have collectives.
     ///
     /// # Shapes
     /// - `part`: `[words]`, u32
     ///
     /// # Errors
-    /// [`Nf4Error::Dtype`] unless it is u32, [`Nf4Error::Parallel`] if a rank has failed.
+    /// [`Nf4Error::Dtype`] unless it is u32, and those of [`all_reduce`](Self::all_reduce).
     pub fn gather(&self, part: Tensor<1, Int>) -> Result<Gathering, Nf4Error> {
         check_dtype("part", part.dtype(), DType::U32)?;
+        self.check_place("part", &part.device())?;
+        self.meeting.check()?;
         if self.size == 1 {
-            return Ok(Gathering(Coming::Here(part)));
+            return Ok(Gathering(Pending::Ready(part)));
         }
         let [words] = part.dims();
         #[cfg(feature = "cube")]
@@ -197,10 +221,10 @@ impl Rank {
             let start = self.index * words;
             #[allow(clippy::single_range_in_vec_init, reason = "one axis")]
             let own = zeros.slice_assign([start..start + words], part);
-            return Ok(Gathering(Coming::Summing(collective.begin_sum(own))));
+            return Ok(Gathering(Pending::Summing(collective.begin_sum(own))));
         }
         let device = part.device();
-        let own: Vec<u32> = part.into_data().iter().collect();
+        let own: Vec<u32> = self.read(part)?.iter().collect();
         let all = self.exchange(Arc::new(own))?;
         for part in &all {
             check_len("part of another rank", words, part.len())?;
@@ -208,18 +232,18 @@ impl Rank {
         let all: Vec<u32> = all.iter().flat_map(|part| part.iter().copied()).collect();
         let data = TensorData::new(all, [self.size * words]);
         let all = Tensor::from_data(data, (&device, DType::U32));
-        Ok(Gathering(Coming::Here(all)))
+        Ok(Gathering(Pending::Ready(all)))
     }
 }
 
-/// Words of all ranks that are being put together. One that is dropped is ended first.
+/// Words of all ranks that are being gathered. One that is dropped is ended first.
 #[derive(Debug)]
 #[must_use = "what was begun must be ended"]
-pub struct Gathering(Coming);
+pub struct Gathering(Pending);
 
 #[derive(Debug)]
-enum Coming {
-    Here(Tensor<1, Int>),
+enum Pending {
+    Ready(Tensor<1, Int>),
     /// On devices with collectives.
     #[cfg(feature = "cube")]
     Summing(Summing),
@@ -241,9 +265,9 @@ impl Gathering {
     /// The parts of all ranks. The host does not wait.
     pub fn end(self) -> GatheredWords {
         GatheredWords(match self.0 {
-            Coming::Here(words) => Words::Tensor(words),
+            Pending::Ready(words) => Words::Tensor(words),
             #[cfg(feature = "cube")]
-            Coming::Summing(words) => Words::Cube(words.end()),
+            Pending::Summing(words) => Words::Cube(words.end()),
         })
     }
 }
@@ -252,8 +276,17 @@ impl GatheredWords {
     /// Some of them, `[len]`, u32: a view on devices with collectives.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If there are not so many, or `start` is no multiple of 128.
     pub fn part(&self, start: usize, len: usize) -> Tensor<1, Int> {
+        let words = match &self.0 {
+            Words::Tensor(words) => words.dims()[0],
+            #[cfg(feature = "cube")]
+            Words::Cube(words) => words.meta.num_elements(),
+        };
+        assert!(
+            start.is_multiple_of(128) && start.checked_add(len).is_some_and(|end| end <= words),
+            "words from {start} on, {len} of them, of {words}"
+        );
         match &self.0 {
             Words::Tensor(words) => words.clone().narrow(0, start, len),
             #[cfg(feature = "cube")]
@@ -262,23 +295,31 @@ impl GatheredWords {
     }
 }
 
-/// What devices of a group sum by, if they have collectives.
+/// What devices of a group sum by: CUDA's by NCCL, others through the memory of the process.
 #[cfg(feature = "cube")]
 fn collective_of(devices: &[Device]) -> Result<Option<Collective>, Nf4Error> {
     let mut ids = Vec::new();
+    let mut kinds = BTreeSet::new();
     for device in devices {
         let device = device.clone().without_autodiff();
-        if let DispatchDevice::Cube(device) = device.as_dispatch()
-            && device.client().has_device_transport()
-        {
-            ids.push(DeviceOps::id(device));
-        }
+        let kind = match device.as_dispatch() {
+            DispatchDevice::Cube(device) => {
+                // Without the library CubeCL says that CUDA has no transport.
+                let name = device.client().name();
+                if name == "cuda" {
+                    ids.push(DeviceOps::id(device));
+                }
+                name
+            }
+            _ => "other",
+        };
+        kinds.insert(kind);
     }
-    if ids.is_empty() || devices.len() == 1 {
-        return Ok(None);
-    }
-    if ids.len() < devices.len() {
+    if kinds.len() > 1 {
         return Err(wrong("devices of one kind", format!("{devices:?}")));
+    }
+    if ids.len() < 2 {
+        return Ok(None);
     }
     let different: BTreeSet<_> = ids.iter().collect();
     if different.len() < ids.len() {

@@ -37,7 +37,8 @@ impl Row {
             starts.push(end);
             end += words.next_multiple_of(ALIGNMENT);
         }
-        let part = end.div_ceil(ranks).next_multiple_of(ALIGNMENT);
+        // A tensor has elements, also where there are no weights.
+        let part = end.div_ceil(ranks).max(1).next_multiple_of(ALIGNMENT);
         Self {
             words,
             starts,
@@ -69,18 +70,29 @@ pub struct ShardedWeights {
 }
 
 impl ShardedWeights {
-    /// Takes the packed weights out of a module, and keeps the part of them that is this rank's. The module cannot
-    /// be used until they are [put in](Self::put) again. Each rank needs the same weights.
+    /// Takes the packed weights out of a module, and keeps the part of them that is this rank's; for all ranks. The
+    /// module cannot be used until they are [put in](Self::put) again. Each rank needs the same weights.
     ///
     /// Of a module that was loaded [by a plan](ShardPlan) the parts are there already.
     ///
     /// # Errors
-    /// [`Nf4Error::Length`] for a weight that is neither whole nor the part of it that a plan gives this rank.
+    /// [`Nf4Error::Length`] for a weight that is neither whole nor the part of it that a plan gives this rank, and
+    /// unless all ranks have weights of the same sizes. [`Nf4Error::Parallel`] if a rank has failed.
     pub fn new<M: Module>(module: M, rank: &Rank) -> Result<(M, Self), Nf4Error> {
         let mut taken = Taken::default();
         let module = module.map(&mut taken);
         let words: Vec<usize> = taken.weights.iter().map(|(words, _)| *words).collect();
         let row = Row::new(words, rank.size());
+        for other in rank.exchange(row.words.clone())? {
+            check_len(
+                "packed weights of another rank",
+                row.words.len(),
+                other.len(),
+            )?;
+            for (own, other) in row.words.iter().zip(other) {
+                check_len("packed weight of another rank", *own, other)?;
+            }
+        }
         let in_autodiff = taken.in_autodiff;
         let device = rank.device().clone().without_autodiff();
         let mut part = Tensor::<1, Int>::zeros([row.part], (&device, DType::U32));
@@ -109,12 +121,17 @@ impl ShardedWeights {
         Ok((module, sharded))
     }
 
+    /// Whether the module has no packed weights.
+    pub fn is_empty(&self) -> bool {
+        self.row.words.is_empty()
+    }
+
     /// Bytes on this rank's device.
     pub fn size_bytes(&self) -> usize {
         self.row.part * size_of::<u32>()
     }
 
-    /// Begins to put the parts of all ranks together; for all ranks.
+    /// Begins to gather the parts of all ranks; for all ranks.
     ///
     /// # Errors
     /// Those of [`Rank::gather`].
@@ -246,9 +263,32 @@ impl ShardPlan {
 
     /// The model with weights of units that only hold the words that the rank keeps, and which words
     /// those are, by the paths of the weights.
-    pub(crate) fn cut<M: Module>(&self, model: M) -> (M, BTreeMap<String, Range<usize>>) {
+    ///
+    /// # Errors
+    /// [`Nf4Error::Config`] for a unit that the model has not.
+    pub(crate) fn cut<M: Module>(
+        &self,
+        model: M,
+    ) -> Result<(M, BTreeMap<String, Range<usize>>), Nf4Error> {
+        let parameters = parameters_of(&model, true);
+        let is_in = |unit: &str, path: &str| {
+            let rest = path.strip_prefix(unit);
+            rest.is_some_and(|rest| rest.starts_with('.'))
+        };
+        for unit in &self.units {
+            if !parameters
+                .iter()
+                .any(|parameter| is_in(unit, &parameter.path))
+            {
+                return Err(Nf4Error::Config {
+                    field: "units",
+                    expected: "paths of modules of the model",
+                    given: format!("`{unit}`, in which there is no parameter"),
+                });
+            }
+        }
         let mut packed: Vec<(String, usize)> = Vec::new();
-        for parameter in parameters_of(&model, true) {
+        for parameter in parameters {
             if let Kind::Packed(form) = &parameter.kind {
                 let layout = PackedLayout::for_shape(&form.shape, form.config);
                 let words = layout.expect("it is the form of a weight").words();
@@ -257,12 +297,8 @@ impl ShardPlan {
         }
         let mut kept: Vec<Option<Range<usize>>> = vec![None; packed.len()];
         for unit in &self.units {
-            let is_in = |path: &str| {
-                let rest = path.strip_prefix(unit.as_str());
-                rest.is_some_and(|rest| rest.starts_with('.'))
-            };
             let of_unit: Vec<usize> = (0..packed.len())
-                .filter(|&weight| is_in(&packed[weight].0))
+                .filter(|&weight| is_in(unit, &packed[weight].0))
                 .collect();
             let words = of_unit.iter().map(|&weight| packed[weight].1).collect();
             let row = Row::new(words, self.ranks);
@@ -279,7 +315,7 @@ impl ShardPlan {
         });
         let kept = packed.into_iter().zip(kept);
         let kept = kept.filter_map(|((path, _), words)| Some((path, words?)));
-        (model, kept.collect())
+        Ok((model, kept.collect()))
     }
 }
 

@@ -364,7 +364,8 @@ impl FlatAdamW {
     /// gradient then if it has one on some rank.
     ///
     /// # Errors
-    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors.
+    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors. Those
+    /// that were accumulated may be dropped then.
     pub fn all_reduce(&mut self, rank: &Rank) -> Result<(), Nf4Error> {
         let all = rank.exchange(self.has_gradient.clone())?;
         for of_rank in &all {
@@ -377,11 +378,22 @@ impl FlatAdamW {
                 *has |= other;
             }
         }
-        if self.has_gradient.contains(&true) {
-            let sums = rank.all_reduce(self.grads.take())?;
-            self.grads.put(sums);
+        if !self.has_gradient.contains(&true) {
+            return Ok(());
         }
-        Ok(())
+        match rank.all_reduce(self.grads.take()) {
+            Ok(sums) => {
+                self.grads.put(sums);
+                Ok(())
+            }
+            Err(error) => {
+                let options = (&self.device, DType::F32);
+                self.grads
+                    .put(Tensor::zeros([self.layout.elems()], options));
+                self.has_gradient.fill(false);
+                Err(error)
+            }
+        }
     }
 
     /// Takes the values of rank 0 of a group; for all ranks. Moments stay as they are.
@@ -394,7 +406,7 @@ impl FlatAdamW {
             check_len("values of another rank", elems, of_rank)?;
         }
         let values = match rank.index() {
-            0 => self.values.take(),
+            0 => self.values.tensor(),
             _ => Tensor::zeros([elems], (&self.device, DType::F32)),
         };
         let values = rank.all_reduce(values)?;

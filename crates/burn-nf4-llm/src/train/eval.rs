@@ -30,7 +30,7 @@ impl Trainer {
     /// NaN. Of several ranks, which are given the same batches, each takes its own in turns.
     ///
     /// # Errors
-    /// [`ModelError::Nf4`] if another rank has failed.
+    /// [`ModelError::Device`] if the device fails, [`ModelError::Nf4`] if another rank has.
     pub fn evaluate(
         &self,
         batches: impl IntoIterator<Item = Batch>,
@@ -46,7 +46,7 @@ impl Trainer {
                 break;
             };
             let own = round.get(rank);
-            // Where layers are put together all ranks have to come to each.
+            // Where layers are gathered all ranks have to come to each.
             let Some(batch) = own.or(self.shards.as_ref().map(|_| first)) else {
                 break;
             };
@@ -64,7 +64,12 @@ impl Trainer {
                 let then = Some(index + 1).filter(|&next| next < layers.len());
                 x = layers.get(index, then)?.forward(x, &pass, None);
             }
-            let mean = loss(&model, x, labels, factor).into_scalar::<f32>();
+            let mean = loss(&model, x, labels, factor).try_into_data();
+            let mean = mean.map_err(|error| ModelError::Device {
+                device: format!("{:?}", model.device()),
+                message: error.to_string(),
+            })?;
+            let mean: f32 = mean.iter::<f32>().sum();
             if own.is_some() {
                 sum += f64::from(mean) * of_batch as f64;
                 targets += of_batch;

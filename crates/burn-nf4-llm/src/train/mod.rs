@@ -13,15 +13,16 @@ mod phases;
 mod records;
 mod replay;
 pub mod schedule;
+mod settings;
 
 pub use eval::Evaluation;
 pub use parallel::Shards;
 pub use phases::{Phase, PhaseHook};
 pub use replay::Passes;
+pub use settings::{MAX_GRAD_NORM, Optim, Settings};
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -29,11 +30,10 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::op::{AdamWMoments, AdamWSettings, OffloadStack, StepReport, uses_cublaslt};
+use burn_nf4::op::{OffloadStack, StepReport, uses_cublaslt};
 use burn_nf4::parallel::Rank;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE, LoraConfig};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use crate::error::ModelError;
 use crate::json::files::read_json;
@@ -43,158 +43,10 @@ use crate::model::config::DecoderConfig;
 use crate::train::backward::{Inputs, PassOptions, backward};
 use crate::train::data::Batch;
 use crate::train::optimizer::Optimizer;
-use crate::train::parallel::no_loss;
 use crate::train::replay::{Replays, SharedOptimizer};
-use crate::train::schedule::{Decay, Schedule};
-
-/// The largest norm of gradients where none is asked for: that of transformers' trainer.
-pub const MAX_GRAD_NORM: f32 = 1.0;
 
 /// So many steps in a row that are not finite end a run.
 pub const MAX_SKIPPED: usize = 3;
-
-/// Which optimizer a run has, by the names of transformers' trainer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-pub enum Optim {
-    /// AdamW as PyTorch has it, moments in f32.
-    #[default]
-    #[serde(rename = "adamw_torch")]
-    #[cfg_attr(feature = "cli", value(name = "adamw_torch"))]
-    AdamwTorch,
-    /// AdamW as bitsandbytes has it, moments in 8 bit.
-    #[serde(rename = "adamw_8bit")]
-    #[cfg_attr(feature = "cli", value(name = "adamw_8bit", alias = "adamw_bnb_8bit"))]
-    Adamw8bit,
-}
-
-impl From<Optim> for AdamWMoments {
-    fn from(optim: Optim) -> Self {
-        match optim {
-            Optim::AdamwTorch => Self::F32,
-            Optim::Adamw8bit => Self::Bits8,
-        }
-    }
-}
-
-/// All that decides what a run computes. A run is continued only under the same settings.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// The learning rate, step by step.
-    pub schedule: Schedule,
-    /// The optimizer.
-    #[serde(default)]
-    pub optim: Optim,
-    /// Of AdamW.
-    pub weight_decay: f32,
-    /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
-    #[serde(default)]
-    pub max_grad_norm: f32,
-    /// Rows of a batch.
-    pub batch_size: usize,
-    /// Batches whose gradients make a step.
-    pub grad_accum: usize,
-    /// Most tokens of a row.
-    pub seq_len: usize,
-    /// Seed of the order of texts.
-    pub seed: u64,
-    /// Of the data, see `Dataset::fingerprint`.
-    pub data: u64,
-    /// `adapter_config.json`.
-    pub lora: Value,
-}
-
-impl Settings {
-    /// Steps of one row of at most 512 tokens, without weight decay, a largest norm of 1, seed 42, on no data in
-    /// particular.
-    ///
-    /// # Errors
-    /// [`ModelError::Json`] if the settings of the adapter have no JSON form.
-    pub fn new(schedule: Schedule, lora: &LoraConfig) -> Result<Self, ModelError> {
-        // The model may lie elsewhere when the run goes on.
-        let lora = LoraConfig {
-            base_model_name_or_path: None,
-            ..lora.clone()
-        };
-        let lora = serde_json::to_value(&lora).map_err(ModelError::json("adapter_config.json"))?;
-        Ok(Self {
-            schedule,
-            optim: Optim::default(),
-            weight_decay: 0.0,
-            max_grad_norm: MAX_GRAD_NORM,
-            batch_size: 1,
-            grad_accum: 1,
-            seq_len: 512,
-            seed: 42,
-            data: 0,
-            lora,
-        })
-    }
-
-    fn adamw(&self) -> AdamWSettings {
-        AdamWSettings {
-            weight_decay: self.weight_decay.into(),
-            max_grad_norm: (self.max_grad_norm != 0.0).then(|| self.max_grad_norm.into()),
-            ..AdamWSettings::default()
-        }
-    }
-
-    /// Says which settings differ from those of a saved run that did `steps` steps, and refuses
-    /// them, but for the length of a run whose rate does not depend on it.
-    fn check_resumes(&self, saved: &Self, steps: usize) -> Result<(), String> {
-        let total = self.schedule.total;
-        if total < steps {
-            return Err(format!(
-                "has {steps} steps already, more than the {total} asked for"
-            ));
-        }
-        let mut known = saved.clone();
-        if saved.schedule.decay == Decay::Constant {
-            known.schedule.total = total;
-        }
-        let value = |settings| serde_json::to_value(settings).map_err(|error| error.to_string());
-        let mut differing = Vec::new();
-        differences("", &value(&known)?, &value(self)?, &mut differing);
-        if differing.is_empty() {
-            return Ok(());
-        }
-        let mut message = format!("was saved under other settings: {}", differing.join("; "));
-        if known.schedule.total != total {
-            message += "; a rate that falls over the steps goes on only to the same total";
-        }
-        Err(message)
-    }
-}
-
-/// The fields that differ, each with both values.
-fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>) {
-    if saved == given {
-        return;
-    }
-    if let (Value::Object(saved), Value::Object(given)) = (saved, given) {
-        let names: BTreeSet<&String> = saved.keys().chain(given.keys()).collect();
-        for field in names {
-            let value = |entries: &Map<String, Value>| entries.get(field).cloned();
-            let (saved, given) = (value(saved), value(given));
-            let path = match name {
-                "" => field.clone(),
-                name => format!("{name}.{field}"),
-            };
-            differences(
-                &path,
-                &saved.unwrap_or_default(),
-                &given.unwrap_or_default(),
-                found,
-            );
-        }
-        return;
-    }
-    found.push(match name {
-        // A fingerprint, which says nothing to people.
-        "data" => "the training data differs".into(),
-        name => format!("{name} was {saved}, now {given}"),
-    });
-}
 
 /// A run under way.
 pub struct Trainer {
@@ -322,8 +174,8 @@ impl Trainer {
     ///
     /// # Errors
     /// [`ModelError::Setting`] for shards without gradient checkpointing, which would put all weights together and
-    /// keep them, for dropout, whose random numbers Burn draws from one row for all devices, and unless all ranks
-    /// have the same settings. [`ModelError::Nf4`] if another rank has failed.
+    /// keep them, and for those of another rank or model; for dropout, as Burn has one random generator for all
+    /// devices; and unless all ranks have the same settings. [`ModelError::Nf4`] if another rank has failed.
     pub fn in_group(mut self, rank: Arc<Rank>, shards: Option<Shards>) -> Result<Self, ModelError> {
         if shards.is_some() && !self.checkpointing {
             let expected = "true where ranks keep parts of the weights: the gradients would need all of them at once";
@@ -333,10 +185,15 @@ impl Trainer {
                 expected,
             ));
         }
+        let layers = self.model.layers.len();
+        if let Some(shards) = shards.as_ref().filter(|shards| !shards.fit(&rank, layers)) {
+            let given = format!("{} bytes of another rank or model", shards.size_bytes());
+            let expected = format!("those of rank {} and of {layers} layers", rank.index());
+            return Err(ModelError::setting("shards", given, expected));
+        }
         let dropout = self.lora.lora_dropout;
         if dropout > 0.0 && rank.size() > 1 {
-            let expected =
-                "0 on several devices: Burn draws random numbers from one row for all of them";
+            let expected = "0 on several devices: Burn has one random generator for all of them";
             return Err(ModelError::setting("lora_dropout", dropout, expected));
         }
         let settings =
@@ -409,17 +266,23 @@ impl Trainer {
 
     /// The passes over all batches and the step of the optimizer, which is left out if what they give is not finite.
     fn try_step(&mut self, batches: &[Batch]) -> Result<StepReport, ModelError> {
+        let made = self.passes_and_step(batches);
+        if made.is_err() {
+            self.optimizer.borrow_mut().drop_gradients();
+            self.replays.forget();
+        }
+        made
+    }
+
+    fn passes_and_step(&mut self, batches: &[Batch]) -> Result<StepReport, ModelError> {
         let targets = batches.iter().map(Batch::targets).sum();
         let first = batches.first();
         let first = first.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
         let [rank, ranks] = self.place();
         let mut own: Vec<(usize, &Batch)> = batches.iter().enumerate().collect();
         own.retain(|(index, _)| index % ranks == rank);
-        let dropped = |trainer: &Self| trainer.optimizer.borrow_mut().drop_gradients();
-        let mut loss = self
-            .passes_of(&own, targets)
-            .inspect_err(|_| dropped(self))?;
-        // Where layers are put together all ranks have to come to each.
+        let mut loss = self.passes_of(&own, targets)?;
+        // Where layers are gathered all ranks have to come to each.
         if self.shards.is_some() && own.len() < batches.len().div_ceil(ranks) {
             loss = loss + self.idle_pass(first)?;
         }
@@ -428,10 +291,7 @@ impl Trainer {
             loss = optimizer.all_reduce(rank, loss)?;
         }
         let rate = self.settings.schedule.rate(self.step);
-        if let Err(error) = optimizer.step(rate, &mut self.model, loss) {
-            optimizer.drop_gradients();
-            return Err(error);
-        }
+        optimizer.step(rate, &mut self.model, loss)?;
         Ok(optimizer.report()?.expect("a step was made"))
     }
 
@@ -465,15 +325,18 @@ impl Trainer {
         own: &[(usize, &Batch)],
         targets: usize,
     ) -> Result<Tensor<1>, ModelError> {
-        let mut loss = no_loss(&self.model.device().without_autodiff());
+        let device = self.model.device().without_autodiff();
+        let mut loss = Tensor::zeros([1], (&device, DType::F32));
         let can_replay = self.replays();
         let mut all = own.iter();
         let mut next = |trainer: &mut Self| {
-            let &(index, batch) = all.next()?;
-            let batch = match can_replay && Replays::is_worth_it(batch.rows * batch.length) {
-                true => batch.filled(),
-                false => Cow::Borrowed(batch),
+            let &(index, batch_given) = all.next()?;
+            let filled = Some(batch_given.filled());
+            let is_recorded = |filled: &Cow<'_, Batch>| {
+                can_replay && Replays::is_worth_it(filled.rows * filled.length)
             };
+            let batch = filled.filter(is_recorded);
+            let batch = batch.unwrap_or(Cow::Borrowed(batch_given));
             let inputs = Inputs::new(&batch, targets, &trainer.model, &mut trainer.rope);
             Some((index, inputs))
         };

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use burn_nf4::checkpoint::CheckpointStore;
 use burn_nf4::format::FloatType;
-use burn_nf4::parallel::{Gathering, Rank, ShardPlan, ShardedWeights};
+use burn_nf4::parallel::{GatheredWords, Gathering, Rank, ShardPlan, ShardedWeights};
 
 use crate::error::ModelError;
 use crate::model::{Decoder, DecoderConfig, DecoderLayer, load};
@@ -64,7 +64,7 @@ impl Shards {
         }
     }
 
-    /// Takes the packed weights out of the next layer.
+    /// Takes the packed weights out of the next layer; for all ranks.
     ///
     /// # Errors
     /// Those of [`ShardedWeights::new`].
@@ -74,19 +74,31 @@ impl Shards {
         Ok(layer)
     }
 
+    /// Whether they are of a model of so many layers, and of this rank.
+    pub(super) fn fit(&self, rank: &Arc<Rank>, layers: usize) -> bool {
+        Arc::ptr_eq(&self.rank, rank) && self.layers.len() == layers
+    }
+
+    /// Whether no layer has packed weights.
+    pub fn is_empty(&self) -> bool {
+        self.layers.iter().all(ShardedWeights::is_empty)
+    }
+
     /// Bytes of packed weights on this rank's device.
     pub fn size_bytes(&self) -> usize {
         self.layers.iter().map(ShardedWeights::size_bytes).sum()
     }
 }
 
-/// The layers of a model, whose weights are put together where ranks keep parts of them: those of a layer while the
-/// one before it is computed.
+/// The layers of a model, whose weights are gathered where ranks keep parts of them: those of a layer while the one
+/// before it is computed.
 pub(super) struct Layers<'a> {
     model: &'a Decoder,
     shards: Option<&'a Shards>,
     /// The layer whose weights are on their way.
     next: Option<(usize, Gathering)>,
+    /// The layer whose weights were asked for again.
+    kept: Option<(usize, GatheredWords)>,
 }
 
 impl<'a> Layers<'a> {
@@ -95,6 +107,7 @@ impl<'a> Layers<'a> {
             model,
             shards,
             next: None,
+            kept: None,
         }
     }
 
@@ -102,7 +115,7 @@ impl<'a> Layers<'a> {
         self.model.layers.len()
     }
 
-    /// A layer with its weights; those of layer `then` are fetched from now on.
+    /// A layer with its weights; those of layer `then` are gathered from now on, or kept if it is the same.
     ///
     /// # Errors
     /// Those of [`Rank::gather`].
@@ -112,20 +125,20 @@ impl<'a> Layers<'a> {
             return Ok(layer);
         };
         let shard = &shards.layers[index];
-        let gathering = match self.next.take() {
-            Some((next, gathering)) if next == index => gathering,
-            _ => shard.gather(&shards.rank)?,
+        let words = match (self.kept.take(), self.next.take()) {
+            (Some((kept, words)), _) if kept == index => words,
+            (_, Some((next, gathering))) if next == index => gathering.end(),
+            _ => shard.gather(&shards.rank)?.end(),
         };
-        let words = gathering.end();
-        if let Some(then) = then {
-            let gathering = shards.layers[then].gather(&shards.rank)?;
-            self.next = Some((then, gathering));
+        let layer = shard.put(layer, &words);
+        match then {
+            Some(then) if then == index => self.kept = Some((index, words)),
+            Some(then) => {
+                let gathering = shards.layers[then].gather(&shards.rank)?;
+                self.next = Some((then, gathering));
+            }
+            None => {}
         }
-        Ok(shard.put(layer, &words))
+        Ok(layer)
     }
-}
-
-/// What a rank that has no batch of its own adds to the loss.
-pub(super) fn no_loss(device: &Device) -> Tensor<1> {
-    Tensor::zeros([1], (device, burn::tensor::DType::F32))
 }

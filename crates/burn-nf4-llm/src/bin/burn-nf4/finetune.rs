@@ -1,39 +1,30 @@
 //! The command `finetune`.
 
 mod data;
+mod job;
 pub mod memory;
 pub mod plot;
 
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use burn::tensor::Device;
 use burn_nf4::checkpoint::is_expert;
 use burn_nf4::model::LinearLayers;
-use burn_nf4::parallel::{self, Rank};
+use burn_nf4::parallel;
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, HEAD};
-use burn_nf4_llm::train::data::{Batch, Dataset};
+use burn_nf4_llm::train::data::Dataset;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
-use burn_nf4_llm::train::{
-    MAX_GRAD_NORM, Optim, Settings, Shards, Trainer, latest_checkpoint, remove_run,
-};
+use burn_nf4_llm::train::{MAX_GRAD_NORM, Optim, Settings, latest_checkpoint};
 use clap::Args;
 
-use crate::device::sync;
 use crate::model_args::{ModelArgs, Prepared, at_least, check_rows};
-use crate::progress::{mebibytes, peak_memory_bytes, seconds};
-use crate::watch::{EvalReport, Run, StepReport, Watch, losses};
-use data::{Data, DataArgs, describe};
-use memory::MemoryReport;
-
-/// The log of a run, a line of JSON a step.
-const LOG_FILE: &str = "log.jsonl";
-/// The losses of a run.
-const PLOT_FILE: &str = "loss.svg";
+use crate::output::end_at_once;
+use data::DataArgs;
+use job::Job;
 
 /// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
 #[derive(Args, Clone, Debug)]
@@ -92,7 +83,7 @@ pub struct FinetuneArgs {
     #[arg(long, default_value_t = 1)]
     pub grad_accum: usize,
     /// Train on several devices of --device by their numbers, such as 0,1: each has its part of the batches. CUDA
-    /// needs NCCL for it. On a CPU, where all numbers are the same device, it only tries the thing out
+    /// needs NCCL for it. On a CPU all numbers are the same device: for trying it out
     #[arg(long, value_delimiter = ',', value_name = "NUMBERS")]
     pub devices: Vec<usize>,
     /// Keep on each of --devices a part of the layers' packed weights only, as FSDP2 does: for models that one
@@ -240,8 +231,10 @@ impl FinetuneArgs {
         if devices.is_empty() {
             return job.run(None);
         }
-        parallel::run(devices, move |rank| job.run(Some(Arc::new(rank))))?;
-        Ok(())
+        match parallel::run(devices, move |rank| job.run(Some(Arc::new(rank)))) {
+            Ok(_) => Ok(()),
+            Err(error) => end_at_once(&error),
+        }
     }
 
     /// The devices of --devices; none without it.
@@ -250,8 +243,7 @@ impl FinetuneArgs {
         let devices = all.map(|&index| self.model.device.open_at(index));
         let devices: Vec<Device> = devices.collect::<Result<_, _>>()?;
         if self.dropout > 0.0 && devices.len() > 1 {
-            let expected =
-                "0 with --devices: Burn draws random numbers from one row for all devices";
+            let expected = "0 with --devices: Burn has one random generator for all of them";
             return Err(ModelError::setting("--dropout", self.dropout, expected));
         }
         if self.shard && !(self.gradient_checkpointing || self.offload) {
@@ -384,235 +376,6 @@ impl FinetuneArgs {
             data: data.fingerprint(),
             ..Settings::new(schedule, lora)?
         })
-    }
-}
-
-/// A run, as each of its devices knows it.
-struct Job {
-    args: FinetuneArgs,
-    prepared: Prepared,
-    lora: LoraConfig,
-    settings: Settings,
-    data: Data,
-    checkpoint: Option<PathBuf>,
-    total: usize,
-    per_epoch: usize,
-}
-
-impl Job {
-    /// The whole run on one device, which is one of several or alone. The first one tells people of it, and saves.
-    fn run(&self, rank: Option<Arc<Rank>>) -> Result<(), ModelError> {
-        let args = &self.args;
-        let leads = rank.as_ref().is_none_or(|rank| rank.index() == 0);
-        let (model, shards) = self.load(rank.as_ref(), leads)?;
-        let device = model.device();
-        let report = (args.memory_report && leads).then(|| MemoryReport::new(&device));
-        if let Some(report) = &report {
-            report.ask("model");
-        }
-        let with_lora = || -> Result<Decoder, ModelError> {
-            device.seed(args.seed);
-            let model = model.with_lora(&self.lora, &device)?;
-            // Where operations are queued the numbers are drawn now.
-            sync(&device)?;
-            Ok(model)
-        };
-        let model = match &rank {
-            Some(rank) => rank.in_turn(with_lora)?,
-            None => with_lora(),
-        }?;
-        let mut trainer = Trainer::new(
-            model,
-            &self.prepared.config,
-            self.lora.clone(),
-            self.settings.clone(),
-            args.gradient_checkpointing,
-        )?;
-        if args.offload {
-            trainer.offload_inputs()?;
-        }
-        if let Some(rank) = &rank {
-            trainer = trainer.in_group(rank.clone(), shards)?;
-        }
-        if let Some(folder) = &self.checkpoint {
-            if leads {
-                eprintln!("going on from {}", folder.display());
-            }
-            trainer = trainer.resume(folder)?;
-        }
-        if let Some(report) = &report {
-            report.ask("adapter");
-            trainer.on_phase = Some(report.hook());
-        }
-        if leads {
-            self.begin()?;
-        }
-        self.train(&mut trainer, rank.as_deref())?;
-        if let Some(warning) = trainer.warn_of_offload() {
-            eprintln!("{warning}");
-        }
-        if !leads {
-            return Ok(());
-        }
-        trainer.save_adapter(&args.output)?;
-        println!("saved the adapter in {}", args.output.display());
-        if let Some(report) = report {
-            println!("{}", report.lines());
-        } else if let Some(peak) = peak_memory_bytes() {
-            println!("peak memory of the process: {}", mebibytes(peak));
-        }
-        Ok(())
-    }
-
-    fn load(
-        &self,
-        rank: Option<&Arc<Rank>>,
-        leads: bool,
-    ) -> Result<(Decoder, Option<Shards>), ModelError> {
-        let Some(rank) = rank else {
-            return Ok((
-                self.prepared.load_on(&self.prepared.device, None, leads)?,
-                None,
-            ));
-        };
-        let device = rank.device().clone().autodiff();
-        if !self.args.shard {
-            return Ok((self.prepared.load_on(&device, None, leads)?, None));
-        }
-        let model = self.prepared.load_on(&device, Some(rank), leads)?;
-        let (model, shards) = Shards::of(model, rank)?;
-        if leads {
-            eprintln!(
-                "of the layers' packed weights each device keeps {}",
-                mebibytes(shards.size_bytes() as u64)
-            );
-        }
-        Ok((model, Some(shards)))
-    }
-
-    fn begin(&self) -> Result<(), ModelError> {
-        if self.args.overwrite {
-            remove_run(&self.args.output)?;
-        }
-        let of_eval = match &self.data.eval {
-            Some(eval) => format!("; to evaluate with: {}", describe(eval)),
-            None => String::new(),
-        };
-        let on = match self.args.device_count() {
-            1 => String::new(),
-            count => format!(" on {count} devices"),
-        };
-        eprintln!(
-            "{}{of_eval}; {} steps, {} an epoch{on}",
-            describe(&self.data.train),
-            self.total,
-            self.per_epoch
-        );
-        Ok(())
-    }
-
-    fn train(&self, trainer: &mut Trainer, rank: Option<&Rank>) -> Result<(), ModelError> {
-        if rank.is_some_and(|rank| rank.index() > 0) {
-            return self.steps(trainer, rank, None);
-        }
-        let output = &self.args.output;
-        let log = self.args.log.clone();
-        let log = log.unwrap_or_else(|| output.join(LOG_FILE));
-        fs::create_dir_all(output).map_err(ModelError::io(output))?;
-        let start = Instant::now();
-        let first = trainer.step;
-        let mut watch = Watch::open(Run {
-            log: &log,
-            tui: !self.args.no_tui,
-            start: first,
-            total: self.total,
-        })?;
-        let trained = self.steps(trainer, rank, Some(&mut watch));
-        // The TUI is closed before anything else is printed.
-        watch.close();
-        // A run that failed has losses to be looked at too.
-        let plot = output.join(PLOT_FILE);
-        let drawn = losses(&log).and_then(|losses| losses.draw(&plot));
-        trained?;
-        if drawn? {
-            println!("drew the losses in {}", plot.display());
-        }
-        println!(
-            "{} steps in {}",
-            trainer.step - first,
-            seconds(start.elapsed())
-        );
-        Ok(())
-    }
-
-    /// All steps; of several devices on each, of which the one with a view tells people and saves.
-    fn steps(
-        &self,
-        trainer: &mut Trainer,
-        rank: Option<&Rank>,
-        mut watch: Option<&mut Watch>,
-    ) -> Result<(), ModelError> {
-        let args = &self.args;
-        let eval_every = self.data.eval_every(self.per_epoch);
-        let mut stopped = false;
-        while trainer.step < self.total {
-            // Whoever asks the first one asks all.
-            let asked = watch.as_ref().is_some_and(|watch| watch.should_stop());
-            stopped = match rank {
-                Some(rank) => rank.exchange(asked)?.contains(&true),
-                None => asked,
-            };
-            if stopped {
-                break;
-            }
-            let batches =
-                self.data
-                    .train
-                    .step(trainer.step, args.batch_size, args.passes(), args.seed);
-            let learning_rate = trainer.rate();
-            let begun = Instant::now();
-            let done = trainer.step(&batches)?;
-            let tokens: usize = batches.iter().map(Batch::tokens).sum();
-            if let Some(watch) = &mut watch {
-                watch.step(&StepReport {
-                    step: trainer.step,
-                    loss: done.loss,
-                    grad_norm: done.grad_norm,
-                    learning_rate,
-                    tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
-                })?;
-                if done.skipped {
-                    watch.warn(format!(
-                        "step {} was left out: its loss is {}, the norm of its gradients {}",
-                        done.number, done.loss, done.grad_norm
-                    ));
-                }
-            }
-            if let Some(eval) = &self.data.eval
-                && (trainer.step == self.total || trainer.step.is_multiple_of(eval_every))
-            {
-                let evaluation = trainer.evaluate(eval.batches(args.batch_size))?;
-                if let Some(watch) = &mut watch {
-                    watch.evaluation(&EvalReport {
-                        step: trainer.step,
-                        eval_loss: evaluation.loss,
-                        eval_perplexity: evaluation.perplexity(),
-                        eval_targets: evaluation.targets,
-                    })?;
-                }
-            }
-            if let Some(watch) = &mut watch
-                && args
-                    .save_every
-                    .is_some_and(|every| trainer.step.is_multiple_of(every))
-            {
-                watch.saved(&trainer.save_checkpoint(&args.output)?);
-            }
-        }
-        if let Some(watch) = watch.filter(|_| stopped) {
-            watch.saved(&trainer.save_checkpoint(&args.output)?);
-        }
-        Ok(())
     }
 }
 

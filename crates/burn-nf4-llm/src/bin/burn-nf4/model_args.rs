@@ -155,7 +155,9 @@ impl Prepared {
                 continue;
             }
             needed += match checkpoint.is_quantized(key) {
-                true => checkpoint.parameter_bytes(key) / parts,
+                // The head is on all.
+                true if key.contains(".layers.") => checkpoint.parameter_bytes(key) / parts,
+                true => checkpoint.parameter_bytes(key),
                 false => {
                     let elements: usize = checkpoint.tensor_info(key)?.shape.iter().product();
                     elements * self.dtype.size_bytes()
@@ -166,10 +168,8 @@ impl Prepared {
         if needed <= memory.left() {
             return Ok(());
         }
-        let expected = format!(
-            "at most the {} that the device has left",
-            mebibytes(memory.left())
-        );
+        let left = mebibytes(memory.left());
+        let expected = format!("at most the {left} that {device:?} has left");
         let given = format!("about {}", mebibytes(needed));
         Err(ModelError::setting(
             "the memory of the weights",

@@ -21,6 +21,7 @@ use clap::{Args, ValueEnum};
 use crate::args::FloatArg;
 use crate::device::DeviceName;
 use crate::model_args::{at_least, check_rows};
+use crate::output::end_at_once;
 use measure::Floor;
 use memory::Need;
 use peer::{Job, Library, Peer};
@@ -453,7 +454,10 @@ impl BenchArgs {
             let row = match &model {
                 None => {
                     let devices = devices.clone();
-                    train::train_on(devices, config, dtype, recipe, shape, method)?
+                    match train::train_on(devices, config, dtype, recipe, shape, method) {
+                        Ok(row) => row,
+                        Err(error) => end_at_once(&error),
+                    }
                 }
                 Some(model) => {
                     // What is reserved is of this shape then.

@@ -182,6 +182,7 @@ pub fn train_on(
     method: Method,
 ) -> Result<TrainRow, ModelError> {
     let config = config.clone();
+    // Sharded weights are drawn by each rank for itself: what is gathered is of several draws, but the same on each.
     let rows = parallel::run(devices, move |rank| {
         let rank = Arc::new(rank);
         let device = rank.device().clone();
