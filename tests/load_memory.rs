@@ -166,7 +166,8 @@ fn zeros_take_their_memory_when_used() {
     assert!(peak < SMALL_BYTES, "{peak}");
     let before = live_bytes();
     assert_eq!(zeros.packed().dims(), [zeros.layout().words()]);
-    assert!(live_bytes() - before >= zeros.size_bytes());
+    // Threads of the tests before may free a little in between.
+    assert!(live_bytes() + SMALL_BYTES >= before + zeros.size_bytes());
 }
 
 /// The backward pass of a transposed weight decodes it again.

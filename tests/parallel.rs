@@ -33,7 +33,7 @@ fn floats(tensor: Tensor<1>) -> Vec<f32> {
 
 /// All words, in two parts.
 fn words(gathered: GatheredWords, len: usize) -> Vec<u32> {
-    let parts = [gathered.part(0, 129), gathered.part(129, len - 129)];
+    let parts = [gathered.part(0, 256), gathered.part(256, len - 256)];
     let parts = parts.map(|part| part.into_data().iter().collect::<Vec<u32>>());
     parts.concat()
 }
@@ -276,6 +276,27 @@ fn parts_of_other_lengths_are_an_error() {
             .map(drop)
     });
     assert!(text.contains("elements, expected"), "{text}");
+}
+
+/// Whose gradients would not go through the sum.
+#[test]
+fn a_tensor_with_autodiff_is_refused() {
+    let text = error(1, |rank| {
+        let device = rank.device().clone().autodiff();
+        rank.all_reduce(Tensor::ones([2], &device)).map(drop)
+    });
+    assert!(text.contains("without autodiff"), "{text}");
+}
+
+#[test]
+fn weights_of_other_sizes_are_refused() {
+    let text = error(2, |rank| {
+        let rows = 64 * (rank.index() + 1);
+        let weight = Tensor::<2>::ones([rows, 64], rank.device());
+        let weight = burn_nf4::Nf4Weight::quantize(weight, QuantConfig::default())?;
+        ShardedWeights::new(weight, &rank).map(drop)
+    });
+    assert!(text.contains("packed weight of another rank"), "{text}");
 }
 
 #[test]

@@ -102,15 +102,21 @@ impl Rank {
         }
     }
 
-    fn check_place(&self, tensor: &str, device: &Device) -> Result<(), Nf4Error> {
-        let own = self.device.clone().without_autodiff();
-        if *device == own {
+    fn check_place(
+        &self,
+        tensor: &str,
+        device: &Device,
+        in_autodiff: bool,
+    ) -> Result<(), Nf4Error> {
+        let [own, given] = [&self.device, device].map(|device| device.clone().without_autodiff());
+        if given == own && !in_autodiff {
             return Ok(());
         }
+        let with = if in_autodiff { ", with autodiff" } else { "" };
         Err(Nf4Error::Device {
             tensor: tensor.into(),
             expected: format!("{own:?}, without autodiff"),
-            given: format!("{device:?}"),
+            given: format!("{given:?}{with}"),
         })
     }
 
@@ -147,7 +153,8 @@ impl Rank {
     }
 
     /// Runs a function on one rank after the other, for what the process has only one of, such as Burn's random
-    /// numbers; for all ranks.
+    /// generator; for all ranks. What the function makes must be made in it: Burn draws the values of a fresh module
+    /// when they are first read, and a device may draw them later still, so read them, and `sync` the device.
     ///
     /// # Errors
     /// [`Nf4Error::Parallel`] if a rank has failed.
@@ -174,7 +181,7 @@ impl Rank {
     /// [`Nf4Error::Parallel`] if a rank is known to have failed, [`Nf4Error::Execution`] if the device has.
     pub fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>, Nf4Error> {
         check_dtype("tensor", tensor.dtype(), DType::F32)?;
-        self.check_place("tensor", &tensor.device())?;
+        self.check_place("tensor", &tensor.device(), tensor.is_autodiff())?;
         self.meeting.check()?;
         if self.size == 1 {
             return Ok(tensor);
@@ -208,7 +215,7 @@ impl Rank {
     /// [`Nf4Error::Dtype`] unless it is u32, and those of [`all_reduce`](Self::all_reduce).
     pub fn gather(&self, part: Tensor<1, Int>) -> Result<Gathering, Nf4Error> {
         check_dtype("part", part.dtype(), DType::U32)?;
-        self.check_place("part", &part.device())?;
+        self.check_place("part", &part.device(), part.is_autodiff())?;
         self.meeting.check()?;
         if self.size == 1 {
             return Ok(Gathering(Pending::Ready(part)));

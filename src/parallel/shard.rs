@@ -60,6 +60,28 @@ impl Row {
 ///
 /// FSDP2 calls such a module a unit, for which [`gather`](Self::gather) is `unshard`. What is not packed, such as norms
 /// and low-rank branches, stays as it is on each rank.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use burn_nf4::format::QuantConfig;
+/// use burn_nf4::parallel::{self, ShardedWeights};
+/// use burn_nf4::{Nf4Error, Nf4Weight};
+///
+/// let devices = vec![Device::default(), Device::default()];
+/// parallel::run(devices, |rank| -> Result<(), Nf4Error> {
+///     let dense = Tensor::<2>::ones([256, 128], rank.device());
+///     let weight = Nf4Weight::quantize(dense, QuantConfig::default())?;
+///     let bytes = weight.size_bytes();
+///     let (empty, sharded) = ShardedWeights::new(weight, &rank)?;
+///     assert!(sharded.size_bytes() <= bytes / 2 + 512);
+///     // Before each use, and again for its gradients.
+///     let words = sharded.gather(&rank)?.end();
+///     let weight = sharded.put(empty.clone(), &words);
+///     assert_eq!(weight.to_host()?.shape(), [256, 128]);
+///     Ok(())
+/// })?;
+/// # Ok::<(), Nf4Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct ShardedWeights {
     row: Row,
@@ -71,7 +93,10 @@ pub struct ShardedWeights {
 
 impl ShardedWeights {
     /// Takes the packed weights out of a module, and keeps the part of them that is this rank's; for all ranks. The
-    /// module cannot be used until they are [put in](Self::put) again. Each rank needs the same weights.
+    /// module cannot be used until they are [put in](Self::put) again.
+    ///
+    /// Each rank needs the same weights, which is not checked: parts of other ones are gathered to weights that nobody
+    /// had. Fresh ones are the same where they are made [in turn](Rank::in_turn), from the same seed.
     ///
     /// Of a module that was loaded [by a plan](ShardPlan) the parts are there already.
     ///
@@ -143,6 +168,9 @@ impl ShardedWeights {
     /// device has views.
     ///
     /// - `words`: of a [gathering](Self::gather) that has ended
+    ///
+    /// # Panics
+    /// If the module has more packed weights.
     pub fn put<M: Module>(&self, module: M, words: &GatheredWords) -> M {
         module.map(&mut Put {
             sharded: self,

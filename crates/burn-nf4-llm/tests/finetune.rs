@@ -140,6 +140,55 @@ fn several_devices_make_the_steps_of_one(#[case] devices: &str) {
     assert_eq!(values("loss")[..4], of_all[0]);
 }
 
+/// The same sizes with other weights would go on in silence.
+#[test]
+fn a_run_is_not_continued_on_another_model() {
+    let folder = with_data(&texts());
+    let run = |further: &str| finetune(folder.path(), &format!("--packing never {further}"));
+    run("--steps 2 --save-every 2").unwrap();
+    let error = run("--steps 3 --resume --dtype bfloat16").unwrap_err();
+    assert!(
+        error.contains("compute was \"float32\", now \"bfloat16\""),
+        "{error}"
+    );
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = run("--steps 3 --resume").unwrap_err();
+    assert!(error.contains("the model differs"), "{error}");
+}
+
+#[test]
+fn a_folder_in_which_a_run_is_under_way_is_refused() {
+    let folder = with_data(&texts());
+    let out = folder.path().join("out");
+    fs::create_dir(&out).unwrap();
+    // As a run leaves it that was killed.
+    let lock = fs::File::create(out.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let error = finetune(folder.path(), "--steps 1").unwrap_err();
+    assert!(error.contains("another run is under way"), "{error}");
+    drop(lock);
+    finetune(folder.path(), "--steps 1").unwrap();
+    assert!(!out.join(".lock").exists());
+}
+
+/// The adapter is there all the same.
+#[test]
+fn a_plot_that_cannot_be_drawn_costs_nothing_else() {
+    let folder = with_data(&texts());
+    let out = folder.path().join("out");
+    finetune(folder.path(), "--steps 1 --save-every 1").unwrap();
+    fs::remove_file(out.join("loss.svg")).unwrap();
+    fs::create_dir(out.join("loss.svg")).unwrap();
+    finetune(folder.path(), "--steps 2 --resume").unwrap();
+    let steps = log(&out.join("log.jsonl")).len();
+    assert_eq!(steps, 2);
+    assert!(Adapter::open(&out).is_ok());
+}
+
 /// Nor by a run that goes on, of which it is not the log.
 #[test]
 fn a_log_that_is_there_is_not_written_over() {

@@ -327,14 +327,14 @@ fn rng(seed: u64, purpose: &str) -> StdRng {
 }
 
 /// FNV-1a, the same in every build, unlike the standard library's hasher.
-struct StableHash(u64);
+pub(super) struct StableHash(pub u64);
 
 impl StableHash {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(0xcbf2_9ce4_8422_2325)
     }
 
-    fn add(&mut self, bytes: &[u8]) {
+    pub fn add(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }

@@ -19,7 +19,7 @@ pub use eval::Evaluation;
 pub use parallel::Shards;
 pub use phases::{Phase, PhaseHook};
 pub use replay::Passes;
-pub use settings::{MAX_GRAD_NORM, Optim, Settings};
+pub use settings::{MAX_GRAD_NORM, Optim, Settings, model_fingerprint};
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -170,6 +170,8 @@ impl Trainer {
     /// [`evaluate`](Self::evaluate) and [`resume`](Self::resume) are for all ranks, which are given the same batches
     /// and files.
     ///
+    /// Parameters and moments are the same on all ranks, of which one is to save.
+    ///
     /// - `shards`: the packed weights, if this rank has a part of them only
     ///
     /// # Errors
@@ -234,7 +236,8 @@ impl Trainer {
     /// device to rounding.
     ///
     /// # Errors
-    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch,
+    /// [`ModelError::NotFinite`] for the third such step in a row, [`ModelError::Setting`] if there is no batch, or if
+    /// ranks are given other ones,
     /// [`ModelError::Nf4`] if another rank has failed or if inputs of layers are lost on the way to the host or back,
     /// with nothing changed, and those of [`Optimizer::step`].
     pub fn step(&mut self, batches: &[Batch]) -> Result<Step, ModelError> {
@@ -275,7 +278,19 @@ impl Trainer {
     }
 
     fn passes_and_step(&mut self, batches: &[Batch]) -> Result<StepReport, ModelError> {
-        let targets = batches.iter().map(Batch::targets).sum();
+        let targets: usize = batches.iter().map(Batch::targets).sum();
+        if let Some(rank) = &self.rank {
+            let given = (batches.len(), targets);
+            if let Some(other) = rank
+                .exchange(given)?
+                .into_iter()
+                .find(|&other| other != given)
+            {
+                let batches = |(count, targets)| format!("{count} with {targets} targets");
+                let expected = format!("the same on all ranks: another has {}", batches(other));
+                return Err(ModelError::setting("batches", batches(given), expected));
+            }
+        }
         let first = batches.first();
         let first = first.ok_or_else(|| ModelError::setting("batches", 0, "at least one"))?;
         let [rank, ranks] = self.place();

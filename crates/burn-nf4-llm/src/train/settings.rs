@@ -2,12 +2,14 @@
 
 use std::collections::BTreeSet;
 
+use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::op::{AdamWMoments, AdamWSettings};
 use burn_nf4::peft::LoraConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
+use crate::train::data::StableHash;
 use crate::train::schedule::{Decay, Schedule};
 
 /// The largest norm of gradients where none is asked for: that of transformers' trainer.
@@ -52,7 +54,7 @@ pub struct Settings {
     pub max_grad_norm: f32,
     /// Rows of a batch.
     pub batch_size: usize,
-    /// Batches whose gradients make a step.
+    /// Batches whose gradients make a step, on all devices together.
     pub grad_accum: usize,
     /// Most tokens of a row.
     pub seq_len: usize,
@@ -60,8 +62,35 @@ pub struct Settings {
     pub seed: u64,
     /// Of the data, see `Dataset::fingerprint`.
     pub data: u64,
+    /// Of the model, see [`model_fingerprint`]; 0 for none in particular.
+    #[serde(default)]
+    pub model: u64,
+    /// What the model computes in, if that is to stay the same.
+    #[serde(default)]
+    pub compute: Option<String>,
     /// `adapter_config.json`.
     pub lora: Value,
+}
+
+/// Bytes of each tensor that a fingerprint looks at.
+const FINGERPRINT_BYTES: usize = 4096;
+
+/// Tells models apart: their names, types and shapes of tensors, and the first bytes of each. The same wherever the
+/// folder lies.
+///
+/// # Errors
+/// Those of [`Checkpoint::tensor_bytes`].
+pub fn model_fingerprint(checkpoint: &Checkpoint) -> Result<u64, ModelError> {
+    let mut keys: Vec<&str> = checkpoint.keys().collect();
+    keys.sort_unstable();
+    let mut hash = StableHash::new();
+    for key in keys {
+        let info = checkpoint.tensor_info(key)?;
+        hash.add(format!("{key} {} {:?}", info.dtype, info.shape).as_bytes());
+        let bytes = checkpoint.tensor_bytes(key)?;
+        hash.add(&bytes[..bytes.len().min(FINGERPRINT_BYTES)]);
+    }
+    Ok(hash.0)
 }
 
 impl Settings {
@@ -87,6 +116,8 @@ impl Settings {
             seq_len: 512,
             seed: 42,
             data: 0,
+            model: 0,
+            compute: None,
             lora,
         })
     }
@@ -109,6 +140,10 @@ impl Settings {
             ));
         }
         let mut known = saved.clone();
+        // Runs of earlier versions do not tell.
+        if known.model == 0 {
+            (known.model, known.compute) = (self.model, self.compute.clone());
+        }
         if saved.schedule.decay == Decay::Constant {
             known.schedule.total = total;
         }
@@ -121,6 +156,9 @@ impl Settings {
         let mut message = format!("was saved under other settings: {}", differing.join("; "));
         if known.schedule.total != total {
             message += "; a rate that falls over the steps goes on only to the same total";
+        }
+        if known.grad_accum != self.grad_accum {
+            message += "; grad_accum counts the passes of a step on all devices";
         }
         Err(message)
     }
@@ -152,6 +190,7 @@ fn differences(name: &str, saved: &Value, given: &Value, found: &mut Vec<String>
     found.push(match name {
         // A fingerprint, which says nothing to people.
         "data" => "the training data differs".into(),
+        "model" => "the model differs".into(),
         name => format!("{name} was {saved}, now {given}"),
     });
 }

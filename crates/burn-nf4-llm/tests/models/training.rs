@@ -60,6 +60,8 @@ fn settings(lr: f64, weight_decay: f32, total: usize) -> Settings {
         seq_len: 64,
         seed: 7,
         data: 0,
+        model: 0,
+        compute: None,
         lora: serde_json::Value::Null,
     }
 }

@@ -24,7 +24,7 @@ use clap::Args;
 use crate::model_args::{ModelArgs, Prepared, at_least, check_rows};
 use crate::output::end_at_once;
 use data::DataArgs;
-use job::Job;
+use job::{Held, Job, LOCK_FILE};
 
 /// Train a LoRA adapter beside the frozen 4-bit weights (QLoRA).
 #[derive(Args, Clone, Debug)]
@@ -42,13 +42,13 @@ pub struct FinetuneArgs {
     /// Numerator of the adapter's factor.
     #[arg(long, default_value_t = 16.0)]
     pub alpha: f64,
-    /// Probability of dropping an input of the adapter.
+    /// Probability of dropping an input of the adapter. Not with several --devices.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
     /// Use the factor alpha / sqrt(r) instead of alpha / r.
     #[arg(long)]
     pub rslora: bool,
-    /// Train a magnitude for each output beside the adapter (DoRA).
+    /// Train a magnitude for each output beside the adapter (DoRA). Not with --shard.
     #[arg(long)]
     pub dora: bool,
     /// The layers to adapt, by the end of their path, or `all-linear`
@@ -76,7 +76,7 @@ pub struct FinetuneArgs {
     /// The largest norm of all gradients together, to which larger ones are scaled down; 0 for none.
     #[arg(long, default_value_t = MAX_GRAD_NORM.into())]
     pub max_grad_norm: f64,
-    /// Rows in one pass: examples, or rows of packed ones.
+    /// Rows in one pass, on each device: examples, or rows of packed ones.
     #[arg(long, default_value_t = 1)]
     pub batch_size: usize,
     /// Passes in one step, on each device.
@@ -87,7 +87,7 @@ pub struct FinetuneArgs {
     #[arg(long, value_delimiter = ',', value_name = "NUMBERS")]
     pub devices: Vec<usize>,
     /// Keep on each of --devices a part of the layers' packed weights only, as FSDP2 does: for models that one
-    /// cannot hold. Needs --gradient-checkpointing
+    /// cannot hold. Needs --gradient-checkpointing or --offload
     #[arg(long, requires = "devices")]
     pub shard: bool,
     /// Passes over the data, unless --steps is given.
@@ -119,7 +119,8 @@ pub struct FinetuneArgs {
     /// Print how much memory is in use in each phase of a step. Asking waits for the device: steps are slower
     #[arg(long)]
     pub memory_report: bool,
-    /// Print lines even in a terminal.
+    /// Print lines even in a terminal, where Ctrl-C ends the program. In the TUI `q` asks whether to stop, which saves a
+    /// checkpoint.
     #[arg(long)]
     pub no_tui: bool,
     #[arg(long, default_value_t = 42)]
@@ -173,7 +174,12 @@ impl FinetuneArgs {
         if !self.output.exists() {
             return Ok(());
         }
-        let mut entries = fs::read_dir(&self.output).map_err(ModelError::io(&self.output))?;
+        let entries = fs::read_dir(&self.output).map_err(ModelError::io(&self.output))?;
+        // What a run that was killed leaves of itself is no run.
+        let mut entries = entries.filter(|entry| {
+            let name = entry.as_ref().map(|entry| entry.file_name());
+            name.map_or(true, |name| name != LOCK_FILE)
+        });
         match entries.next() {
             None => Ok(()),
             Some(_) => Err(ModelError::setting(
@@ -217,7 +223,12 @@ impl FinetuneArgs {
                 self.warmup
             );
         }
-        let settings = self.settings(&lora, &data.train, total)?;
+        let settings = Settings {
+            model: prepared.fingerprint()?,
+            compute: Some(prepared.computes_in()),
+            ..self.settings(&lora, &data.train, total)?
+        };
+        let _held = Held::new(&self.output)?;
         let job = Job {
             args: self.clone(),
             prepared,

@@ -17,7 +17,7 @@ use burn_nf4_llm::generate::Sampling;
 use burn_nf4_llm::model::config::GenerationConfig;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, left_out, load};
 use burn_nf4_llm::text::{StopStrings, Text};
-use burn_nf4_llm::train::Shards;
+use burn_nf4_llm::train::{Shards, model_fingerprint};
 use clap::Args;
 
 use crate::args::FloatArg;
@@ -87,6 +87,21 @@ impl ModelArgs {
 }
 
 impl Prepared {
+    /// What tells the model from others.
+    pub fn fingerprint(&self) -> Result<u64, ModelError> {
+        model_fingerprint(&Checkpoint::open(&self.folder)?)
+    }
+
+    /// The type that it computes in, and whether the head is quantized for it.
+    pub fn computes_in(&self) -> String {
+        let head = if self.quantize_head {
+            ", head in 4 bit"
+        } else {
+            ""
+        };
+        format!("{}{head}", self.dtype.name())
+    }
+
     /// Loads the weights.
     pub fn load(self) -> Result<Opened, ModelError> {
         let model = self.load_on(&self.device, None, true)?;

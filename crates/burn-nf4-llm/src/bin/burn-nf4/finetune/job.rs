@@ -1,7 +1,7 @@
 //! A run of `finetune`, on one device or on each of several.
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,6 +25,44 @@ use crate::watch::{EvalReport, Run, StepReport, Watch, losses};
 const LOG_FILE: &str = "log.jsonl";
 /// The losses of a run.
 const PLOT_FILE: &str = "loss.svg";
+
+/// What is in the folder of a run while it goes on.
+pub const LOCK_FILE: &str = ".lock";
+
+/// The output folder, which no other run may have at the same time.
+pub struct Held {
+    file: File,
+    path: PathBuf,
+}
+
+impl Held {
+    /// Makes the folder, and takes it.
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] if another run has it, [`ModelError::Io`].
+    pub fn new(output: &Path) -> Result<Self, ModelError> {
+        fs::create_dir_all(output).map_err(ModelError::io(output))?;
+        let path = output.join(LOCK_FILE);
+        let file = File::create(&path).map_err(ModelError::io(&path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { file, path }),
+            Err(TryLockError::WouldBlock) => Err(ModelError::setting(
+                "--output",
+                format!("{}, in which another run is under way", output.display()),
+                "a folder of its own",
+            )),
+            Err(TryLockError::Error(error)) => Err(ModelError::io(&path)(error)),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Whatever becomes of it, the lock ends with the process.
+        let _ = fs::remove_file(&self.path);
+        let _ = self.file.unlock();
+    }
+}
 
 /// A run, as each of its devices knows it.
 pub struct Job {
@@ -185,8 +223,11 @@ impl Job {
         let plot = output.join(PLOT_FILE);
         let drawn = losses(&log).and_then(|losses| losses.draw(&plot));
         trained?;
-        if drawn? {
-            println!("drew the losses in {}", plot.display());
+        match drawn {
+            Ok(true) => println!("drew the losses in {}", plot.display()),
+            Ok(false) => {}
+            // It must not cost the adapter.
+            Err(error) => eprintln!("warning: the losses could not be drawn: {error}"),
         }
         println!(
             "{} steps in {}",
