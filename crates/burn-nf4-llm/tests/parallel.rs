@@ -438,11 +438,23 @@ fn a_failing_rank_ends_the_run() {
     let text = error(2, move |rank| {
         let mut trainer = job.trainer(&rank.device().clone(), Some(&rank))?;
         if rank.index() == 1 {
-            return trainer.step(&[]).map(drop);
+            return Err(ModelError::Template("has no end".into()));
         }
         loop {
             trainer.step(&[rows(0)])?;
         }
     });
-    assert!(text.starts_with("batches is 0"), "{text}");
+    assert_eq!(text, "the chat template: has no end");
+}
+
+#[test]
+fn ranks_with_other_batches_are_refused() {
+    let _alone = alone();
+    let job = Job::new("llama3_tied", Weights::Whole);
+    let text = error(2, move |rank| {
+        let mut trainer = job.trainer(&rank.device().clone(), Some(&rank))?;
+        let batches: Vec<Batch> = (0..=rank.index()).map(rows).collect();
+        trainer.step(&batches).map(drop)
+    });
+    assert!(text.contains("expected the same on all ranks"), "{text}");
 }
