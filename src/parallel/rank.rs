@@ -249,6 +249,10 @@ impl Rank {
 pub struct Gathering(Pending);
 
 #[derive(Debug)]
+#[cfg_attr(
+    feature = "cube",
+    allow(clippy::large_enum_variant, reason = "there are few of them")
+)]
 enum Pending {
     Ready(Tensor<1, Int>),
     /// On devices with collectives.
@@ -261,6 +265,10 @@ enum Pending {
 pub struct GatheredWords(Words);
 
 #[derive(Debug)]
+#[cfg_attr(
+    feature = "cube",
+    allow(clippy::large_enum_variant, reason = "there are few of them")
+)]
 enum Words {
     Tensor(Tensor<1, Int>),
     /// On devices with collectives.

@@ -85,6 +85,7 @@ impl Drop for Leaving {
 }
 
 /// Where a tensor is.
+#[allow(clippy::large_enum_variant, reason = "there are few of them")]
 enum Place {
     Leaving(Leaving),
     Host(Bytes),
@@ -100,6 +101,7 @@ struct Away {
     autodiff: Option<GradientCheckpointingStrategy>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "there are few of them")]
 enum Entry<const D: usize> {
     /// There is nothing to copy.
     Empty(Tensor<D>),
