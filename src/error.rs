@@ -1,5 +1,7 @@
 //! The one error type of the crate.
 
+mod text;
+
 use std::fmt;
 use std::io;
 use std::ops::Deref;
@@ -11,6 +13,8 @@ use std::sync::Arc;
 use burn::tensor::Device;
 #[cfg(feature = "checkpoint")]
 use safetensors::SafeTensorError;
+
+use text::{found_instead, lines, misfits, tensors_do};
 
 /// Everything that can go wrong with a caller's input.
 ///
@@ -658,46 +662,4 @@ impl fmt::Display for TensorMisfit {
             (None, None) => write!(f, "`{key}`"),
         }
     }
-}
-
-/// The first of the files that are there instead, and the advice.
-fn found_instead(found: &[String], advice: &str) -> String {
-    let (first, more) = match found {
-        [] => return String::new(),
-        [first] => (first, String::new()),
-        [first, more @ ..] => (first, format!(" and {} more", more.len())),
-    };
-    format!(", but `{first}`{more}: {advice}")
-}
-
-/// How many tensors, and the verb.
-fn tensors_do(count: usize) -> String {
-    match count {
-        1 => "1 tensor does".into(),
-        count => format!("{count} tensors do"),
-    }
-}
-
-/// Keys that are missing and those that are not asked for; nothing of what there is none of.
-fn misfits(missing: &[String], unexpected: &[String]) -> String {
-    let lists = [
-        ("missing tensors", missing),
-        (
-            "unexpected tensors, which the settings do not ask for",
-            unexpected,
-        ),
-    ];
-    let lists = lists.into_iter().filter(|(_, keys)| !keys.is_empty());
-    let lists: Vec<String> = lists
-        .map(|(what, keys)| format!("{what}: [{}]", keys.join(", ")))
-        .collect();
-    lists.join(", ")
-}
-
-/// One line each.
-fn lines(tensors: &[TensorMisfit]) -> String {
-    tensors
-        .iter()
-        .map(|tensor| format!("\n  {tensor}"))
-        .collect()
 }
