@@ -64,6 +64,8 @@ mod progress;
 pub mod python_json;
 mod quant_state;
 mod resolve;
+#[cfg(feature = "peft")]
+mod shard_plan;
 pub(crate) mod source;
 mod staging;
 mod store;
@@ -87,6 +89,8 @@ pub use names::{INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
+#[cfg(feature = "peft")]
+pub use shard_plan::ShardPlan;
 pub use store::CheckpointStore;
 pub use stored::TensorInfo;
 pub use verify::{ComparedParameter, Difference, VerifyReport, verify};

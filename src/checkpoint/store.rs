@@ -14,12 +14,12 @@ use super::folder::Checkpoint;
 use super::matching::{Allowed, match_up};
 use super::parameters::parameters_of;
 use super::progress::{Counter, Progress};
+#[cfg(feature = "peft")]
+use super::shard_plan::ShardPlan;
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
 use super::unstack::Unstack;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-#[cfg(feature = "peft")]
-use crate::parallel::ShardPlan;
 
 /// A checkpoint as a store that any Burn module loads from, by path.
 ///

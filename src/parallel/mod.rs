@@ -20,6 +20,7 @@
 //! # Ok::<(), Nf4Error>(())
 //! ```
 
+mod adamw;
 #[cfg(feature = "cube")]
 mod collective;
 mod meeting;
@@ -32,5 +33,5 @@ mod shard;
 pub use rank::{GatheredWords, Gathering, Rank};
 pub use run::run;
 #[cfg(feature = "peft")]
-pub use shard::ShardPlan;
+pub(crate) use shard::Row;
 pub use shard::ShardedWeights;

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Int, Tensor};
-use burn_nf4::checkpoint::CheckpointStore;
+use burn_nf4::checkpoint::{CheckpointStore, ShardPlan};
 use burn_nf4::format::FloatType;
 use burn_nf4::model::LinearLayers;
 use burn_nf4::op::set_reproducible;
-use burn_nf4::parallel::{self, Rank, ShardPlan};
+use burn_nf4::parallel::{self, Rank};
 use burn_nf4::peft::{LoraConfig, TargetModules};
 use burn_nf4_llm::error::ModelError;
 use burn_nf4_llm::model::{DecoderConfig, load};

@@ -21,7 +21,6 @@ use super::tensor::{check_device, check_dtype};
 use crate::error::Nf4Error;
 use crate::flat::{AdamWForm, AdamWScalars, FlatLayout, MAX_PARTS, TILE_ELEMS};
 use crate::format::{FloatType, check_len};
-use crate::parallel::Rank;
 
 /// What AdamW is set to, but for the learning rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -183,17 +182,17 @@ impl StepReport {
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
 pub struct FlatAdamW {
-    layout: Arc<FlatLayout>,
-    device: Device,
+    pub(crate) layout: Arc<FlatLayout>,
+    pub(crate) device: Device,
     form: AdamWForm,
-    values: Buffer,
-    grads: Buffer,
+    pub(crate) values: Buffer,
+    pub(crate) grads: Buffer,
     /// The moments, by how they are kept.
     groups: Vec<Group>,
     /// Steps made of each tensor.
     steps: Vec<u32>,
     /// Whether a tensor has a gradient that was not used yet.
-    has_gradient: Vec<bool>,
+    pub(crate) has_gradient: Vec<bool>,
     unread: Option<Unread>,
 }
 
@@ -218,18 +217,18 @@ struct Unread {
 
 /// A flat buffer, `[elems]`, f32. It is taken out while an operation has it, so that it has one owner and is
 /// written to in place.
-struct Buffer(Option<Tensor<1>>);
+pub(crate) struct Buffer(Option<Tensor<1>>);
 
 impl Buffer {
-    fn take(&mut self) -> Tensor<1> {
+    pub(crate) fn take(&mut self) -> Tensor<1> {
         self.0.take().expect("whoever takes it puts it back")
     }
 
-    fn put(&mut self, tensor: Tensor<1>) {
+    pub(crate) fn put(&mut self, tensor: Tensor<1>) {
         self.0 = Some(tensor);
     }
 
-    fn tensor(&self) -> Tensor<1> {
+    pub(crate) fn tensor(&self) -> Tensor<1> {
         self.0.clone().expect("whoever takes it puts it back")
     }
 }
@@ -358,60 +357,6 @@ impl FlatAdamW {
         let grads = grads.slice_assign([0..self.layout.elems()], zeros);
         self.grads.put(grads);
         self.has_gradient.fill(false);
-    }
-
-    /// Sums the gradients that were accumulated over the ranks of a group, as one tensor; for all ranks. A tensor has a
-    /// gradient then if it has one on some rank.
-    ///
-    /// # Errors
-    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors. Those
-    /// that were accumulated may be dropped then.
-    pub fn all_reduce(&mut self, rank: &Rank) -> Result<(), Nf4Error> {
-        let all = rank.exchange(self.has_gradient.clone())?;
-        for of_rank in &all {
-            check_len(
-                "gradients of another rank",
-                self.has_gradient.len(),
-                of_rank.len(),
-            )?;
-            for (has, other) in self.has_gradient.iter_mut().zip(of_rank) {
-                *has |= other;
-            }
-        }
-        if !self.has_gradient.contains(&true) {
-            return Ok(());
-        }
-        match rank.all_reduce(self.grads.take()) {
-            Ok(sums) => {
-                self.grads.put(sums);
-                Ok(())
-            }
-            Err(error) => {
-                let options = (&self.device, DType::F32);
-                self.grads
-                    .put(Tensor::zeros([self.layout.elems()], options));
-                self.has_gradient.fill(false);
-                Err(error)
-            }
-        }
-    }
-
-    /// Takes the values of rank 0 of a group; for all ranks. Moments stay as they are.
-    ///
-    /// # Errors
-    /// [`Nf4Error::Parallel`] if a rank has failed, [`Nf4Error::Length`] unless all ranks have the same tensors.
-    pub fn broadcast(&mut self, rank: &Rank) -> Result<(), Nf4Error> {
-        let elems = self.layout.elems();
-        for of_rank in rank.exchange(elems)? {
-            check_len("values of another rank", elems, of_rank)?;
-        }
-        let values = match rank.index() {
-            0 => self.values.tensor(),
-            _ => Tensor::zeros([elems], (&self.device, DType::F32)),
-        };
-        let values = rank.all_reduce(values)?;
-        self.values.put(values);
-        Ok(())
     }
 
     /// The first and the last 256 of the values and of the gradients, `[1024]`, f32, to see whether a recorded pass

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use burn_nf4::checkpoint::CheckpointStore;
+use burn_nf4::checkpoint::{CheckpointStore, ShardPlan};
 use burn_nf4::format::FloatType;
-use burn_nf4::parallel::{GatheredWords, Gathering, Rank, ShardPlan, ShardedWeights};
+use burn_nf4::parallel::{GatheredWords, Gathering, Rank, ShardedWeights};
 
 use crate::error::ModelError;
 use crate::model::{Decoder, DecoderConfig, DecoderLayer, load};
