@@ -38,7 +38,7 @@ impl ShardPlan {
     /// those are, by the paths of the weights.
     ///
     /// # Errors
-    /// [`Nf4Error::Config`] for a unit that the model has not.
+    /// [`Nf4Error::Config`] for a unit that the model has not, [`Nf4Error::ElementCount`] for an impossible weight.
     pub(crate) fn cut<M: Module>(
         &self,
         model: M,
@@ -63,9 +63,8 @@ impl ShardPlan {
         let mut packed: Vec<(String, usize)> = Vec::new();
         for parameter in parameters {
             if let Kind::Packed(form) = &parameter.kind {
-                let layout = PackedLayout::for_shape(&form.shape, form.config);
-                let words = layout.expect("it is the form of a weight").words();
-                packed.push((parameter.path, words));
+                let layout = PackedLayout::for_shape(&form.shape, form.config)?;
+                packed.push((parameter.path, layout.words()));
             }
         }
         let mut kept: Vec<Option<Range<usize>>> = vec![None; packed.len()];

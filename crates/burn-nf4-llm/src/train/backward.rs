@@ -134,8 +134,8 @@ impl Inputs {
 /// all batches of a step, the sum over the batches is the mean over the step.
 ///
 /// # Errors
-/// Those of [`Layers::get`], where layers are in parts, and of [`OffloadStack`], where their inputs wait on the host. Some
-/// gradients may be added then.
+/// Those of [`Layers::get`], where layers are in parts, and of [`OffloadStack`], where their inputs wait on the host.
+/// Some gradients may be added then.
 pub fn backward(
     model: &Decoder,
     inputs: Inputs,
@@ -176,7 +176,7 @@ pub fn backward(
         options.seed_dropout(&device, index);
         // The last one comes first in the backward pass.
         let layer = layers.get(index, Some((index + 1).min(last)))?;
-        x = layer.no_grad().forward(x, &pass, None);
+        x = layer.into_owned().no_grad().forward(x, &pass, None);
         options.in_phase(Phase::Forward);
     }
     let x = x.require_grad();
@@ -194,7 +194,7 @@ pub fn backward(
         let layer = layers.get(index, index.checked_sub(1))?;
         let mut gradients = layer.seed(x.clone(), &pass, gradient).backward();
         flow = x.grad_remove(&mut gradients);
-        grads.accumulate(GradientsParams::from_grads(gradients, &layer));
+        grads.accumulate(GradientsParams::from_grads(gradients, layer.as_ref()));
         inputs.prefetch()?;
         options.in_phase(Phase::Backward);
     }

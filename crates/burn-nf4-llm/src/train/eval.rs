@@ -65,10 +65,7 @@ impl Trainer {
                 x = layers.get(index, then)?.forward(x, &pass, None);
             }
             let mean = loss(&model, x, labels, factor).try_into_data();
-            let mean = mean.map_err(|error| ModelError::Device {
-                device: format!("{:?}", model.device()),
-                message: error.to_string(),
-            })?;
+            let mean = mean.map_err(|error| ModelError::device(&model.device(), error))?;
             let mean: f32 = mean.iter::<f32>().sum();
             if own.is_some() {
                 sum += f64::from(mean) * of_batch as f64;

@@ -301,11 +301,11 @@ impl Trainer {
         if self.shards.is_some() && own.len() < batches.len().div_ceil(ranks) {
             loss = loss + self.idle_pass(first)?;
         }
+        let rate = self.rate();
         let mut optimizer = self.optimizer.borrow_mut();
         if let Some(rank) = &self.rank {
             loss = optimizer.all_reduce(rank, loss)?;
         }
-        let rate = self.settings.schedule.rate(self.step);
         optimizer.step(rate, &mut self.model, loss)?;
         Ok(optimizer.report()?.expect("a step was made"))
     }
@@ -332,6 +332,17 @@ impl Trainer {
         is_plain && stays_on_device && self.capture && self.replays.can_replay(&self.model)
     }
 
+    /// A batch, filled if that lets passes over it be replayed.
+    fn to_replay<'a>(&self, batch: &'a Batch) -> Cow<'a, Batch> {
+        if self.replays() {
+            let filled = batch.filled();
+            if Replays::is_worth_it(filled.rows * filled.length) {
+                return filled;
+            }
+        }
+        Cow::Borrowed(batch)
+    }
+
     /// The losses of this rank's batches of a step, `[1]`, and their gradients to the optimizer.
     ///
     /// - `own`: with their numbers among all batches of the step
@@ -342,16 +353,10 @@ impl Trainer {
     ) -> Result<Tensor<1>, ModelError> {
         let device = self.model.device().without_autodiff();
         let mut loss = Tensor::zeros([1], (&device, DType::F32));
-        let can_replay = self.replays();
         let mut all = own.iter();
         let mut next = |trainer: &mut Self| {
-            let &(index, batch_given) = all.next()?;
-            let filled = Some(batch_given.filled());
-            let is_recorded = |filled: &Cow<'_, Batch>| {
-                can_replay && Replays::is_worth_it(filled.rows * filled.length)
-            };
-            let batch = filled.filter(is_recorded);
-            let batch = batch.unwrap_or(Cow::Borrowed(batch_given));
+            let &(index, batch) = all.next()?;
+            let batch = trainer.to_replay(batch);
             let inputs = Inputs::new(&batch, targets, &trainer.model, &mut trainer.rope);
             Some((index, inputs))
         };
@@ -546,8 +551,6 @@ fn resume_error(path: &Path, message: impl ToString) -> ModelError {
 }
 
 fn sync(device: &Device) -> Result<(), ModelError> {
-    device.sync().map_err(|error| ModelError::Device {
-        device: format!("{device:?}"),
-        message: error.to_string(),
-    })
+    let synced = device.sync();
+    synced.map_err(|error| ModelError::device(device, error))
 }

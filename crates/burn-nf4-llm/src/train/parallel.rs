@@ -1,5 +1,6 @@
 //! Training on several devices: each has its part of the batches, and may hold its part of the packed weights only.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use burn::tensor::Device;
@@ -119,10 +120,14 @@ impl<'a> Layers<'a> {
     ///
     /// # Errors
     /// Those of [`Rank::gather`].
-    pub fn get(&mut self, index: usize, then: Option<usize>) -> Result<DecoderLayer, ModelError> {
-        let layer = self.model.layers[index].clone();
+    pub fn get(
+        &mut self,
+        index: usize,
+        then: Option<usize>,
+    ) -> Result<Cow<'a, DecoderLayer>, ModelError> {
+        let layer = &self.model.layers[index];
         let Some(shards) = self.shards else {
-            return Ok(layer);
+            return Ok(Cow::Borrowed(layer));
         };
         let shard = &shards.layers[index];
         let words = match (self.kept.take(), self.next.take()) {
@@ -130,7 +135,7 @@ impl<'a> Layers<'a> {
             (_, Some((next, gathering))) if next == index => gathering.end(),
             _ => shard.gather(&shards.rank)?.end(),
         };
-        let layer = shard.put(layer, &words);
+        let layer = shard.put(layer.clone(), &words);
         match then {
             Some(then) if then == index => self.kept = Some((index, words)),
             Some(then) => {
@@ -139,6 +144,6 @@ impl<'a> Layers<'a> {
             }
             None => {}
         }
-        Ok(layer)
+        Ok(Cow::Owned(layer))
     }
 }

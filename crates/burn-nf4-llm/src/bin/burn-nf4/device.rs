@@ -164,10 +164,15 @@ impl DeviceName {
 
 /// Waits for all that was asked of a device.
 pub fn sync(device: &Device) -> Result<(), ModelError> {
-    device.sync().map_err(|error| ModelError::Device {
+    device.sync().map_err(|error| fault(device, error))
+}
+
+/// What a device says that fails.
+pub fn fault(device: &Device, error: impl std::fmt::Display) -> ModelError {
+    ModelError::Device {
         device: format!("{device:?}"),
         message: error.to_string(),
-    })
+    }
 }
 
 /// The processor's name, where the system tells (Linux).

@@ -12,7 +12,7 @@ use burn_nf4_llm::model::{Decoder, DecoderConfig};
 
 use super::memory::position_bytes;
 use super::report::{Copy, DecodeRow, FirstToken, Memory, PrefillRow};
-use crate::device::DeviceName;
+use crate::device::{DeviceName, fault, sync};
 use crate::progress::peak_memory_bytes;
 
 /// Tokens of the prompt whose first token is waited for.
@@ -40,18 +40,6 @@ pub fn median(mut times: Vec<Duration>) -> Duration {
 
 pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
-}
-
-/// Waits for a device.
-pub fn sync(device: &Device) -> Result<(), ModelError> {
-    device.sync().map_err(|error| fault(device, error))
-}
-
-fn fault(device: &Device, error: impl std::fmt::Display) -> ModelError {
-    ModelError::Device {
-        device: format!("{device:?}"),
-        message: error.to_string(),
-    }
 }
 
 fn request(config: &DecoderConfig, rows: usize, context: usize, max_tokens: usize) -> Request {

@@ -83,7 +83,8 @@ impl Need {
     }
 
     /// A step of training: the input of each layer, or of those that are not on the host, and what one layer keeps
-    /// for its gradients, or what all keep; gradients in one layer; a part of the logits; and the branches with what the optimizer has of them.
+    /// for its gradients, or what all keep; gradients in one layer; a part of the logits; and the branches with what
+    /// the optimizer has of them.
     pub fn training(
         config: &DecoderConfig,
         dtype: FloatType,

@@ -19,7 +19,7 @@ use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use clap::{Args, ValueEnum};
 
 use crate::args::FloatArg;
-use crate::device::DeviceName;
+use crate::device::{DeviceName, sync};
 use crate::model_args::{at_least, check_rows};
 use crate::output::end_at_once;
 use measure::Floor;
@@ -336,7 +336,7 @@ impl BenchArgs {
         } = setting;
         let model = self.model(setting, self.rank, device)?;
         let model = model.with_exact_tables();
-        measure::sync(device)?;
+        sync(device)?;
         report.first_token = Some(measure::first_token(&model, config)?);
         let copy = measure::copy(self.device, device)?;
         report.copy = Some(copy.clone());
@@ -461,7 +461,7 @@ impl BenchArgs {
                 }
                 Some(model) => {
                     // What is reserved is of this shape then.
-                    measure::sync(device)?;
+                    sync(device)?;
                     device.memory_cleanup();
                     let need = Need::training(config, dtype, shape, recipe.rank);
                     if !self.fits(need, device, report)? {
