@@ -20,7 +20,7 @@ use burn::tensor::quantization::{Calibration, QuantValue, ScaleDtype};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::QuantConfig;
-use burn_nf4::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig, reparameterize_linears};
+use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, QuantLinear, reparameterize_linears};
 
 const RANK: usize = 16;
 const ALPHA: f64 = 16.0;
@@ -48,7 +48,7 @@ macro_rules! chain {
 }
 
 chain!(Linears, Linear);
-chain!(Frozen, Nf4Linear);
+chain!(Frozen, QuantLinear);
 chain!(Trained, QLoraLinear);
 
 struct Sizes {
@@ -104,7 +104,7 @@ fn main() -> Result<(), Nf4Error> {
     ] {
         report.run(name, device, |device| nf4_linears(&dense, device))?;
     }
-    report.run("Nf4Linear", &device, |device| {
+    report.run("QuantLinear", &device, |device| {
         let layers = frozen(&dense, device)?;
         Ok(Frozen { layers })
     })?;
@@ -148,10 +148,10 @@ fn nf4_linears(dense: &Linears, device: &Device) -> Result<Linears, Nf4Error> {
     reparameterize_linears(linears, QuantConfig::default(), ParamGroup::all())
 }
 
-fn frozen(dense: &Linears, device: &Device) -> Result<Vec<Nf4Linear>, Nf4Error> {
+fn frozen(dense: &Linears, device: &Device) -> Result<Vec<QuantLinear>, Nf4Error> {
     let layers = copy(dense, device).layers.into_iter();
     layers
-        .map(|layer| Nf4Linear::quantize(layer, QuantConfig::default()))
+        .map(|layer| QuantLinear::quantize(layer, QuantConfig::default()))
         .collect()
 }
 

@@ -159,7 +159,7 @@ fn quantize(args: &Args, report: &mut Report, place: &Place, copy: f64) {
                 .map(bf16::from_f32)
                 .collect();
             let call = || host::quantize(&dense, &problem.shape, config).expect("finite");
-            let reference = burn_nf4::format::Nf4Tensor::quantize(&dense, &problem.shape, config);
+            let reference = burn_nf4::format::BlockTensor::quantize(&dense, &problem.shape, config);
             let reference = reference.expect("finite").to_packed();
             assert!(
                 call() == reference,

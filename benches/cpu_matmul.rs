@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use burn_nf4::format::{Absmax, Nf4Tensor, QuantConfig};
+use burn_nf4::format::{Absmax, BlockTensor, QuantConfig};
 use burn_nf4::host;
 use half::bf16;
 use serde_json::json;
@@ -53,7 +53,7 @@ impl Problem {
     /// The relative error of some rows of a product, held to that of bf16.
     fn check(&self, who: &str, out: &[bf16]) -> f64 {
         let [n, k] = self.weight.shape;
-        let tensor: Nf4Tensor = self.weight.tensor();
+        let tensor: BlockTensor = self.weight.tensor();
         let (mut error, mut norm) = (0.0, 0.0);
         for row in (0..n).step_by(n / 61) {
             let w: Vec<bf16> = tensor.dequantize_range(row * k, k);

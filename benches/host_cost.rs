@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use burn::tensor::{DType, Tensor};
-use burn_nf4::Nf4Weight;
+use burn_nf4::BlockWeight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::launch::{DequantizePlan, elem_type};
 use burn_nf4::op::{LowRank, MatmulStrategy, linear_with, lora_linear};
@@ -29,7 +29,7 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
     let elems = host.layout.elems();
     let weight = DeviceWeight::new(client, &host);
     let out = client.empty(elems * dtype.size_bytes());
-    let burn_weight = Nf4Weight::from_host(&host.tensor(), &gpu.device);
+    let burn_weight = BlockWeight::from_host(&host.tensor(), &gpu.device);
     let plan = DequantizePlan::new(client, &host.layout, 0..elems, dtype, None)
         .expect("the default runs everywhere");
 
@@ -75,7 +75,7 @@ pub fn run(gpu: &Gpu, args: &Args, report: &mut Report) {
         ("launch", "launch::dequantize", &launch, &wait),
         ("allocate", "allocation of the result", &allocate, &wait),
         ("allocate_and_launch", "allocation and launch", &both, &wait),
-        ("op", "Nf4Weight::dequantize", &op, &wait_for_op),
+        ("op", "BlockWeight::dequantize", &op, &wait_for_op),
         (
             "linear_auto",
             "linear, way as measured",

@@ -8,7 +8,7 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::QuantConfig;
 use burn_nf4::launch::check_dtype;
-use burn_nf4::op::{LoraSpec, Nf4Backend};
+use burn_nf4::op::{LoraSpec, QuantBackend};
 use serde_json::json;
 
 use crate::args::Args;
@@ -47,10 +47,10 @@ impl Branch {
         let (a, b) = case.branches[i % case.branches.len()].clone();
         let matmul = case.spec.matmul;
         match self {
-            Self::None => CubeBackend::nf4_matmul(x, packed, matmul),
-            Self::Joined => CubeBackend::nf4_matmul_lora(x, packed, a, b, case.spec),
+            Self::None => CubeBackend::quant_matmul(x, packed, matmul),
+            Self::Joined => CubeBackend::quant_matmul_lora(x, packed, a, b, case.spec),
             Self::Apart => {
-                let y = CubeBackend::nf4_matmul(x.clone(), packed, matmul);
+                let y = CubeBackend::quant_matmul(x.clone(), packed, matmul);
                 let branch = CubeBackend::float_matmul(CubeBackend::float_matmul(x, a), b);
                 let branch = CubeBackend::float_mul_scalar(branch, case.spec.scale.into());
                 CubeBackend::float_add(y, branch)

@@ -7,7 +7,7 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
 use burn_nf4::launch::check_dtype;
-use burn_nf4::op::{DenseSpec, DequantizeSpec, LinearSpec, MatmulStrategy, Nf4Backend};
+use burn_nf4::op::{DenseSpec, DequantizeSpec, LinearSpec, MatmulStrategy, QuantBackend};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
@@ -250,7 +250,7 @@ fn time(
         Way::Dense => {
             let copies = gpu.copies(n * k * 2).min(packed.len());
             let decode =
-                |packed: &CubeTensor| CubeBackend::nf4_dequantize(packed.clone(), spec.weight);
+                |packed: &CubeTensor| CubeBackend::quant_dequantize(packed.clone(), spec.weight);
             packed[..copies].iter().map(decode).collect()
         }
         _ => Vec::new(),
@@ -264,11 +264,11 @@ fn time(
     let launch = |i: usize| {
         let y = match way {
             Way::Dense => dense_product(x.clone(), dense[i % copies].clone(), product),
-            Way::Decoding => CubeBackend::nf4_dequantize(packed[i % copies].clone(), spec.weight),
+            Way::Decoding => CubeBackend::quant_dequantize(packed[i % copies].clone(), spec.weight),
             _ if dx => {
-                CubeBackend::nf4_linear_backward(x.clone(), packed[i % copies].clone(), spec)
+                CubeBackend::quant_linear_backward(x.clone(), packed[i % copies].clone(), spec)
             }
-            _ => CubeBackend::nf4_linear(x.clone(), packed[i % copies].clone(), spec),
+            _ => CubeBackend::quant_linear(x.clone(), packed[i % copies].clone(), spec),
         };
         *newest.lock().expect("no one panicked") = Some(y);
     };

@@ -7,9 +7,9 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use burn_nf4::format::{FloatType, Nf4Tensor, PackedLayout, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatType, PackedLayout, QuantConfig};
 use burn_nf4::launch::{MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype};
-use burn_nf4::op::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend};
+use burn_nf4::op::{DequantizeSpec, LinearSpec, MatmulSpec, MatmulStrategy, QuantBackend};
 use cubecl::server::Handle;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -230,7 +230,7 @@ pub fn take(gpu: &Gpu, timed: Timed, report: &mut Report) -> Timed {
 }
 
 /// `x Wᵀ` in f64 over the weight decoded to bf16, `[m, n]`. Fewer rows of `x` are the first of more.
-fn exact_product(weight: &Nf4Tensor, [n, k]: [usize; 2], m: usize) -> Vec<f64> {
+fn exact_product(weight: &BlockTensor, [n, k]: [usize; 2], m: usize) -> Vec<f64> {
     let x: Vec<f64> = x_values(m, k).into_iter().map(f64::from).collect();
     let columns: Vec<Vec<f64>> = (0..n)
         .into_par_iter()
@@ -299,7 +299,7 @@ fn packed(
         let launch = |i: usize| {
             let packed = weights[i % copies].clone();
             let Some(plan) = &plan else {
-                let y = CubeBackend::nf4_matmul(x.clone(), packed, spec);
+                let y = CubeBackend::quant_matmul(x.clone(), packed, spec);
                 *newest.lock().expect("no one panicked") = y.handle;
                 return;
             };

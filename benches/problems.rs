@@ -1,6 +1,6 @@
 //! The shapes and dtypes that are timed, and the weights.
 
-use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatElement, FloatType, PackedLayout, QuantConfig};
 use burn_nf4::host;
 use half::{bf16, f16};
 
@@ -203,9 +203,9 @@ impl Weight {
     }
 
     /// The weight in its parts.
-    pub fn tensor(&self) -> Nf4Tensor {
+    pub fn tensor(&self) -> BlockTensor {
         let config = self.layout.config();
-        Nf4Tensor::from_packed(&self.words, &self.shape, config, FloatType::F32)
+        BlockTensor::from_packed(&self.words, &self.shape, config, FloatType::F32)
             .expect("a weight just packed")
     }
 

@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use burn_nf4::Nf4Weight;
+use burn_nf4::BlockWeight;
 use burn_nf4::format::{FloatType, QuantConfig};
 use serde_json::json;
 
@@ -224,7 +224,7 @@ pub fn time_op(
 ) -> f64 {
     let weights = weights
         .each_ref()
-        .map(|weight| Nf4Weight::from_host(&weight.tensor(), device));
+        .map(|weight| BlockWeight::from_host(&weight.tensor(), device));
     time_model(
         "op",
         expected,

@@ -14,10 +14,10 @@ use std::time::Instant;
 use burn::nn::loss::{MseLoss, Reduction};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_nf4::Nf4Weight;
+use burn_nf4::BlockWeight;
 use burn_nf4::checkpoint::SafetensorsFile;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, QuantLinear};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -113,7 +113,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
 }
 
 /// Loads the weight, decodes it on the device, and compares every bit with bitsandbytes' answer.
-fn load_and_check(path: &Path, device: &Device) -> Result<Nf4Weight, Box<dyn Error>> {
+fn load_and_check(path: &Path, device: &Device) -> Result<BlockWeight, Box<dyn Error>> {
     let file = SafetensorsFile::open(path)?;
     let host = file.load_nf4("weight")?;
     println!(
@@ -127,7 +127,7 @@ fn load_and_check(path: &Path, device: &Device) -> Result<Nf4Weight, Box<dyn Err
             None => "f32 scales",
         },
     );
-    let weight = Nf4Weight::from_host(&host, device);
+    let weight = BlockWeight::from_host(&host, device);
     let decoded = weight.dequantize::<2>(host.dtype())?.into_data();
     let expected = file.tensor_bytes("dequantized")?;
     let size = host.dtype().size_bytes();
@@ -151,11 +151,11 @@ fn load_and_check(path: &Path, device: &Device) -> Result<Nf4Weight, Box<dyn Err
 fn random_weight(
     [rows, columns]: [usize; 2],
     device: &Device,
-) -> Result<Nf4Weight, Box<dyn Error>> {
+) -> Result<BlockWeight, Box<dyn Error>> {
     let normal = Distribution::Normal(0.0, 1.0 / (columns as f64).sqrt());
     let dense = Tensor::<2>::random([rows, columns], normal, device);
     let started = Instant::now();
-    let weight = Nf4Weight::quantize(dense, QuantConfig::default())?;
+    let weight = BlockWeight::quantize(dense, QuantConfig::default())?;
     device.sync()?;
     println!(
         "quantized a random {rows}x{columns} weight in {:.1} ms (first call, compilation included)",
@@ -164,7 +164,7 @@ fn random_weight(
     Ok(weight)
 }
 
-fn report_memory(weight: &Nf4Weight) {
+fn report_memory(weight: &BlockWeight) {
     let packed = weight.size_bytes();
     let elems = weight.layout().elems();
     println!(
@@ -179,12 +179,12 @@ fn report_memory(weight: &Nf4Weight) {
 /// Trains the branch towards the frozen layer's own output shifted by a hidden low-rank matrix.
 fn train(
     args: &Args,
-    weight: Nf4Weight,
+    weight: BlockWeight,
     dtype: DType,
     device: &Device,
 ) -> Result<(), Box<dyn Error>> {
     let [d_output, d_input] = weight.matrix_dims()?;
-    let base = Nf4Linear::new(weight, None)?;
+    let base = QuantLinear::new(weight, None)?;
     let mut layer = QLoraLinearConfig::new(args.rank)
         .with_alpha(2.0 * args.rank as f64)
         .init(base, device)?;
@@ -265,7 +265,7 @@ impl Shift {
         }
     }
 
-    fn apply(&self, base: &Nf4Linear, x: Tensor<2>) -> Tensor<2> {
+    fn apply(&self, base: &QuantLinear, x: Tensor<2>) -> Tensor<2> {
         let shift = x
             .clone()
             .cast(DType::F32)

@@ -31,4 +31,4 @@ mod sampling;
 mod unsigned_map;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};
-pub use op::{Nf4Weight, expert_linear, linear};
+pub use op::{BlockWeight, expert_linear, linear};

@@ -12,9 +12,9 @@ use burn::module::{Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, QuantType};
-use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
-use burn_nf4::{Nf4Error, Nf4Weight, TensorMisfit};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType};
+use burn_nf4::nn::{QuantLinear, QuantLinearConfig};
+use burn_nf4::{BlockWeight, Nf4Error, TensorMisfit};
 use burn_store::{KeyRemapper, ModuleSnapshot, ModuleStore, bridge};
 use rstest::rstest;
 use stored::{Stored, Tensors};
@@ -39,23 +39,23 @@ struct Block {
 
 #[derive(Module, Debug)]
 struct Attention {
-    q_proj: Nf4Linear,
-    k_proj: Nf4Linear,
-    v_proj: Nf4Linear,
-    o_proj: Nf4Linear,
+    q_proj: QuantLinear,
+    k_proj: QuantLinear,
+    v_proj: QuantLinear,
+    o_proj: QuantLinear,
 }
 
 #[derive(Module, Debug)]
 struct Mlp {
-    gate_proj: Nf4Linear,
-    up_proj: Nf4Linear,
-    down_proj: Nf4Linear,
+    gate_proj: QuantLinear,
+    up_proj: QuantLinear,
+    down_proj: QuantLinear,
 }
 
 /// The model of `tests/fixtures/hf`.
 fn llama(dtype: FloatType, device: &Device) -> Model {
     let linear = |d_input, d_output| {
-        Nf4LinearConfig::new(d_input, d_output)
+        QuantLinearConfig::new(d_input, d_output)
             .with_bias(false)
             .with_dtype(dtype)
             .init(device)
@@ -212,7 +212,7 @@ fn progress_counts_every_parameter_and_byte() {
 struct Small {
     embed: Embedding,
     norm: RmsNorm,
-    frozen: Nf4Linear,
+    frozen: QuantLinear,
     head: Linear,
     steps: Param<Tensor<1, Int>>,
     mask: Param<Tensor<1, Bool>>,
@@ -224,7 +224,7 @@ fn small(device: &Device) -> Small {
     Small {
         embed: EmbeddingConfig::new(5, SIZE).init(device),
         norm: RmsNormConfig::new(SIZE).init(device),
-        frozen: Nf4LinearConfig::new(SIZE, 2 * SIZE).init(device).unwrap(),
+        frozen: QuantLinearConfig::new(SIZE, 2 * SIZE).init(device).unwrap(),
         head: LinearConfig::new(SIZE, 5).init(device),
         steps: Param::initialized(Default::default(), Tensor::zeros([3], device)),
         mask: Param::initialized(
@@ -234,8 +234,8 @@ fn small(device: &Device) -> Small {
     }
 }
 
-fn quantized(shape: &[usize], config: QuantConfig) -> Nf4Tensor {
-    Nf4Tensor::quantize(&uniform(shape.iter().product(), 3), shape, config).unwrap()
+fn quantized(shape: &[usize], config: QuantConfig) -> BlockTensor {
+    BlockTensor::quantize(&uniform(shape.iter().product(), 3), shape, config).unwrap()
 }
 
 fn plain(dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> Stored {
@@ -557,7 +557,7 @@ fn stacks_are_read_as_the_matrices_that_they_are_made_of() {
 fn a_module_built_from_the_forms_of_a_checkpoint_takes_it() {
     #[derive(Module, Debug)]
     struct Weights {
-        items: Vec<Nf4Weight>,
+        items: Vec<BlockWeight>,
     }
     let device = Device::default();
     let mut tensors = Tensors::new();
@@ -578,7 +578,7 @@ fn a_module_built_from_the_forms_of_a_checkpoint_takes_it() {
             .checkpoint()
             .weight_form(&format!("items.{i}"))
             .unwrap();
-        Nf4Weight::zeros_of(form, &device).unwrap()
+        BlockWeight::zeros_of(form, &device).unwrap()
     };
     let mut module = Weights {
         items: (0..3).map(zeros).collect(),
@@ -595,7 +595,7 @@ fn enum_variants_are_skipped_when_asked() {
     #[derive(Module, Debug)]
     #[allow(clippy::large_enum_variant)]
     enum Head {
-        Packed(Nf4Linear),
+        Packed(QuantLinear),
         #[allow(dead_code)]
         Dense(Linear),
     }
@@ -608,7 +608,7 @@ fn enum_variants_are_skipped_when_asked() {
     let folder = folder(&stored::weight("head.weight", &weight));
     let model = || WithEnum {
         head: Head::Packed(
-            Nf4LinearConfig::new(SIZE, 2 * SIZE)
+            QuantLinearConfig::new(SIZE, 2 * SIZE)
                 .with_bias(false)
                 .init(&device)
                 .unwrap(),

@@ -15,7 +15,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::nn::{
-    Nf4Linear, Nf4Reparameterization, QLoraLinear, QLoraLinearConfig, lora_params,
+    QLoraLinear, QLoraLinearConfig, QuantLinear, QuantReparameterization, lora_params,
     reparameterize_linears,
 };
 use burn_store::{BurnpackStore, ModuleSnapshot};
@@ -36,7 +36,7 @@ const PRODUCT_TOLERANCE: f64 = 1.0 / 256.0;
 struct Model {
     dense: Linear,
     trained: QLoraLinear,
-    frozen: Nf4Linear,
+    frozen: QuantLinear,
 }
 
 impl Model {
@@ -60,8 +60,8 @@ fn dense(seed: u64, device: &Device) -> Linear {
     }
 }
 
-fn frozen(seed: u64, device: &Device) -> Nf4Linear {
-    Nf4Linear::quantize(dense(seed, device), QuantConfig::default()).expect("finite")
+fn frozen(seed: u64, device: &Device) -> QuantLinear {
+    QuantLinear::quantize(dense(seed, device), QuantConfig::default()).expect("finite")
 }
 
 fn qlora(seed: u64, use_dora: bool, device: &Device) -> QLoraLinear {
@@ -85,7 +85,7 @@ fn model(device: &Device) -> Model {
 }
 
 /// An unchanged `Linear` with a packed weight, and the same as a layer of ours.
-fn packed_linear(device: &Device) -> (Linear, Nf4Linear) {
+fn packed_linear(device: &Device) -> (Linear, QuantLinear) {
     let linear =
         reparameterize_linears(dense(30, device), QuantConfig::default(), ParamGroup::all());
     (linear.expect("a Linear"), frozen(30, device))
@@ -117,7 +117,7 @@ fn quantizer(device: &Device) -> Quantizer {
     Quantizer::new(Calibration::MinMax, scheme.with_value(QuantValue::Q8S))
 }
 
-fn words(layer: &Nf4Linear) -> Vec<u32> {
+fn words(layer: &QuantLinear) -> Vec<u32> {
     layer.weight.packed().into_data().iter::<u32>().collect()
 }
 
@@ -465,7 +465,9 @@ fn apply_lora_on_a_packed_linear_equals_that_on_a_dense_one(device: &Device) {
     );
     let got = loss(y_packed).backward();
     let expected = loss(y_plain).backward();
-    let nf4 = packed.weight.reparameterization::<Nf4Reparameterization>();
+    let nf4 = packed
+        .weight
+        .reparameterization::<QuantReparameterization>();
     let ours = nf4.and_then(|nf4| nf4.lora()).expect("an adapter");
     let burns = plain.weight.adapter().expect("an adapter");
     assert_eq!(ours.scale, burns.scale);
@@ -514,7 +516,7 @@ fn training_a_packed_linear_changes_the_adapter_alone(device: &Device) {
     let (packed, _) = packed_linear(&device);
     let mut model = packed.apply_lora(Lora::new(RANK, 2.0));
     let words = |model: &Linear| {
-        let nf4 = model.weight.reparameterization::<Nf4Reparameterization>();
+        let nf4 = model.weight.reparameterization::<QuantReparameterization>();
         let packed = nf4.expect("packed").weight().packed();
         packed.into_data().iter::<u32>().collect::<Vec<u32>>()
     };
@@ -600,7 +602,7 @@ fn packed_linears_move_and_change_state_whole(device: &Device) {
     assert!(
         dense
             .weight
-            .reparameterization::<Nf4Reparameterization>()
+            .reparameterization::<QuantReparameterization>()
             .is_none()
     );
     assert_same_bits(
@@ -683,7 +685,9 @@ fn groups_reach_the_host_of_an_adapter(device: &Device) {
         let packed = packed
             .clone()
             .apply_lora(Lora::new(RANK, 2.0).set_param_group(group));
-        let nf4 = packed.weight.reparameterization::<Nf4Reparameterization>();
+        let nf4 = packed
+            .weight
+            .reparameterization::<QuantReparameterization>();
         let lora = nf4.expect("packed").lora().cloned();
         lora.map(|lora| (lora.a.val().dims(), lora.b.val().dims()))
     };
@@ -743,7 +747,7 @@ fn what_cannot_be_packed_is_an_error(device: &Device) {
 fn a_column_layout_is_packed_alike(device: &Device) {
     let config = LinearConfig::new(D_INPUT, D_OUTPUT).with_layout(LinearLayout::Col);
     let linear = config.init(device);
-    let expected = Nf4Linear::quantize(linear.clone(), QuantConfig::default()).expect("finite");
+    let expected = QuantLinear::quantize(linear.clone(), QuantConfig::default()).expect("finite");
     let pack = |linear| {
         reparameterize_linears(linear, QuantConfig::default(), ParamGroup::all()).expect("a Linear")
     };

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Dtype, NestedState, QuantState, SafetensorsFile};
-use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantType};
+use burn_nf4::format::{BlockSize, BlockTensor, FloatType, QuantType};
 use half::{bf16, f16};
 use rstest::rstest;
 use safetensors::SafeTensors;
@@ -101,7 +101,7 @@ impl Draft {
         safetensors::serialize(views, None).unwrap()
     }
 
-    fn load(&self) -> Result<Nf4Tensor, Nf4Error> {
+    fn load(&self) -> Result<BlockTensor, Nf4Error> {
         let file = written(&self.to_bytes());
         SafetensorsFile::open(file.path())?.load_nf4(PREFIX)
     }

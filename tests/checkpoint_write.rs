@@ -12,7 +12,7 @@ use burn_nf4::checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, INDEX_FILE, QuantState,
     SINGLE_FILE,
 };
-use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{BlockSize, BlockTensor, FloatType, QuantConfig, QuantType};
 use rstest::rstest;
 use stored::file_names;
 use tempfile::TempDir;
@@ -87,9 +87,9 @@ fn folders_are_written_as_transformers_did(
 }
 
 /// 300 weights in 150 bytes of codes, flat scales.
-fn weight() -> Nf4Tensor {
+fn weight() -> BlockTensor {
     let values: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin()).collect();
-    Nf4Tensor::quantize(&values, &[10, 30], QuantConfig::flat()).unwrap()
+    BlockTensor::quantize(&values, &[10, 30], QuantConfig::flat()).unwrap()
 }
 
 #[rstest]
@@ -105,7 +105,7 @@ fn a_weight_is_read_back_whatever_its_storage(
         ..QuantConfig::default()
     };
     let values: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin()).collect();
-    let weight = Nf4Tensor::quantize(&values, &[10, 30], config).unwrap();
+    let weight = BlockTensor::quantize(&values, &[10, 30], config).unwrap();
     let folder = temp();
     let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
     writer.write_nf4("w", &weight, storage, transposed).unwrap();

@@ -12,7 +12,7 @@ use burn_nf4::checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Difference, Dtype,
     QuantizeOptions, dequantize_checkpoint, quantize_checkpoint, verify,
 };
-use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatElement, FloatType, QuantConfig};
 use half::{bf16, f16};
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -159,7 +159,7 @@ fn float_weights_are_rounded_before_they_are_quantized() {
         let (values, _) = open(&source).load_float::<f32>(key).unwrap();
         values.into_iter().map(bf16::from_f32).collect()
     };
-    let expected = Nf4Tensor::quantize(&round("up.weight"), &[64, 64], options.config).unwrap();
+    let expected = BlockTensor::quantize(&round("up.weight"), &[64, 64], options.config).unwrap();
     let written = open(&out);
     assert_eq!(written.load_nf4("up.weight").unwrap(), expected);
     let (norm, _) = written.load_float::<bf16>("norm.weight").unwrap();
@@ -213,7 +213,7 @@ fn a_transposed_weight_is_decoded_the_way_the_model_has_it() {
     let folder = temp();
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
     let values: Vec<f32> = (0..6 * 10).map(|i| (i as f32 * 0.37).sin()).collect();
-    let weight = Nf4Tensor::quantize(&values, &[6, 10], QuantConfig::default()).unwrap();
+    let weight = BlockTensor::quantize(&values, &[6, 10], QuantConfig::default()).unwrap();
     let mut writer = CheckpointWriter::create(&source, DEFAULT_MAX_SHARD_BYTES).unwrap();
     writer.write_nf4("w", &weight, Dtype::U8, true).unwrap();
     writer.finish().unwrap();
@@ -259,11 +259,11 @@ fn a_tied_head_is_quantized_as_a_weight_of_its_own(
     let (values, shape) = open(&source).load_float::<f32>(table).unwrap();
     let config = options.config;
     let expected = match dtype {
-        None => Nf4Tensor::quantize(&values, &shape, config),
+        None => BlockTensor::quantize(&values, &shape, config),
         Some(_) => {
             let rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
             assert_eq!(written.load_float::<bf16>(table).unwrap().0, rounded);
-            Nf4Tensor::quantize(&rounded, &shape, config)
+            BlockTensor::quantize(&rounded, &shape, config)
         }
     };
     assert_eq!(written.load_nf4(head).unwrap(), expected.unwrap());

@@ -7,10 +7,10 @@ mod tensors;
 use burn::module::{Module, Param};
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, Tensor};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
-use burn_nf4::nn::{Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
+use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, QuantLinear};
 use burn_nf4::peft::{Adapter, LoraConfig, TargetModules};
-use burn_nf4::{Nf4Error, Nf4Weight};
+use burn_nf4::{BlockWeight, Nf4Error};
 use rstest::rstest;
 use tensors::*;
 
@@ -38,14 +38,14 @@ fn f32_tensor<const D: usize>(shape: [usize; D], seed: u64, device: &Device) -> 
     tensor(&values, shape, FloatType::F32, device)
 }
 
-fn frozen(device: &Device) -> Nf4Linear {
-    let host = Nf4Tensor::quantize(
+fn frozen(device: &Device) -> QuantLinear {
+    let host = BlockTensor::quantize(
         &uniform(D_OUTPUT * D_INPUT, 1),
         &[D_OUTPUT, D_INPUT],
         QuantConfig::default(),
     );
     let bias = f32_tensor([D_OUTPUT], 2, device);
-    Nf4Linear::from_host(&host.expect("valid"), Some(bias), device).expect("it fits")
+    QuantLinear::from_host(&host.expect("valid"), Some(bias), device).expect("it fits")
 }
 
 fn config() -> QLoraLinearConfig {
@@ -286,8 +286,8 @@ fn a_row_of_zeros_stays_finite(device: &Device) {
     weight[..D_INPUT].fill(0.0);
     // Blocks of 32 or more cross the rows, but a zero is a code of its own.
     let weight = tensor(&weight, [D_OUTPUT, D_INPUT], FloatType::F32, &device);
-    let weight = Nf4Weight::quantize(weight, QuantConfig::flat()).expect("valid");
-    let base = Nf4Linear::new(weight, None).expect("a matrix");
+    let weight = BlockWeight::quantize(weight, QuantConfig::flat()).expect("valid");
+    let base = QuantLinear::new(weight, None).expect("a matrix");
     let layer = config().init(base, &device).expect("valid");
     let y = layer.forward(f32_tensor(BATCH, 6, &device));
     assert!(values(&y).iter().all(|y| y.is_finite()));
@@ -395,8 +395,8 @@ fn norms_of_a_large_weight_cover_every_row(#[case] rows: usize, #[case] columns:
     let dense = Tensor::<2>::ones([rows, columns], &device);
     let scales = Tensor::<1>::from_floats([1.0, 2.0, 3.0], &device).narrow(0, 0, rows);
     let dense = dense * scales.unsqueeze_dim(1);
-    let weight = Nf4Weight::quantize(dense, config).expect("valid");
-    let base = Nf4Linear::new(weight, None).expect("a matrix");
+    let weight = BlockWeight::quantize(dense, config).expect("valid");
+    let base = QuantLinear::new(weight, None).expect("a matrix");
     let layer = QLoraLinearConfig::new(1).with_use_dora(true);
     let layer = layer.init(base, &device).expect("valid");
     let magnitude = values(&layer.lora_magnitude.expect("a DoRA layer").val());

@@ -14,10 +14,10 @@ use burn_nf4::checkpoint::{
     Checkpoint, CheckpointStore, DequantizeOptions, QuantizeOptions, SafetensorsFile,
     dequantize_checkpoint, quantize_checkpoint,
 };
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, QuantType};
-use burn_nf4::nn::{Nf4Embedding, Nf4EmbeddingConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType};
+use burn_nf4::nn::{QuantEmbedding, QuantEmbeddingConfig};
 use burn_nf4::op::{MatmulStrategy, embedding};
-use burn_nf4::{Nf4Error, Nf4Weight, linear};
+use burn_nf4::{BlockWeight, Nf4Error, linear};
 use burn_store::ModuleSnapshot;
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -36,17 +36,17 @@ fn ids_of(values: &[i64], shape: [usize; 2], dtype: DType, device: &Device) -> T
     Tensor::from_data(data, (device, dtype))
 }
 
-fn host_table(shape: [usize; 2], quant: QuantConfig) -> Nf4Tensor {
+fn host_table(shape: [usize; 2], quant: QuantConfig) -> BlockTensor {
     let values = weights(shape[0] * shape[1], shape[1] as u64);
-    Nf4Tensor::quantize(&values, &shape, quant).expect("valid")
+    BlockTensor::quantize(&values, &shape, quant).expect("valid")
 }
 
-fn table(shape: [usize; 2], quant: QuantConfig, device: &Device) -> Nf4Weight {
-    Nf4Weight::from_host(&host_table(shape, quant), device)
+fn table(shape: [usize; 2], quant: QuantConfig, device: &Device) -> BlockWeight {
+    BlockWeight::from_host(&host_table(shape, quant), device)
 }
 
 /// The bits of rows, each decoded by itself.
-fn rows(weight: &Nf4Weight, ids: &[i64], dtype: FloatType) -> Vec<u8> {
+fn rows(weight: &BlockWeight, ids: &[i64], dtype: FloatType) -> Vec<u8> {
     ids.iter()
         .flat_map(|&id| {
             let id = id as usize;
@@ -64,7 +64,7 @@ fn dtypes(device: &Device) -> Vec<FloatType> {
 
 #[track_caller]
 fn assert_rows(
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     values: &[i64],
     shape: [usize; 2],
     dtypes: &[FloatType],
@@ -265,15 +265,15 @@ fn is_flex(device: &Device) -> bool {
 
 fn what_does_not_fit_is_an_error(device: &Device) {
     let values = weights(4 * 5 * 6, 3);
-    let stack = Nf4Tensor::quantize(&values, &[4, 5, 6], QuantConfig::default()).expect("valid");
-    let stack = Nf4Weight::from_host(&stack, device);
+    let stack = BlockTensor::quantize(&values, &[4, 5, 6], QuantConfig::default()).expect("valid");
+    let stack = BlockWeight::from_host(&stack, device);
     let error = embedding(ids([[1], [2]], device), &stack, FloatType::F32);
     assert!(
         matches!(error, Err(Nf4Error::NotAMatrix { .. })),
         "{error:?}"
     );
     assert!(matches!(
-        Nf4Embedding::new(stack),
+        QuantEmbedding::new(stack),
         Err(Nf4Error::NotAMatrix { .. })
     ));
     let weight = table([17, 33], QuantConfig::default(), device);
@@ -305,7 +305,7 @@ fn a_tied_head_has_the_gradient_for_its_input(device: &Device) {
     let tracked = device.clone().autodiff();
     for device in [tracked.clone(), tracked.gradient_checkpointing()] {
         let weight = table([vocabulary, d], QuantConfig::default(), &device);
-        let module = Nf4Embedding::new(weight).expect("a matrix");
+        let module = QuantEmbedding::new(weight).expect("a matrix");
         let dense = module.to_dense(FloatType::F32).expect("f32");
         let dense = dense.weight.val().detach();
         let scale = tensor(&uniform(d, 5), [d], FloatType::F32, &device).require_grad();
@@ -350,7 +350,7 @@ fn a_dense_embedding_is_quantized(device: &Device) {
     let dense = Embedding {
         weight: Param::from_tensor(source),
     };
-    let module = Nf4Embedding::quantize(dense, quant).expect("finite values");
+    let module = QuantEmbedding::quantize(dense, quant).expect("finite values");
     assert_eq!(module.dims(), shape);
     assert_eq!(module.size_bytes(), module.weight.layout().words() * 4);
     assert!(module.size_bytes() < 40 * 33 * 4);
@@ -375,16 +375,18 @@ fn a_dense_embedding_is_quantized(device: &Device) {
 
 fn records_keep_every_bit(device: &Device) {
     let quant = QuantConfig::default();
-    let module = Nf4Embedding::from_host(&host_table([40, 33], quant), device).expect("a matrix");
-    let blank = Nf4EmbeddingConfig::new(40, 33).init(device).expect("sizes");
+    let module = QuantEmbedding::from_host(&host_table([40, 33], quant), device).expect("a matrix");
+    let blank = QuantEmbeddingConfig::new(40, 33)
+        .init(device)
+        .expect("sizes");
     assert_eq!(values(&blank.forward(ids([[1], [2]], device))), [0.0; 66]);
     let loaded = blank.load_record(module.clone().into_record());
-    let words = |module: &Nf4Embedding| {
+    let words = |module: &QuantEmbedding| {
         let data = module.weight.packed().into_data();
         data.iter::<u32>().collect::<Vec<u32>>()
     };
     assert_eq!(words(&loaded), words(&module));
-    let other = Nf4EmbeddingConfig::new(40, 33).with_block_size(32);
+    let other = QuantEmbeddingConfig::new(40, 33).with_block_size(32);
     let other = other.init(device).expect("sizes");
     assert!(other.try_load_record(module.into_record()).is_err());
 }
@@ -406,7 +408,7 @@ impl ModuleVisitor for Tensors {
 }
 
 fn embedding_and_tied_head_are_one_packed_tensor(device: &Device) {
-    let module = Nf4Embedding::new(table([40, 33], QuantConfig::default(), device));
+    let module = QuantEmbedding::new(table([40, 33], QuantConfig::default(), device));
     let module = module.expect("a matrix");
     let mut tensors = Tensors::default();
     module.visit(&mut tensors);
@@ -560,12 +562,12 @@ fn the_host_function_refuses_rows_that_are_not_there() {
 #[test]
 fn forward_panics_at_an_id_without_a_vector_as_burn_does() {
     let device = Device::flex();
-    let module = Nf4Embedding::new(table([17, 33], QuantConfig::default(), &device));
+    let module = QuantEmbedding::new(table([17, 33], QuantConfig::default(), &device));
     let module = module.expect("a matrix");
     let run = || module.forward(ids([[1], [17]], &device));
     let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("there is no row 17");
     let message = panic.downcast_ref::<String>().expect("a text");
-    let expected = "Nf4Embedding::forward: `ids`[1] is 17, expected an id in 0..17";
+    let expected = "QuantEmbedding::forward: `ids`[1] is 17, expected an id in 0..17";
     assert_eq!(message, expected);
     let dense = module.to_dense(FloatType::F32).expect("f32");
     let run = || dense.forward(ids([[1], [17]], &device));
@@ -683,7 +685,7 @@ fn what_is_asked_for_must_be_there(
 
 #[derive(Module, Debug)]
 struct Tied {
-    embed_tokens: Nf4Embedding,
+    embed_tokens: QuantEmbedding,
 }
 
 /// One packed weight in the folder serves embedding and head, and comes back from it.
@@ -700,8 +702,8 @@ fn a_tied_folder_holds_one_packed_weight_for_both() {
     let device = Device::default();
     let checkpoint = Checkpoint::open(&quantized).expect("a checkpoint");
     let weight = checkpoint.load_weight(EMBEDDING.0, &device).unwrap();
-    let loaded = Nf4Embedding::new(weight).expect("a matrix");
-    let blank = Nf4EmbeddingConfig::new(16, 64).init(&device).unwrap();
+    let loaded = QuantEmbedding::new(weight).expect("a matrix");
+    let blank = QuantEmbeddingConfig::new(16, 64).init(&device).unwrap();
     let mut model = Tied {
         embed_tokens: blank,
     };

@@ -15,7 +15,7 @@ use burn_nf4::checkpoint::{
     Checkpoint, DequantizeOptions, Dtype, QuantizeOptions, dequantize_checkpoint,
     quantize_checkpoint, verify,
 };
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType};
 use burn_nf4::peft::{Adapter, LoraConfig, MergeOptions, TargetModules, merge_4bit, merge_16bit};
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -52,7 +52,7 @@ fn floats() -> Tensors {
 fn packed() -> Tensors {
     let mut tensors = floats();
     for key in [UP, DOWN] {
-        let weight = Nf4Tensor::quantize(&sine(64 * 64), &[64, 64], QuantConfig::default());
+        let weight = BlockTensor::quantize(&sine(64 * 64), &[64, 64], QuantConfig::default());
         tensors.extend(stored::weight(key, &weight.unwrap()));
     }
     tensors

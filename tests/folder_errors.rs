@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, INDEX_FILE, QuantState, SINGLE_FILE, SafetensorsFile};
-use burn_nf4::format::{Nf4Tensor, QuantConfig};
+use burn_nf4::format::{BlockTensor, QuantConfig};
 use rstest::rstest;
 use stored::Tensors;
 use tempfile::TempDir;
@@ -22,9 +22,9 @@ const SHARDS: [&str; 2] = [
 ];
 const PREFIX: &str = "layer.weight";
 
-fn quantized() -> Nf4Tensor {
+fn quantized() -> BlockTensor {
     let values: Vec<f32> = (0..20_000).map(|i| (i as f32 * 0.7).sin()).collect();
-    Nf4Tensor::quantize(&values, &[100, 200], QuantConfig::default()).unwrap()
+    BlockTensor::quantize(&values, &[100, 200], QuantConfig::default()).unwrap()
 }
 
 /// A weight whose tensors lie in two shards, in turn.

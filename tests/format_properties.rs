@@ -5,9 +5,9 @@ mod refusals;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
-    Absmax, BlockSize, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType, NF4_THRESHOLDS,
-    NestedAbsmax, Nf4Tensor, QuantConfig, QuantType, SumF32x2, WeightForm, fp4_code, nested_code,
-    nf4_code,
+    Absmax, BlockSize, BlockTensor, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType,
+    NF4_THRESHOLDS, NestedAbsmax, QuantConfig, QuantType, SumF32x2, WeightForm, fp4_code,
+    nested_code, nf4_code,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -46,7 +46,7 @@ fn level(quant_type: QuantType, code: u8) -> f32 {
 }
 
 /// Decodes one weight from the fields of a flat tensor, by the format's description.
-fn decode(tensor: &Nf4Tensor, scales: &[f32], index: usize) -> f32 {
+fn decode(tensor: &BlockTensor, scales: &[f32], index: usize) -> f32 {
     let byte = tensor.codes()[index / 2];
     let code = [byte >> 4, byte & 15][index % 2];
     level(tensor.quant_type(), code) * scales[index / tensor.block_size().elems()]
@@ -175,7 +175,7 @@ fn check<T: FloatElement>(weight: &Weight) -> Result<(), TestCaseError> {
         .map(|&value| T::from_f32(value))
         .collect();
     let values: Vec<f32> = source.iter().map(|value| value.to_f32()).collect();
-    let tensor = Nf4Tensor::quantize(&source, &weight.shape, config).unwrap();
+    let tensor = BlockTensor::quantize(&source, &weight.shape, config).unwrap();
 
     prop_assert_eq!(tensor.config(), config);
     prop_assert_eq!(tensor.dtype(), T::FLOAT_TYPE);
@@ -261,9 +261,9 @@ proptest! {
     #[test]
     fn flat_quantization_is_idempotent(weight in weight(-120..120)) {
         let config = QuantConfig { nested_block_size: None, ..weight.config };
-        let once = Nf4Tensor::quantize(&weight.values, &weight.shape, config).unwrap();
+        let once = BlockTensor::quantize(&weight.values, &weight.shape, config).unwrap();
         let decoded: Vec<f32> = once.dequantize();
-        let twice = Nf4Tensor::quantize(&decoded, &weight.shape, config).unwrap();
+        let twice = BlockTensor::quantize(&decoded, &weight.shape, config).unwrap();
         prop_assert_eq!(twice.absmax(), once.absmax());
         prop_assert_eq!(twice.dequantize::<f32>(), decoded);
         if config.quant_type == QuantType::Nf4 {
@@ -277,8 +277,8 @@ proptest! {
         let config = QuantConfig { nested_block_size: None, ..weight.config };
         let factor = f32::powi(2.0, shift);
         let scaled: Vec<f32> = weight.values.iter().map(|value| value * factor).collect();
-        let plain = Nf4Tensor::quantize(&weight.values, &weight.shape, config).unwrap();
-        let scaled = Nf4Tensor::quantize(&scaled, &weight.shape, config).unwrap();
+        let plain = BlockTensor::quantize(&weight.values, &weight.shape, config).unwrap();
+        let scaled = BlockTensor::quantize(&scaled, &weight.shape, config).unwrap();
         prop_assert_eq!(plain.codes(), scaled.codes());
     }
 
@@ -293,7 +293,7 @@ proptest! {
         let scales: Vec<f32> = (0..config.block_size.blocks(elems))
             .map(|block| (f32::from(byte(block * 7)) - 100.0) * 0.37)
             .collect();
-        let tensor = Nf4Tensor::from_parts(
+        let tensor = BlockTensor::from_parts(
             codes, Absmax::Flat(scales.clone()), shape, config.block_size,
             FloatType::F32, config.quant_type,
         ).unwrap();
@@ -327,9 +327,9 @@ proptest! {
     /// A device image holds everything, for any shape and settings.
     #[test]
     fn device_image_round_trips(weight in weight(-20..20)) {
-        let tensor = Nf4Tensor::quantize(&weight.values, &weight.shape, weight.config).unwrap();
+        let tensor = BlockTensor::quantize(&weight.values, &weight.shape, weight.config).unwrap();
         let words = tensor.to_packed();
-        let back = Nf4Tensor::from_packed(&words, &weight.shape, weight.config, FloatType::F32);
+        let back = BlockTensor::from_packed(&words, &weight.shape, weight.config, FloatType::F32);
         prop_assert_eq!(back.unwrap(), tensor);
     }
 }
@@ -340,7 +340,7 @@ fn all_256_bytes_decode(
     #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
     #[values(1.0, 0.3, -2.5, 1e-38, 3e38)] scale: f32,
 ) {
-    let tensor = Nf4Tensor::from_parts(
+    let tensor = BlockTensor::from_parts(
         (0..=255).collect(),
         Absmax::Flat(vec![scale; 8]),
         vec![512],
@@ -469,7 +469,7 @@ fn partial_last_blocks(#[case] elems: usize, #[case] blocks: usize) {
     for value in weight.iter_mut().skip((blocks - 1) * 64) {
         *value = -0.5;
     }
-    let tensor = Nf4Tensor::quantize(&weight, &[elems], QuantConfig::flat()).unwrap();
+    let tensor = BlockTensor::quantize(&weight, &[elems], QuantConfig::flat()).unwrap();
     assert_eq!(tensor.blocks(), blocks);
     assert_eq!(tensor.scale(blocks - 1), 0.5);
     assert_eq!(tensor.dequantize::<f32>(), weight);
@@ -487,12 +487,12 @@ fn all_zero_weights_stay_zero(
         block_size: BlockSize::B64,
         nested_block_size,
     };
-    let tensor = Nf4Tensor::quantize(&[value; 333], &[9, 37], config).unwrap();
+    let tensor = BlockTensor::quantize(&[value; 333], &[9, 37], config).unwrap();
     assert!(tensor.dequantize::<f32>().iter().all(|&w| w == 0.0));
     // One block that is not zero gives the zero blocks a decoded scale that is not zero.
     let mut mixed = vec![value; 333];
     mixed[100] = 7.0;
-    let tensor = Nf4Tensor::quantize(&mixed, &[9, 37], config).unwrap();
+    let tensor = BlockTensor::quantize(&mixed, &[9, 37], config).unwrap();
     let decoded: Vec<f32> = tensor.dequantize();
     assert!(
         decoded
@@ -509,7 +509,7 @@ fn all_zero_weights_stay_zero(
 fn blocks_beyond_2_to_126_decode_to_zeros() {
     let limit = f32::powi(2.0, 126);
     let decode = |value: f32| {
-        Nf4Tensor::quantize(&[value; 64], &[64], QuantConfig::flat())
+        BlockTensor::quantize(&[value; 64], &[64], QuantConfig::flat())
             .unwrap()
             .dequantize::<f32>()
     };
@@ -525,7 +525,7 @@ fn quantize_names_the_first_weight_that_is_not_finite(#[case] value: f32, #[case
     let mut weight = vec![0.5f32; 128];
     weight[index] = value;
     weight[127] = value;
-    match Nf4Tensor::quantize(&weight, &[2, 64], QuantConfig::default()) {
+    match BlockTensor::quantize(&weight, &[2, 64], QuantConfig::default()) {
         Err(Nf4Error::NonFinite {
             tensor,
             index: named,
@@ -538,7 +538,7 @@ fn quantize_names_the_first_weight_that_is_not_finite(#[case] value: f32, #[case
     }
     // The same in 16 bit.
     let weight: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
-    let result = Nf4Tensor::quantize(&weight, &[2, 64], QuantConfig::default());
+    let result = BlockTensor::quantize(&weight, &[2, 64], QuantConfig::default());
     assert!(matches!(result, Err(Nf4Error::NonFinite { index: named, .. }) if named == index));
 }
 
@@ -605,7 +605,7 @@ fn scales_whose_sum_overflows_have_a_finite_mean(#[case] scales: &[f32]) {
     );
 
     let weight: Vec<f32> = scales.iter().flat_map(|&s| [s; 64]).collect();
-    let tensor = Nf4Tensor::quantize(&weight, &[scales.len(), 64], QuantConfig::default());
+    let tensor = BlockTensor::quantize(&weight, &[scales.len(), 64], QuantConfig::default());
     let decoded = tensor.expect("finite weights").dequantize::<f32>();
     assert!(decoded.iter().all(|w| w.is_finite()));
 }
@@ -615,7 +615,7 @@ fn scales_whose_sum_overflows_have_a_finite_mean(#[case] scales: &[f32]) {
 fn weights_up_to_two_to_the_126_come_back() {
     let weight = vec![8e37f32; 64 * 5];
     for config in [QuantConfig::default(), QuantConfig::flat()] {
-        let tensor = Nf4Tensor::quantize(&weight, &[5, 64], config).unwrap();
+        let tensor = BlockTensor::quantize(&weight, &[5, 64], config).unwrap();
         assert_eq!(tensor.dequantize::<f32>(), weight);
     }
 }

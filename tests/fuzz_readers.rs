@@ -23,8 +23,8 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{
     Checkpoint, CheckpointStore, DequantizeOptions, SafetensorsFile, dequantize_checkpoint, verify,
 };
-use burn_nf4::format::{FloatType, Nf4Tensor};
-use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
+use burn_nf4::format::{BlockTensor, FloatType};
+use burn_nf4::nn::{QuantLinear, QuantLinearConfig};
 use burn_store::{ModuleSnapshot, ModuleStore};
 use mutation::{Files, mutate};
 use rand::rngs::StdRng;
@@ -80,13 +80,13 @@ struct Model {
 
 #[derive(Module, Debug)]
 struct Layer {
-    down_proj: Nf4Linear,
-    up_proj: Nf4Linear,
+    down_proj: QuantLinear,
+    up_proj: QuantLinear,
 }
 
 fn model(device: &Device) -> Model {
     let linear = |d_input, d_output| {
-        Nf4LinearConfig::new(d_input, d_output)
+        QuantLinearConfig::new(d_input, d_output)
             .with_bias(false)
             .init(device)
             .unwrap()
@@ -132,7 +132,7 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
     let words = host.to_packed();
     let layout = host.packed_layout();
     assert_eq!(words.len(), layout.words());
-    let back = Nf4Tensor::from_packed(&words, host.shape(), host.config(), host.dtype());
+    let back = BlockTensor::from_packed(&words, host.shape(), host.config(), host.dtype());
     assert_eq!(back.unwrap(), host);
     let decoded: Vec<f32> = host.dequantize();
     assert_eq!(decoded.len(), host.elems());
@@ -149,7 +149,7 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
             assert_eq!(dense.dims(), [rows, columns]);
             let last = weight.dequantize_rows(rows - 1..rows, FloatType::F32);
             assert_eq!(last.unwrap().dims(), [1, columns]);
-            let layer = Nf4Linear::new(weight, None).unwrap();
+            let layer = QuantLinear::new(weight, None).unwrap();
             let y = layer.forward(Tensor::<2>::ones([1, columns], &device));
             assert_eq!(y.into_data().num_elements(), rows);
         }

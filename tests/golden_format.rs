@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
-    Absmax, BlockSize, FloatElement, FloatType, HEADER_WORDS, NestedAbsmax, Nf4Tensor,
+    Absmax, BlockSize, BlockTensor, FloatElement, FloatType, HEADER_WORDS, NestedAbsmax,
     PackedLayout, QuantConfig, QuantType, reciprocal,
 };
 use golden::{Golden, load};
@@ -104,7 +104,7 @@ fn quantizes_to_the_bits_of_bitsandbytes(
 fn check_quantize<T: FloatElement>(golden: &Golden) {
     let theirs = &golden.tensor;
     let source: Vec<T> = golden.source();
-    let ours = Nf4Tensor::quantize(&source, theirs.shape(), theirs.config()).unwrap();
+    let ours = BlockTensor::quantize(&source, theirs.shape(), theirs.config()).unwrap();
     assert_eq!(ours.config(), theirs.config());
     assert_eq!(ours.dtype(), theirs.dtype());
 
@@ -113,7 +113,7 @@ fn check_quantize<T: FloatElement>(golden: &Golden) {
         nested_block_size: None,
         ..theirs.config()
     };
-    let flat = Nf4Tensor::quantize(&source, theirs.shape(), flat).unwrap();
+    let flat = BlockTensor::quantize(&source, theirs.shape(), flat).unwrap();
     assert_eq!(flat.codes(), ours.codes());
     let Absmax::Flat(scales) = flat.absmax() else {
         panic!("asked for flat scales");
@@ -144,8 +144,8 @@ fn check_nested(scales: &[f32], ours: &NestedAbsmax, theirs: &NestedAbsmax) {
     assert_eq!(own, *ours);
 }
 
-/// The codes are equal, with the two exceptions that `Nf4Tensor::quantize` documents.
-fn check_codes(golden: &Golden, ours: &Nf4Tensor, scales: &[f32]) {
+/// The codes are equal, with the two exceptions that `BlockTensor::quantize` documents.
+fn check_codes(golden: &Golden, ours: &BlockTensor, scales: &[f32]) {
     let theirs = &golden.tensor;
     let differing: Vec<usize> = (0..theirs.elems())
         .filter(|&index| ours.code(index) != theirs.code(index))
@@ -178,7 +178,12 @@ fn check_codes(golden: &Golden, ours: &Nf4Tensor, scales: &[f32]) {
 }
 
 /// The codes differ in blocks without a scale and nowhere else: 0 there, the code of zero here.
-fn check_zero_blocks(ours: &Nf4Tensor, theirs: &Nf4Tensor, scales: &[f32], differing: &[usize]) {
+fn check_zero_blocks(
+    ours: &BlockTensor,
+    theirs: &BlockTensor,
+    scales: &[f32],
+    differing: &[usize],
+) {
     let in_zero_blocks: Vec<usize> = (0..theirs.elems())
         .filter(|index| scales[index >> theirs.block_size().log2()] == 0.0)
         .collect();
@@ -199,7 +204,7 @@ fn device_image_round_trips(#[files("tests/fixtures/golden/*.safetensors")] path
     let words = tensor.to_packed();
     assert_eq!(words.len(), layout.words());
 
-    let back = Nf4Tensor::from_packed(&words, shape, config, dtype).unwrap();
+    let back = BlockTensor::from_packed(&words, shape, config, dtype).unwrap();
     assert_eq!(back, tensor);
     // `==` on f32 does not tell the zeros apart, the image does.
     assert_eq!(back.to_packed(), words);
@@ -231,7 +236,7 @@ fn device_image_round_trips(#[files("tests/fixtures/golden/*.safetensors")] path
     assert_eq!(words[layout.codebook_start()..][..tables.len()], tables);
 }
 
-fn header_error(result: Result<Nf4Tensor, Nf4Error>) -> &'static str {
+fn header_error(result: Result<BlockTensor, Nf4Error>) -> &'static str {
     match result {
         Err(Nf4Error::Header { what, .. }) => what,
         other => panic!("expected a header error, got {other:?}"),
@@ -246,7 +251,7 @@ fn image_of_another_weight_is_refused(#[case] name: &str) {
     let (shape, config, dtype) = (tensor.shape(), tensor.config(), tensor.dtype());
     let words = tensor.to_packed();
     let read = |words: &[u32], shape: &[usize], config, dtype| {
-        Nf4Tensor::from_packed(words, shape, config, dtype)
+        BlockTensor::from_packed(words, shape, config, dtype)
     };
 
     for other in [vec![256, 128], vec![128 * 256], vec![2, 64, 256]] {
@@ -319,7 +324,7 @@ fn a_large_layer_takes_half_a_byte_a_weight() {
         offset: 0.0,
         block_size: BlockSize::B256,
     };
-    let tensor = Nf4Tensor::from_parts(
+    let tensor = BlockTensor::from_parts(
         vec![0; elems / 2],
         Absmax::Nested(absmax),
         vec![4096, 4096],

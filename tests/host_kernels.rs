@@ -12,8 +12,8 @@ use rstest::rstest;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
-    Absmax, BlockSize, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType, NF4_THRESHOLDS,
-    NestedAbsmax, Nf4Tensor, QuantConfig, QuantType,
+    Absmax, BlockSize, BlockTensor, DYNAMIC_MAP, FP4_THRESHOLDS, FloatElement, FloatType,
+    NF4_THRESHOLDS, NestedAbsmax, QuantConfig, QuantType,
 };
 use burn_nf4::host;
 use random::{Random, available};
@@ -28,7 +28,7 @@ fn config(quant_type: QuantType, block_elems: u64, nested: Option<u64>) -> Quant
 }
 
 /// A weight with any codes and the scales given for its blocks, in turn.
-fn tensor_with_scales(elems: usize, config: QuantConfig, scales: &[f32]) -> Nf4Tensor {
+fn tensor_with_scales(elems: usize, config: QuantConfig, scales: &[f32]) -> BlockTensor {
     let mut random = Random(elems as u64);
     let codes = (0..elems.div_ceil(2))
         .map(|_| random.next() as u8)
@@ -50,7 +50,7 @@ fn tensor_with_scales(elems: usize, config: QuantConfig, scales: &[f32]) -> Nf4T
         }),
     };
     let (shape, dtype) = (vec![elems], FloatType::BF16);
-    Nf4Tensor::from_parts(
+    BlockTensor::from_parts(
         codes,
         absmax,
         shape,
@@ -73,7 +73,7 @@ fn assert_same_bits<T: FloatElement + Debug>(given: &[T], expected: &[T], what: 
 }
 
 /// Decodes each range with all instructions, streaming or not, to outputs of different alignment.
-fn check_dequantize<T: FloatElement + Debug>(tensor: &Nf4Tensor, ranges: &[(usize, usize)]) {
+fn check_dequantize<T: FloatElement + Debug>(tensor: &BlockTensor, ranges: &[(usize, usize)]) {
     let (words, layout) = (tensor.to_packed(), tensor.packed_layout());
     let all: Vec<T> = tensor.dequantize();
     let nan = T::from_f32(f32::NAN);
@@ -93,7 +93,7 @@ fn check_dequantize<T: FloatElement + Debug>(tensor: &Nf4Tensor, ranges: &[(usiz
     }
 }
 
-fn check_dequantize_all_types(tensor: &Nf4Tensor, ranges: &[(usize, usize)]) {
+fn check_dequantize_all_types(tensor: &BlockTensor, ranges: &[(usize, usize)]) {
     check_dequantize::<f16>(tensor, ranges);
     check_dequantize::<bf16>(tensor, ranges);
     check_dequantize::<f32>(tensor, ranges);
@@ -204,8 +204,9 @@ fn a_checkpoints_own_nested_map_is_used(#[values(0, 5)] start: usize) {
         let absmax = Absmax::Nested(NestedAbsmax { map, ..nested });
         let (codes, shape) = (parts.codes().to_vec(), parts.shape().to_vec());
         let (dtype, quant_type) = (parts.dtype(), parts.quant_type());
-        parts = Nf4Tensor::from_parts(codes, absmax, shape, parts.block_size(), dtype, quant_type)
-            .expect("a consistent weight");
+        parts =
+            BlockTensor::from_parts(codes, absmax, shape, parts.block_size(), dtype, quant_type)
+                .expect("a consistent weight");
     }
     check_dequantize_all_types(&parts, &[(start, 3000 - start)]);
 }
@@ -291,7 +292,7 @@ fn weights(elems: usize, block: usize) -> Vec<Vec<f32>> {
 fn check_quantize<T: FloatElement>(weight: &[f32], config: QuantConfig) {
     let weight: Vec<T> = weight.iter().map(|&value| T::from_f32(value)).collect();
     let shape = [1, weight.len()];
-    let expected = Nf4Tensor::quantize(&weight, &shape, config).map(|tensor| tensor.to_packed());
+    let expected = BlockTensor::quantize(&weight, &shape, config).map(|tensor| tensor.to_packed());
     for simd in available() {
         let given = host::quantize_with(simd, &weight, &shape, config);
         match (&given, &expected) {
@@ -403,7 +404,7 @@ fn scales_whose_sum_overflows_give_the_mean_of_the_reference(
 #[case::too_many(&[2, 3], 7)]
 fn quantize_refuses_as_the_reference(#[case] shape: &[usize], #[case] elems: usize) {
     let (weight, config) = (vec![0.5f32; elems], QuantConfig::default());
-    let expected = Nf4Tensor::quantize(&weight, shape, config).expect_err("an impossible shape");
+    let expected = BlockTensor::quantize(&weight, shape, config).expect_err("an impossible shape");
     assert_eq!(host::quantize(&weight, shape, config), Err(expected));
 }
 

@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use rstest::rstest;
 
 use burn_nf4::format::{
-    Absmax, BlockSize, DYNAMIC_MAP, FloatElement, FloatType, NestedAbsmax, Nf4Tensor, PackedLayout,
-    QuantConfig, QuantType,
+    Absmax, BlockSize, BlockTensor, DYNAMIC_MAP, FloatElement, FloatType, NestedAbsmax,
+    PackedLayout, QuantConfig, QuantType,
 };
 use burn_nf4::host;
 use random::{Random, available};
@@ -27,7 +27,7 @@ fn config(quant_type: QuantType, block_elems: u64, nested: Option<u64>) -> Quant
 }
 
 /// A weight with any codes and the scales given for its blocks, in turn.
-fn weight(shape: [usize; 2], config: QuantConfig, scales: &[f32]) -> Nf4Tensor {
+fn weight(shape: [usize; 2], config: QuantConfig, scales: &[f32]) -> BlockTensor {
     let elems = shape[0] * shape[1];
     let mut random = Random(elems as u64);
     let codes = (0..elems.div_ceil(2))
@@ -47,7 +47,7 @@ fn weight(shape: [usize; 2], config: QuantConfig, scales: &[f32]) -> Nf4Tensor {
     };
     let (block_size, quant_type) = (config.block_size, config.quant_type);
     let dtype = FloatType::BF16;
-    Nf4Tensor::from_parts(codes, absmax, shape.to_vec(), block_size, dtype, quant_type)
+    BlockTensor::from_parts(codes, absmax, shape.to_vec(), block_size, dtype, quant_type)
         .expect("a consistent weight")
 }
 
@@ -55,7 +55,7 @@ fn weight(shape: [usize; 2], config: QuantConfig, scales: &[f32]) -> Nf4Tensor {
 fn expected<T: FloatElement>(
     x: &[T],
     m: usize,
-    tensor: &Nf4Tensor,
+    tensor: &BlockTensor,
     bias: Option<&[T]>,
 ) -> Vec<(f64, f64)> {
     let (n, k) = (tensor.shape()[0], tensor.shape()[1]);
@@ -86,7 +86,7 @@ fn tolerance<T: FloatElement>(k: usize, (value, magnitude): (f64, f64)) -> f64 {
     sums + half_ulp * (value.abs() + sums) + smallest
 }
 
-fn check<T: FloatElement + Debug>(m: usize, tensor: &Nf4Tensor, seed: u64, with_bias: bool) {
+fn check<T: FloatElement + Debug>(m: usize, tensor: &BlockTensor, seed: u64, with_bias: bool) {
     let (n, k) = (tensor.shape()[0], tensor.shape()[1]);
     let mut random = Random(seed);
     let x: Vec<T> = random.units(m * k);
@@ -94,7 +94,7 @@ fn check<T: FloatElement + Debug>(m: usize, tensor: &Nf4Tensor, seed: u64, with_
     check_x(&x, m, tensor, bias.as_deref());
 }
 
-fn check_x<T: FloatElement + Debug>(x: &[T], m: usize, tensor: &Nf4Tensor, bias: Option<&[T]>) {
+fn check_x<T: FloatElement + Debug>(x: &[T], m: usize, tensor: &BlockTensor, bias: Option<&[T]>) {
     let (n, k) = (tensor.shape()[0], tensor.shape()[1]);
     let (words, layout) = (tensor.to_packed(), tensor.packed_layout());
     let expected = expected(x, m, tensor, bias);
@@ -112,7 +112,7 @@ fn check_x<T: FloatElement + Debug>(x: &[T], m: usize, tensor: &Nf4Tensor, bias:
     }
 }
 
-fn check_all_types(m: usize, tensor: &Nf4Tensor) {
+fn check_all_types(m: usize, tensor: &BlockTensor) {
     for (with_bias, seed) in [(false, 1), (true, 2)] {
         check::<f16>(m, tensor, seed, with_bias);
         check::<bf16>(m, tensor, seed, with_bias);

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use burn_nf4::checkpoint::{Checkpoint, Dtype, INDEX_FILE, SINGLE_FILE};
-use burn_nf4::format::{Nf4Tensor, QuantConfig};
+use burn_nf4::format::{BlockTensor, QuantConfig};
 use counting::{alone, largest_bytes, peak_bytes};
 use rstest::rstest;
 use stored::{Stored, Tensors};
@@ -88,7 +88,7 @@ fn shapes_of_a_million_dimensions() {
         r#"{{"a":{{"dtype":"U8","shape":[{ones}0],"data_offsets":[0,0]}}}}"#
     )));
 
-    let weight = Nf4Tensor::quantize(&[0.5f32; 64], &[64], QuantConfig::flat()).unwrap();
+    let weight = BlockTensor::quantize(&[0.5f32; 64], &[64], QuantConfig::flat()).unwrap();
     let mut tensors = stored::weight("w", &weight);
     let json =
         format!(r#"{{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[{ones}64]}}"#);
@@ -120,7 +120,7 @@ fn as_many_numbers_of_python_as_a_text_can_hold() {
     fs::write(folder.path().join(INDEX_FILE), &json).unwrap();
     assert!(!assert_within(folder.path(), json.len()));
 
-    let weight = Nf4Tensor::quantize(&[0.5f32; 64], &[64], QuantConfig::flat()).unwrap();
+    let weight = BlockTensor::quantize(&[0.5f32; 64], &[64], QuantConfig::flat()).unwrap();
     let mut tensors = stored::weight("w", &weight);
     let state = tensors.get_mut("w.quant_state.bitsandbytes__nf4").unwrap();
     let text = String::from_utf8(state.bytes.clone()).unwrap();
@@ -160,7 +160,7 @@ fn parts_that_are_too_long_are_not_copied(
     #[case] shape: Vec<usize>,
 ) {
     let _alone = alone();
-    let weight = Nf4Tensor::quantize(&[0.5f32; 64], &[64], QuantConfig::default()).unwrap();
+    let weight = BlockTensor::quantize(&[0.5f32; 64], &[64], QuantConfig::default()).unwrap();
     let mut tensors: Tensors = stored::weight("w", &weight);
     let bytes = vec![0; shape.iter().product::<usize>() * dtype.bitsize() / 8];
     tensors.insert(
@@ -183,7 +183,7 @@ fn parts_that_are_too_long_are_not_copied(
 #[case::ends_at_zero("[18446744073709551615,0]")]
 fn a_shape_that_asks_for_more_than_the_codes(#[case] shape: &str) {
     let _alone = alone();
-    let weight = Nf4Tensor::quantize(&[0.5f32; 64], &[64], QuantConfig::default()).unwrap();
+    let weight = BlockTensor::quantize(&[0.5f32; 64], &[64], QuantConfig::default()).unwrap();
     let mut tensors = stored::weight("w", &weight);
     let state = tensors.get_mut("w.quant_state.bitsandbytes__nf4").unwrap();
     let json = String::from_utf8(state.bytes.clone()).unwrap();

@@ -2,11 +2,11 @@
 #![cfg(feature = "flex")]
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_nf4::format::{Absmax, BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{Absmax, BlockSize, BlockTensor, FloatType, QuantConfig, QuantType};
 use burn_nf4::op::{
     Activation, LinearPart, LowRank, MatmulStrategy, gated_linear, joined_linear, lora_linear,
 };
-use burn_nf4::{Nf4Error, Nf4Weight};
+use burn_nf4::{BlockWeight, Nf4Error};
 
 /// Rows of the weights, and their columns: even and ragged, small and of real layers.
 const SHAPES: [([usize; 3], usize); 4] = [
@@ -52,21 +52,21 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 /// Weights of magnitudes of their own, so that no two have the same offset of their scales.
-fn weight(n: usize, k: usize, number: usize, config: QuantConfig, device: &Device) -> Nf4Weight {
+fn weight(n: usize, k: usize, number: usize, config: QuantConfig, device: &Device) -> BlockWeight {
     let size = 0.02 * (number + 1) as f64;
-    let weight = Nf4Weight::quantize(random([n, k], device) * size, config);
+    let weight = BlockWeight::quantize(random([n, k], device) * size, config);
     with_own_map(weight.expect("it can be quantized"), number, device)
 }
 
 /// The weight with another map of its scales, as a checkpoint can have: no two have the same.
-fn with_own_map(weight: Nf4Weight, number: usize, device: &Device) -> Nf4Weight {
+fn with_own_map(weight: BlockWeight, number: usize, device: &Device) -> BlockWeight {
     let host = weight.to_host().expect("it can be read");
     let Absmax::Nested(mut nested) = host.absmax().clone() else {
         return weight;
     };
     let factor = 1.0 - 0.25 * number as f32;
     nested.map.iter_mut().for_each(|value| *value *= factor);
-    let host = Nf4Tensor::from_parts(
+    let host = BlockTensor::from_parts(
         host.codes().to_vec(),
         Absmax::Nested(nested),
         host.shape().to_vec(),
@@ -74,11 +74,11 @@ fn with_own_map(weight: Nf4Weight, number: usize, device: &Device) -> Nf4Weight 
         host.dtype(),
         host.config().quant_type,
     );
-    Nf4Weight::from_host(&host.expect("its parts fit"), device)
+    BlockWeight::from_host(&host.expect("its parts fit"), device)
 }
 
 fn part<'a>(
-    weight: &'a Nf4Weight,
+    weight: &'a BlockWeight,
     (bias, rank): (bool, usize),
     dtype: DType,
     scale: f64,
@@ -306,7 +306,7 @@ fn gradients(device: &Device) {
     let [a, b] = joined_linear(x.clone(), parts).expect("it fits");
     let grads = (a.sum() + b.sum()).backward();
     let given = floats(x.grad(&grads).expect("it has one"));
-    let sum = |weight: &Nf4Weight| {
+    let sum = |weight: &BlockWeight| {
         let dense = weight
             .dequantize::<2>(FloatType::F32)
             .expect("it can be decoded");

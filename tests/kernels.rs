@@ -10,7 +10,7 @@ use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
-    BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+    BlockSize, BlockTensor, FloatElement, FloatType, PackedLayout, QuantConfig, QuantType,
 };
 use burn_nf4::launch::{self, DequantizePlan, Variant};
 use cubecl::prelude::Client;
@@ -55,8 +55,8 @@ fn run_dequantize(
     Ok(read)
 }
 
-fn reference_bytes(tensor: &Nf4Tensor, dtype: FloatType, start: usize, len: usize) -> Vec<u8> {
-    fn bytes<T: FloatElement>(tensor: &Nf4Tensor, start: usize, len: usize) -> Vec<u8> {
+fn reference_bytes(tensor: &BlockTensor, dtype: FloatType, start: usize, len: usize) -> Vec<u8> {
+    fn bytes<T: FloatElement>(tensor: &BlockTensor, start: usize, len: usize) -> Vec<u8> {
         bytemuck::cast_slice(&tensor.dequantize_range::<T>(start, len)).to_vec()
     }
     match dtype {
@@ -87,7 +87,7 @@ fn assert_same_bits(got: &[u8], expected: &[u8], dtype: FloatType, what: &str) {
 /// Compares a kernel with the reference, or checks the error where the device lacks the dtype.
 fn check_range(
     client: &Client,
-    tensor: &Nf4Tensor,
+    tensor: &BlockTensor,
     range: (usize, usize),
     dtype: FloatType,
     variant: Variant,
@@ -180,7 +180,7 @@ fn shapes(device: &Device, variant: Variant, dtype: FloatType) {
             config(QuantType::Fp4, 64, false),
         ] {
             let elems = shape.iter().product();
-            let tensor = Nf4Tensor::quantize(&weights(elems, 3), shape, quant).expect("valid");
+            let tensor = BlockTensor::quantize(&weights(elems, 3), shape, quant).expect("valid");
             check_range(&client, &tensor, (0, elems), dtype, variant, case);
         }
     }
@@ -193,7 +193,7 @@ fn block_sizes(device: &Device, variant: Variant, dtype: FloatType) {
         for nested in [false, true] {
             let elems = 300 * block.elems().min(512) + 24;
             let quant = config(QuantType::Nf4, block.elems(), nested);
-            let tensor = Nf4Tensor::quantize(&weights(elems, 5), &[elems], quant).expect("valid");
+            let tensor = BlockTensor::quantize(&weights(elems, 5), &[elems], quant).expect("valid");
             let what = format!("block {} nested {nested}", block.elems());
             check_range(&client, &tensor, (0, elems), dtype, variant, &what);
         }
@@ -205,7 +205,7 @@ fn ranges(device: &Device, variant: Variant, dtype: FloatType) {
     let client = client(device);
     let elems = 4096 + 77;
     let quant = config(QuantType::Nf4, 64, true);
-    let tensor = Nf4Tensor::quantize(&weights(elems, 7), &[elems], quant).expect("valid");
+    let tensor = BlockTensor::quantize(&weights(elems, 7), &[elems], quant).expect("valid");
     for range in [
         (0, 64),
         (64, 1024),
@@ -240,10 +240,10 @@ fn values(device: &Device, variant: Variant, dtype: FloatType) {
         ("tiny", 1e-30),
     ] {
         let values: Vec<f32> = weights(640, 11).iter().map(|w| w * scale).collect();
-        let tensor = Nf4Tensor::quantize(&values, &[10, 64], quant).expect("valid");
+        let tensor = BlockTensor::quantize(&values, &[10, 64], quant).expect("valid");
         check_range(&client, &tensor, (0, 640), dtype, variant, case);
     }
-    let bytes = Nf4Tensor::from_parts(
+    let bytes = BlockTensor::from_parts(
         (0..=255).collect(),
         burn_nf4::format::Absmax::Flat(vec![0.7; 8]),
         vec![512],
@@ -272,7 +272,7 @@ fn quantize_like_reference(device: &Device, dtype: FloatType) {
         quant: QuantConfig,
     ) {
         let values: Vec<T> = values.iter().map(|&v| T::from_f32(v)).collect();
-        let expected = Nf4Tensor::quantize(&values, shape, quant).expect("valid");
+        let expected = BlockTensor::quantize(&values, shape, quant).expect("valid");
         let weight = client.create_from_slice(bytemuck::cast_slice(&values));
         let layout = expected.packed_layout();
         let packed =
@@ -327,7 +327,7 @@ fn quantize_like_reference(device: &Device, dtype: FloatType) {
 fn refusals(device: &Device, variant: Variant) {
     let client = client(device);
     let quant = config(QuantType::Nf4, 64, true);
-    let tensor = Nf4Tensor::quantize(&weights(640, 1), &[10, 64], quant).expect("valid");
+    let tensor = BlockTensor::quantize(&weights(640, 1), &[10, 64], quant).expect("valid");
     let layout = tensor.packed_layout();
     let plan = |elems| DequantizePlan::new(&client, &layout, elems, FloatType::F32, Some(variant));
     let backwards = std::ops::Range { start: 5, end: 4 };

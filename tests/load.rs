@@ -12,9 +12,9 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::checkpoint::{Checkpoint, Dtype, SafetensorsFile};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, WeightForm};
-use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig, QLoraLinearConfig};
-use burn_nf4::{Nf4Error, Nf4Weight, expert_linear, linear};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, WeightForm};
+use burn_nf4::nn::{QLoraLinearConfig, QuantLinear, QuantLinearConfig};
+use burn_nf4::{BlockWeight, Nf4Error, expert_linear, linear};
 use rstest::rstest;
 use stored::Tensors;
 use tempfile::TempDir;
@@ -39,13 +39,13 @@ fn opened(tensors: &Tensors) -> (TempDir, Checkpoint) {
     (folder, checkpoint)
 }
 
-fn quantized(shape: &[usize], config: QuantConfig) -> Nf4Tensor {
+fn quantized(shape: &[usize], config: QuantConfig) -> BlockTensor {
     let values = uniform(shape.iter().product(), shape.len() as u64);
-    Nf4Tensor::quantize(&values, shape, config).unwrap()
+    BlockTensor::quantize(&values, shape, config).unwrap()
 }
 
 /// A layer whose file holds `[D_INPUT, D_OUTPUT]`, the transpose of its weight.
-fn transposed(config: QuantConfig, device: &Device) -> (Nf4Tensor, Nf4Linear) {
+fn transposed(config: QuantConfig, device: &Device) -> (BlockTensor, QuantLinear) {
     let weight = quantized(&[D_INPUT, D_OUTPUT], config);
     let mut tensors = stored::weight(KEY, &weight);
     stored::transpose(&mut tensors, KEY);
@@ -54,11 +54,11 @@ fn transposed(config: QuantConfig, device: &Device) -> (Nf4Tensor, Nf4Linear) {
     assert_eq!(checkpoint.load_nf4(KEY).unwrap(), weight);
     let loaded = checkpoint.load_weight(KEY, device).unwrap();
     let bias = tensor(&uniform(D_OUTPUT, 9), [D_OUTPUT], FloatType::F32, device);
-    (weight, Nf4Linear::new(loaded, Some(bias)).unwrap())
+    (weight, QuantLinear::new(loaded, Some(bias)).unwrap())
 }
 
 /// The parameter's values: the transpose of what is stored.
-fn transposed_values(weight: &Nf4Tensor) -> Vec<f64> {
+fn transposed_values(weight: &BlockTensor) -> Vec<f64> {
     let stored: Vec<f32> = weight.dequantize();
     let stored: Vec<f64> = stored.into_iter().map(f64::from).collect();
     tensors::transposed(&stored, D_INPUT, D_OUTPUT)
@@ -227,7 +227,7 @@ fn a_branch_merges_into_a_transposed_layer() {
 fn records_tell_a_transposed_weight_from_a_plain_one() {
     let device = Device::default();
     let (host, layer) = transposed(QuantConfig::default(), &device);
-    let blank = Nf4LinearConfig::new(D_INPUT, D_OUTPUT).with_transposed(true);
+    let blank = QuantLinearConfig::new(D_INPUT, D_OUTPUT).with_transposed(true);
     let bytes = layer.clone().into_record().into_bytes().unwrap();
     let loaded = blank
         .init(&device)
@@ -237,7 +237,7 @@ fn records_tell_a_transposed_weight_from_a_plain_one() {
     assert_eq!(loaded.dims(), [D_OUTPUT, D_INPUT]);
 
     // Square matrices of either form have the same tensor but for its header.
-    let square = Nf4LinearConfig::new(32, 32);
+    let square = QuantLinearConfig::new(32, 32);
     for transposed in [false, true] {
         let of = |transposed| square.clone().with_transposed(transposed).init(&device);
         let record = || of(transposed).unwrap().into_record();
@@ -258,12 +258,12 @@ fn zeros_stored_transposed_decode_to_zeros() {
         config: QuantConfig::default(),
         transposed: true,
     };
-    let zeros = Nf4Weight::zeros_of(form(&[6, 4]), &device).unwrap();
+    let zeros = BlockWeight::zeros_of(form(&[6, 4]), &device).unwrap();
     assert_eq!(zeros.shape(), [6, 4]);
     assert_eq!(zeros.to_host().unwrap().shape(), [4, 6]);
     let dense: Tensor<2> = zeros.dequantize(FloatType::F32).unwrap();
     assert_eq!(values(&dense), [0.0; 24]);
-    let error = Nf4Weight::zeros_of(form(&[2, 6, 4]), &device);
+    let error = BlockWeight::zeros_of(form(&[2, 6, 4]), &device);
     assert!(matches!(error, Err(Nf4Error::NotAMatrix { .. })));
 }
 
@@ -336,7 +336,7 @@ fn experts_of_a_stack_are_decoded_and_multiplied_one_by_one(#[case] config: Quan
         linear(x.clone(), &weight, None),
         Err(Nf4Error::NotAMatrix { .. })
     ));
-    let matrix = Nf4Weight::from_host(&quantized(&[4, 33], config), &device);
+    let matrix = BlockWeight::from_host(&quantized(&[4, 33], config), &device);
     let error = expert_linear(x, &matrix, 0, None).unwrap_err();
     assert!(matches!(error, Nf4Error::Rank { shape, expected: 3, .. } if shape == [4, 33]));
 }

@@ -17,9 +17,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype, SINGLE_FILE, SafetensorsFile};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
-use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
-use burn_nf4::{Nf4Weight, linear};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
+use burn_nf4::nn::{QuantLinear, QuantLinearConfig};
+use burn_nf4::{BlockWeight, linear};
 use burn_store::ModuleSnapshot;
 use counting::{alone, live_bytes, peak_bytes};
 use rstest::rstest;
@@ -36,8 +36,8 @@ fn write(folder: &Path, config: QuantConfig) {
     let elems = SHAPE[0] * SHAPE[1];
     let mut tensors = stored::Tensors::new();
     for i in 0..WEIGHTS {
-        let mut weight = Nf4Tensor::zeros(&SHAPE, config, FloatType::F32).unwrap();
-        weight = Nf4Tensor::from_parts(
+        let mut weight = BlockTensor::zeros(&SHAPE, config, FloatType::F32).unwrap();
+        weight = BlockTensor::from_parts(
             weight.codes().iter().map(|code| code ^ i as u8).collect(),
             weight.absmax().clone(),
             SHAPE.to_vec(),
@@ -86,7 +86,7 @@ fn a_quantized_weight_is_copied_once(#[case] config: QuantConfig) {
     write(folder.path(), config);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let file = SafetensorsFile::open(folder.path().join(SINGLE_FILE)).unwrap();
-    let bytes = Nf4Weight::zeros(&SHAPE, config, FloatType::F32, &device)
+    let bytes = BlockWeight::zeros(&SHAPE, config, FloatType::F32, &device)
         .unwrap()
         .size_bytes();
     assert_one_copy("Checkpoint", bytes, || {
@@ -96,10 +96,10 @@ fn a_quantized_weight_is_copied_once(#[case] config: QuantConfig) {
         file.load_weight("layer.1.weight", &device).unwrap()
     });
 
-    // The way over `Nf4Tensor` has two copies at once: the measurement sees a second one.
+    // The way over `BlockTensor` has two copies at once: the measurement sees a second one.
     let (two_copies, _) = peak_bytes(|| {
         let host = file.load_nf4("layer.0.weight").unwrap();
-        Nf4Weight::from_host(&host, &device)
+        BlockWeight::from_host(&host, &device)
     });
     assert!(two_copies as f64 > 1.9 * bytes as f64, "{two_copies}");
 }
@@ -113,7 +113,7 @@ fn weights_loaded_one_after_the_other_add_up_to_themselves() {
     write(folder.path(), QuantConfig::default());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let before = live_bytes();
-    let (peak, weights) = peak_bytes(|| -> Vec<Nf4Weight> {
+    let (peak, weights) = peak_bytes(|| -> Vec<BlockWeight> {
         let prefixes = checkpoint.quantized_weights();
         let load = |prefix: &&str| checkpoint.load_weight(prefix, &device).unwrap();
         prefixes.iter().map(load).collect()
@@ -162,7 +162,7 @@ fn zeros_take_their_memory_when_used() {
     let device = Device::flex();
     let config = QuantConfig::default();
     let (peak, zeros) =
-        peak_bytes(|| Nf4Weight::zeros(&SHAPE, config, FloatType::F32, &device).unwrap());
+        peak_bytes(|| BlockWeight::zeros(&SHAPE, config, FloatType::F32, &device).unwrap());
     assert!(peak < SMALL_BYTES, "{peak}");
     let before = live_bytes();
     assert_eq!(zeros.packed().dims(), [zeros.layout().words()]);
@@ -177,7 +177,7 @@ fn a_transposed_layer_keeps_no_dense_weight() {
     let device = Device::flex().autodiff();
     let folder = tempfile::tempdir().unwrap();
     let values: Vec<f32> = (0..512 * 512).map(|i| (i as f32 * 0.7).sin()).collect();
-    let host = Nf4Tensor::quantize(&values, &[512, 512], QuantConfig::default()).unwrap();
+    let host = BlockTensor::quantize(&values, &[512, 512], QuantConfig::default()).unwrap();
     let mut tensors = stored::weight("weight", &host);
     stored::transpose(&mut tensors, "weight");
     stored::write(folder.path(), &tensors);
@@ -203,7 +203,7 @@ fn a_transposed_layer_keeps_no_dense_weight() {
 
 #[derive(Module, Debug)]
 struct Model {
-    layer: Vec<Nf4Linear>,
+    layer: Vec<QuantLinear>,
     /// Of these PyTorch stores the transpose.
     bf16: Linear,
     f32: Linear,
@@ -221,7 +221,7 @@ fn a_module_is_loaded_one_tensor_at_a_time() {
         .with_key_remapping("^(bf16|f32)$", "$1.weight")
         .unwrap();
     let [d_output, d_input] = SHAPE;
-    let layer = Nf4LinearConfig::new(d_input, d_output).with_bias(false);
+    let layer = QuantLinearConfig::new(d_input, d_output).with_bias(false);
     let dense = LinearConfig::new(d_input, d_output).with_bias(false);
     let mut model = Model {
         layer: (0..WEIGHTS).map(|_| layer.init(&device).unwrap()).collect(),

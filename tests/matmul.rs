@@ -6,7 +6,7 @@ use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{
-    BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+    BlockSize, BlockTensor, FloatElement, FloatType, PackedLayout, QuantConfig, QuantType,
 };
 use burn_nf4::launch::{
     Lora, MatmulPlan, MatmulVariant, Operands, Product, TensorCoreTile, check_dtype,
@@ -179,7 +179,7 @@ fn check<T: FloatElement>(client: &Client, case: Case, choice: Choice) {
     let dtype = T::FLOAT_TYPE;
     let what = format!("{case:?} {} {choice:?}", dtype.name());
     let weight: Vec<T> = values(n * k, 1);
-    let tensor = Nf4Tensor::quantize(&weight, &[n, k], case.config).expect("finite values");
+    let tensor = BlockTensor::quantize(&weight, &[n, k], case.config).expect("finite values");
     let x_scale = f32::powi(2.0, case.x_log2);
     let x: Vec<T> = values::<T>(m * k, 2)
         .iter()

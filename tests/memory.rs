@@ -14,9 +14,9 @@ use burn::nn::Linear;
 #[cfg(feature = "flex")]
 use burn::tensor::Int;
 use burn::tensor::{Device, Gradients, Tensor};
-use burn_nf4::Nf4Weight;
+use burn_nf4::BlockWeight;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::Nf4Linear;
+use burn_nf4::nn::QuantLinear;
 #[cfg(feature = "flex")]
 use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, reparameterize_linears};
 #[cfg(feature = "flex")]
@@ -76,10 +76,10 @@ fn measure(
     }
 }
 
-fn frozen(device: &Device) -> Nf4Linear {
+fn frozen(device: &Device) -> QuantLinear {
     let dense = tensor(&weights(SIZE * SIZE, 1), [SIZE; 2], FloatType::F32, device);
-    let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("valid");
-    Nf4Linear::new(weight, None).expect("a matrix")
+    let weight = BlockWeight::quantize(dense, QuantConfig::default()).expect("valid");
+    QuantLinear::new(weight, None).expect("a matrix")
 }
 
 #[cfg(feature = "flex")]
@@ -124,7 +124,7 @@ fn the_dense_weight_is_not_kept(device: Device, live_bytes: LiveBytes) {
     let packed_bytes = layer.weight.size_bytes() as isize;
     assert!(packed_bytes < DENSE_BYTES / 7, "{packed_bytes}");
     let kept = measure(&device, live_bytes, |x| layer.forward(x));
-    assert_nothing_large_kept("Nf4Linear", kept);
+    assert_nothing_large_kept("QuantLinear", kept);
 
     // Decoding first and multiplying with the result keeps it for the backward pass: the
     // measurement sees a weight where there is one.

@@ -11,10 +11,10 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::store::{ModuleRecord, RecordError};
 use burn::tensor::{DType, Device, Int, Tensor};
-use burn_nf4::format::{BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType};
-use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig, QLoraLinear, QLoraLinearConfig};
+use burn_nf4::format::{BlockSize, BlockTensor, FloatType, QuantConfig, QuantType};
+use burn_nf4::nn::{QLoraLinear, QLoraLinearConfig, QuantLinear, QuantLinearConfig};
 use burn_nf4::op::MatmulStrategy;
-use burn_nf4::{Nf4Error, Nf4Weight, linear};
+use burn_nf4::{BlockWeight, Nf4Error, linear};
 use burn_store::{BurnpackStore, ModuleSnapshot};
 use rstest::rstest;
 use tensors::*;
@@ -34,11 +34,11 @@ fn far(a: &[f64], b: &[f64]) -> bool {
     tensors::is_far(a, b, PRODUCT_TOLERANCE)
 }
 
-fn words(weight: &Nf4Weight) -> Vec<u32> {
+fn words(weight: &BlockWeight) -> Vec<u32> {
     weight.packed().into_data().iter::<u32>().collect()
 }
 
-fn host_weight(seed: u64, dtype: FloatType) -> Nf4Tensor {
+fn host_weight(seed: u64, dtype: FloatType) -> BlockTensor {
     let values: Vec<f32> = uniform(D_OUTPUT * D_INPUT, seed);
     let shape = [D_OUTPUT, D_INPUT];
     let quant = QuantConfig::default();
@@ -48,24 +48,24 @@ fn host_weight(seed: u64, dtype: FloatType) -> Nf4Tensor {
                 .iter()
                 .map(|&v| half::f16::from_f32(v / 2.0))
                 .collect();
-            Nf4Tensor::quantize(&values, &shape, quant)
+            BlockTensor::quantize(&values, &shape, quant)
         }
         _ => {
             let values: Vec<f32> = values.iter().map(|v| v / 2.0).collect();
-            Nf4Tensor::quantize(&values, &shape, quant)
+            BlockTensor::quantize(&values, &shape, quant)
         }
     }
     .expect("valid")
 }
 
-fn frozen(seed: u64, device: &Device) -> Nf4Linear {
+fn frozen(seed: u64, device: &Device) -> QuantLinear {
     let bias = tensor(
         &uniform(D_OUTPUT, seed + 1),
         [D_OUTPUT],
         FloatType::F32,
         device,
     );
-    Nf4Linear::from_host(&host_weight(seed, FloatType::F32), Some(bias), device).expect("it fits")
+    QuantLinear::from_host(&host_weight(seed, FloatType::F32), Some(bias), device).expect("it fits")
 }
 
 fn branch(seed: u64, device: &Device) -> (Tensor<2>, Tensor<2>) {
@@ -190,12 +190,12 @@ fn frozen_forward_equals_the_dense_layer(device: &Device) {
 fn quantizing_a_dense_layer_keeps_it_nearly(device: &Device) {
     for device in [device.clone(), device.clone().autodiff()] {
         let dense: Linear = LinearConfig::new(D_INPUT, D_OUTPUT).init(&device);
-        let layer = Nf4Linear::quantize(dense.clone(), QuantConfig::default()).expect("valid");
+        let layer = QuantLinear::quantize(dense.clone(), QuantConfig::default()).expect("valid");
         assert_eq!(layer.dims(), [D_OUTPUT, D_INPUT]);
         // The words of the reference, from the transposed weight.
         let weight: Vec<f32> = dense.weight.val().transpose().into_data().iter().collect();
         let shape = [D_OUTPUT, D_INPUT];
-        let expected = Nf4Tensor::quantize(&weight, &shape, QuantConfig::default());
+        let expected = BlockTensor::quantize(&weight, &shape, QuantConfig::default());
         assert_eq!(words(&layer.weight), expected.expect("valid").to_packed());
         let (bias, dense_bias) = (layer.bias.unwrap(), dense.bias.unwrap());
         assert_eq!(values(&bias.val()), values(&dense_bias.val()));
@@ -422,7 +422,7 @@ fn dropout_acts_on_the_branch_while_training_alone(device: &Device) {
 
 fn records_keep_every_bit(device: &Device) {
     let blank = || {
-        let base = Nf4LinearConfig::new(D_INPUT, D_OUTPUT)
+        let base = QuantLinearConfig::new(D_INPUT, D_OUTPUT)
             .init(device)
             .expect("valid");
         QLoraLinearConfig::new(RANK)
@@ -475,7 +475,7 @@ fn records_keep_every_bit(device: &Device) {
 
 fn records_of_other_weights_are_refused(device: &Device) {
     let layer = |d_input, d_output| {
-        Nf4LinearConfig::new(d_input, d_output)
+        QuantLinearConfig::new(d_input, d_output)
             .with_bias(false)
             .init(device)
             .expect("valid")
@@ -483,7 +483,7 @@ fn records_of_other_weights_are_refused(device: &Device) {
     let record = || layer(64, 128).into_record();
     assert!(layer(64, 128).try_load_record(record()).is_ok());
 
-    let other_dtype = Nf4LinearConfig::new(64, 128)
+    let other_dtype = QuantLinearConfig::new(64, 128)
         .with_bias(false)
         .with_dtype(FloatType::F16)
         .init(device)
@@ -528,7 +528,7 @@ fn records_of_other_weights_are_refused(device: &Device) {
     // A dense layer's record and one without a bias.
     let dense: Linear = LinearConfig::new(64, 128).with_bias(false).init(device);
     assert!(layer(64, 128).try_load_record(dense.into_record()).is_err());
-    let with_bias = Nf4LinearConfig::new(64, 128).init(device).expect("valid");
+    let with_bias = QuantLinearConfig::new(64, 128).init(device).expect("valid");
     let error = with_bias.try_load_record(record()).unwrap_err();
     assert!(error.to_string().contains("bias"), "{error}");
 }
@@ -545,7 +545,7 @@ fn a_packed_tensor_of_another_kind_is_an_error(device: &Device) {
             param.map(|_| words.reshape([-1; D]))
         }
     }
-    let weight = Nf4Weight::zeros(&[8, 64], QuantConfig::default(), FloatType::F32, device);
+    let weight = BlockWeight::zeros(&[8, 64], QuantConfig::default(), FloatType::F32, device);
     let weight = weight.expect("valid");
     let words = weight.layout().words();
     let x = Tensor::<2>::ones([2, 64], (device, DType::F32));
@@ -631,8 +631,8 @@ fn a_plain_layer_takes_a_tracked_input(device: &Device) {
 fn layers_take_tensors_that_are_not_leaves(device: &Device) {
     let tracked = &device.clone().autodiff();
     let bias = Tensor::<1>::ones([D_OUTPUT], (tracked, DType::F32)).require_grad();
-    let weight = Nf4Weight::from_host(&host_weight(1, FloatType::F32), tracked);
-    let base = Nf4Linear::new(weight, Some(bias.clone() * 2.0)).expect("it fits");
+    let weight = BlockWeight::from_host(&host_weight(1, FloatType::F32), tracked);
+    let base = QuantLinear::new(weight, Some(bias.clone() * 2.0)).expect("it fits");
     let (a, b) = branch(1, tracked);
     let (a, b) = (a.require_grad(), b.require_grad());
     let layer = QLoraLinearConfig::new(RANK)
@@ -749,14 +749,14 @@ fn wrong_inputs_panic_with_the_shapes(device: &Device) {
         panic_message(|| layer.forward(x())),
         panic_message(|| layer.base.forward(x())),
     ] {
-        let expected = "Nf4Linear::forward: `x` has shape [3, 41], expected [3, 40]";
+        let expected = "QuantLinear::forward: `x` has shape [3, 41], expected [3, 40]";
         assert_eq!(message, expected);
     }
 }
 
 fn a_strategy_goes_with_the_layer(device: &Device) {
     let tracked = device.clone().autodiff();
-    let gradient = |layer: &Nf4Linear| {
+    let gradient = |layer: &QuantLinear| {
         let x = input(2, &tracked).require_grad();
         let grads = layer.forward(x.clone()).sum().backward();
         values(&x.grad(&grads).expect("x is tracked"))
@@ -790,24 +790,24 @@ fn a_strategy_goes_with_the_layer(device: &Device) {
     // Rows of 40 elements do not come in runs that tensor cores take, on any device.
     let layer = frozen(1, device).with_strategy(MatmulStrategy::TensorCore);
     let message = panic_message(|| layer.forward(input(2, device)));
-    let expected = "Nf4Linear::forward: kernel variant `tensor_core` cannot run here: ";
+    let expected = "QuantLinear::forward: kernel variant `tensor_core` cannot run here: ";
     assert!(message.starts_with(expected), "{message}");
 }
 
 fn parts_that_do_not_fit_are_refused(device: &Device) {
-    let weight = || Nf4Weight::from_host(&host_weight(1, FloatType::F32), device);
+    let weight = || BlockWeight::from_host(&host_weight(1, FloatType::F32), device);
     let bias = Tensor::zeros([D_INPUT], (device, DType::F32));
     assert_eq!(
-        Nf4Linear::new(weight(), Some(bias)).unwrap_err(),
+        QuantLinear::new(weight(), Some(bias)).unwrap_err(),
         Nf4Error::Shape {
             tensor: "bias".into(),
             expected: vec![D_OUTPUT],
             given: vec![D_INPUT],
         }
     );
-    let cube = Nf4Weight::zeros(&[2, 3, 4], QuantConfig::default(), FloatType::F32, device);
+    let cube = BlockWeight::zeros(&[2, 3, 4], QuantConfig::default(), FloatType::F32, device);
     assert_eq!(
-        Nf4Linear::new(cube.expect("valid"), None).unwrap_err(),
+        QuantLinear::new(cube.expect("valid"), None).unwrap_err(),
         Nf4Error::NotAMatrix {
             tensor: "weight".into(),
             shape: vec![2, 3, 4],
@@ -849,11 +849,11 @@ fn parts_that_do_not_fit_are_refused(device: &Device) {
         }
     }
 
-    let sizes = |d_input, d_output| Nf4LinearConfig::new(d_input, d_output).init(device);
+    let sizes = |d_input, d_output| QuantLinearConfig::new(d_input, d_output).init(device);
     assert!(matches!(sizes(0, 8), Err(Nf4Error::ElementCount { .. })));
     assert!(matches!(sizes(8, 0), Err(Nf4Error::ElementCount { .. })));
     for given in [0, 16, 48, 63, 8192] {
-        let error = Nf4LinearConfig::new(8, 8)
+        let error = QuantLinearConfig::new(8, 8)
             .with_block_size(given)
             .init(device)
             .unwrap_err();
@@ -866,7 +866,7 @@ fn parts_that_do_not_fit_are_refused(device: &Device) {
 }
 
 fn a_blank_layer_is_zero(device: &Device) {
-    let layer = Nf4LinearConfig::new(D_INPUT, D_OUTPUT)
+    let layer = QuantLinearConfig::new(D_INPUT, D_OUTPUT)
         .with_quant_type(QuantType::Fp4)
         .with_block_size(128)
         .with_double_quant(false)
@@ -887,14 +887,14 @@ fn a_blank_layer_is_zero(device: &Device) {
 fn linear_config_survives_json() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("config.json");
-    let config = Nf4LinearConfig::new(3, 5)
+    let config = QuantLinearConfig::new(3, 5)
         .with_bias(false)
         .with_quant_type(QuantType::Fp4)
         .with_block_size(256)
         .with_double_quant(false)
         .with_dtype(FloatType::BF16);
     config.save(&path).expect("saved");
-    let back = Nf4LinearConfig::load(&path).expect("loaded");
+    let back = QuantLinearConfig::load(&path).expect("loaded");
     assert_eq!(back.to_string(), config.to_string());
     assert_eq!((back.d_input, back.d_output, back.bias), (3, 5, false));
     assert_eq!(back.dtype, FloatType::BF16);
@@ -909,12 +909,12 @@ fn linear_config_survives_json() {
         "{text}"
     );
     let broken = text.replace("fp4", "int4");
-    assert!(Nf4LinearConfig::load_binary(broken.as_bytes()).is_err());
+    assert!(QuantLinearConfig::load_binary(broken.as_bytes()).is_err());
 }
 
 #[test]
 fn linear_config_defaults_to_the_settings_of_qlora() {
-    let config = Nf4LinearConfig::new(3, 5);
+    let config = QuantLinearConfig::new(3, 5);
     assert_eq!(config.quant_config(), Ok(QuantConfig::default()));
     assert_eq!(config.block_size, BlockSize::B64.elems());
     assert!(config.bias);

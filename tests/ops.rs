@@ -10,13 +10,13 @@ mod tensors;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Tensor};
 use burn_nf4::format::{
-    BlockSize, FloatElement, FloatType, Nf4Tensor, PackedLayout, QuantConfig, QuantType,
+    BlockSize, BlockTensor, FloatElement, FloatType, PackedLayout, QuantConfig, QuantType,
 };
 use burn_nf4::op::{
-    DequantizeSpec, LinearSpec, LowRank, MatmulOptions, MatmulSpec, MatmulStrategy, Nf4Backend,
+    DequantizeSpec, LinearSpec, LowRank, MatmulOptions, MatmulSpec, MatmulStrategy, QuantBackend,
     is_reproducible, linear_with, lora_linear, matmul, set_reproducible,
 };
-use burn_nf4::{Nf4Error, Nf4Weight, linear};
+use burn_nf4::{BlockWeight, Nf4Error, linear};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
@@ -33,7 +33,7 @@ fn supports(device: &Device, dtype: FloatType) -> bool {
 }
 
 /// The words that a device holds.
-fn words(weight: &Nf4Weight) -> Vec<u32> {
+fn words(weight: &BlockWeight) -> Vec<u32> {
     let data = weight.packed().into_data();
     assert_eq!(data.dtype(), DType::U32);
     data.iter::<u32>().collect()
@@ -46,10 +46,10 @@ fn assert_same_words(got: &[u32], expected: &[u32], what: &str) {
 }
 
 /// The reference's packing of values rounded to a dtype.
-fn reference(values: &[f32], shape: &[usize], dtype: FloatType, quant: QuantConfig) -> Nf4Tensor {
-    fn quantize<T: FloatElement>(v: &[f32], shape: &[usize], quant: QuantConfig) -> Nf4Tensor {
+fn reference(values: &[f32], shape: &[usize], dtype: FloatType, quant: QuantConfig) -> BlockTensor {
+    fn quantize<T: FloatElement>(v: &[f32], shape: &[usize], quant: QuantConfig) -> BlockTensor {
         let values: Vec<T> = v.iter().map(|&v| T::from_f32(v)).collect();
-        Nf4Tensor::quantize(&values, shape, quant).expect("valid")
+        BlockTensor::quantize(&values, shape, quant).expect("valid")
     }
     match dtype {
         FloatType::F16 => quantize::<f16>(values, shape, quant),
@@ -58,8 +58,8 @@ fn reference(values: &[f32], shape: &[usize], dtype: FloatType, quant: QuantConf
     }
 }
 
-fn reference_bits(tensor: &Nf4Tensor, dtype: FloatType, start: usize, len: usize) -> Vec<u8> {
-    fn bits<T: FloatElement>(tensor: &Nf4Tensor, start: usize, len: usize) -> Vec<u8> {
+fn reference_bits(tensor: &BlockTensor, dtype: FloatType, start: usize, len: usize) -> Vec<u8> {
+    fn bits<T: FloatElement>(tensor: &BlockTensor, start: usize, len: usize) -> Vec<u8> {
         bytemuck::cast_slice(&tensor.dequantize_range::<T>(start, len)).to_vec()
     }
     match dtype {
@@ -70,8 +70,8 @@ fn reference_bits(tensor: &Nf4Tensor, dtype: FloatType, start: usize, len: usize
 }
 
 /// The bits of the whole decoded weight, whatever its rank.
-fn dequantized(weight: &Nf4Weight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
-    fn read<const D: usize>(weight: &Nf4Weight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
+fn dequantized(weight: &BlockWeight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
+    fn read<const D: usize>(weight: &BlockWeight, dtype: FloatType) -> Result<Vec<u8>, Nf4Error> {
         let tensor = weight.dequantize::<D>(dtype)?;
         assert_eq!(tensor.dims().as_slice(), weight.shape());
         Ok(bits(tensor, dtype))
@@ -90,11 +90,11 @@ fn quantize_bytes(
     dtype: FloatType,
     quant: QuantConfig,
     device: &Device,
-) -> Result<Nf4Weight, Nf4Error> {
+) -> Result<BlockWeight, Nf4Error> {
     match *shape {
-        [a] => Nf4Weight::quantize(from_bytes(bytes, [a], dtype, device), quant),
-        [a, b] => Nf4Weight::quantize(from_bytes(bytes, [a, b], dtype, device), quant),
-        [a, b, c] => Nf4Weight::quantize(from_bytes(bytes, [a, b, c], dtype, device), quant),
+        [a] => BlockWeight::quantize(from_bytes(bytes, [a], dtype, device), quant),
+        [a, b] => BlockWeight::quantize(from_bytes(bytes, [a, b], dtype, device), quant),
+        [a, b, c] => BlockWeight::quantize(from_bytes(bytes, [a, b, c], dtype, device), quant),
         _ => panic!("{shape:?}"),
     }
 }
@@ -105,7 +105,7 @@ fn golden_files_decode_to_the_bits_of_bitsandbytes(device: &Device) {
     for name in cases {
         let case = golden::load(&name);
         let dtype = case.tensor.dtype();
-        let weight = Nf4Weight::from_host(&case.tensor, device);
+        let weight = BlockWeight::from_host(&case.tensor, device);
         assert_eq!(weight.shape(), case.tensor.shape(), "{name}");
         assert_eq!(weight.dtype(), dtype, "{name}");
         assert_eq!(weight.config(), case.tensor.config(), "{name}");
@@ -125,7 +125,7 @@ fn golden_files_decode_to_the_bits_of_bitsandbytes(device: &Device) {
 fn golden_files_come_back_from_the_device_as_they_were(device: &Device) {
     for name in golden::names() {
         let tensor = golden::load(&name).tensor;
-        let weight = Nf4Weight::from_host(&tensor, device);
+        let weight = BlockWeight::from_host(&tensor, device);
         assert_eq!(weight.size_bytes(), tensor.packed_layout().words() * 4);
         let back = weight.to_host().expect("its own header");
         assert_same_words(&back.to_packed(), &tensor.to_packed(), &name);
@@ -161,7 +161,7 @@ fn rows_are_slices_of_the_whole(device: &Device) {
         let [rows, columns] = shape;
         let quant = config(QuantType::Nf4, block, true);
         let host = reference(&weights(rows * columns, 5), &shape, FloatType::F32, quant);
-        let weight = Nf4Weight::from_host(&host, device);
+        let weight = BlockWeight::from_host(&host, device);
         for dtype in FloatType::ALL {
             if !supports(device, dtype) {
                 let error = weight.dequantize_rows(0..1, dtype).unwrap_err();
@@ -224,7 +224,7 @@ fn quantize_takes_views(device: &Device) {
     let quant = config(QuantType::Nf4, 64, true);
     for (what, view, values) in views(device) {
         let shape = view.dims();
-        let weight = Nf4Weight::quantize(view, quant).expect("valid");
+        let weight = BlockWeight::quantize(view, quant).expect("valid");
         let expected = reference(&values, &shape, FloatType::F32, quant);
         assert_same_words(&words(&weight), &expected.to_packed(), what);
     }
@@ -241,7 +241,7 @@ fn linear_takes_views(device: &Device) {
             FloatType::F32,
             QuantConfig::default(),
         );
-        let weight = Nf4Weight::from_host(&host, device);
+        let weight = BlockWeight::from_host(&host, device);
         let x: Vec<f64> = values.iter().map(|&v| v.into()).collect();
         let w: Vec<f64> = host.dequantize::<f32>().iter().map(|&v| v.into()).collect();
         let expected = dense_linear(&x, &w, &[], [m, k, n], FloatType::F32);
@@ -258,7 +258,7 @@ fn linear_is_a_product_with_the_decoded_weight(device: &Device, dtype: FloatType
     }
     for [m, k, n] in [[5, 96, 40], [1, 70, 33], [33, 64, 1], [16, 128, 64]] {
         let host = reference(&weights(n * k, 6), &[n, k], dtype, QuantConfig::default());
-        let weight = Nf4Weight::from_host(&host, device);
+        let weight = BlockWeight::from_host(&host, device);
         let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], dtype, device);
         let bias: Tensor<1> = tensor(&uniform(n, 8), [n], dtype, device);
         let w = values(&weight.dequantize::<2>(dtype).expect("supported"));
@@ -283,7 +283,7 @@ fn linear_keeps_the_leading_dimensions(device: &Device) {
         FloatType::F32,
         QuantConfig::default(),
     );
-    let weight = Nf4Weight::from_host(&host, device);
+    let weight = BlockWeight::from_host(&host, device);
     let bias: Tensor<1> = tensor(&uniform(n, 8), [n], FloatType::F32, device);
     let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], FloatType::F32, device);
     let w = values(&weight.dequantize::<2>(FloatType::F32).expect("f32"));
@@ -291,7 +291,7 @@ fn linear_keeps_the_leading_dimensions(device: &Device) {
 
     fn check<const D: usize>(
         x: Tensor<D>,
-        weight: &Nf4Weight,
+        weight: &BlockWeight,
         bias: &Tensor<1>,
         expected: &[(f64, f64)],
     ) {
@@ -311,7 +311,7 @@ fn linear_keeps_the_leading_dimensions(device: &Device) {
 /// An empty batch is a batch: it gives an empty result, not an error, and gradients of zeros.
 fn linear_maps_an_empty_batch_to_an_empty_batch(device: &Device) {
     let quant = QuantConfig::default();
-    let weight = Nf4Weight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
+    let weight = BlockWeight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
     let bias: Tensor<1> = Tensor::ones([10], (device, DType::F32));
     let x = Tensor::<2>::zeros([0, 64], (device, DType::F32));
     let y = linear(x, &weight, Some(bias)).expect("valid");
@@ -368,7 +368,7 @@ fn a_product_of_more_elements_than_can_be_counted_is_none() {
 /// What goes into a product is of one type: nothing is cast in silence, and nothing panics.
 fn mixed_dtypes_are_refused(device: &Device) {
     let quant = QuantConfig::default();
-    let weight = Nf4Weight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
+    let weight = BlockWeight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
     if lacks(device, DType::F16) {
         return;
     }
@@ -403,7 +403,7 @@ fn scales_whose_sum_overflows_have_a_finite_mean(device: &Device) {
             .map(|(i, u)| if i % 5 == 0 { magnitude } else { u * magnitude })
             .collect();
         let dense: Tensor<2> = tensor(&source, [rows, 64], FloatType::F32, device);
-        let weight = Nf4Weight::quantize(dense, quant).expect("finite values");
+        let weight = BlockWeight::quantize(dense, quant).expect("finite values");
         let expected = reference(&source, &[rows, 64], FloatType::F32, quant);
         assert_same_words(&words(&weight), &expected.to_packed(), "quantized");
         let back = values(&weight.dequantize::<2>(FloatType::F32).expect("f32"));
@@ -427,7 +427,7 @@ fn reproducible_products_are_those_of_the_rule(device: &Device) {
         FloatType::F32,
         QuantConfig::default(),
     );
-    let weight = Nf4Weight::from_host(&host, device);
+    let weight = BlockWeight::from_host(&host, device);
     let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], FloatType::F32, device);
     let run = |strategy| {
         let y = linear_with(x.clone(), &weight, None, strategy).expect("valid");
@@ -456,7 +456,7 @@ fn relaxed_floats_count_as_f32(device: &Device) {
     let quant = QuantConfig::default();
     let source = weights(640, 1);
     let dense: Tensor<2> = tensor(&source, [10, 64], FloatType::F32, device);
-    let weight = Nf4Weight::quantize(dense.cast(DType::Flex32), quant).expect("valid");
+    let weight = BlockWeight::quantize(dense.cast(DType::Flex32), quant).expect("valid");
     let expected = reference(&source, &[10, 64], FloatType::F32, quant);
     assert_same_words(&words(&weight), &expected.to_packed(), "quantized");
     let x: Tensor<2> = tensor(&uniform(128, 2), [2, 64], FloatType::F32, device);
@@ -480,7 +480,7 @@ fn the_input_gradient_has_a_gradient(device: &Device) {
         FloatType::F32,
         QuantConfig::default(),
     );
-    let weight = Nf4Weight::from_host(&host, device);
+    let weight = BlockWeight::from_host(&host, device);
     let grad: Tensor<2> = tensor(&uniform(m * n, 2), [m, n], FloatType::F32, device);
     let grad = grad.require_grad();
     let factor: Tensor<2> = tensor(&uniform(m * k, 3), [m, k], FloatType::F32, device);
@@ -495,7 +495,7 @@ fn the_input_gradient_has_a_gradient(device: &Device) {
         strategy: MatmulStrategy::Auto,
         cublaslt: false,
     };
-    let dx = <Dispatch as Nf4Backend>::nf4_linear_backward(
+    let dx = <Dispatch as QuantBackend>::quant_linear_backward(
         grad.clone().into_dispatch(),
         weight.packed().into_dispatch(),
         spec,
@@ -518,7 +518,7 @@ fn the_input_gradient_has_a_gradient(device: &Device) {
 #[test]
 fn autodiff_nests() {
     use burn::backend::{Autodiff, Flex};
-    fn has_operations<B: Nf4Backend>() {}
+    fn has_operations<B: QuantBackend>() {}
     has_operations::<Autodiff<Autodiff<Flex>>>();
 }
 
@@ -527,7 +527,7 @@ fn quantizing_cuts_the_graph(device: &Device) {
     let device = &device.clone().autodiff();
     let dense: Tensor<2> = tensor(&weights(640, 1), [10, 64], FloatType::F32, device);
     let dense = dense.require_grad();
-    let weight = Nf4Weight::quantize(dense.clone(), QuantConfig::default()).expect("valid");
+    let weight = BlockWeight::quantize(dense.clone(), QuantConfig::default()).expect("valid");
     let back = weight.dequantize::<2>(FloatType::F32).expect("f32");
     assert!(!back.is_require_grad());
     let scale = Tensor::<1>::ones([1], (device, DType::F32)).require_grad();
@@ -546,26 +546,26 @@ fn linear_mixes_autodiff_and_plain(device: &Device) {
     );
     let tracked = &device.clone().autodiff();
     let x: Tensor<2> = tensor(&uniform(128, 2), [2, 64], FloatType::F32, device);
-    let plain = linear(x.clone(), &Nf4Weight::from_host(&host, device), None).expect("valid");
+    let plain = linear(x.clone(), &BlockWeight::from_host(&host, device), None).expect("valid");
 
     let x_tracked = x.clone().autodiff().require_grad();
     let y = linear(
         x_tracked.clone(),
-        &Nf4Weight::from_host(&host, device),
+        &BlockWeight::from_host(&host, device),
         None,
     )
     .expect("valid");
     assert_same_product(&y, &plain);
     assert!(x_tracked.grad(&y.sum().backward()).is_some());
 
-    let y = linear(x, &Nf4Weight::from_host(&host, tracked), None).expect("valid");
+    let y = linear(x, &BlockWeight::from_host(&host, tracked), None).expect("valid");
     assert_same_product(&y, &plain);
 }
 
 fn errors_name_what_does_not_fit(device: &Device) {
     let quant = QuantConfig::default();
     let zeros = |shape: &[usize]| {
-        Nf4Weight::zeros(shape, quant, FloatType::F32, device).expect("a possible shape")
+        BlockWeight::zeros(shape, quant, FloatType::F32, device).expect("a possible shape")
     };
     let f32s = (device, DType::F32);
     let matrix = zeros(&[10, 64]);
@@ -628,8 +628,8 @@ fn errors_name_what_does_not_fit(device: &Device) {
             shape: shape.into(),
         };
         let empty = Tensor::<2>::zeros(shape, f32s);
-        assert_eq!(Nf4Weight::quantize(empty, quant).unwrap_err(), expected);
-        let zeros = Nf4Weight::zeros(&shape, quant, FloatType::F32, device);
+        assert_eq!(BlockWeight::quantize(empty, quant).unwrap_err(), expected);
+        let zeros = BlockWeight::zeros(&shape, quant, FloatType::F32, device);
         assert_eq!(zeros.unwrap_err(), expected);
     }
 }
@@ -647,7 +647,7 @@ fn every_strategy_gives_the_product(device: &Device) {
         for (m, block_size) in [(1, 64), (1, 32), (9, 64), (70, 64)] {
             let quant = config(QuantType::Nf4, block_size, true);
             let host = reference(&weights(n * k, 6), &[n, k], dtype, quant);
-            let weight = Nf4Weight::from_host(&host, device);
+            let weight = BlockWeight::from_host(&host, device);
             let decoded = values(&weight.dequantize::<2>(dtype).expect("supported"));
             let x: Tensor<2> = tensor(&uniform(m * k, 2), [m, k], dtype, device);
             for bias in [None, Some(bias.clone())] {
@@ -735,7 +735,7 @@ fn a_branch_joins_the_product(device: &Device) {
         };
         let bias: Tensor<1> = centred([n, 1], dtype, 5).reshape([n]);
         let host = reference(&weights(n * k, 6), &[n, k], dtype, QuantConfig::default());
-        let weight = Nf4Weight::from_host(&host, device);
+        let weight = BlockWeight::from_host(&host, device);
         let decoded = values(&weight.dequantize::<2>(dtype).expect("a matrix"));
         let cases = [
             (1, false, dtype, MatmulStrategy::Auto),
@@ -807,7 +807,7 @@ fn a_branch_that_does_not_fit_is_an_error(device: &Device) {
     let options = (device, DType::F32);
     let x = Tensor::<2>::ones([2, 64], options);
     let dense = Tensor::<2>::ones([32, 64], options);
-    let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("finite");
+    let weight = BlockWeight::quantize(dense, QuantConfig::default()).expect("finite");
     for (a, b, tensor, expected) in [
         ([32, 4], [4, 32], "lora_a", [64, 4]),
         ([64, 4], [5, 32], "lora_b", [4, 32]),
@@ -840,7 +840,7 @@ fn a_tracked_branch_has_its_gradients(device: &Device) {
         let tracked = &device.clone().autodiff();
         let ([n, k, rank], scale) = ([64, 128, 8], 0.5);
         let host = reference(&weights(n * k, 6), &[n, k], dtype, QuantConfig::default());
-        let weight = Nf4Weight::from_host(&host, tracked);
+        let weight = BlockWeight::from_host(&host, tracked);
         let w = values(&weight.dequantize::<2>(dtype).expect("a matrix"));
         for (m, with_bias) in [(3, false), (3, true), (300, true)] {
             let what = format!("{m} rows, {dtype:?}, bias {with_bias}");
@@ -1122,7 +1122,7 @@ fn operands_on_two_devices_are_an_error(device: &Device) {
     let options = MatmulOptions::default();
     let error = matmul(of(device, [2, 64]), of(&other, [64, 4]), None, options);
     expect(error.expect_err("two devices"), "rhs");
-    let weight = Nf4Weight::quantize(of(&other, [32, 64]), QuantConfig::default());
+    let weight = BlockWeight::quantize(of(&other, [32, 64]), QuantConfig::default());
     let weight = weight.expect("finite");
     let error = linear(of(device, [2, 64]), &weight, None).expect_err("two devices");
     expect(error, "packed weight");
@@ -1142,7 +1142,7 @@ fn a_strategy_that_is_impossible_is_an_error(device: &Device) {
     let options = (device, DType::F32);
     let x = Tensor::<2>::ones([2, 64], options);
     let dense = Tensor::<2>::ones([32, 64], options);
-    let weight = Nf4Weight::quantize(dense, QuantConfig::default()).expect("finite");
+    let weight = BlockWeight::quantize(dense, QuantConfig::default()).expect("finite");
     // No device multiplies f32 on these tensor cores.
     for strategy in [MatmulStrategy::TensorCore, MatmulStrategy::Levels] {
         let autodiff = x.clone().autodiff();
@@ -1169,9 +1169,9 @@ fn f64_is_refused(device: &Device) {
     };
     let f64s = (device, DType::F64);
     let weight = Tensor::<2>::ones([10, 64], f64s);
-    let error = Nf4Weight::quantize(weight, quant).unwrap_err();
+    let error = BlockWeight::quantize(weight, quant).unwrap_err();
     assert_eq!(error, dtype("weight"));
-    let weight = Nf4Weight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
+    let weight = BlockWeight::zeros(&[10, 64], quant, FloatType::F32, device).expect("valid");
     let error = linear(Tensor::<2>::ones([3, 64], f64s), &weight, None).unwrap_err();
     assert_eq!(error, dtype("x"));
 }
@@ -1189,7 +1189,7 @@ fn flex_reports_the_first_value_that_is_not_finite(#[case] bad: f32, #[case] dty
     values[500] = f32::NAN;
     for device in [Device::flex(), Device::flex().autodiff()] {
         let weight: Tensor<2> = tensor(&values, [10, 64], dtype, &device);
-        match Nf4Weight::quantize(weight, QuantConfig::default()) {
+        match BlockWeight::quantize(weight, QuantConfig::default()) {
             Err(Nf4Error::NonFinite {
                 tensor,
                 index: 417,
@@ -1205,7 +1205,7 @@ fn flex_reports_the_first_value_that_is_not_finite(#[case] bad: f32, #[case] dty
     // The index counts along the view, not along the memory behind it.
     values.resize(640, 0.0);
     let view = tensor::<2>(&values, [10, 64], dtype, &Device::flex()).transpose();
-    let error = Nf4Weight::quantize(view, QuantConfig::default()).unwrap_err();
+    let error = BlockWeight::quantize(view, QuantConfig::default()).unwrap_err();
     let expected = [417, 500].map(|flat| flat % 64 * 10 + flat / 64);
     assert!(
         matches!(error, Nf4Error::NonFinite { index, .. } if index == expected[0].min(expected[1])),

@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::Nf4Linear;
+use burn_nf4::nn::QuantLinear;
 use burn_nf4::op::{AdamWMoments, AdamWSettings, FlatAdamW};
 use burn_nf4::parallel::{self, GatheredWords, Rank, ShardedWeights};
 use rstest::rstest;
@@ -104,9 +104,9 @@ fn words_of_all_ranks_are_put_together_bit_for_bit(#[values(1, 2, 3)] count: usi
 
 #[derive(Module, Debug)]
 struct Two {
-    first: Nf4Linear,
+    first: QuantLinear,
     bias: burn::module::Param<Tensor<1>>,
-    second: Nf4Linear,
+    second: QuantLinear,
 }
 
 /// The same weights on every rank.
@@ -118,8 +118,8 @@ fn two(device: &Device) -> Two {
         Tensor::<1>::from_floats(values.as_slice(), device).reshape([rows, columns])
     };
     let linear = |rows, columns| {
-        let weight = burn_nf4::Nf4Weight::quantize(matrix(rows, columns), QuantConfig::default());
-        Nf4Linear {
+        let weight = burn_nf4::BlockWeight::quantize(matrix(rows, columns), QuantConfig::default());
+        QuantLinear {
             weight: weight.expect("it is a matrix of finite numbers"),
             bias: None,
             strategy: Default::default(),
@@ -293,7 +293,7 @@ fn weights_of_other_sizes_are_refused() {
     let text = error(2, |rank| {
         let rows = 64 * (rank.index() + 1);
         let weight = Tensor::<2>::ones([rows, 64], rank.device());
-        let weight = burn_nf4::Nf4Weight::quantize(weight, QuantConfig::default())?;
+        let weight = burn_nf4::BlockWeight::quantize(weight, QuantConfig::default())?;
         ShardedWeights::new(weight, &rank).map(drop)
     });
     assert!(text.contains("packed weight of another rank"), "{text}");

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, Dtype, SafetensorsFile};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
-use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
+use burn_nf4::nn::{QLoraLinearConfig, QuantLinear};
 use burn_nf4::peft::{
     ADAPTER_FILE, Adapter, CONFIG_FILE, DenseTensor, LoraBias, LoraConfig, LoraModule,
     TargetModules,
@@ -74,7 +74,7 @@ fn a_layer_is_the_base_plus_the_scaled_branch() {
         .load_nf4(&format!("{Q_PROJ}.weight"))
         .expect("it is there");
     let device = Device::default();
-    let linear = Nf4Linear::from_host(&weight, None, &device).expect("a matrix");
+    let linear = QuantLinear::from_host(&weight, None, &device).expect("a matrix");
     let layer = adapter.layer(Q_PROJ, linear, &device).expect("it fits");
 
     let [d_output, d_input] = layer.base.dims();
@@ -114,7 +114,7 @@ fn a_layer_taken_back_gives_the_same_file() {
         let weight = base
             .load_nf4(&format!("{path}.weight"))
             .expect("it is there");
-        let linear = Nf4Linear::from_host(&weight, None, &device).expect("a matrix");
+        let linear = QuantLinear::from_host(&weight, None, &device).expect("a matrix");
         let layer = adapter.layer(path, linear, &device).expect("it fits");
         copy.insert_layer(path, &layer).expect("it fits");
     }
@@ -124,11 +124,11 @@ fn a_layer_taken_back_gives_the_same_file() {
     assert!(read(&folder) == read(out.path()));
 }
 
-fn linear(d_output: usize, d_input: usize, bias: bool, device: &Device) -> Nf4Linear {
+fn linear(d_output: usize, d_input: usize, bias: bool, device: &Device) -> QuantLinear {
     let values = uniform(d_output * d_input, 3);
-    let weight = Nf4Tensor::quantize(&values, &[d_output, d_input], QuantConfig::default());
+    let weight = BlockTensor::quantize(&values, &[d_output, d_input], QuantConfig::default());
     let bias = bias.then(|| Tensor::zeros([d_output], device));
-    Nf4Linear::from_host(&weight.expect("valid"), bias, device).expect("it fits")
+    QuantLinear::from_host(&weight.expect("valid"), bias, device).expect("it fits")
 }
 
 fn module(rank: usize, d_output: usize, d_input: usize) -> LoraModule {

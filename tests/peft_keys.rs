@@ -11,7 +11,7 @@ use std::fs;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Dtype, SafetensorsFile};
-use burn_nf4::nn::Nf4LinearConfig;
+use burn_nf4::nn::QuantLinearConfig;
 use burn_nf4::peft::{ADAPTER_FILE, Adapter, CONFIG_FILE};
 use peft_cases::{Case, PREFIX};
 use proptest::prelude::*;
@@ -405,7 +405,7 @@ fn the_bias_of_a_head_is_there_trained_or_not(#[case] bias: &str, #[case] is_tra
 fn a_float_weight_for_a_layer_in_4_bit_is_refused() {
     let adapter = open(&Case::open("head")).expect("PEFT wrote it");
     let device = Device::default();
-    let linear = Nf4LinearConfig::new(8, 16).with_bias(false).init(&device);
+    let linear = QuantLinearConfig::new(8, 16).with_bias(false).init(&device);
     let layer = adapter.layer("lm_head", linear.expect("valid"), &device);
     assert!(
         matches!(

@@ -17,7 +17,7 @@ use burn_nf4::checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, DequantizeOptions, Dtype,
     dequantize_checkpoint,
 };
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig, QuantType};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType};
 use burn_nf4::peft::{
     Adapter, DenseTensor, LoraBias, LoraConfig, LoraModule, MergeOptions, Merged, TargetModules,
     merge_4bit, merge_16bit,
@@ -58,7 +58,7 @@ fn stored(checkpoint: &Checkpoint, key: &str) -> Vec<f64> {
 }
 
 /// The values of a quantized weight in the dtype that it had.
-fn decoded(weight: &Nf4Tensor) -> Vec<f64> {
+fn decoded(weight: &BlockTensor) -> Vec<f64> {
     let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect();
     match weight.dtype() {
         FloatType::F32 => wide(weight.dequantize::<f32>()),
@@ -413,7 +413,7 @@ fn a_weight_stored_transposed_is_merged_as_the_model_has_it(
     #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
 ) {
     let quant = config(quant_type, 128, false);
-    let host = Nf4Tensor::quantize(&turned(&weight(), D_OUTPUT), &[D_INPUT, D_OUTPUT], quant)
+    let host = BlockTensor::quantize(&turned(&weight(), D_OUTPUT), &[D_INPUT, D_OUTPUT], quant)
         .expect("valid");
     let (_folder, base) = checkpoint(|writer| {
         writer
@@ -437,7 +437,7 @@ fn a_weight_stored_transposed_is_merged_as_the_model_has_it(
     assert_eq!(out.is_transposed("q.weight"), Ok(true));
     assert_eq!(out.tensor_info("q.weight"), base.tensor_info("q.weight"));
     let exact: Vec<f32> = turned(&got, D_OUTPUT).iter().map(|v| *v as f32).collect();
-    let expected = Nf4Tensor::quantize(&exact, &[D_INPUT, D_OUTPUT], quant).expect("valid");
+    let expected = BlockTensor::quantize(&exact, &[D_INPUT, D_OUTPUT], quant).expect("valid");
     assert_eq!(out.load_nf4("q.weight"), Ok(expected));
 }
 
@@ -445,7 +445,7 @@ fn a_weight_stored_transposed_is_merged_as_the_model_has_it(
 fn an_adapted_fp16_weight_is_quantized_again_from_fp16() {
     let half: Vec<f16> = weight().iter().map(|v| f16::from_f32(*v)).collect();
     let quant = QuantConfig::default();
-    let host = Nf4Tensor::quantize(&half, &[D_OUTPUT, D_INPUT], quant).expect("valid");
+    let host = BlockTensor::quantize(&half, &[D_OUTPUT, D_INPUT], quant).expect("valid");
     let (_folder, base) = checkpoint(|writer| {
         writer
             .write_nf4("q.weight", &host, Dtype::U8, false)
@@ -457,7 +457,7 @@ fn an_adapted_fp16_weight_is_quantized_again_from_fp16() {
     merge_16bit(&base, &adapter, dense.path(), None, &options, |_| {}).expect("it fits");
     let dense = Checkpoint::open(dense.path()).expect("it is valid");
     let (values, shape) = dense.load_float::<f16>("q.weight").expect("its own dtype");
-    let expected = Nf4Tensor::quantize(&values, &shape, quant).expect("valid");
+    let expected = BlockTensor::quantize(&values, &shape, quant).expect("valid");
     let out = Checkpoint::open(out.path()).expect("it is valid");
     assert_eq!(out.load_nf4("q.weight"), Ok(expected));
 }

@@ -6,9 +6,9 @@ mod devices;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
-use burn_nf4::Nf4Weight;
+use burn_nf4::BlockWeight;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
+use burn_nf4::nn::{AnyLinear, QLoraLinearConfig, QuantLinear};
 use burn_nf4::op::{
     Activation, LinearPart, LowRank, MatmulStrategy, NormForm, Seed, gated, joined_linear,
     rms_norm, rms_norm_beside,
@@ -144,13 +144,13 @@ fn ways_past_a_norm(device: &Device) {
 }
 
 /// A weight of the layers of a small model.
-fn weight(n: usize, k: usize, device: &Device) -> Nf4Weight {
+fn weight(n: usize, k: usize, device: &Device) -> BlockWeight {
     let weight = Tensor::<2>::random([n, k], Distribution::Normal(0.0, 0.05), device);
-    Nf4Weight::quantize(weight, QuantConfig::default()).expect("it can be quantized")
+    BlockWeight::quantize(weight, QuantConfig::default()).expect("it can be quantized")
 }
 
 struct Case {
-    weight: Nf4Weight,
+    weight: BlockWeight,
     bias: Option<Tensor<1>>,
     a: Tensor<2>,
     b: Tensor<2>,
@@ -293,7 +293,7 @@ fn joined_branches_of(
 /// What a seed gives are the gradients of the result with that gradient, for every kind of layer.
 fn seeds(device: &Device) {
     let device = &device.clone().autodiff();
-    let base = || Nf4Linear::new(weight(48, 64, device), None).expect("a matrix");
+    let base = || QuantLinear::new(weight(48, 64, device), None).expect("a matrix");
     let lora = |dora: bool| {
         let branch = QLoraLinearConfig::new(4).with_use_dora(dora);
         let mut layer = branch.init(base(), device).expect("a branch");

@@ -16,8 +16,8 @@ use super::weight::{
     find_weight, has_quant_state, is_transposed, load_nf4, load_weight, quantized_weights,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, WeightForm};
-use crate::op::Nf4Weight;
+use crate::format::{BlockTensor, FloatElement, FloatType, WeightForm};
+use crate::op::BlockWeight;
 
 /// A safetensors file, opened for reading.
 ///
@@ -182,7 +182,7 @@ impl SafetensorsFile {
     /// - [`Nf4Error::NonFinite`] for a scale, map entry or offset that is NaN or infinite
     ///
     /// [`QuantState::parse`]: super::QuantState::parse
-    pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+    pub fn load_nf4(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
         load_nf4(self, prefix)
     }
 
@@ -199,12 +199,12 @@ impl SafetensorsFile {
     ///
     /// The parameter is loaded, not the stored matrix: where
     /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
-    /// [knows it](Nf4Weight::is_transposed).
+    /// [knows it](BlockWeight::is_transposed).
     ///
     /// # Errors
     /// Those of [`load_nf4`](Self::load_nf4), and [`Nf4Error::NotAMatrix`] for a transposed
     /// weight of more than two dimensions.
-    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<BlockWeight, Nf4Error> {
         load_weight(self, prefix, device)
     }
 

@@ -18,8 +18,8 @@ use super::weight::{
     prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, Nf4Tensor, PackedImage, WeightForm};
-use crate::op::Nf4Weight;
+use crate::format::{BlockTensor, FloatElement, FloatType, PackedImage, WeightForm};
+use crate::op::BlockWeight;
 
 /// A safetensors checkpoint, opened for reading: a file, or a Hugging Face folder.
 ///
@@ -215,7 +215,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Those of [`SafetensorsFile::load_nf4`].
-    pub fn load_nf4(&self, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
+    pub fn load_nf4(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
         load_nf4(self, prefix)
     }
 
@@ -242,12 +242,12 @@ impl Checkpoint {
     ///
     /// The parameter is loaded, not the stored matrix: where
     /// [`is_transposed`](Self::is_transposed) is true, the result is a weight that
-    /// [knows it](Nf4Weight::is_transposed).
+    /// [knows it](BlockWeight::is_transposed).
     ///
     /// # Errors
     /// Those of [`SafetensorsFile::load_nf4`], and [`Nf4Error::NotAMatrix`] for a transposed
     /// weight of more than two dimensions.
-    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<Nf4Weight, Nf4Error> {
+    pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<BlockWeight, Nf4Error> {
         load_weight(self, prefix, device)
     }
 

@@ -8,8 +8,8 @@ use super::json::shape;
 use super::python_json::{self, Float, float_repr};
 use crate::error::Nf4Error;
 use crate::format::{
-    BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, ScaleParts, WeightParts, check_finite,
-    checked_elems,
+    BlockSize, BlockTensor, FloatType, QuantConfig, QuantType, ScaleParts, WeightParts,
+    check_finite, checked_elems,
 };
 
 /// What the `quant_state` of a weight says, checked.
@@ -115,7 +115,7 @@ impl QuantState {
     }
 
     /// What is stored beside a weight.
-    pub fn of(weight: &Nf4Tensor) -> Self {
+    pub fn of(weight: &BlockTensor) -> Self {
         Self::of_parts(&weight.parts())
     }
 

@@ -23,7 +23,7 @@ use crate::format::FloatType;
 
 /// A checkpoint as a store that any Burn module loads from, by path.
 ///
-/// Quantized weights go to the [`Nf4Weight`](crate::Nf4Weight)s of the module, as they are, and
+/// Quantized weights go to the [`BlockWeight`](crate::BlockWeight)s of the module, as they are, and
 /// dense tensors to its other parameters, in PyTorch's layout: the weight of a
 /// [`Linear`](burn::nn::Linear) is transposed, a norm's `weight` and `bias` are its `gamma` and
 /// `beta`. Each is read when its turn comes, so that beside the module one is in memory at a time.
@@ -36,19 +36,19 @@ use crate::format::FloatType;
 /// use burn::nn::{Embedding, EmbeddingConfig};
 /// use burn::tensor::Device;
 /// use burn_nf4::checkpoint::CheckpointStore;
-/// use burn_nf4::nn::{Nf4Linear, Nf4LinearConfig};
+/// use burn_nf4::nn::{QuantLinear, QuantLinearConfig};
 /// use burn_store::ModuleSnapshot;
 ///
 /// #[derive(Module, Debug)]
 /// struct Model {
 ///     embed_tokens: Embedding,
-///     lm_head: Nf4Linear,
+///     lm_head: QuantLinear,
 /// }
 ///
 /// let device = Device::default();
 /// let mut model = Model {
 ///     embed_tokens: EmbeddingConfig::new(32000, 2048).init(&device),
-///     lm_head: Nf4LinearConfig::new(2048, 32000).with_bias(false).init(&device)?,
+///     lm_head: QuantLinearConfig::new(2048, 32000).with_bias(false).init(&device)?,
 /// };
 /// let mut store = CheckpointStore::open("folder")?
 ///     .with_key_remapping("^model\\.", "")?

@@ -1,4 +1,4 @@
-//! From the tensors of one weight to an [`Nf4Tensor`] or an [`Nf4Weight`], wherever they lie.
+//! From the tensors of one weight to an [`BlockTensor`] or an [`BlockWeight`], wherever they lie.
 
 use burn::tensor::Device;
 use safetensors::Dtype;
@@ -7,10 +7,10 @@ use super::quant_state::QuantState;
 use super::stored::{StoredTensor, TensorSource};
 use crate::error::Nf4Error;
 use crate::format::{
-    Floats, Nf4Tensor, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, check_len,
+    BlockTensor, Floats, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, check_len,
     stored_floats,
 };
-use crate::op::Nf4Weight;
+use crate::op::BlockWeight;
 
 pub(super) const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
 
@@ -212,8 +212,8 @@ pub(super) fn find_weight<'a>(
 }
 
 /// Copies the weight `prefix` to host memory.
-pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<Nf4Tensor, Nf4Error> {
-    Nf4Tensor::copy_of(&find_weight(source, prefix)?.parts())
+pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<BlockTensor, Nf4Error> {
+    BlockTensor::copy_of(&find_weight(source, prefix)?.parts())
 }
 
 /// Copies the weight `prefix` to a device.
@@ -221,10 +221,10 @@ pub(super) fn load_weight(
     source: &impl TensorSource,
     prefix: &str,
     device: &Device,
-) -> Result<Nf4Weight, Nf4Error> {
+) -> Result<BlockWeight, Nf4Error> {
     let weight = find_weight(source, prefix)?;
     let form = weight.form(prefix)?;
-    Nf4Weight::from_image(weight.to_packed(&form)?, form, device)
+    BlockWeight::from_image(weight.to_packed(&form)?, form, device)
 }
 
 /// bitsandbytes' kernels ignore the stored map and use their own table, so a file with another

@@ -19,7 +19,7 @@ use super::python_json;
 use super::staging::Staging;
 use super::weight::find_weight;
 use crate::error::Nf4Error;
-use crate::format::{Nf4Tensor, WeightParts, check_len};
+use crate::format::{BlockTensor, WeightParts, check_len};
 
 /// The size of shards that transformers 5 takes unless told otherwise, in bytes.
 pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
@@ -34,10 +34,10 @@ pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
 ///
 /// ```
 /// use burn_nf4::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype};
-/// use burn_nf4::format::{Nf4Tensor, QuantConfig};
+/// use burn_nf4::format::{BlockTensor, QuantConfig};
 ///
 /// let weight: Vec<f32> = (0..128 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
-/// let weight = Nf4Tensor::quantize(&weight, &[128, 64], QuantConfig::default())?;
+/// let weight = BlockTensor::quantize(&weight, &[128, 64], QuantConfig::default())?;
 ///
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let folder = folder.path().join("model");
@@ -139,7 +139,7 @@ impl CheckpointWriter {
     pub fn write_nf4(
         &mut self,
         prefix: &str,
-        weight: &Nf4Tensor,
+        weight: &BlockTensor,
         storage: Dtype,
         transposed: bool,
     ) -> Result<(), Nf4Error> {

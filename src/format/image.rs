@@ -4,10 +4,10 @@ use super::check::check_len;
 use super::packed::PackedLayout;
 use super::parts::{Floats, ScaleParts, WeightParts};
 use super::spec::{FloatType, QuantConfig};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
+use super::tensor::{Absmax, BlockTensor, NestedAbsmax};
 use crate::error::Nf4Error;
 
-impl Nf4Tensor {
+impl BlockTensor {
     /// The layout of this tensor's device image.
     pub fn packed_layout(&self) -> PackedLayout {
         PackedLayout::new(self.elems(), self.config())
@@ -75,7 +75,7 @@ impl Nf4Tensor {
 
 /// A device image in host memory, with what it is the image of.
 ///
-/// Unlike [`Nf4Tensor`] it is what [`host`](crate::host) decodes and quantizes to, and its parts are
+/// Unlike [`BlockTensor`] it is what [`host`](crate::host) decodes and quantizes to, and its parts are
 /// found in it where they lie.
 #[derive(Debug)]
 pub(crate) struct PackedImage {

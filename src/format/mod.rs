@@ -60,4 +60,4 @@ pub(crate) use parts::{Floats, ScaleParts, WeightParts, stored_floats};
 pub use reciprocal::{RECIPROCAL_STEPS, reciprocal};
 pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
-pub use tensor::{Absmax, NestedAbsmax, Nf4Tensor};
+pub use tensor::{Absmax, BlockTensor, NestedAbsmax};

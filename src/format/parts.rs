@@ -5,7 +5,7 @@ use super::packed::PackedLayout;
 use super::spec::{BlockSize, FloatType, QuantConfig};
 use crate::error::Nf4Error;
 
-/// The parts of a weight, in an [`Nf4Tensor`](super::Nf4Tensor) or in a file.
+/// The parts of a weight, in an [`BlockTensor`](super::BlockTensor) or in a file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WeightParts<'a> {
     /// Two codes a byte.
@@ -71,7 +71,7 @@ impl WeightParts<'_> {
     /// Checks the lengths against each other, and what a decode multiplies everything with.
     ///
     /// # Errors
-    /// Those of [`Nf4Tensor::from_parts`](super::Nf4Tensor::from_parts).
+    /// Those of [`BlockTensor::from_parts`](super::BlockTensor::from_parts).
     pub fn check(&self) -> Result<(), Nf4Error> {
         let elems = checked_elems("weight", self.shape)?;
         check_len("weight", elems.div_ceil(2), self.codes.len())?;

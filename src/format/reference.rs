@@ -13,7 +13,7 @@ use super::check::{check_finite, check_len, checked_elems};
 use super::codebook::{DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS};
 use super::reciprocal::reciprocal;
 use super::spec::{BlockSize, FloatElement, QuantConfig, QuantType};
-use super::tensor::{Absmax, NestedAbsmax, Nf4Tensor};
+use super::tensor::{Absmax, BlockTensor, NestedAbsmax};
 use crate::error::Nf4Error;
 
 impl NestedAbsmax {
@@ -62,7 +62,7 @@ impl NestedAbsmax {
     }
 }
 
-impl Nf4Tensor {
+impl BlockTensor {
     /// Quantizes a row-major weight.
     ///
     /// The result is bitsandbytes' (CUDA) to the bit, with these exceptions. An all-zero block gets

@@ -12,16 +12,16 @@ use crate::error::Nf4Error;
 /// 0.516 byte per weight. A value of this type is always consistent: every constructor checks.
 ///
 /// ```
-/// use burn_nf4::format::{Nf4Tensor, QuantConfig};
+/// use burn_nf4::format::{BlockTensor, QuantConfig};
 ///
 /// let weight: Vec<f32> = (0..128 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
-/// let quantized = Nf4Tensor::quantize(&weight, &[128, 64], QuantConfig::default())?;
+/// let quantized = BlockTensor::quantize(&weight, &[128, 64], QuantConfig::default())?;
 /// let back: Vec<f32> = quantized.dequantize();
 /// assert!(weight.iter().zip(&back).all(|(a, b)| (a - b).abs() < 0.16));
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
-pub struct Nf4Tensor {
+pub struct BlockTensor {
     codes: Vec<u8>,
     absmax: Absmax,
     shape: Vec<usize>,
@@ -58,7 +58,7 @@ pub struct NestedAbsmax {
     pub block_size: BlockSize,
 }
 
-impl Nf4Tensor {
+impl BlockTensor {
     /// Puts a tensor together from its parts, as a checkpoint holds them.
     ///
     /// # Shapes

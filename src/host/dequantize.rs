@@ -37,9 +37,9 @@ const STREAM_BYTES: usize = 32 << 20;
 /// Decodes the `out.len()` weights from flat index `start` on, row-major.
 ///
 /// `words` is the device image of a weight, as
-/// [`Nf4Tensor::to_packed`](crate::format::Nf4Tensor::to_packed) and [`quantize`](super::quantize())
+/// [`BlockTensor::to_packed`](crate::format::BlockTensor::to_packed) and [`quantize`](super::quantize())
 /// make it. The result is that of
-/// [`Nf4Tensor::dequantize_range`](crate::format::Nf4Tensor::dequantize_range) to the bit.
+/// [`BlockTensor::dequantize_range`](crate::format::BlockTensor::dequantize_range) to the bit.
 ///
 /// # Shapes
 /// - `words`: `layout.words()`; the header is not looked at

@@ -6,7 +6,7 @@
 //! or portable code, whichever is the best that the processor has.
 //!
 //! ```
-//! use burn_nf4::format::{Nf4Tensor, PackedLayout, QuantConfig};
+//! use burn_nf4::format::{BlockTensor, PackedLayout, QuantConfig};
 //! use burn_nf4::host;
 //!
 //! let weight: Vec<f32> = (0..128 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
@@ -15,7 +15,7 @@
 //!
 //! let mut row = [0.0f32; 64];
 //! host::dequantize(&words, &PackedLayout::new(128 * 64, config), 3 * 64, &mut row);
-//! let reference = Nf4Tensor::quantize(&weight, &[128, 64], config)?;
+//! let reference = BlockTensor::quantize(&weight, &[128, 64], config)?;
 //! assert_eq!(row.as_slice(), reference.dequantize_range::<f32>(3 * 64, 64));
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```

@@ -28,8 +28,8 @@ const TASK_SUMMANDS: usize = 1 << 15;
 
 /// Quantizes a row-major weight to its device image.
 ///
-/// The result is [`Nf4Tensor::quantize`](crate::format::Nf4Tensor::quantize) and
-/// [`to_packed`](crate::format::Nf4Tensor::to_packed) to the bit.
+/// The result is [`BlockTensor::quantize`](crate::format::BlockTensor::quantize) and
+/// [`to_packed`](crate::format::BlockTensor::to_packed) to the bit.
 ///
 /// # Shapes
 /// - `weight`: as many elements as the product of `shape`

@@ -164,7 +164,7 @@ pub trait LinearLayers: Module {
     /// reparameterization of Burn's, and for an entry of `skip_modules` that fits no module,
     /// [`Nf4Error::Pattern`] for one that is no regular expression,
     /// [`Nf4Error::NonFinite`] with the name of a weight that holds a NaN or an infinity (on the CPU),
-    /// and those of [`Nf4Weight::quantize`](crate::Nf4Weight::quantize).
+    /// and those of [`BlockWeight::quantize`](crate::BlockWeight::quantize).
     fn quantize(self, options: &QuantizeLayers) -> Result<Self, Nf4Error> {
         quantize::quantize(self, options)
     }

@@ -14,8 +14,8 @@ use crate::checkpoint::convert::check_source;
 use crate::checkpoint::parameters::parameters_of;
 use crate::checkpoint::source::{Entry, EntryKind};
 use crate::error::{Nf4Error, TensorMisfit};
-use crate::nn::{AnyLinear, Nf4Linear};
-use crate::op::{MatmulStrategy, Nf4Weight};
+use crate::nn::{AnyLinear, QuantLinear};
+use crate::op::{BlockWeight, MatmulStrategy};
 
 pub(super) fn load<M: LinearLayers>(model: M, store: CheckpointStore) -> Result<M, Nf4Error> {
     check_model(&model)?;
@@ -104,8 +104,8 @@ fn in_form_of(layer: AnyLinear, kind: &EntryKind) -> Result<AnyLinear, Nf4Error>
     };
     let [d_output, d_input] = dims;
     match kind {
-        EntryKind::Packed(form) if form.shape == dims => Ok(AnyLinear::Nf4(Nf4Linear {
-            weight: Nf4Weight::zeros_of(form.clone(), &device)?,
+        EntryKind::Packed(form) if form.shape == dims => Ok(AnyLinear::Nf4(QuantLinear {
+            weight: BlockWeight::zeros_of(form.clone(), &device)?,
             bias,
             strategy,
         })),

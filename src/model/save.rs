@@ -18,7 +18,7 @@ use crate::checkpoint::{
 };
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
+    BlockTensor, FloatType, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
 };
 use crate::nn::in_floats;
 use crate::peft::is_tied_by_name;
@@ -263,7 +263,7 @@ impl ModuleVisitor for Saver {
 }
 
 /// The weight of a packed tensor, which a module mapper may have replaced by another.
-fn packed_weight(packed: Tensor<1, Int>, form: &WeightForm) -> Result<Nf4Tensor, Nf4Error> {
+fn packed_weight(packed: Tensor<1, Int>, form: &WeightForm) -> Result<BlockTensor, Nf4Error> {
     let layout = PackedLayout::for_shape(&form.shape, form.config)?;
     let data = packed.into_data();
     if data.dtype() != DType::U32 {
@@ -276,7 +276,7 @@ fn packed_weight(packed: Tensor<1, Int>, form: &WeightForm) -> Result<Nf4Tensor,
     let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
     check_len("packed weight", layout.words(), words.len())?;
     check_header_words(&layout.form_header(form), &words[layout.header_start()..])?;
-    Nf4Tensor::from_image(words, &layout, &form.stored_shape(), form.dtype)
+    BlockTensor::from_image(words, &layout, &form.stored_shape(), form.dtype)
 }
 
 /// The dtype under which numbers of a tensor are stored.

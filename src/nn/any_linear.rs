@@ -5,7 +5,7 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 
 use super::lora::{LoraLinear, dense_linear};
-use super::{Nf4Linear, Nf4Reparameterization, QLoraLinear, QLoraLinearConfig};
+use super::{QLoraLinear, QLoraLinearConfig, QuantLinear, QuantReparameterization};
 use crate::error::Nf4Error;
 use crate::format::{FloatType, QuantConfig, check_shape};
 use crate::op::{MatmulStrategy, Seed};
@@ -38,7 +38,7 @@ pub enum AnyLinear {
     /// A weight of floats.
     Dense(Linear),
     /// A weight in 4 bit.
-    Nf4(Nf4Linear),
+    Nf4(QuantLinear),
     /// A weight of floats and a trained branch.
     Lora(LoraLinear),
     /// A weight in 4 bit and a trained branch.
@@ -51,8 +51,8 @@ impl From<Linear> for AnyLinear {
     }
 }
 
-impl From<Nf4Linear> for AnyLinear {
-    fn from(layer: Nf4Linear) -> Self {
+impl From<QuantLinear> for AnyLinear {
+    fn from(layer: QuantLinear) -> Self {
         Self::Nf4(layer)
     }
 }
@@ -72,7 +72,7 @@ impl From<QLoraLinear> for AnyLinear {
 /// The layer under a branch, or the layer itself.
 enum Base<'a> {
     Dense(&'a Linear),
-    Nf4(&'a Nf4Linear),
+    Nf4(&'a QuantLinear),
 }
 
 impl AnyLinear {
@@ -149,7 +149,7 @@ impl AnyLinear {
     pub fn dims(&self) -> [usize; 2] {
         match self.base() {
             Base::Dense(layer) => {
-                match layer.weight.reparameterization::<Nf4Reparameterization>() {
+                match layer.weight.reparameterization::<QuantReparameterization>() {
                     // The parameter itself is a column.
                     Some(packed) => {
                         let shape = packed.weight().shape();
@@ -292,7 +292,7 @@ impl AnyLinear {
     /// settings; a branch stays on what has then become another weight.
     ///
     /// # Errors
-    /// Those of [`Nf4Linear::quantize`].
+    /// Those of [`QuantLinear::quantize`].
     pub fn quantize(self, config: QuantConfig) -> Result<Self, Nf4Error> {
         match self {
             Self::Dense(layer) => quantized(layer, config).map(Self::Nf4),
@@ -313,7 +313,7 @@ impl AnyLinear {
     /// was, whatever its dtype. The bias keeps its dtype.
     ///
     /// # Errors
-    /// Those of [`Nf4Linear::to_dense`].
+    /// Those of [`QuantLinear::to_dense`].
     pub fn dequantize(self, dtype: FloatType) -> Result<Self, Nf4Error> {
         match self {
             Self::Nf4(layer) => dequantized(layer, dtype).map(Self::Dense),
@@ -359,10 +359,10 @@ impl AnyLinear {
 
     /// As [`merge`](Self::merge), but a weight that was in 4 bit is so again, with its own settings.
     /// That is lossy: the branch is rounded to 4 bit with the weight. A
-    /// [transposed](crate::Nf4Weight::is_transposed) weight comes out as one that is not.
+    /// [transposed](crate::BlockWeight::is_transposed) weight comes out as one that is not.
     ///
     /// # Errors
-    /// Those of [`merge`](Self::merge) and of [`Nf4Linear::quantize`].
+    /// Those of [`merge`](Self::merge) and of [`QuantLinear::quantize`].
     pub fn merge_4bit(self) -> Result<Self, Nf4Error> {
         match &self {
             Self::QLora(layer) => {
@@ -407,14 +407,14 @@ impl AnyLinear {
     }
 }
 
-/// As [`Nf4Linear::quantize`], but the bias stays what it is, trained or not.
-fn quantized(mut layer: Linear, config: QuantConfig) -> Result<Nf4Linear, Nf4Error> {
+/// As [`QuantLinear::quantize`], but the bias stays what it is, trained or not.
+fn quantized(mut layer: Linear, config: QuantConfig) -> Result<QuantLinear, Nf4Error> {
     let bias = layer.bias.take();
-    let quantized = Nf4Linear::quantize(layer, config)?;
-    Ok(Nf4Linear { bias, ..quantized })
+    let quantized = QuantLinear::quantize(layer, config)?;
+    Ok(QuantLinear { bias, ..quantized })
 }
 
-fn dequantized(mut layer: Nf4Linear, dtype: FloatType) -> Result<Linear, Nf4Error> {
+fn dequantized(mut layer: QuantLinear, dtype: FloatType) -> Result<Linear, Nf4Error> {
     let bias = layer.bias.take();
     let dense = layer.to_dense(dtype)?.no_grad();
     Ok(Linear { bias, ..dense })

@@ -7,15 +7,15 @@ use burn::tensor::{Device, Int, Tensor};
 
 use super::linear::quant_config;
 use crate::error::Nf4Error;
-use crate::format::{FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm};
-use crate::op::{MatmulStrategy, Nf4Weight, embedding, linear_with};
+use crate::format::{BlockTensor, FloatType, QuantConfig, QuantType, WeightForm};
+use crate::op::{BlockWeight, MatmulStrategy, embedding, linear_with};
 
-/// Configuration of an [`Nf4Embedding`] to load a record into.
+/// Configuration of an [`QuantEmbedding`] to load a record into.
 ///
-/// An embedding with weights in it comes from [`Nf4Embedding::quantize`], [`Nf4Embedding::from_host`]
-/// or [`Nf4Embedding::new`].
+/// An embedding with weights in it comes from [`QuantEmbedding::quantize`], [`QuantEmbedding::from_host`]
+/// or [`QuantEmbedding::new`].
 #[derive(Config, Debug)]
-pub struct Nf4EmbeddingConfig {
+pub struct QuantEmbeddingConfig {
     /// Number of vectors, the size of the vocabulary.
     pub n_embedding: usize,
     /// Size of each vector.
@@ -32,12 +32,12 @@ pub struct Nf4EmbeddingConfig {
     /// The dtype that the weight had before it was quantized, and that of the vectors.
     #[config(default = "FloatType::F32")]
     pub dtype: FloatType,
-    /// Whether the record holds the transpose of the weight, see [`Nf4Weight::is_transposed`].
+    /// Whether the record holds the transpose of the weight, see [`BlockWeight::is_transposed`].
     #[config(default = false)]
     pub transposed: bool,
 }
 
-impl Nf4EmbeddingConfig {
+impl QuantEmbeddingConfig {
     /// How the weight is quantized.
     ///
     /// # Errors
@@ -51,14 +51,14 @@ impl Nf4EmbeddingConfig {
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
     /// if a size is zero.
-    pub fn init(&self, device: &Device) -> Result<Nf4Embedding, Nf4Error> {
+    pub fn init(&self, device: &Device) -> Result<QuantEmbedding, Nf4Error> {
         let form = WeightForm {
             shape: vec![self.n_embedding, self.d_model],
             dtype: self.dtype,
             config: self.quant_config()?,
             transposed: self.transposed,
         };
-        Nf4Embedding::new(Nf4Weight::zeros_of(form, device)?)
+        QuantEmbedding::new(BlockWeight::zeros_of(form, device)?)
     }
 }
 
@@ -66,7 +66,7 @@ impl Nf4EmbeddingConfig {
 ///
 /// [`forward`](Self::forward) decodes only the rows that are asked for. Where the output head is tied to
 /// the embedding, [`logits`](Self::logits) is that head: one packed weight serves both, in memory, in a
-/// record and in a folder. A head of its own is an [`Nf4Linear`](super::Nf4Linear).
+/// record and in a folder. A head of its own is an [`QuantLinear`](super::QuantLinear).
 ///
 /// The weight is not trained; gradients flow through `logits` to its input.
 ///
@@ -74,11 +74,11 @@ impl Nf4EmbeddingConfig {
 /// use burn::nn::EmbeddingConfig;
 /// use burn::tensor::{Device, Int, Tensor};
 /// use burn_nf4::format::QuantConfig;
-/// use burn_nf4::nn::Nf4Embedding;
+/// use burn_nf4::nn::QuantEmbedding;
 ///
 /// let device = Device::default();
 /// let dense = EmbeddingConfig::new(1000, 128).init(&device);
-/// let embedding = Nf4Embedding::quantize(dense, QuantConfig::default())?;
+/// let embedding = QuantEmbedding::quantize(dense, QuantConfig::default())?;
 /// let ids = Tensor::<2, Int>::from_data([[7, 3, 999], [3, 3, 0]], &device);
 /// let x = embedding.forward(ids);
 /// assert_eq!(x.dims(), [2, 3, 128]);
@@ -90,18 +90,18 @@ impl Nf4EmbeddingConfig {
 ///
 /// ```no_run
 /// # use burn_nf4::checkpoint::Checkpoint;
-/// # use burn_nf4::nn::Nf4Embedding;
+/// # use burn_nf4::nn::QuantEmbedding;
 /// # let device = burn::tensor::Device::default();
 /// let checkpoint = Checkpoint::open("model-nf4")?;
 /// let weight = checkpoint.load_weight("model.embed_tokens.weight", &device)?;
-/// let embedding = Nf4Embedding::new(weight)?;
+/// let embedding = QuantEmbedding::new(weight)?;
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
 #[derive(Module, Debug)]
 #[module(custom_display)]
-pub struct Nf4Embedding {
+pub struct QuantEmbedding {
     /// The packed weight, `[n_embedding, d_model]`.
-    pub weight: Nf4Weight,
+    pub weight: BlockWeight,
     /// Type of the vectors, at first the dtype that the weight had before it was quantized; not part
     /// of a record.
     #[module(skip)]
@@ -111,12 +111,12 @@ pub struct Nf4Embedding {
     pub strategy: MatmulStrategy,
 }
 
-impl Nf4Embedding {
+impl QuantEmbedding {
     /// An embedding from a packed weight.
     ///
     /// # Errors
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank.
-    pub fn new(weight: Nf4Weight) -> Result<Self, Nf4Error> {
+    pub fn new(weight: BlockWeight) -> Result<Self, Nf4Error> {
         weight.matrix_dims()?;
         Ok(Self {
             dtype: weight.dtype(),
@@ -129,16 +129,16 @@ impl Nf4Embedding {
     ///
     /// # Errors
     /// Those of [`new`](Self::new).
-    pub fn from_host(weight: &Nf4Tensor, device: &Device) -> Result<Self, Nf4Error> {
-        Self::new(Nf4Weight::from_host(weight, device))
+    pub fn from_host(weight: &BlockTensor, device: &Device) -> Result<Self, Nf4Error> {
+        Self::new(BlockWeight::from_host(weight, device))
     }
 
     /// Quantizes a dense embedding, on its device.
     ///
     /// # Errors
-    /// Those of [`Nf4Weight::quantize`].
+    /// Those of [`BlockWeight::quantize`].
     pub fn quantize(dense: Embedding, config: QuantConfig) -> Result<Self, Nf4Error> {
-        Self::new(Nf4Weight::quantize(dense.weight.val(), config)?)
+        Self::new(BlockWeight::quantize(dense.weight.val(), config)?)
     }
 
     /// The same embedding with vectors of a given type, such as f16 on a device without bf16.
@@ -166,7 +166,7 @@ impl Nf4Embedding {
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         match embedding(ids, &self.weight, self.dtype) {
             Ok(x) => x,
-            Err(error) => panic!("Nf4Embedding::forward: {error}"),
+            Err(error) => panic!("QuantEmbedding::forward: {error}"),
         }
     }
 
@@ -182,7 +182,7 @@ impl Nf4Embedding {
     pub fn logits<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match linear_with(x, &self.weight, None, self.strategy) {
             Ok(y) => y,
-            Err(error) => panic!("Nf4Embedding::logits: {error}"),
+            Err(error) => panic!("QuantEmbedding::logits: {error}"),
         }
     }
 
@@ -209,7 +209,7 @@ impl Nf4Embedding {
     }
 }
 
-impl ModuleDisplay for Nf4Embedding {
+impl ModuleDisplay for QuantEmbedding {
     fn custom_settings(&self) -> Option<DisplaySettings> {
         DisplaySettings::new()
             .with_new_line_after_attribute(false)

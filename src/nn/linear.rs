@@ -7,16 +7,16 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::Nf4Error;
 use crate::format::{
-    BlockSize, FloatType, Nf4Tensor, QuantConfig, QuantType, WeightForm, check_shape,
+    BlockSize, BlockTensor, FloatType, QuantConfig, QuantType, WeightForm, check_shape,
 };
-use crate::op::{LowRank, MatmulStrategy, Nf4Weight, linear_with, lora_linear};
+use crate::op::{BlockWeight, LowRank, MatmulStrategy, linear_with, lora_linear};
 
-/// Configuration of an [`Nf4Linear`] to load a record into.
+/// Configuration of an [`QuantLinear`] to load a record into.
 ///
-/// A layer with weights in it comes from [`Nf4Linear::quantize`], [`Nf4Linear::from_host`] or
-/// [`Nf4Linear::new`].
+/// A layer with weights in it comes from [`QuantLinear::quantize`], [`QuantLinear::from_host`] or
+/// [`QuantLinear::new`].
 #[derive(Config, Debug)]
-pub struct Nf4LinearConfig {
+pub struct QuantLinearConfig {
     /// Size of the input features.
     pub d_input: usize,
     /// Size of the output features.
@@ -36,12 +36,12 @@ pub struct Nf4LinearConfig {
     /// The dtype that the weight had before it was quantized, and that of the bias.
     #[config(default = "FloatType::F32")]
     pub dtype: FloatType,
-    /// Whether the record holds the transpose of the weight, see [`Nf4Weight::is_transposed`].
+    /// Whether the record holds the transpose of the weight, see [`BlockWeight::is_transposed`].
     #[config(default = false)]
     pub transposed: bool,
 }
 
-impl Nf4LinearConfig {
+impl QuantLinearConfig {
     /// How the weight is quantized.
     ///
     /// # Errors
@@ -55,18 +55,18 @@ impl Nf4LinearConfig {
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
     /// if a size is zero.
-    pub fn init(&self, device: &Device) -> Result<Nf4Linear, Nf4Error> {
+    pub fn init(&self, device: &Device) -> Result<QuantLinear, Nf4Error> {
         let form = WeightForm {
             shape: vec![self.d_output, self.d_input],
             dtype: self.dtype,
             config: self.quant_config()?,
             transposed: self.transposed,
         };
-        let weight = Nf4Weight::zeros_of(form, device)?;
+        let weight = BlockWeight::zeros_of(form, device)?;
         let bias = self
             .bias
             .then(|| Tensor::zeros([self.d_output], (device, DType::from(self.dtype))));
-        Nf4Linear::new(weight, bias)
+        QuantLinear::new(weight, bias)
     }
 }
 
@@ -96,32 +96,32 @@ pub(super) fn quant_config(
 /// use burn::nn::LinearConfig;
 /// use burn::tensor::{Device, Distribution, Tensor};
 /// use burn_nf4::format::QuantConfig;
-/// use burn_nf4::nn::Nf4Linear;
+/// use burn_nf4::nn::QuantLinear;
 ///
 /// let device = Device::default();
 /// let dense = LinearConfig::new(128, 256).init(&device);
-/// let layer = Nf4Linear::quantize(dense, QuantConfig::default())?;
+/// let layer = QuantLinear::quantize(dense, QuantConfig::default())?;
 /// let x = Tensor::<3>::random([2, 5, 128], Distribution::Default, &device);
 /// assert_eq!(layer.forward(x).dims(), [2, 5, 256]);
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct Nf4Linear {
+pub struct QuantLinear {
     /// The packed weight, `[d_output, d_input]`.
-    pub weight: Nf4Weight,
+    pub weight: BlockWeight,
     /// The bias, `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// How products are computed; not part of a record.
     pub strategy: MatmulStrategy,
 }
 
-impl Nf4Linear {
+impl QuantLinear {
     /// A layer from a packed weight. The bias is taken as a value, without its graph.
     ///
     /// # Errors
     /// [`Nf4Error::NotAMatrix`] for a weight of another rank, [`Nf4Error::Shape`] if the bias does
     /// not fit it.
-    pub fn new(weight: Nf4Weight, bias: Option<Tensor<1>>) -> Result<Self, Nf4Error> {
+    pub fn new(weight: BlockWeight, bias: Option<Tensor<1>>) -> Result<Self, Nf4Error> {
         let [d_output, _] = weight.matrix_dims()?;
         if let Some(bias) = &bias {
             check_shape("bias", &[d_output], &bias.dims())?;
@@ -139,19 +139,19 @@ impl Nf4Linear {
     /// # Errors
     /// Those of [`new`](Self::new).
     pub fn from_host(
-        weight: &Nf4Tensor,
+        weight: &BlockTensor,
         bias: Option<Tensor<1>>,
         device: &Device,
     ) -> Result<Self, Nf4Error> {
-        Self::new(Nf4Weight::from_host(weight, device), bias)
+        Self::new(BlockWeight::from_host(weight, device), bias)
     }
 
     /// Quantizes a dense layer, on its device.
     ///
     /// # Errors
-    /// Those of [`Nf4Weight::quantize`].
+    /// Those of [`BlockWeight::quantize`].
     pub fn quantize(dense: Linear, config: QuantConfig) -> Result<Self, Nf4Error> {
-        let weight = Nf4Weight::quantize(dense.weight.val().transpose(), config)?;
+        let weight = BlockWeight::quantize(dense.weight.val().transpose(), config)?;
         let bias = dense.bias.map(|bias| bias.val());
         Self::new(weight, bias)
     }
@@ -218,11 +218,11 @@ impl Nf4Linear {
 fn expect<const D: usize>(y: Result<Tensor<D>, Nf4Error>) -> Tensor<D> {
     match y {
         Ok(y) => y,
-        Err(error) => panic!("Nf4Linear::forward: {error}"),
+        Err(error) => panic!("QuantLinear::forward: {error}"),
     }
 }
 
-impl ModuleDisplay for Nf4Linear {
+impl ModuleDisplay for QuantLinear {
     fn custom_settings(&self) -> Option<DisplaySettings> {
         DisplaySettings::new()
             .with_new_line_after_attribute(false)

@@ -2,7 +2,7 @@
 //!
 //! # Burn's own mappers on these layers
 //!
-//! [`Nf4Linear`], [`QLoraLinear`] and [`LoraLinear`] are Burn modules, and Burn's functions over modules
+//! [`QuantLinear`], [`QLoraLinear`] and [`LoraLinear`] are Burn modules, and Burn's functions over modules
 //! reach into them. What comes of it (the weight of a `LoraLinear`, and all of an [`AnyLinear`] of floats,
 //! is a `Linear` of Burn's to them, is adapted and quantized as one, and computes as one does):
 //!
@@ -50,7 +50,7 @@
 //!   these gradients live until the end of the backward pass: Burn runs steps by their depth in the
 //!   graph (burn-autodiff 0.22.1, `runtime/server.rs:167`), and a parameter is at the bottom of it. So
 //!   the most memory that a training step takes is that of the dense model, for Burn's own LoRA and
-//!   QLoRA as for this. Only [`Nf4Linear`] and [`QLoraLinear`] avoid it.
+//!   QLoRA as for this. Only [`QuantLinear`] and [`QLoraLinear`] avoid it.
 //! - [`Param::base`](burn::module::Param::base) of a packed parameter, which `shape`, `dims`,
 //!   `num_params` and the display of a module see too, is `[d_input, 1]`, and is what records hold
 //!   beside the packed weight.
@@ -65,7 +65,7 @@
 //! | a model that trains in memory, weights dense | Burn's `apply_lora`: exact, and nothing to change |
 //! | a model of types that cannot be changed, to run in 4 bit or to train where memory is not short | [`reparameterize_linears`], with `apply_lora` |
 //! | 2 or 8 bits, or another scheme of Burn's | Burn's `apply_qlora`, `quantize_weights` |
-//! | training in 4 bit because memory is short; fast answers to single rows; checkpoints and adapters of bitsandbytes and PEFT; DoRA, dropout | [`QLoraLinear`], [`Nf4Linear`] |
+//! | training in 4 bit because memory is short; fast answers to single rows; checkpoints and adapters of bitsandbytes and PEFT; DoRA, dropout | [`QLoraLinear`], [`QuantLinear`] |
 //!
 //! What each takes in memory and time is measured in `docs/benchmarks.md` (Burn's LoRA and the layers of
 //! this crate).
@@ -88,12 +88,12 @@ pub use any_linear::AnyLinear;
 #[cfg(feature = "peft")]
 pub(crate) use any_linear::with_stable_id;
 pub use cross_entropy::linear_cross_entropy;
-pub use embedding::{Nf4Embedding, Nf4EmbeddingConfig};
+pub use embedding::{QuantEmbedding, QuantEmbeddingConfig};
 pub use joined::{gated_forward, joined_forward};
-pub use linear::{Nf4Linear, Nf4LinearConfig};
+pub use linear::{QuantLinear, QuantLinearConfig};
 pub use lora::LoraLinear;
 #[cfg(feature = "peft")]
 pub(crate) use params::in_floats;
 pub use params::lora_params;
 pub use qlora::{LoraInit, QLoraLinear, QLoraLinearConfig};
-pub use reparameterization::{Nf4Reparameterization, reparameterize_linears};
+pub use reparameterization::{QuantReparameterization, reparameterize_linears};

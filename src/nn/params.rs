@@ -62,11 +62,11 @@ pub(super) fn map_plain<const D: usize, M: ModuleMapper>(
 /// use burn::nn::LinearConfig;
 /// use burn::tensor::Device;
 /// use burn_nf4::format::QuantConfig;
-/// use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig, lora_params};
+/// use burn_nf4::nn::{QuantLinear, QLoraLinearConfig, lora_params};
 ///
 /// let device = Device::default().autodiff();
 /// let dense = LinearConfig::new(128, 256).init(&device);
-/// let base = Nf4Linear::quantize(dense, QuantConfig::default())?;
+/// let base = QuantLinear::quantize(dense, QuantConfig::default())?;
 /// let layer = QLoraLinearConfig::new(8).init(base, &device)?;
 ///
 /// let layer = layer.no_grad().unfreeze_group(lora_params());

@@ -6,7 +6,7 @@ use burn::nn::{Dropout, DropoutConfig, Initializer, Linear};
 use burn::tensor::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::Nf4Linear;
+use super::QuantLinear;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, check_finite, check_shape};
 use crate::op::{LowRank, connect_empty};
@@ -65,7 +65,7 @@ impl QLoraLinearConfig {
     /// # Errors
     /// [`Nf4Error::Config`] if the rank is zero, the dropout outside of `[0, 1)`, or alpha not
     /// finite.
-    pub fn init(&self, base: Nf4Linear, device: &Device) -> Result<QLoraLinear, Nf4Error> {
+    pub fn init(&self, base: QuantLinear, device: &Device) -> Result<QLoraLinear, Nf4Error> {
         self.check()?;
         let (lora_a, lora_b) = self.fresh_factors(base.dims(), device);
         self.build(base.to_device(device), lora_a, lora_b)
@@ -114,7 +114,7 @@ impl QLoraLinearConfig {
     /// type, f16, bf16 or f32, and those of [`init`](Self::init).
     pub fn init_with(
         &self,
-        base: Nf4Linear,
+        base: QuantLinear,
         lora_a: Tensor<2>,
         lora_b: Tensor<2>,
     ) -> Result<QLoraLinear, Nf4Error> {
@@ -165,7 +165,7 @@ impl QLoraLinearConfig {
 
     fn build(
         &self,
-        base: Nf4Linear,
+        base: QuantLinear,
         lora_a: Param<Tensor<2>>,
         lora_b: Param<Tensor<2>>,
     ) -> Result<QLoraLinear, Nf4Error> {
@@ -203,11 +203,11 @@ impl QLoraLinearConfig {
 /// use burn::nn::LinearConfig;
 /// use burn::tensor::{Device, Distribution, Tensor};
 /// use burn_nf4::format::QuantConfig;
-/// use burn_nf4::nn::{Nf4Linear, QLoraLinearConfig};
+/// use burn_nf4::nn::{QuantLinear, QLoraLinearConfig};
 ///
 /// let device = Device::default().autodiff();
 /// let dense = LinearConfig::new(128, 256).init(&device);
-/// let base = Nf4Linear::quantize(dense, QuantConfig::default())?;
+/// let base = QuantLinear::quantize(dense, QuantConfig::default())?;
 /// let layer = QLoraLinearConfig::new(8).with_alpha(16.0).init(base, &device)?;
 /// let x = Tensor::<2>::random([4, 128], Distribution::Default, &device);
 /// let grads = layer.forward(x).mean().backward();
@@ -217,7 +217,7 @@ impl QLoraLinearConfig {
 #[derive(Debug, Clone)]
 pub struct QLoraLinear {
     /// The frozen layer.
-    pub base: Nf4Linear,
+    pub base: QuantLinear,
     /// `A`, `[d_input, rank]`.
     pub lora_a: Param<Tensor<2>>,
     /// `B`, `[rank, d_output]`.

@@ -13,24 +13,24 @@ use super::REPARAMETERIZATION;
 use super::params::map_plain;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, QuantConfig};
-use crate::op::{LowRank, Nf4Weight, effective_weight};
+use crate::op::{BlockWeight, LowRank, effective_weight};
 
 /// What visitors and mappers are told that the parts of a reparameterization lie in.
-const CONTAINER: &str = "Struct:Nf4Reparameterization";
+const CONTAINER: &str = "Struct:QuantReparameterization";
 const LORA_CONTAINER: &str = "Struct:LoraAdapter";
 const LORA_HOST: &str = "lora_host";
 
 /// A packed weight in the place of the values of a parameter, `[in_features, out_features]`.
 ///
 /// [`reparameterize_linears`] puts it on the weights of linear layers; to read it back:
-/// `linear.weight.reparameterization::<Nf4Reparameterization>()`. The parameter's effective value,
+/// `linear.weight.reparameterization::<QuantReparameterization>()`. The parameter's effective value,
 /// [`Param::val`], is the decoded weight, in the dtype of the base, plus `s A B` after `apply_lora`.
 ///
 /// The parameter's own tensor, [`Param::base`], has no values any more: it is a column of zeros,
 /// `[in_features, 1]`, in the dtype to decode to. A cast of the module casts it, and so what is decoded.
 #[derive(Debug, Clone)]
-pub struct Nf4Reparameterization {
-    weight: Nf4Weight,
+pub struct QuantReparameterization {
+    weight: BlockWeight,
     /// What `apply_lora` adapts: Burn throws away an adapter that it has put on a parameter with a
     /// reparameterization, but keeps one on a parameter inside of that. A column of zeros like the
     /// base, so that `A` comes out as Burn makes it, and with the base's id.
@@ -38,8 +38,8 @@ pub struct Nf4Reparameterization {
     lora: Option<LoraAdapter>,
 }
 
-impl Nf4Reparameterization {
-    fn new(weight: Nf4Weight, id: ParamId, base: Tensor<2>) -> Self {
+impl QuantReparameterization {
+    fn new(weight: BlockWeight, id: ParamId, base: Tensor<2>) -> Self {
         Self {
             weight,
             lora_host: Param::initialized(id, base),
@@ -48,7 +48,7 @@ impl Nf4Reparameterization {
     }
 
     /// The packed weight, `[out_features, in_features]`.
-    pub fn weight(&self) -> &Nf4Weight {
+    pub fn weight(&self) -> &BlockWeight {
         &self.weight
     }
 
@@ -88,19 +88,19 @@ impl Nf4Reparameterization {
     }
 }
 
-impl Reparameterization for Nf4Reparameterization {
+impl Reparameterization for QuantReparameterization {
     const NAME: &'static str = "nf4";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         match self.effective(base.dtype(), &base.device()) {
             // Not a reshape: autodiff would keep its result.
             Ok(weight) => Tensor::from_dispatch(weight.into_dispatch()),
-            Err(error) => panic!("Nf4Reparameterization: {error}"),
+            Err(error) => panic!("QuantReparameterization: {error}"),
         }
     }
 }
 
-impl Module for Nf4Reparameterization {
+impl Module for QuantReparameterization {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         self.weight.visit(visitor);
         visitor.enter_module(LORA_HOST, CONTAINER);
@@ -190,33 +190,33 @@ fn map_lora<M: ModuleMapper>(lora: LoraAdapter, mapper: &mut M) -> LoraAdapter {
     LoraAdapter { a, b, ..lora }
 }
 
-impl ModuleDisplayDefault for Nf4Reparameterization {
+impl ModuleDisplayDefault for QuantReparameterization {
     fn content(&self, content: Content) -> Option<Content> {
         content
-            .set_top_level_type("Nf4Reparameterization")
+            .set_top_level_type("QuantReparameterization")
             .add("weight", &self.weight)
             .add("lora", &self.lora)
             .optional()
     }
 }
 
-impl ModuleDisplay for Nf4Reparameterization {}
+impl ModuleDisplay for QuantReparameterization {}
 
 /// Quantizes the weights of Burn's own [`Linear`](burn::nn::Linear) layers in a module, without
 /// changing a type: the way without effort, for modules that were not written for this crate, such as
 /// Burn's `TransformerEncoder`.
 ///
 /// `group` selects among them by the path or the id of their weights; [`ParamGroup::all`] takes every
-/// one. The weights are frozen and packed as [`Nf4Linear::quantize`](super::Nf4Linear::quantize) packs
+/// one. The weights are frozen and packed as [`QuantLinear::quantize`](super::QuantLinear::quantize) packs
 /// them; biases and all other parameters stay as they are. A low-rank branch is then added by Burn's
 /// own `apply_lora`, and [`Module::materialize`] makes dense weights again.
 ///
 /// See [the module](super#nf4-on-unchanged-modules) for what it costs, compared with
-/// [`Nf4Linear`](super::Nf4Linear), and for its limits.
+/// [`QuantLinear`](super::QuantLinear), and for its limits.
 ///
 /// # Errors
 /// [`Nf4Error::Config`] if `group` selects no weight of a `Linear`, or one that has a reparameterization
-/// already, which Burn does not nest; those of [`Nf4Weight::quantize`], with the path of the weight.
+/// already, which Burn does not nest; those of [`BlockWeight::quantize`], with the path of the weight.
 ///
 /// ```
 /// use burn::module::{Lora, Module, ParamGroup};
@@ -339,11 +339,11 @@ impl LinearMapper {
         // A Tensor<2> by another name, without an operation that would be recorded.
         let value = Tensor::<2>::from_dispatch(value.detach().into_dispatch());
         let [d_input, _] = value.dims();
-        let weight = Nf4Weight::quantize(value.transpose(), self.config)
+        let weight = BlockWeight::quantize(value.transpose(), self.config)
             .map_err(|error| error.with_key(key))?;
         let column = Tensor::<2>::zeros([d_input, 1], (&device, dtype));
         let base = Tensor::zeros(Shape::from([d_input, 1]), (&device, dtype));
-        let parts = Nf4Reparameterization::new(weight, param.id, column);
+        let parts = QuantReparameterization::new(weight, param.id, column);
         // A new parameter: its mappers of layout would be for a shape that this one does not have.
         let base = Param::initialized(param.id, base);
         Ok(base.apply_reparameterization(Attach(Some(parts))))
@@ -379,16 +379,16 @@ impl ModuleMapper for LinearMapper {
 }
 
 /// Puts a reparameterization on the one parameter that it meets: Burn has no other way to.
-struct Attach(Option<Nf4Reparameterization>);
+struct Attach(Option<QuantReparameterization>);
 
 impl Reparameterizer for Attach {
-    type Reparam = Nf4Reparameterization;
+    type Reparam = QuantReparameterization;
 
     fn reparameterize<const D: usize>(
         &mut self,
         _: &str,
         param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<Nf4Reparameterization>) {
+    ) -> (Param<Tensor<D>>, Option<QuantReparameterization>) {
         (param, self.0.take())
     }
 }

@@ -9,9 +9,9 @@ use burn::module::{
 use burn::tensor::Device;
 
 use super::params::map_plain;
-use super::{LoraLinear, Nf4Linear, QLoraLinear};
+use super::{LoraLinear, QLoraLinear, QuantLinear};
 
-const NF4_LINEAR: &str = "Struct:Nf4Linear";
+const NF4_LINEAR: &str = "Struct:QuantLinear";
 
 /// Shows a field to a visitor.
 fn visit<V: ModuleVisitor>(field: &impl Module, name: &str, container: &str, visitor: &mut V) {
@@ -34,7 +34,7 @@ fn within<M: ModuleMapper, F>(
     field
 }
 
-impl Module for Nf4Linear {
+impl Module for QuantLinear {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         visit(&self.weight, "weight", NF4_LINEAR, visitor);
         visit(&self.bias, "bias", NF4_LINEAR, visitor);
@@ -98,10 +98,10 @@ impl Module for Nf4Linear {
     }
 }
 
-impl ModuleDisplayDefault for Nf4Linear {
+impl ModuleDisplayDefault for QuantLinear {
     fn content(&self, content: Content) -> Option<Content> {
         content
-            .set_top_level_type("Nf4Linear")
+            .set_top_level_type("QuantLinear")
             .add("weight", &self.weight)
             .add("bias", &self.bias)
             .add_debug_attribute("strategy", &self.strategy)
@@ -113,7 +113,7 @@ impl ModuleDisplayDefault for Nf4Linear {
     }
 }
 
-impl fmt::Display for Nf4Linear {
+impl fmt::Display for QuantLinear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&ModuleDisplay::format(self, Default::default()))
     }

@@ -297,14 +297,14 @@ pub struct QuantizeSpec {
     Flex: cfg(feature = "flex"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait Nf4Backend: Backend {
+pub trait QuantBackend: Backend {
     /// Quantizes a weight. No gradient flows through.
     ///
     /// # Shapes
     /// - `weight`: `spec.shape`, of `spec.dtype`
     /// - returns `[spec.layout.words()]`, u32
     #[fusion(dtype = DType::U32, shape = Shape::from([spec.layout.words()]))]
-    fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self>;
+    fn quant_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self>;
 
     /// Decodes a range of a packed weight.
     ///
@@ -312,7 +312,7 @@ pub trait Nf4Backend: Backend {
     /// - `packed`: `[spec.layout.words()]`, u32
     /// - returns `[spec.rows, spec.columns]`, of `spec.dtype`
     #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.rows, spec.columns]))]
-    fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
+    fn quant_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self>;
 
     /// Gathers rows of a packed weight and decodes nothing else. No gradient flows through.
     ///
@@ -323,7 +323,7 @@ pub trait Nf4Backend: Backend {
     /// - `packed`: `[spec.layout.words()]`, u32, a weight `[spec.rows, spec.columns]`
     /// - returns `[spec.ids, spec.columns]`, of `spec.dtype`
     #[fusion(dtype = DType::from(spec.dtype), shape = Shape::from([spec.ids, spec.columns]))]
-    fn nf4_embedding(
+    fn quant_embedding(
         ids: IntTensor<Self>,
         packed: IntTensor<Self>,
         spec: EmbeddingSpec,
@@ -336,13 +336,13 @@ pub trait Nf4Backend: Backend {
     /// - `packed`: `[layout.words()]`, u32, a weight `[n, k] = [rows, columns]` of `spec.weight`
     /// - returns `[m, n]`
     #[fusion(default)]
-    fn nf4_linear(
+    fn quant_linear(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
     ) -> FloatTensor<Self> {
         if let Some(spec) = MatmulSpec::of(spec, x.shape()[0]) {
-            return Self::nf4_matmul(x, packed, spec);
+            return Self::quant_matmul(x, packed, spec);
         }
         decoded_matmul::<Self>(x, packed, None, spec)
     }
@@ -351,28 +351,28 @@ pub trait Nf4Backend: Backend {
     ///
     /// # Shapes
     /// - `x`: `[spec.m, k]`, of `spec.weight.dtype`
-    /// - `packed`: as for `nf4_linear`
+    /// - `packed`: as for `quant_linear`
     /// - returns `[spec.m, n]`
     #[fusion(dtype = DType::from(spec.weight.dtype), shape = Shape::from([spec.m, spec.weight.rows]))]
-    fn nf4_matmul(
+    fn quant_matmul(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self>;
 
-    /// `y = x Wᵀ + b`, otherwise as [`nf4_matmul`](Self::nf4_matmul).
+    /// `y = x Wᵀ + b`, otherwise as [`quant_matmul`](Self::quant_matmul).
     ///
     /// # Shapes
     /// - `bias`: `[n]`, of `spec.weight.dtype`
     #[fusion(dtype = DType::from(spec.weight.dtype), shape = Shape::from([spec.m, spec.weight.rows]))]
-    fn nf4_matmul_bias(
+    fn quant_matmul_bias(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self>;
 
-    /// `y = x Wᵀ + s (x A) B`, otherwise as [`nf4_matmul`](Self::nf4_matmul).
+    /// `y = x Wᵀ + s (x A) B`, otherwise as [`quant_matmul`](Self::quant_matmul).
     ///
     /// # Shapes
     /// - `a`: `[k, spec.rank]`, `b`: `[spec.rank, n]`, of `spec.dtype`
@@ -380,24 +380,24 @@ pub trait Nf4Backend: Backend {
         dtype = DType::from(spec.matmul.weight.dtype),
         shape = Shape::from([spec.matmul.m, spec.matmul.weight.rows])
     )]
-    fn nf4_matmul_lora(
+    fn quant_matmul_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         spec: LoraSpec,
     ) -> FloatTensor<Self> {
-        let y = Self::nf4_matmul(x.clone(), packed, spec.matmul);
+        let y = Self::quant_matmul(x.clone(), packed, spec.matmul);
         add_lora::<Self>(y, x, a, b, spec)
     }
 
-    /// `y = x Wᵀ + b + s (x A) B`, otherwise as [`nf4_matmul_bias`](Self::nf4_matmul_bias) and
-    /// [`nf4_matmul_lora`](Self::nf4_matmul_lora).
+    /// `y = x Wᵀ + b + s (x A) B`, otherwise as [`quant_matmul_bias`](Self::quant_matmul_bias) and
+    /// [`quant_matmul_lora`](Self::quant_matmul_lora).
     #[fusion(
         dtype = DType::from(spec.matmul.weight.dtype),
         shape = Shape::from([spec.matmul.m, spec.matmul.weight.rows])
     )]
-    fn nf4_matmul_bias_lora(
+    fn quant_matmul_bias_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
@@ -405,19 +405,19 @@ pub trait Nf4Backend: Backend {
         b: FloatTensor<Self>,
         spec: LoraSpec,
     ) -> FloatTensor<Self> {
-        let y = Self::nf4_matmul_bias(x.clone(), packed, bias, spec.matmul);
+        let y = Self::quant_matmul_bias(x.clone(), packed, bias, spec.matmul);
         add_lora::<Self>(y, x, a, b, spec)
     }
 
-    /// `dx = dy W`, the gradient of [`nf4_linear`](Self::nf4_linear) for `x`. The weight is
+    /// `dx = dy W`, the gradient of [`quant_linear`](Self::quant_linear) for `x`. The weight is
     /// decoded again.
     ///
     /// # Shapes
     /// - `grad`: `[m, n]`, of `spec.weight.dtype`
-    /// - `packed`: as for `nf4_linear`
+    /// - `packed`: as for `quant_linear`
     /// - returns `[m, k]`
     #[fusion(default)]
-    fn nf4_linear_backward(
+    fn quant_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
@@ -426,7 +426,7 @@ pub trait Nf4Backend: Backend {
             weight, cublaslt, ..
         } = spec;
         let sizes = [grad.shape()[0], weight.columns, weight.rows];
-        let decoded = Self::nf4_dequantize(packed, weight);
+        let decoded = Self::quant_dequantize(packed, weight);
         match cublaslt {
             true => {
                 let spec = DenseSpec::of_matrices(sizes, false, weight.dtype);
@@ -442,24 +442,24 @@ pub trait Nf4Backend: Backend {
     /// # Shapes
     /// - `anchor`: `[1]`, any values; with a graph it connects the weight to it, see
     ///   `effective_weight`
-    /// - `packed`: as for `nf4_linear`
+    /// - `packed`: as for `quant_linear`
     /// - returns `[k, n]`, of `spec.dtype`
     #[fusion(default)]
-    fn nf4_weight(
+    fn quant_weight(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: DequantizeSpec,
     ) -> FloatTensor<Self> {
         let _ = anchor;
-        Self::float_swap_dims(Self::nf4_dequantize(packed, spec), 0, 1)
+        Self::float_swap_dims(Self::quant_dequantize(packed, spec), 0, 1)
     }
 
-    /// `Wᵀ + s A B`, otherwise as [`nf4_weight`](Self::nf4_weight).
+    /// `Wᵀ + s A B`, otherwise as [`quant_weight`](Self::quant_weight).
     ///
     /// # Shapes
     /// - `a`: `[k, rank]`, `b`: `[rank, n]`, of `spec.weight.dtype`
     #[fusion(default)]
-    fn nf4_weight_lora(
+    fn quant_weight_lora(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -471,7 +471,7 @@ pub trait Nf4Backend: Backend {
         // a transposed matrix.
         let [a, b] = [a, b].map(|factor| Self::float_swap_dims(factor, 0, 1));
         let b = Self::float_mul_scalar(b, spec.scale.into());
-        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        let decoded = Self::quant_dequantize(packed, spec.weight);
         let sum = Self::float_add(decoded, Self::float_matmul(b, a));
         Self::float_swap_dims(sum, 0, 1)
     }
@@ -517,13 +517,13 @@ pub trait Nf4Backend: Backend {
     }
 
     /// A zero, `[1]`. Under autodiff its backward pass gives the operands of
-    /// [`nf4_matmul_lora`](Self::nf4_matmul_lora) their gradients for a gradient `grad` of its result, which is
+    /// [`quant_matmul_lora`](Self::quant_matmul_lora) their gradients for a gradient `grad` of its result, which is
     /// not computed; by cuBLASLt.
     ///
     /// # Shapes
     /// - `grad`: `[m, n]`
     #[fusion(default)]
-    fn nf4_lora_seed(
+    fn quant_lora_seed(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -553,14 +553,14 @@ pub trait Nf4Backend: Backend {
     /// `C + x Wᵀ` over the decoded weight, or without `transpose` `C + x W`, in the place of `C` as
     /// [`dense_matmul_add`](Self::dense_matmul_add).
     #[fusion(default)]
-    fn nf4_matmul_add(
+    fn quant_matmul_add(
         addend: FloatTensor<Self>,
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: MatmulSpec,
         transpose: bool,
     ) -> FloatTensor<Self> {
-        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        let decoded = Self::quant_dequantize(packed, spec.weight);
         Self::dense_matmul_add(addend, x, decoded, spec.decoded(transpose))
     }
 }
@@ -585,7 +585,7 @@ pub(super) fn composed_matmul<B: Backend>(
 }
 
 /// `y = x Wᵀ + b` over the decoded weight.
-pub(super) fn decoded_matmul<B: Nf4Backend>(
+pub(super) fn decoded_matmul<B: QuantBackend>(
     x: FloatTensor<B>,
     packed: IntTensor<B>,
     bias: Option<FloatTensor<B>>,
@@ -595,7 +595,7 @@ pub(super) fn decoded_matmul<B: Nf4Backend>(
         weight, cublaslt, ..
     } = spec;
     let sizes = [x.shape()[0], weight.rows, weight.columns];
-    let decoded = B::nf4_dequantize(packed, weight);
+    let decoded = B::quant_dequantize(packed, weight);
     let product = DenseSpec::of_matrices(sizes, true, weight.dtype);
     match (cublaslt, bias) {
         (true, Some(bias)) => B::dense_matmul_bias(x, decoded, bias, product),
@@ -614,7 +614,7 @@ pub(super) fn decoded_matmul<B: Nf4Backend>(
 ///
 /// The small product comes first, and the large one adds to it while it multiplies: the other way round the
 /// result would be read and written once more. Few rows go over the packed weight.
-pub(super) fn lora_product<B: Nf4Backend>(
+pub(super) fn lora_product<B: QuantBackend>(
     x: FloatTensor<B>,
     packed: IntTensor<B>,
     [a, b]: [FloatTensor<B>; 2],
@@ -625,8 +625,8 @@ pub(super) fn lora_product<B: Nf4Backend>(
     let down = B::dense_matmul(x.clone(), a, spec.down(dtype));
     if !spec.matmul.decodes() {
         let y = match bias {
-            None => B::nf4_matmul(x, packed, spec.matmul),
-            Some(bias) => B::nf4_matmul_bias(x, packed, bias, spec.matmul),
+            None => B::quant_matmul(x, packed, spec.matmul),
+            Some(bias) => B::quant_matmul_bias(x, packed, bias, spec.matmul),
         };
         return (
             B::dense_matmul_add(y, down.clone(), b, spec.up(dtype)),
@@ -638,7 +638,7 @@ pub(super) fn lora_product<B: Nf4Backend>(
         Some(bias) => B::dense_matmul_bias(down.clone(), b, bias, spec.up(dtype)),
     };
     (
-        B::nf4_matmul_add(branch, x, packed, spec.matmul, true),
+        B::quant_matmul_add(branch, x, packed, spec.matmul, true),
         down,
     )
 }
@@ -655,7 +655,7 @@ pub(super) fn add_bias<B: Backend>(y: FloatTensor<B>, bias: FloatTensor<B>) -> F
 
 /// Adds `s (x A) B`: by cuBLASLt, to the result in its place where it can be in the dtype of `x`; else
 /// computed in the dtype of `A`.
-pub(super) fn add_lora<B: Nf4Backend>(
+pub(super) fn add_lora<B: QuantBackend>(
     y: FloatTensor<B>,
     x: FloatTensor<B>,
     a: FloatTensor<B>,

@@ -104,12 +104,12 @@ pub use table::TableBackend;
 pub(crate) use backends::cube::{Kind as CubeKind, cube_tensor, from_cube, owned};
 #[doc(hidden)]
 pub use base::{
-    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, Nf4Backend,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, QuantBackend,
     QuantizeSpec, WeightLoraSpec,
 };
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use tensor::{
-    DenseProvider, LowRank, MatmulOptions, Nf4Weight, dense_provider, embedding, expert_linear,
+    BlockWeight, DenseProvider, LowRank, MatmulOptions, dense_provider, embedding, expert_linear,
     linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider, uses_cublaslt,
 };
 pub(crate) use tensor::{PACKED_CONTAINER, connect_empty, effective_weight};

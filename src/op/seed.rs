@@ -3,8 +3,8 @@
 use burn::backend::Dispatch;
 use burn::tensor::{Gradients, Tensor};
 
-use super::base::{MatmulStrategy, Nf4Backend};
-use super::tensor::{LowRank, Nf4Weight, check_device, check_dtype, lora_linear};
+use super::base::{MatmulStrategy, QuantBackend};
+use super::tensor::{BlockWeight, LowRank, check_device, check_dtype, lora_linear};
 use crate::error::Nf4Error;
 use crate::format::check_shape;
 
@@ -40,7 +40,8 @@ impl Seed {
         check_dtype("grad", &grad, "as y", &[y.dtype()])?;
         let grad = with_autodiff_of(&y, grad);
         check_device("grad", &grad.device(), &y.device())?;
-        let zero = <Dispatch as Nf4Backend>::gradient_seed(y.into_dispatch(), grad.into_dispatch());
+        let zero =
+            <Dispatch as QuantBackend>::gradient_seed(y.into_dispatch(), grad.into_dispatch());
         Ok(Self(Tensor::from_dispatch(zero)))
     }
 
@@ -54,7 +55,7 @@ impl Seed {
     /// Those of [`lora_linear`], and of [`of`](Self::of).
     pub fn of_lora_linear<const D: usize>(
         x: Tensor<D>,
-        weight: &Nf4Weight,
+        weight: &BlockWeight,
         bias: Option<Tensor<1>>,
         branch: LowRank,
         strategy: MatmulStrategy,
@@ -70,7 +71,7 @@ impl Seed {
             check_dtype("grad", &grad, "as x", &[x.dtype()])?;
             let grad = with_autodiff_of(&x, grad);
             check_device("grad", &grad.device(), &x.device())?;
-            let zero = <Dispatch as Nf4Backend>::nf4_lora_seed(
+            let zero = <Dispatch as QuantBackend>::quant_lora_seed(
                 x.reshape([spec.matmul.m, k]).into_dispatch(),
                 weight.checked_packed()?.into_dispatch(),
                 branch.a.into_dispatch(),

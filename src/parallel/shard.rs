@@ -59,12 +59,12 @@ impl Row {
 /// use burn::tensor::{Device, Tensor};
 /// use burn_nf4::format::QuantConfig;
 /// use burn_nf4::parallel::{self, ShardedWeights};
-/// use burn_nf4::{Nf4Error, Nf4Weight};
+/// use burn_nf4::{Nf4Error, BlockWeight};
 ///
 /// let devices = vec![Device::default(), Device::default()];
 /// parallel::run(devices, |rank| -> Result<(), Nf4Error> {
 ///     let dense = Tensor::<2>::ones([256, 128], rank.device());
-///     let weight = Nf4Weight::quantize(dense, QuantConfig::default())?;
+///     let weight = BlockWeight::quantize(dense, QuantConfig::default())?;
 ///     let bytes = weight.size_bytes();
 ///     let (empty, sharded) = ShardedWeights::new(weight, &rank)?;
 ///     assert!(sharded.size_bytes() <= bytes / 2 + 512);

@@ -8,7 +8,7 @@ use super::setting::LoraBias;
 use super::tensor::DenseTensor;
 use crate::error::Nf4Error;
 use crate::format::check_shape;
-use crate::nn::{LoraLinear, Nf4Linear, QLoraLinear, QLoraLinearConfig};
+use crate::nn::{LoraLinear, QLoraLinear, QLoraLinearConfig, QuantLinear};
 
 impl Adapter {
     /// The settings of a module's branch, but for [`init`](QLoraLinearConfig::init): the factors are those
@@ -43,7 +43,7 @@ impl Adapter {
     pub fn layer(
         &self,
         module: &str,
-        base: Nf4Linear,
+        base: QuantLinear,
         device: &Device,
     ) -> Result<QLoraLinear, Nf4Error> {
         let config = self.layer_config(module)?;

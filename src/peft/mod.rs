@@ -27,7 +27,7 @@
 //! ```no_run
 //! use burn::tensor::Device;
 //! use burn_nf4::checkpoint::Checkpoint;
-//! use burn_nf4::nn::Nf4Linear;
+//! use burn_nf4::nn::QuantLinear;
 //! use burn_nf4::peft::Adapter;
 //!
 //! let device = Device::default().autodiff();
@@ -36,7 +36,7 @@
 //! adapter.check_base(&base)?;
 //! let module = "model.layers.0.self_attn.q_proj";
 //! let weight = base.load_nf4(&format!("{module}.weight"))?;
-//! let linear = Nf4Linear::from_host(&weight, None, &device)?;
+//! let linear = QuantLinear::from_host(&weight, None, &device)?;
 //! let layer = adapter.layer(module, linear, &device)?;
 //! // ... train the layer ...
 //! adapter.insert_layer(module, &layer)?;

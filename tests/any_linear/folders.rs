@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
 use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
 use burn_nf4::nn::{AnyLinear, QLoraLinearConfig};
 use burn_nf4::peft::{LoraConfig, TargetModules};
@@ -174,7 +174,7 @@ fn all_that_does_not_fit_is_listed_by_its_name_in_the_checkpoint() {
     let wide = stored::floats(&[0.5; 9 * 8], &[9, 8]);
     tensors.insert("model.layers.0.self_attn.q_proj.weight".into(), wide);
     let values = stored::sine(16 * 9);
-    let packed = Nf4Tensor::quantize(&values, &[16, 9], QuantConfig::default()).expect("finite");
+    let packed = BlockTensor::quantize(&values, &[16, 9], QuantConfig::default()).expect("finite");
     tensors.remove(HEAD);
     tensors.extend(stored::weight(HEAD, &packed));
     let folder = model(false);
@@ -320,7 +320,7 @@ fn the_tie_is_written_down(#[values(false, true)] is_tied: bool) {
 fn an_embedding_in_4_bit_is_refused() {
     let mut tensors = tensors(model(false).path());
     let values = stored::sine(16 * 8);
-    let packed = Nf4Tensor::quantize(&values, &[16, 8], QuantConfig::default()).expect("finite");
+    let packed = BlockTensor::quantize(&values, &[16, 8], QuantConfig::default()).expect("finite");
     tensors.remove(TABLE);
     tensors.extend(stored::weight(TABLE, &packed));
     let folder = TempDir::new().expect("a folder");

@@ -6,7 +6,7 @@ use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, Distribution, Tensor, Tolerance};
 use burn_nf4::Nf4Error;
 use burn_nf4::format::{FloatType, QuantConfig};
-use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig, reparameterize_linears};
+use burn_nf4::nn::{AnyLinear, QLoraLinearConfig, QuantLinear, reparameterize_linears};
 use burn_nf4::op::MatmulStrategy;
 use rstest::rstest;
 
@@ -84,7 +84,7 @@ fn a_quantized_layer_is_an_nf4_linear() {
     let device = Device::default();
     let layer = dense(&device);
     let x = input(&device);
-    let expected = Nf4Linear::quantize(layer.clone(), QuantConfig::default()).expect("finite");
+    let expected = QuantLinear::quantize(layer.clone(), QuantConfig::default()).expect("finite");
     let quantized = AnyLinear::from(layer).quantize(QuantConfig::default());
     let quantized = quantized.expect("finite");
     assert_eq!(

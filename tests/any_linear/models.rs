@@ -10,7 +10,7 @@ use burn_nf4::model::{LinearLayers, ParameterCount, PeftModel, QuantizeLayers, S
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::MatmulStrategy;
 use burn_nf4::peft::{LoraBias, LoraConfig, TargetModules};
-use burn_nf4::{Nf4Error, Nf4Weight};
+use burn_nf4::{BlockWeight, Nf4Error};
 use rstest::rstest;
 
 use crate::peft_cases::{IDS, model};
@@ -70,7 +70,7 @@ fn a_tied_head_in_4_bit_is_one_of_its_own(
         .into_data()
         .assert_eq(&table.clone().into_data(), true);
     if expected {
-        let packed = Nf4Weight::quantize(table, QuantConfig::default()).expect("finite");
+        let packed = BlockWeight::quantize(table, QuantConfig::default()).expect("finite");
         let decoded = packed
             .dequantize::<2>(FloatType::F32)
             .expect("a dtype")

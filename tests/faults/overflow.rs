@@ -8,7 +8,7 @@ fn scaled(dtype: &str, quant_type: QuantType, scale: f32) -> Tensors {
         quant_type,
         ..QuantConfig::flat()
     };
-    let weight = Nf4Tensor::quantize(&sine(8 * 64), &[8, 64], config).unwrap();
+    let weight = BlockTensor::quantize(&sine(8 * 64), &[8, 64], config).unwrap();
     let mut tensors = stored::weight("w", &weight);
     let absmax = tensors.get_mut("w.absmax").unwrap();
     absmax.bytes[..4].copy_from_slice(&scale.to_le_bytes());

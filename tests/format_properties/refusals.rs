@@ -13,7 +13,7 @@ fn impossible_shapes_are_refused(
     #[case] elems: usize,
     #[case] refused: Option<()>,
 ) {
-    let result = Nf4Tensor::quantize(&vec![1.0f32; elems], shape, QuantConfig::default());
+    let result = BlockTensor::quantize(&vec![1.0f32; elems], shape, QuantConfig::default());
     let expected = Nf4Error::ElementCount {
         tensor: "weight".into(),
         shape: shape.to_vec(),
@@ -60,7 +60,7 @@ fn parts_of_the_wrong_length_are_refused(
     #[case] expected: usize,
     #[case] given: usize,
 ) {
-    let result = Nf4Tensor::from_parts(
+    let result = BlockTensor::from_parts(
         vec![0; codes],
         absmax,
         vec![5, 29, 113],
@@ -97,7 +97,7 @@ fn nested_scales_must_be_finite(
             "nested_quant_map"
         }
     };
-    let result = Nf4Tensor::from_parts(
+    let result = BlockTensor::from_parts(
         vec![0; 32],
         Absmax::Nested(scales),
         vec![64],
@@ -114,7 +114,7 @@ fn nested_scales_must_be_finite(
 
 #[test]
 fn a_weight_must_fill_its_shape() {
-    let error = Nf4Tensor::quantize(&[1.0f32; 63], &[8, 8], QuantConfig::default());
+    let error = BlockTensor::quantize(&[1.0f32; 63], &[8, 8], QuantConfig::default());
     let expected = Nf4Error::Length {
         tensor: "weight".into(),
         expected: 64,

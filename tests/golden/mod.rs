@@ -6,14 +6,14 @@
 use std::path::PathBuf;
 
 use burn_nf4::checkpoint::SafetensorsFile;
-use burn_nf4::format::{FloatElement, FloatType, Nf4Tensor};
+use burn_nf4::format::{BlockTensor, FloatElement, FloatType};
 
 /// One golden file.
 pub struct Golden {
     pub name: String,
     pub file: SafetensorsFile,
     /// The weight as bitsandbytes quantized it, through the crate's loader.
-    pub tensor: Nf4Tensor,
+    pub tensor: BlockTensor,
 }
 
 /// What `manifest.json` says about a golden file.

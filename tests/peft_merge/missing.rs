@@ -45,7 +45,7 @@ fn what_an_adapter_lacks_of_the_base_is_listed(
     let (_folder, base) = checkpoint(|writer| {
         for path in ["a.q", "a.v", "b.q", "b.v", "c.e.0.w", "c.e.1.w"] {
             let (key, shape) = (format!("{path}.weight"), [D_OUTPUT, D_INPUT]);
-            let packed = Nf4Tensor::quantize(&weight(), &shape, QuantConfig::default());
+            let packed = BlockTensor::quantize(&weight(), &shape, QuantConfig::default());
             match is_quantized {
                 true => writer
                     .write_nf4(&key, &packed.expect("valid"), Dtype::U8, false)

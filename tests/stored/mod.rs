@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use burn_nf4::checkpoint::{Dtype, Progress, SafetensorsFile};
-use burn_nf4::format::{Absmax, Nf4Tensor};
+use burn_nf4::format::{Absmax, BlockTensor};
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
@@ -39,7 +39,7 @@ fn raw(bytes: Vec<u8>, shape: Vec<usize>) -> Stored {
 }
 
 /// The tensors of a quantized weight.
-pub fn weight(prefix: &str, weight: &Nf4Tensor) -> Tensors {
+pub fn weight(prefix: &str, weight: &BlockTensor) -> Tensors {
     let mut state = serde_json::json!({
         "quant_type": weight.quant_type().name(),
         "blocksize": weight.block_size().elems(),

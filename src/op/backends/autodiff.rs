@@ -18,29 +18,29 @@ use burn::tensor::Shape;
 use super::lora::{LoraBackward, lora, lora_seed};
 use crate::op::base::{
     DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy,
-    Nf4Backend, QuantizeSpec, WeightLoraSpec, add_lora,
+    QuantBackend, QuantizeSpec, WeightLoraSpec, add_lora,
 };
 
-impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
-    fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
-        B::nf4_quantize(weight.into_primitive(), spec)
+impl<B: QuantBackend, C: CheckpointStrategy> QuantBackend for Autodiff<B, C> {
+    fn quant_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
+        B::quant_quantize(weight.into_primitive(), spec)
     }
 
-    fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
+    fn quant_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         // The weight is frozen: the result is a constant to autodiff.
-        Self::from_inner(B::nf4_dequantize(packed, spec))
+        Self::from_inner(B::quant_dequantize(packed, spec))
     }
 
-    fn nf4_embedding(
+    fn quant_embedding(
         ids: IntTensor<Self>,
         packed: IntTensor<Self>,
         spec: EmbeddingSpec,
     ) -> FloatTensor<Self> {
         // Ids have no gradient and the weight is frozen.
-        Self::from_inner(B::nf4_embedding(ids, packed, spec))
+        Self::from_inner(B::quant_embedding(ids, packed, spec))
     }
 
-    fn nf4_linear(
+    fn quant_linear(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
@@ -53,22 +53,22 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let y = B::nf4_linear(x, packed.clone(), spec);
+                let y = B::quant_linear(x, packed.clone(), spec);
                 prep.finish((packed, spec), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear(x, packed, spec)),
+            OpsKind::UnTracked(prep) => prep.finish(B::quant_linear(x, packed, spec)),
         }
     }
 
-    fn nf4_matmul(
+    fn quant_matmul(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
-        Self::nf4_linear(x, packed, spec.linear())
+        Self::quant_linear(x, packed, spec.linear())
     }
 
-    fn nf4_matmul_bias(
+    fn quant_matmul_bias(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
@@ -81,14 +81,14 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let y = B::nf4_matmul_bias(x, packed.clone(), bias, spec);
+                let y = B::quant_matmul_bias(x, packed.clone(), bias, spec);
                 prep.finish((packed, spec.linear()), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::nf4_matmul_bias(x, packed, bias, spec)),
+            OpsKind::UnTracked(prep) => prep.finish(B::quant_matmul_bias(x, packed, bias, spec)),
         }
     }
 
-    fn nf4_matmul_lora(
+    fn quant_matmul_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -96,7 +96,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         spec: LoraSpec,
     ) -> FloatTensor<Self> {
         if !spec.matmul.cublaslt {
-            let y = Self::nf4_matmul(x.clone(), packed, spec.matmul);
+            let y = Self::quant_matmul(x.clone(), packed, spec.matmul);
             return add_lora::<Self>(y, x, a, b, spec);
         }
         let kind = LoraBackward
@@ -106,7 +106,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         lora(kind, x, packed, [a, b], None, spec, None)
     }
 
-    fn nf4_matmul_bias_lora(
+    fn quant_matmul_bias_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
@@ -115,7 +115,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         spec: LoraSpec,
     ) -> FloatTensor<Self> {
         if !spec.matmul.cublaslt {
-            let y = Self::nf4_matmul_bias(x.clone(), packed, bias, spec.matmul);
+            let y = Self::quant_matmul_bias(x.clone(), packed, bias, spec.matmul);
             return add_lora::<Self>(y, x, a, b, spec);
         }
         let kind = LoraBackward
@@ -136,7 +136,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         }
     }
 
-    fn nf4_lora_seed(
+    fn quant_lora_seed(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -172,7 +172,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         dense(kind, lhs, rhs, Some(bias.into_primitive()), spec)
     }
 
-    fn nf4_weight(
+    fn quant_weight(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: DequantizeSpec,
@@ -180,7 +180,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         // Recomputing costs a gradient for the weight that nobody needs, see `effective_weight`: only
         // where the device asks to save memory.
         if keeps_all::<C>() {
-            let weight = B::nf4_weight(anchor.into_primitive(), packed, spec);
+            let weight = B::quant_weight(anchor.into_primitive(), packed, spec);
             return Self::from_inner(weight);
         }
         let recompute = RecomputeWeight::<B> {
@@ -193,12 +193,12 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .memory_bound()
             .retro_forward(recompute)
             .parents([&anchor]);
-        prep.stateless(B::nf4_weight(anchor.into_primitive(), packed, spec))
+        prep.stateless(B::quant_weight(anchor.into_primitive(), packed, spec))
     }
 
     // With a factor to train recomputed whatever the device's strategy: that one needs the gradient for
     // the weight anyway.
-    fn nf4_weight_lora(
+    fn quant_weight_lora(
         anchor: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -217,7 +217,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         let factors = [a.into_primitive(), b.into_primitive()];
         if is_frozen && keeps_all::<C>() {
             let [a, b] = factors;
-            let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+            let weight = B::quant_weight_lora(anchor.into_primitive(), packed, a, b, spec);
             return Self::from_inner(weight);
         }
         let recompute = RecomputeWeightLora::<B> {
@@ -234,17 +234,17 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
         let [a, b] = factors.clone();
         match prep.stateful() {
             OpsKind::Tracked(prep) => {
-                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                let weight = B::quant_weight_lora(anchor.into_primitive(), packed, a, b, spec);
                 prep.finish((factors, spec.scale), weight)
             }
             OpsKind::UnTracked(prep) => {
-                let weight = B::nf4_weight_lora(anchor.into_primitive(), packed, a, b, spec);
+                let weight = B::quant_weight_lora(anchor.into_primitive(), packed, a, b, spec);
                 prep.finish(weight)
             }
         }
     }
 
-    fn nf4_linear_backward(
+    fn quant_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
@@ -256,10 +256,10 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let dx = B::nf4_linear_backward(grad, packed.clone(), spec);
+                let dx = B::quant_linear_backward(grad, packed.clone(), spec);
                 prep.finish((packed, spec), dx)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::nf4_linear_backward(grad, packed, spec)),
+            OpsKind::UnTracked(prep) => prep.finish(B::quant_linear_backward(grad, packed, spec)),
         }
     }
 }
@@ -268,7 +268,7 @@ impl<B: Nf4Backend, C: CheckpointStrategy> Nf4Backend for Autodiff<B, C> {
 #[derive(Debug)]
 struct SeedBackward;
 
-impl<B: Nf4Backend> Backward<B, 1> for SeedBackward {
+impl<B: QuantBackend> Backward<B, 1> for SeedBackward {
     type State = FloatTensor<B>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -285,7 +285,7 @@ fn keeps_all<C: CheckpointStrategy>() -> bool {
 }
 
 /// A product of dense matrices, with a bias where that is the last of the parents.
-fn dense<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
+fn dense<B: QuantBackend, C: CheckpointStrategy, const N: usize>(
     kind: OpsKind<DenseBackward, B, DenseState, C, N>,
     lhs: FloatTensor<Autodiff<B, C>>,
     rhs: FloatTensor<Autodiff<B, C>>,
@@ -312,7 +312,7 @@ fn dense<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
 
 /// Registers the gradient of a bias, the sum of the rows of `grad`, if there is a parent behind the first
 /// `M`; returns these.
-pub(super) fn register_bias<B: Nf4Backend, const M: usize, const N: usize>(
+pub(super) fn register_bias<B: QuantBackend, const M: usize, const N: usize>(
     parents: [Option<NodeId>; N],
     grad: &FloatTensor<B>,
     grads: &mut Gradients,
@@ -328,7 +328,7 @@ pub(super) fn register_bias<B: Nf4Backend, const M: usize, const N: usize>(
 #[derive(Debug)]
 struct LinearBackward;
 
-impl<B: Nf4Backend, const N: usize> Backward<B, N> for LinearBackward {
+impl<B: QuantBackend, const N: usize> Backward<B, N> for LinearBackward {
     type State = (IntTensor<B>, LinearSpec);
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -337,13 +337,13 @@ impl<B: Nf4Backend, const N: usize> Backward<B, N> for LinearBackward {
         let [of_x] = register_bias::<B, 1, N>(parents, &grad, grads);
         if let Some(node) = of_x {
             let (packed, spec) = ops.state;
-            grads.register::<B>(node, B::nf4_linear_backward(grad, packed, spec));
+            grads.register::<B>(node, B::quant_linear_backward(grad, packed, spec));
         }
     }
 }
 
 /// The sum of all rows, `[n]` of `[..., n]`.
-fn sum_of_rows<B: Nf4Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {
+fn sum_of_rows<B: QuantBackend>(grad: FloatTensor<B>) -> FloatTensor<B> {
     let shape = grad.shape();
     let n = shape[shape.rank() - 1];
     let rows = shape.num_elements() / n;
@@ -355,14 +355,14 @@ fn sum_of_rows<B: Nf4Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {
 #[derive(Debug)]
 struct InputGradBackward;
 
-impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
+impl<B: QuantBackend> Backward<B, 1> for InputGradBackward {
     type State = (IntTensor<B>, LinearSpec);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (packed, spec) = ops.state;
         unary::<B, _>(ops.parents, ops.node, grads, |grad| {
             let strategy = MatmulStrategy::Auto;
-            B::nf4_linear(grad, packed, LinearSpec { strategy, ..spec })
+            B::quant_linear(grad, packed, LinearSpec { strategy, ..spec })
         });
     }
 }
@@ -372,7 +372,7 @@ impl<B: Nf4Backend> Backward<B, 1> for InputGradBackward {
 #[derive(Debug)]
 struct WeightBackward;
 
-impl<B: Nf4Backend> Backward<B, 1> for WeightBackward {
+impl<B: QuantBackend> Backward<B, 1> for WeightBackward {
     type State = ();
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -380,7 +380,7 @@ impl<B: Nf4Backend> Backward<B, 1> for WeightBackward {
     }
 }
 
-impl<B: Nf4Backend> Backward<B, 3> for WeightBackward {
+impl<B: QuantBackend> Backward<B, 3> for WeightBackward {
     type State = ([FloatTensor<B>; 2], f64);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -401,33 +401,33 @@ impl<B: Nf4Backend> Backward<B, 3> for WeightBackward {
 
 /// Decodes a weight again in the backward pass.
 #[derive(Debug)]
-struct RecomputeWeight<B: Nf4Backend> {
+struct RecomputeWeight<B: QuantBackend> {
     anchor: FloatTensor<B>,
     packed: IntTensor<B>,
     spec: DequantizeSpec,
 }
 
-impl<B: Nf4Backend> RetroForward for RecomputeWeight<B> {
+impl<B: QuantBackend> RetroForward for RecomputeWeight<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
-        let weight = B::nf4_weight(self.anchor.clone(), self.packed.clone(), self.spec);
+        let weight = B::quant_weight(self.anchor.clone(), self.packed.clone(), self.spec);
         states.save(out, weight);
     }
 }
 
 /// Decodes a weight with a low-rank branch again in the backward pass.
 #[derive(Debug)]
-struct RecomputeWeightLora<B: Nf4Backend> {
+struct RecomputeWeightLora<B: QuantBackend> {
     anchor: FloatTensor<B>,
     packed: IntTensor<B>,
     factors: [FloatTensor<B>; 2],
     spec: WeightLoraSpec,
 }
 
-impl<B: Nf4Backend> RetroForward for RecomputeWeightLora<B> {
+impl<B: QuantBackend> RetroForward for RecomputeWeightLora<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
         let (anchor, packed) = (self.anchor.clone(), self.packed.clone());
         let [a, b] = self.factors.clone();
-        states.save(out, B::nf4_weight_lora(anchor, packed, a, b, self.spec));
+        states.save(out, B::quant_weight_lora(anchor, packed, a, b, self.spec));
     }
 }
 
@@ -439,7 +439,7 @@ struct DenseBackward;
 type DenseState = (Option<NodeId>, Option<NodeId>, DenseSpec);
 
 impl DenseBackward {
-    fn register<B: Nf4Backend>(
+    fn register<B: QuantBackend>(
         (lhs, rhs, spec): DenseState,
         grad: FloatTensor<B>,
         [of_lhs, of_rhs]: [Option<NodeId>; 2],
@@ -483,7 +483,7 @@ impl DenseBackward {
     }
 }
 
-impl<B: Nf4Backend, const N: usize> Backward<B, N> for DenseBackward {
+impl<B: QuantBackend, const N: usize> Backward<B, N> for DenseBackward {
     type State = DenseState;
 
     fn backward(

@@ -12,12 +12,12 @@ use crate::error::Nf4Error;
 use crate::format::{self, FloatElement, FloatType};
 use crate::host;
 use crate::op::base::{
-    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, MatmulSpec, MatmulStrategy, Nf4Backend,
+    DenseSpec, DequantizeSpec, EmbeddingSpec, LinearSpec, MatmulSpec, MatmulStrategy, QuantBackend,
     QuantizeSpec, add_bias, composed_matmul, debug_check, decoded_matmul,
 };
 
-impl Nf4Backend for Flex {
-    fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
+impl QuantBackend for Flex {
+    fn quant_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
         let weight = weight.to_contiguous();
         let words = match spec.dtype {
             FloatType::F16 => quantize::<f16>(&weight, &spec),
@@ -32,7 +32,7 @@ impl Nf4Backend for Flex {
         ))
     }
 
-    fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
+    fn quant_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         debug_check(&packed, &spec.layout);
         let packed = packed.to_contiguous();
         let bytes = match spec.dtype {
@@ -44,7 +44,7 @@ impl Nf4Backend for Flex {
         FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
     }
 
-    fn nf4_embedding(
+    fn quant_embedding(
         ids: IntTensor<Self>,
         packed: IntTensor<Self>,
         spec: EmbeddingSpec,
@@ -61,30 +61,30 @@ impl Nf4Backend for Flex {
         FlexTensor::from_data(TensorData::from_bytes(bytes, shape, spec.dtype.into()))
     }
 
-    fn nf4_matmul(
+    fn quant_matmul(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            return Self::nf4_linear(x, packed, spec.linear());
+            return Self::quant_linear(x, packed, spec.linear());
         }
         matmul(x, packed, None, spec)
     }
 
-    fn nf4_matmul_bias(
+    fn quant_matmul_bias(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
         spec: MatmulSpec,
     ) -> FloatTensor<Self> {
         if !reads_packed(&spec) {
-            return add_bias::<Self>(Self::nf4_linear(x, packed, spec.linear()), bias);
+            return add_bias::<Self>(Self::quant_linear(x, packed, spec.linear()), bias);
         }
         matmul(x, packed, Some(bias), spec)
     }
 
-    fn nf4_linear(
+    fn quant_linear(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
@@ -100,7 +100,7 @@ impl Nf4Backend for Flex {
         }
     }
 
-    fn nf4_linear_backward(
+    fn quant_linear_backward(
         grad: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: LinearSpec,
@@ -109,10 +109,10 @@ impl Nf4Backend for Flex {
         if multiplies(grad.shape()[0], &spec) {
             return products::packed(None, grad, &packed, spec.weight, false);
         }
-        Self::float_matmul(grad, Self::nf4_dequantize(packed, spec.weight))
+        Self::float_matmul(grad, Self::quant_dequantize(packed, spec.weight))
     }
 
-    fn nf4_matmul_add(
+    fn quant_matmul_add(
         addend: FloatTensor<Self>,
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
@@ -123,7 +123,7 @@ impl Nf4Backend for Flex {
         if multiplies(spec.m, &spec.linear()) {
             return products::packed(Some(addend), x, &packed, spec.weight, transpose);
         }
-        let decoded = Self::nf4_dequantize(packed, spec.weight);
+        let decoded = Self::quant_dequantize(packed, spec.weight);
         Self::dense_matmul_add(addend, x, decoded, spec.decoded(transpose))
     }
 

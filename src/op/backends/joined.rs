@@ -36,7 +36,7 @@ pub(in crate::op) fn plan(
 }
 
 impl<B: JoinedBackend, C: CheckpointStrategy> JoinedBackend for Autodiff<B, C> {
-    fn nf4_joined(
+    fn quant_joined(
         _x: FloatTensor<Self>,
         _weights: JoinedWeights<Self>,
         _spec: JoinedSpec,
@@ -44,7 +44,7 @@ impl<B: JoinedBackend, C: CheckpointStrategy> JoinedBackend for Autodiff<B, C> {
         unreachable!("a single row is not joined with autodiff")
     }
 
-    fn nf4_joined_lora(
+    fn quant_joined_lora(
         x: FloatTensor<Self>,
         weights: JoinedWeights<Self>,
         spec: JoinedLoraSpec,
@@ -74,7 +74,7 @@ impl<B: JoinedBackend, C: CheckpointStrategy> JoinedBackend for Autodiff<B, C> {
 }
 
 impl JoinedBackend for CubeBackend {
-    fn nf4_joined(
+    fn quant_joined(
         x: FloatTensor<Self>,
         weights: JoinedWeights<Self>,
         spec: JoinedSpec,

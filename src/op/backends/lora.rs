@@ -10,7 +10,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::autodiff::register_bias;
 use super::shared_gradient::SharedGradient;
-use crate::op::base::{DenseSpec, LoraSpec, MatmulSpec, Nf4Backend, cast, lora_product};
+use crate::op::base::{DenseSpec, LoraSpec, MatmulSpec, QuantBackend, cast, lora_product};
 
 /// Backward of a product with a low-rank branch. With `g = dy` and `h = s g Bᵀ`:
 /// `dx = h Aᵀ + g W`, `dA = xᵀ h`, `dB = (s x A)ᵀ g`, and `db` the sum of the rows of `g`.
@@ -19,7 +19,7 @@ pub(super) struct LoraBackward;
 
 /// What the backward pass needs beside `x`.
 #[derive(Debug, Clone)]
-pub(super) struct LoraState<B: Nf4Backend> {
+pub(super) struct LoraState<B: QuantBackend> {
     x: NodeId,
     packed: IntTensor<B>,
     /// `A`, in the dtype of `x`.
@@ -34,7 +34,7 @@ pub(super) struct LoraState<B: Nf4Backend> {
 }
 
 /// A product with a low-rank branch, and with a bias where that is the last of the parents.
-pub(super) fn lora<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
+pub(super) fn lora<B: QuantBackend, C: CheckpointStrategy, const N: usize>(
     kind: OpsKind<LoraBackward, B, LoraState<B>, C, N>,
     x: FloatTensor<Autodiff<B, C>>,
     packed: IntTensor<B>,
@@ -67,14 +67,14 @@ pub(super) fn lora<B: Nf4Backend, C: CheckpointStrategy, const N: usize>(
             let x = x.into_primitive();
             let [a, b] = factors;
             prep.finish(match bias {
-                None => B::nf4_matmul_lora(x, packed, a, b, spec),
-                Some(bias) => B::nf4_matmul_bias_lora(x, packed, bias, a, b, spec),
+                None => B::quant_matmul_lora(x, packed, a, b, spec),
+                Some(bias) => B::quant_matmul_bias_lora(x, packed, bias, a, b, spec),
             })
         }
     }
 }
 
-impl<B: Nf4Backend> LoraState<B> {
+impl<B: QuantBackend> LoraState<B> {
     fn register(
         self,
         grad: FloatTensor<B>,
@@ -115,7 +115,7 @@ impl<B: Nf4Backend> LoraState<B> {
             None => B::dense_matmul(h, a, of_branch),
             Some(others) => B::dense_matmul_add(others, h, a, of_branch),
         };
-        let dx = B::nf4_matmul_add(dx, grad, self.packed, spec.matmul, false);
+        let dx = B::quant_matmul_add(dx, grad, self.packed, spec.matmul, false);
         match self.shared {
             None => grads.register::<B>(node, dx),
             Some(shared) => shared.put(dx),
@@ -123,7 +123,7 @@ impl<B: Nf4Backend> LoraState<B> {
     }
 }
 
-impl<B: Nf4Backend, const N: usize> Backward<B, N> for LoraBackward {
+impl<B: QuantBackend, const N: usize> Backward<B, N> for LoraBackward {
     type State = LoraState<B>;
 
     fn backward(
@@ -140,7 +140,7 @@ impl<B: Nf4Backend, const N: usize> Backward<B, N> for LoraBackward {
 }
 
 /// A zero with the gradients of a product that is not computed.
-pub(super) fn lora_seed<B: Nf4Backend, C: CheckpointStrategy>(
+pub(super) fn lora_seed<B: QuantBackend, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
     packed: IntTensor<B>,
     factors: [FloatTensor<Autodiff<B, C>>; 2],
@@ -175,7 +175,7 @@ pub(super) fn lora_seed<B: Nf4Backend, C: CheckpointStrategy>(
 #[derive(Debug)]
 struct LoraSeedBackward;
 
-impl<B: Nf4Backend> Backward<B, 3> for LoraSeedBackward {
+impl<B: QuantBackend> Backward<B, 3> for LoraSeedBackward {
     type State = (LoraState<B>, FloatTensor<B>);
 
     fn backward(
@@ -197,7 +197,7 @@ impl<B: Nf4Backend> Backward<B, 3> for LoraSeedBackward {
 pub(super) struct Fork;
 
 #[cfg(feature = "cube")]
-impl<B: Nf4Backend> Backward<B, 1> for Fork {
+impl<B: QuantBackend> Backward<B, 1> for Fork {
     type State = SharedGradient<FloatTensor<B>>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -212,7 +212,7 @@ impl<B: Nf4Backend> Backward<B, 1> for Fork {
 
 /// `x` as a node of its own, and where its consumers put the gradient.
 #[cfg(feature = "cube")]
-pub(super) fn fork<B: Nf4Backend, C: CheckpointStrategy>(
+pub(super) fn fork<B: QuantBackend, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
 ) -> (FloatTensor<Autodiff<B, C>>, SharedGradient<FloatTensor<B>>) {
     let shared = SharedGradient::default();

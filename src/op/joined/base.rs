@@ -16,7 +16,7 @@ use burn::tensor::Shape;
 use crate::activation::Activation;
 use crate::format::{FloatType, PackedLayout};
 use crate::launch::JoinedPlan;
-use crate::op::base::{LoraSpec, Nf4Backend};
+use crate::op::base::{LoraSpec, QuantBackend};
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -145,7 +145,7 @@ pub struct JoinedLoraSpec {
     Cube,
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait JoinedBackend: Nf4Backend {
+pub trait JoinedBackend: QuantBackend {
     /// `x Wᵀ + b + s (x A) B` of each weight.
     ///
     /// # Shapes
@@ -162,7 +162,7 @@ pub trait JoinedBackend: Nf4Backend {
             }
         }
     })]
-    fn nf4_joined(
+    fn quant_joined(
         x: FloatTensor<Self>,
         #[extension_type] weights: JoinedWeights<Self>,
         spec: JoinedSpec,
@@ -176,7 +176,7 @@ pub trait JoinedBackend: Nf4Backend {
     /// - `weights`: with a branch each
     /// - returns `[m, n]` of each
     #[fusion(default)]
-    fn nf4_joined_lora(
+    fn quant_joined_lora(
         x: FloatTensor<Self>,
         #[extension_type] weights: JoinedWeights<Self>,
         spec: JoinedLoraSpec,
@@ -185,9 +185,11 @@ pub trait JoinedBackend: Nf4Backend {
         let results = weights.map(|(weight, spec)| {
             let x = x.clone();
             match weight {
-                JoinedWeight::Lora { packed, a, b } => Self::nf4_matmul_lora(x, packed, a, b, spec),
+                JoinedWeight::Lora { packed, a, b } => {
+                    Self::quant_matmul_lora(x, packed, a, b, spec)
+                }
                 JoinedWeight::BiasLora { packed, bias, a, b } => {
-                    Self::nf4_matmul_bias_lora(x, packed, bias, a, b, spec)
+                    Self::quant_matmul_bias_lora(x, packed, bias, a, b, spec)
                 }
                 JoinedWeight::Plain { .. } | JoinedWeight::Bias { .. } => {
                     unreachable!("arguments were validated")

@@ -30,7 +30,7 @@ pub(super) fn launched<const D: usize>(
         .collect::<Result<Vec<_>, _>>()?;
     let weights = joined_weights(weights);
     let x = x.reshape([1, spec.k]).into_dispatch();
-    let results = <Dispatch as JoinedBackend>::nf4_joined(x, weights, spec);
+    let results = <Dispatch as JoinedBackend>::quant_joined(x, weights, spec);
     Ok(results_of(results, shape))
 }
 
@@ -48,7 +48,7 @@ pub(super) fn trained<const D: usize>(
     let k = shape[D - 1];
     let rows = x.shape().num_elements() / k;
     let x = x.reshape([rows, k]).into_dispatch();
-    let results = <Dispatch as JoinedBackend>::nf4_joined_lora(x, joined_weights(weights), spec);
+    let results = <Dispatch as JoinedBackend>::quant_joined_lora(x, joined_weights(weights), spec);
     Ok(results_of(results, shape))
 }
 

@@ -14,7 +14,7 @@ pub(super) use base::{JoinedPart, JoinedResults, JoinedWeight, JoinedWeights};
 
 use super::base::MatmulStrategy;
 use super::gated::gated;
-use super::tensor::{LowRank, Nf4Weight, linear_at};
+use super::tensor::{BlockWeight, LowRank, linear_at};
 use crate::activation::Activation;
 use crate::error::Nf4Error;
 use crate::format::check_shape;
@@ -23,7 +23,7 @@ use crate::format::check_shape;
 #[derive(Debug, Clone)]
 pub struct LinearPart<'a> {
     /// The packed weight, `[out_features, in_features]`.
-    pub weight: &'a Nf4Weight,
+    pub weight: &'a BlockWeight,
     /// `[out_features]`, of the dtype of the input.
     pub bias: Option<Tensor<1>>,
     /// A low-rank branch to add.

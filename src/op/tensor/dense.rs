@@ -13,7 +13,7 @@ use crate::error::Nf4Error;
 use crate::format::{FloatType, check_shape};
 #[cfg(feature = "cublaslt")]
 use crate::launch::DensePlan;
-use crate::op::base::{DenseSpec, Nf4Backend};
+use crate::op::base::{DenseSpec, QuantBackend};
 #[cfg(feature = "flex")]
 use crate::op::table::TableBackend;
 
@@ -65,7 +65,7 @@ pub fn uses_cublaslt(device: &Device) -> Result<bool, Nf4Error> {
     }
 }
 
-/// Whether products on a device are those of [`Nf4Backend`]: cuBLASLt's, or of f32 on Flex those of
+/// Whether products on a device are those of [`QuantBackend`]: cuBLASLt's, or of f32 on Flex those of
 /// [`host`](crate::host), which decode a packed weight on the way.
 ///
 /// # Errors
@@ -264,9 +264,9 @@ fn by_backend_product<const D: usize>(
     let (lhs, rhs) = (lhs.into_dispatch(), rhs.into_dispatch());
     Tensor::from_dispatch(match bias {
         Some(bias) => {
-            <Dispatch as Nf4Backend>::dense_matmul_bias(lhs, rhs, bias.into_dispatch(), spec)
+            <Dispatch as QuantBackend>::dense_matmul_bias(lhs, rhs, bias.into_dispatch(), spec)
         }
-        None => <Dispatch as Nf4Backend>::dense_matmul(lhs, rhs, spec),
+        None => <Dispatch as QuantBackend>::dense_matmul(lhs, rhs, spec),
     })
 }
 

@@ -4,13 +4,13 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Int, Shape, Tensor};
 
 use super::check::check_device;
-use super::weight::Nf4Weight;
+use super::weight::BlockWeight;
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::op::base::{EmbeddingSpec, Nf4Backend};
+use crate::op::base::{EmbeddingSpec, QuantBackend};
 
 /// Looks up rows of a packed weight: only those that `ids` name are decoded, to the bits of
-/// [`Nf4Weight::dequantize_rows`].
+/// [`BlockWeight::dequantize_rows`].
 ///
 /// Ids may repeat and come in any order. There is no gradient: the weight is frozen. No ids give an
 /// empty result.
@@ -27,13 +27,13 @@ use crate::op::base::{EmbeddingSpec, Nf4Backend};
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Int, Tensor};
-/// use burn_nf4::Nf4Weight;
+/// use burn_nf4::BlockWeight;
 /// use burn_nf4::format::{FloatType, QuantConfig};
 /// use burn_nf4::op::embedding;
 ///
 /// let device = Device::default();
 /// let table = Tensor::<2>::random([1000, 128], Distribution::Default, &device);
-/// let weight = Nf4Weight::quantize(table, QuantConfig::default())?;
+/// let weight = BlockWeight::quantize(table, QuantConfig::default())?;
 /// let ids = Tensor::<2, Int>::from_data([[7, 3, 999], [3, 3, 0]], &device);
 /// let x: Tensor<3> = embedding(ids, &weight, FloatType::F32)?;
 /// assert_eq!(x.dims(), [2, 3, 128]);
@@ -47,7 +47,7 @@ use crate::op::base::{EmbeddingSpec, Nf4Backend};
 /// would have more elements than can be addressed.
 pub fn embedding(
     ids: Tensor<2, Int>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     dtype: FloatType,
 ) -> Result<Tensor<3>, Nf4Error> {
     let [rows, columns] = weight.matrix_dims()?;
@@ -80,6 +80,6 @@ pub fn embedding(
         dtype,
     };
     let ids = ids.reshape([batch * tokens]).into_dispatch();
-    let out = <Dispatch as Nf4Backend>::nf4_embedding(ids, packed.into_dispatch(), spec);
+    let out = <Dispatch as QuantBackend>::quant_embedding(ids, packed.into_dispatch(), spec);
     Ok(Tensor::<2>::from_dispatch(out).reshape(Shape::from(shape)))
 }

@@ -6,11 +6,11 @@ use burn::tensor::{DType, Device, Int, Shape, Tensor};
 use super::check::{check_device, check_dtype};
 use super::dense::{MatmulOptions, has_products, matmul};
 use super::empty::{connect_empty, tracked_sum};
-use super::weight::Nf4Weight;
+use super::weight::BlockWeight;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, check_shape};
 use crate::op::base::{
-    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, WeightLoraSpec,
+    DequantizeSpec, LinearSpec, LoraSpec, MatmulSpec, MatmulStrategy, QuantBackend, WeightLoraSpec,
 };
 
 /// `y = x Wᵀ + b` with a packed weight `W`.
@@ -34,7 +34,7 @@ use crate::op::base::{
 /// ([`DenseProvider`](crate::op::DenseProvider)).
 pub fn linear<const D: usize>(
     x: Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     bias: Option<Tensor<1>>,
 ) -> Result<Tensor<D>, Nf4Error> {
     linear_with(x, weight, bias, MatmulStrategy::Auto)
@@ -52,7 +52,7 @@ pub fn linear<const D: usize>(
 /// asked for.
 pub fn linear_with<const D: usize>(
     x: Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     bias: Option<Tensor<1>>,
     strategy: MatmulStrategy,
 ) -> Result<Tensor<D>, Nf4Error> {
@@ -112,7 +112,7 @@ impl LowRank {
     pub(in crate::op) fn trained_spec<const D: usize>(
         &self,
         x: &Tensor<D>,
-        weight: &Nf4Weight,
+        weight: &BlockWeight,
         bias: Option<&Tensor<1>>,
         strategy: MatmulStrategy,
     ) -> Result<Option<LoraSpec>, Nf4Error> {
@@ -181,7 +181,7 @@ impl LowRank {
 /// [`Nf4Error::Dtype`] unless both are of one of the types that `x` may have.
 pub fn lora_linear<const D: usize>(
     x: Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     bias: Option<Tensor<1>>,
     branch: LowRank,
     strategy: MatmulStrategy,
@@ -205,7 +205,7 @@ pub fn lora_linear<const D: usize>(
 /// it, [`Nf4Error::RowRange`] if there is no such expert, otherwise those of [`linear`].
 pub fn expert_linear<const D: usize>(
     x: Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     expert: usize,
     bias: Option<Tensor<1>>,
 ) -> Result<Tensor<D>, Nf4Error> {
@@ -240,7 +240,7 @@ pub fn expert_linear<const D: usize>(
 /// the branch does not fit it, [`Nf4Error::Device`] unless all are on `device`, and
 /// [`Nf4Error::DeviceDtype`] if that has no such type.
 pub(crate) fn effective_weight(
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     branch: Option<LowRank>,
     dtype: FloatType,
     device: &Device,
@@ -274,14 +274,14 @@ pub(crate) fn effective_weight(
     };
     let (anchor, packed) = (anchor.into_dispatch(), packed.into_dispatch());
     let out = match branch {
-        None => <Dispatch as Nf4Backend>::nf4_weight(anchor, packed, spec),
+        None => <Dispatch as QuantBackend>::quant_weight(anchor, packed, spec),
         Some(LowRank { a, b, scale }) => {
             let (a, b) = (a.into_dispatch(), b.into_dispatch());
             let spec = WeightLoraSpec {
                 weight: spec,
                 scale,
             };
-            <Dispatch as Nf4Backend>::nf4_weight_lora(anchor, packed, a, b, spec)
+            <Dispatch as QuantBackend>::quant_weight_lora(anchor, packed, a, b, spec)
         }
     };
     Ok(Tensor::from_dispatch(out))
@@ -290,7 +290,7 @@ pub(crate) fn effective_weight(
 /// The linear map of the matrix whose elements begin at `start`.
 pub(in crate::op) fn linear_at<const D: usize>(
     x: Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     [out_features, in_features]: [usize; 2],
     start: usize,
     bias: Option<Tensor<1>>,
@@ -359,21 +359,21 @@ pub(in crate::op) fn linear_at<const D: usize>(
     let y = match (joined, bias, fused) {
         (Some((LowRank { a, b, .. }, lora)), None, _) => {
             let (a, b) = (a.into_dispatch(), b.into_dispatch());
-            <Dispatch as Nf4Backend>::nf4_matmul_lora(x, packed, a, b, lora)
+            <Dispatch as QuantBackend>::quant_matmul_lora(x, packed, a, b, lora)
         }
         (Some((LowRank { a, b, .. }, lora)), Some(bias), _) => {
             let (a, b, bias) = (a.into_dispatch(), b.into_dispatch(), bias.into_dispatch());
-            <Dispatch as Nf4Backend>::nf4_matmul_bias_lora(x, packed, bias, a, b, lora)
+            <Dispatch as QuantBackend>::quant_matmul_bias_lora(x, packed, bias, a, b, lora)
         }
         (None, Some(bias), Some(fused)) => {
-            <Dispatch as Nf4Backend>::nf4_matmul_bias(x, packed, bias.into_dispatch(), fused)
+            <Dispatch as QuantBackend>::quant_matmul_bias(x, packed, bias.into_dispatch(), fused)
         }
         (None, bias, _) => {
             let y = match transposed {
-                false => <Dispatch as Nf4Backend>::nf4_linear(x, packed, spec),
+                false => <Dispatch as QuantBackend>::quant_linear(x, packed, spec),
                 // With V = Wᵀ stored, x Wᵀ = x V: the product that the other form has as its
                 // gradient.
-                true => <Dispatch as Nf4Backend>::nf4_linear_backward(x, packed, spec),
+                true => <Dispatch as QuantBackend>::quant_linear_backward(x, packed, spec),
             };
             match bias {
                 Some(bias) => (Tensor::<2>::from_dispatch(y) + bias.unsqueeze()).into_dispatch(),
@@ -392,7 +392,7 @@ pub(in crate::op) fn linear_at<const D: usize>(
 /// Checks what goes into a linear map, and returns the type of the product and the packed weight.
 pub(in crate::op) fn checked_operands<const D: usize>(
     x: &Tensor<D>,
-    weight: &Nf4Weight,
+    weight: &BlockWeight,
     [out_features, in_features]: [usize; 2],
     bias: Option<&Tensor<1>>,
     branch: Option<&LowRank>,

@@ -21,5 +21,5 @@ pub(super) use linear::checked_operands;
 pub(crate) use linear::effective_weight;
 pub(super) use linear::linear_at;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
-pub use weight::Nf4Weight;
+pub use weight::BlockWeight;
 pub(crate) use weight::PACKED_CONTAINER;

@@ -1,7 +1,7 @@
 //! What a packed weight is.
 
 use crate::error::Nf4Error;
-use crate::format::{Nf4Tensor, PackedLayout, WeightForm, matrix_dims};
+use crate::format::{BlockTensor, PackedLayout, WeightForm, matrix_dims};
 
 /// A form that was checked, and its layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,7 +23,7 @@ impl WeightSpec {
     /// The image of a weight that decodes to zeros.
     pub fn zero_words(&self) -> Vec<u32> {
         let Self { form, layout } = self;
-        let mut words = Nf4Tensor::zeros(&form.stored_shape(), form.config, form.dtype)
+        let mut words = BlockTensor::zeros(&form.stored_shape(), form.config, form.dtype)
             .expect("the shape was checked")
             .to_packed();
         words[layout.header_start()..].copy_from_slice(&layout.form_header(form));

@@ -11,10 +11,10 @@ use std::ops::Range;
 use super::spec::WeightSpec;
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatType, Nf4Tensor, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
+    BlockTensor, FloatType, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
     matrix_dims,
 };
-use crate::op::base::{DequantizeSpec, Nf4Backend, QuantizeSpec};
+use crate::op::base::{DequantizeSpec, QuantBackend, QuantizeSpec};
 
 /// A quantized weight on a device.
 ///
@@ -24,12 +24,12 @@ use crate::op::base::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
-/// use burn_nf4::Nf4Weight;
+/// use burn_nf4::BlockWeight;
 /// use burn_nf4::format::{FloatType, QuantConfig};
 ///
 /// let device = Device::default();
 /// let dense = Tensor::<2>::random([256, 128], Distribution::Default, &device);
-/// let weight = Nf4Weight::quantize(dense, QuantConfig::default())?;
+/// let weight = BlockWeight::quantize(dense, QuantConfig::default())?;
 /// let back: Tensor<2> = weight.dequantize(FloatType::F32)?;
 /// assert_eq!(back.dims(), [256, 128]);
 /// assert!(weight.size_bytes() < 256 * 128);
@@ -41,15 +41,15 @@ use crate::op::base::{DequantizeSpec, Nf4Backend, QuantizeSpec};
 /// an error of [`try_load_record`](Module::try_load_record), and nothing has to be read back from the
 /// device to find it.
 #[derive(Debug, Clone)]
-pub struct Nf4Weight {
+pub struct BlockWeight {
     spec: WeightSpec,
     packed: Param<Tensor<1, Int>>,
 }
 
 /// What visitors and mappers are told that the packed tensor lies in.
-pub(crate) const PACKED_CONTAINER: &str = "Struct:Nf4Weight";
+pub(crate) const PACKED_CONTAINER: &str = "Struct:BlockWeight";
 
-impl Module for Nf4Weight {
+impl Module for BlockWeight {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         let name = self.spec.form.packed_name();
         visitor.enter_module(&name, PACKED_CONTAINER);
@@ -105,7 +105,7 @@ impl Module for Nf4Weight {
     }
 }
 
-impl ModuleDisplayDefault for Nf4Weight {
+impl ModuleDisplayDefault for BlockWeight {
     fn content(&self, content: Content) -> Option<Content> {
         let form = &self.spec.form;
         let text = format!("{:?}, {form}", form.shape);
@@ -113,11 +113,11 @@ impl ModuleDisplayDefault for Nf4Weight {
     }
 }
 
-impl ModuleDisplay for Nf4Weight {}
+impl ModuleDisplay for BlockWeight {}
 
-impl Nf4Weight {
+impl BlockWeight {
     /// Uploads a quantized tensor.
-    pub fn from_host(tensor: &Nf4Tensor, device: &Device) -> Self {
+    pub fn from_host(tensor: &BlockTensor, device: &Device) -> Self {
         let form = WeightForm {
             shape: tensor.shape().to_vec(),
             dtype: tensor.dtype(),
@@ -150,12 +150,12 @@ impl Nf4Weight {
     /// # Errors
     /// [`Nf4Error::Header`] if a module mapper has put the tensor of another weight into this one, and
     /// [`Nf4Error::Length`] or [`Nf4Error::Dtype`] if it is of another kind.
-    pub fn to_host(&self) -> Result<Nf4Tensor, Nf4Error> {
+    pub fn to_host(&self) -> Result<BlockTensor, Nf4Error> {
         let data = self.checked_packed()?.into_data();
         let words: &[u32] = bytemuck::cast_slice(data.as_bytes());
         let WeightSpec { form, layout } = &self.spec;
         check_header_words(&layout.form_header(form), &words[layout.header_start()..])?;
-        Nf4Tensor::from_image(words, layout, &form.stored_shape(), form.dtype)
+        BlockTensor::from_image(words, layout, &form.stored_shape(), form.dtype)
     }
 
     /// A weight of zeros, to load a record into. Its memory is taken when it is first used.
@@ -224,7 +224,7 @@ impl Nf4Weight {
         })?;
         #[cfg(feature = "flex")]
         crate::op::backends::flex::check_finite(&weight)?;
-        let packed = <Dispatch as Nf4Backend>::nf4_quantize(
+        let packed = <Dispatch as QuantBackend>::quant_quantize(
             weight.into_dispatch(),
             QuantizeSpec {
                 layout: spec.layout,
@@ -369,7 +369,7 @@ impl Nf4Weight {
             start,
             dtype,
         };
-        let out = <Dispatch as Nf4Backend>::nf4_dequantize(packed.into_dispatch(), spec);
+        let out = <Dispatch as QuantBackend>::quant_dequantize(packed.into_dispatch(), spec);
         Ok(Tensor::<2>::from_dispatch(out).reshape(Shape::from(shape.to_vec())))
     }
 

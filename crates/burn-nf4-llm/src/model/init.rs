@@ -5,7 +5,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
-use burn_nf4::nn::{AnyLinear, Nf4Linear, QLoraLinearConfig};
+use burn_nf4::nn::{AnyLinear, QLoraLinearConfig, QuantLinear};
 
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
@@ -223,7 +223,7 @@ pub fn random_by_layers(
         if name.ends_with(ROUTER) {
             return Ok(dense.into());
         }
-        let packed = AnyLinear::Nf4(Nf4Linear::quantize(dense, QuantConfig::default())?);
+        let packed = AnyLinear::Nf4(QuantLinear::quantize(dense, QuantConfig::default())?);
         match rank {
             Some(rank) => packed.with_lora(&QLoraLinearConfig::new(rank), device),
             None => Ok(packed),

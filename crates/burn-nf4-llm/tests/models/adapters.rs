@@ -153,8 +153,10 @@ fn base_in(in_4bit: bool, device: &Device) -> (Decoder, DecoderConfig) {
     let (model, config) = open_folder(folder.path(), None, device);
     let model = model.try_map_linears(|_, layer| match layer {
         AnyLinear::Dense(layer) if in_4bit => {
-            let quantized =
-                burn_nf4::nn::Nf4Linear::quantize(layer, burn_nf4::format::QuantConfig::default());
+            let quantized = burn_nf4::nn::QuantLinear::quantize(
+                layer,
+                burn_nf4::format::QuantConfig::default(),
+            );
             Ok(AnyLinear::Nf4(quantized?))
         }
         other => Ok(other),

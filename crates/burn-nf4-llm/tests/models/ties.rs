@@ -6,7 +6,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use burn_nf4::checkpoint::{CheckpointStore, SafetensorsFile};
-use burn_nf4::format::{FloatType, Nf4Tensor, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::{Nf4Error, TensorMisfit};
 use burn_nf4_llm::error::ModelError;
@@ -131,7 +131,7 @@ fn pack(tensors: &mut Tensors, key: &str) {
         .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
         .collect();
     let shape = tensors[key].shape.clone();
-    let packed = Nf4Tensor::quantize(&values, &shape, QuantConfig::default()).unwrap();
+    let packed = BlockTensor::quantize(&values, &shape, QuantConfig::default()).unwrap();
     tensors.remove(key);
     tensors.extend(stored::weight(key, &packed));
 }

@@ -19,13 +19,13 @@ use crate::launch::{
 #[cfg(feature = "cublaslt")]
 use crate::op::base::DenseSpec;
 use crate::op::base::{
-    DequantizeSpec, EmbeddingSpec, LoraSpec, MatmulSpec, MatmulStrategy, Nf4Backend, QuantizeSpec,
-    debug_check,
+    DequantizeSpec, EmbeddingSpec, LoraSpec, MatmulSpec, MatmulStrategy, QuantBackend,
+    QuantizeSpec, debug_check,
 };
 use crate::op::reproducible::is_reproducible;
 
-impl Nf4Backend for CubeBackend {
-    fn nf4_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
+impl QuantBackend for CubeBackend {
+    fn quant_quantize(weight: FloatTensor<Self>, spec: QuantizeSpec) -> IntTensor<Self> {
         let weight = into_contiguous(weight);
         let packed = launch::quantize(
             &weight.client,
@@ -44,7 +44,7 @@ impl Nf4Backend for CubeBackend {
         )
     }
 
-    fn nf4_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
+    fn quant_dequantize(packed: IntTensor<Self>, spec: DequantizeSpec) -> FloatTensor<Self> {
         debug_check(&packed, &spec.layout);
         let packed = into_contiguous(packed);
         let end = spec.start.checked_add(spec.elems());
@@ -63,7 +63,7 @@ impl Nf4Backend for CubeBackend {
         )
     }
 
-    fn nf4_embedding(
+    fn quant_embedding(
         ids: IntTensor<Self>,
         packed: IntTensor<Self>,
         spec: EmbeddingSpec,
@@ -92,7 +92,7 @@ impl Nf4Backend for CubeBackend {
         )
     }
 
-    fn nf4_matmul(
+    fn quant_matmul(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         spec: MatmulSpec,
@@ -100,7 +100,7 @@ impl Nf4Backend for CubeBackend {
         matmul(x, packed, None, None, spec)
     }
 
-    fn nf4_matmul_bias(
+    fn quant_matmul_bias(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,
@@ -109,7 +109,7 @@ impl Nf4Backend for CubeBackend {
         matmul(x, packed, Some(bias), None, spec)
     }
 
-    fn nf4_matmul_lora(
+    fn quant_matmul_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         a: FloatTensor<Self>,
@@ -120,7 +120,7 @@ impl Nf4Backend for CubeBackend {
         matmul(x, packed, None, Some(lora), spec.matmul)
     }
 
-    fn nf4_matmul_bias_lora(
+    fn quant_matmul_bias_lora(
         x: FloatTensor<Self>,
         packed: IntTensor<Self>,
         bias: FloatTensor<Self>,

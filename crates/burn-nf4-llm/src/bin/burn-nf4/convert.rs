@@ -163,7 +163,7 @@ pub struct Quantization {
     /// the embeddings stay as they are
     #[arg(long = "quantize-head", alias = "head")]
     head: bool,
-    /// Quantize the embeddings of tokens too, and a head that is tied to them. For Nf4Embedding of the
+    /// Quantize the embeddings of tokens too, and a head that is tied to them. For QuantEmbedding of the
     /// library alone: neither generate, chat and finetune nor transformers load those
     #[arg(long)]
     embeddings: bool,
