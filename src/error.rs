@@ -14,6 +14,7 @@ use burn::tensor::Device;
 #[cfg(feature = "checkpoint")]
 use safetensors::SafeTensorError;
 
+use crate::format::ScaleType;
 use text::{found_instead, lines, misfits, tensors_do};
 
 /// Everything that can go wrong with a caller's input.
@@ -24,13 +25,25 @@ use text::{found_instead, lines, misfits, tensors_do};
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Nf4Error {
-    /// The block size is not one that bitsandbytes knows.
+    /// The block size is not one that the format has.
     #[error("`{tensor}`: block size {given} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096")]
     BlockSize {
         /// The tensor concerned.
         tensor: String,
         /// The size given, in elements.
         given: u64,
+    },
+    /// A shape that a format of blocks does not have.
+    #[error("`{tensor}` has shape {shape:?}, expected {expected}, as {format} is quantized")]
+    Blocks {
+        /// The tensor concerned.
+        tensor: String,
+        /// The name of the format.
+        format: &'static str,
+        /// The shape given.
+        shape: Vec<usize>,
+        /// The shapes that the format has.
+        expected: String,
     },
     /// A buffer holds another number of elements than its shape and block size ask for.
     #[error("`{tensor}` holds {given} elements, expected {expected}")]
@@ -41,6 +54,16 @@ pub enum Nf4Error {
         expected: usize,
         /// Elements given.
         given: usize,
+    },
+    /// Scales of another kind than the format has.
+    #[error("`{tensor}` has scales of another kind than {format}, expected {expected:?}")]
+    Scales {
+        /// The tensor concerned.
+        tensor: String,
+        /// The name of the format.
+        format: &'static str,
+        /// The kind of scales that the format has.
+        expected: ScaleType,
     },
     /// A buffer on a device that begins where a kernel cannot load whole vectors.
     #[error("`{tensor}` begins at byte {given} of its memory, expected a multiple of {expected}")]

@@ -6,28 +6,8 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::error::Nf4Error;
+pub(crate) use crate::format::with_float_type;
 use crate::format::{FloatElement, FloatType};
-
-/// Evaluates an expression with `$T` as the Rust type of a [`FloatType`].
-macro_rules! with_float_type {
-    ($float_type:expr, $T:ident => $body:expr) => {
-        match $float_type {
-            $crate::format::FloatType::F16 => {
-                type $T = half::f16;
-                $body
-            }
-            $crate::format::FloatType::BF16 => {
-                type $T = half::bf16;
-                $body
-            }
-            $crate::format::FloatType::F32 => {
-                type $T = f32;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_float_type;
 
 /// Fewer elements than this are cast by one thread.
 const TASK_ELEMS: usize = 1 << 16;

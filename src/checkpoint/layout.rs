@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::elements::le_bytes;
 use super::quant_state::QuantState;
 use crate::error::Nf4Error;
-use crate::format::{Floats, QuantType, ScaleParts, WeightParts};
+use crate::format::{FP4_CODEBOOK, Floats, QuantType, ScaleParts, WeightParts};
 
 /// A tensor to be written; its bytes are little-endian.
 #[derive(Debug, Clone)]
@@ -82,6 +82,7 @@ pub(super) fn tensors<'a>(
         bytes: codes.into(),
     }];
     match weight.scales {
+        ScaleParts::Coded { .. } => unreachable!("bitsandbytes has no such scales"),
         ScaleParts::Flat(scales) => tensors.push(NewTensor::floats(part("absmax"), scales)),
         ScaleParts::Nested {
             codes, absmax, map, ..
@@ -93,7 +94,7 @@ pub(super) fn tensors<'a>(
         }
     }
     let codebook = stored_codebook(weight.config.quant_type);
-    let codebook = Floats::Values(codebook.as_slice());
+    let codebook = Floats::Values(codebook);
     tensors.push(NewTensor::floats(part("quant_map"), codebook));
     let state = QuantState::of_parts(&weight);
     let key = part(&format!(
@@ -105,14 +106,14 @@ pub(super) fn tensors<'a>(
 }
 
 /// The codebook as bitsandbytes stores it: FP4's second zero has no sign there.
-fn stored_codebook(quant_type: QuantType) -> &'static [f32; 16] {
+fn stored_codebook(quant_type: QuantType) -> &'static [f32] {
     const FP4: [f32; 16] = {
-        let mut table = *QuantType::Fp4.codebook();
+        let mut table = FP4_CODEBOOK;
         table[8] = 0.0;
         table
     };
     match quant_type {
-        QuantType::Nf4 => quant_type.codebook(),
         QuantType::Fp4 => &FP4,
+        _ => quant_type.codebook(),
     }
 }

@@ -127,7 +127,7 @@ impl QuantState {
             dtype: weight.dtype,
             shape: weight.shape.to_vec(),
             nested: match weight.scales {
-                ScaleParts::Flat(_) => None,
+                ScaleParts::Flat(_) | ScaleParts::Coded { .. } => None,
                 ScaleParts::Nested {
                     block_size, offset, ..
                 } => Some(NestedState { block_size, offset }),

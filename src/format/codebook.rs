@@ -3,6 +3,8 @@
 //! Values: bitsandbytes 0.50.2, as stored in the `quant_map` and `nested_quant_map` tensors of
 //! its checkpoints; NF4 itself is from QLoRA (Dettmers et al., arXiv 2305.14314, appendix E).
 
+use super::float8;
+
 /// The sixteen NF4 levels by code, as in bitsandbytes' `quant_map`.
 pub const NF4_CODEBOOK: [f32; 16] = [
     -1.0,
@@ -45,6 +47,18 @@ pub const FP4_CODEBOOK: [f32; 16] = [
     -0.16666667,
     -0.25,
 ];
+
+/// The sixteen values of E2M1 by code: bit 3 is the sign, so there is a -0.
+///
+/// Source: OCP Microscaling Formats (MX) specification 1.0, section 5.3.3.
+pub const E2M1_CODEBOOK: [f32; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
+
+/// The 256 values of E4M3 by code, the variant without infinities ("E4M3FN"): 0x7f and 0xff are NaN.
+///
+/// Source: OCP 8-bit Floating Point Specification (OFP8) 1.0.
+pub const E4M3_CODEBOOK: [f32; 256] = float8::e4m3_table();
 
 /// A normalised value takes the NF4 code that counts the thresholds strictly below it.
 ///

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::description::BlockShape;
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 
 /// How the name of a packed tensor begins in the paths of a module.
@@ -62,7 +63,12 @@ impl WeightForm {
         let block_size = |elems: &str| BlockSize::try_from(elems.parse::<usize>().ok()?).ok();
         let form = Self {
             config: QuantConfig {
-                quant_type: QuantType::from_name(next()?, PACKED).ok()?,
+                quant_type: {
+                    let name = next()?;
+                    QuantType::ALL
+                        .into_iter()
+                        .find(|kind| kind.name() == name)?
+                },
                 block_size: block_size(next()?)?,
                 nested_block_size: match next()? {
                     "0" => None,
@@ -83,14 +89,14 @@ impl WeightForm {
 /// Everything but the shape.
 impl fmt::Display for WeightForm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let QuantConfig {
-            quant_type,
-            block_size,
-            nested_block_size,
-        } = self.config;
-        write!(f, "{} of {}", quant_type.name(), self.dtype.name())?;
-        write!(f, " in blocks of {}", block_size.elems())?;
-        if let Some(nested) = nested_block_size {
+        let config = self.config;
+        write!(f, "{} of {}", config.quant_type.name(), self.dtype.name())?;
+        match config.format().block {
+            BlockShape::Flat(size) | BlockShape::Row(size) => write!(f, " in blocks of {size}")?,
+            BlockShape::Tile(high, wide) => write!(f, " in blocks of {high} by {wide}")?,
+            BlockShape::WholeRow => write!(f, " with a scale a row")?,
+        }
+        if let Some(nested) = config.nested_block_size {
             write!(f, ", scales in blocks of {}", nested.elems())?;
         }
         if self.transposed {

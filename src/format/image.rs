@@ -1,16 +1,17 @@
 //! A quantized tensor as a device image, and back.
 
 use super::check::check_len;
+use super::description::{NibbleOrder, ScaleType, TensorScale};
 use super::packed::PackedLayout;
-use super::parts::{Floats, ScaleParts, WeightParts};
+use super::parts::{Floats, ScaleParts, WeightParts, swap_nibbles};
 use super::spec::{FloatType, QuantConfig};
-use super::tensor::{Absmax, BlockTensor, NestedAbsmax};
+use super::tensor::{Absmax, BlockTensor, CodedScales, NestedAbsmax};
 use crate::error::Nf4Error;
 
 impl BlockTensor {
     /// The layout of this tensor's device image.
     pub fn packed_layout(&self) -> PackedLayout {
-        PackedLayout::new(self.elems(), self.config())
+        PackedLayout::for_shape(self.shape(), self.config()).expect("a tensor is consistent")
     }
 
     /// The device image: `packed_layout().words()` words.
@@ -44,11 +45,19 @@ impl BlockTensor {
         dtype: FloatType,
     ) -> Result<Self, Nf4Error> {
         let (elems, config) = (layout.elems(), layout.config());
-        let codes = take_bytes(words, elems.div_ceil(2));
+        let code_bytes = config.quant_type.code_bytes(elems);
+        let codes = match config.quant_type.nibbles() {
+            Some(NibbleOrder::LowFirst) => take_bytes(&stored_codes(words, layout), code_bytes),
+            _ => take_bytes(words, code_bytes),
+        };
         let scales = &words[layout.scales_start()..];
-        let absmax = match config.nested_block_size {
-            None => Absmax::Flat(take_floats(scales, layout.blocks())),
-            Some(block_size) => {
+        let absmax = match config.scale_type() {
+            ScaleType::F32 => Absmax::Flat(take_floats(scales, layout.blocks())),
+            ScaleType::E4m3 | ScaleType::E8m0 => Absmax::Coded(CodedScales {
+                codes: take_bytes(scales, layout.blocks()),
+                tensor_scale: tensor_scale(words, layout),
+            }),
+            ScaleType::Nested(block_size) => {
                 let mut map = Box::new([0.0; PackedLayout::NESTED_MAP_WORDS]);
                 let stored = &words[layout.nested_map_start()..];
                 map.copy_from_slice(&take_floats(stored, PackedLayout::NESTED_MAP_WORDS));
@@ -80,7 +89,7 @@ impl BlockTensor {
 #[derive(Debug)]
 pub(crate) struct PackedImage {
     words: Vec<u32>,
-    /// The words with their bytes in the order of files, where that is not the processor's.
+    /// The words with their bytes and codes in the order of files, where that is another.
     swapped: Vec<u32>,
     layout: PackedLayout,
     shape: Vec<usize>,
@@ -90,10 +99,19 @@ pub(crate) struct PackedImage {
 impl PackedImage {
     /// `words` are an image of this layout, which is the shape's.
     pub fn new(words: Vec<u32>, layout: PackedLayout, shape: &[usize], dtype: FloatType) -> Self {
-        let swapped = match cfg!(target_endian = "big") {
-            true => words.iter().map(|word| word.swap_bytes()).collect(),
-            false => Vec::new(),
-        };
+        let low_first = layout.config().quant_type.nibbles() == Some(NibbleOrder::LowFirst);
+        let mut swapped = Vec::new();
+        if cfg!(target_endian = "big") || low_first {
+            swapped = words[..layout.codebook_start()].to_vec();
+        }
+        if low_first {
+            swap_nibbles(&mut swapped[..layout.scales_start()]);
+        }
+        if cfg!(target_endian = "big") {
+            swapped
+                .iter_mut()
+                .for_each(|word| *word = word.swap_bytes());
+        }
         Self {
             words,
             swapped,
@@ -105,7 +123,7 @@ impl PackedImage {
 
     /// The image of checked parts.
     pub fn of(parts: &WeightParts<'_>) -> Self {
-        let layout = PackedLayout::new(parts.shape.iter().product(), parts.config);
+        let layout = PackedLayout::for_shape(parts.shape, parts.config).expect("checked parts");
         Self::new(parts.to_packed(&layout), layout, parts.shape, parts.dtype)
     }
 
@@ -132,21 +150,25 @@ impl PackedImage {
     /// The parts, where they lie.
     pub fn parts(&self) -> WeightParts<'_> {
         let (layout, config) = (&self.layout, self.layout.config());
-        let stored = match cfg!(target_endian = "big") {
-            true => &self.swapped,
-            false => &self.words,
+        let stored = match self.swapped.is_empty() {
+            false => &self.swapped,
+            true => &self.words,
         };
         let bytes =
             |start: usize, len: usize| -> &[u8] { &bytemuck::cast_slice(&stored[start..])[..len] };
         let floats = |start: usize, len: usize| -> &[f32] {
             bytemuck::cast_slice(&self.words[start..start + len])
         };
-        let scales = match config.nested_block_size {
-            None => ScaleParts::Flat(Floats::Values(floats(
+        let scales = match config.scale_type() {
+            ScaleType::F32 => ScaleParts::Flat(Floats::Values(floats(
                 layout.scales_start(),
                 layout.blocks(),
             ))),
-            Some(block_size) => ScaleParts::Nested {
+            ScaleType::E4m3 | ScaleType::E8m0 => ScaleParts::Coded {
+                codes: bytes(layout.scales_start(), layout.blocks()),
+                tensor_scale: tensor_scale(&self.words, layout),
+            },
+            ScaleType::Nested(block_size) => ScaleParts::Nested {
                 codes: bytes(layout.scales_start(), layout.blocks()),
                 absmax: Floats::Values(floats(
                     layout.nested_scales_start(),
@@ -160,13 +182,26 @@ impl PackedImage {
             },
         };
         WeightParts {
-            codes: bytes(0, layout.elems().div_ceil(2)),
+            codes: bytes(0, config.quant_type.code_bytes(layout.elems())),
             scales,
             shape: &self.shape,
             dtype: self.dtype,
             config,
         }
     }
+}
+
+/// The words of codes, those of a byte in the order of files that have the low nibble first.
+fn stored_codes(words: &[u32], layout: &PackedLayout) -> Vec<u32> {
+    let mut codes = words[..layout.scales_start()].to_vec();
+    swap_nibbles(&mut codes);
+    codes
+}
+
+/// The scale of the tensor in an image of a format that may have one.
+fn tensor_scale(words: &[u32], layout: &PackedLayout) -> TensorScale {
+    let at = layout.nested_offset_start();
+    TensorScale::of_words([words[at], words[at + 1]])
 }
 
 fn take_bytes(words: &[u32], len: usize) -> Vec<u8> {

@@ -25,8 +25,11 @@
 //!   be flushed, so on drivers other than llvmpipe a weight within an ulp of a threshold can get the
 //!   neighbouring code when it is quantized there. Decoding uses products, sums and a cast alone.
 
+mod blocks;
 mod check;
 mod codebook;
+mod description;
+mod float8;
 mod form;
 #[cfg_attr(
     not(feature = "checkpoint"),
@@ -48,8 +51,11 @@ mod tensor;
 pub(crate) use check::checked_elems;
 pub(crate) use check::{check_finite, check_len, check_shape, matrix_dims};
 pub use codebook::{
-    DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS,
+    DYNAMIC_MAP, E2M1_CODEBOOK, E4M3_CODEBOOK, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS,
+    NF4_CODEBOOK, NF4_THRESHOLDS,
 };
+pub use description::{BlockFormat, BlockShape, NibbleOrder, ScaleType, TensorScale};
+pub use float8::{e2m1_code, e4m3_code, e8m0_value};
 pub use form::WeightForm;
 #[cfg(feature = "checkpoint")]
 pub(crate) use image::PackedImage;
@@ -59,5 +65,6 @@ pub use packed::{HEADER_WORDS, PackedLayout};
 pub(crate) use parts::{Floats, ScaleParts, WeightParts, stored_floats};
 pub use reciprocal::{RECIPROCAL_STEPS, reciprocal};
 pub use reference::{SumF32x2, fp4_code, nested_code, nf4_cells, nf4_code, normalizer};
+pub(crate) use spec::with_float_type;
 pub use spec::{BlockSize, FloatElement, FloatType, QuantConfig, QuantType};
-pub use tensor::{Absmax, BlockTensor, NestedAbsmax};
+pub use tensor::{Absmax, BlockTensor, CodedScales, NestedAbsmax};

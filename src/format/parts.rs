@@ -1,6 +1,7 @@
 //! The parts of a quantized weight, borrowed from wherever they lie.
 
 use super::check::{check_finite, check_len, checked_elems};
+use super::description::{NibbleOrder, TensorScale};
 use super::packed::PackedLayout;
 use super::spec::{BlockSize, FloatType, QuantConfig};
 use crate::error::Nf4Error;
@@ -8,12 +9,12 @@ use crate::error::Nf4Error;
 /// The parts of a weight, in an [`BlockTensor`](super::BlockTensor) or in a file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WeightParts<'a> {
-    /// Two codes a byte.
+    /// One code a byte, or two in the order of the format's files.
     pub codes: &'a [u8],
     pub scales: ScaleParts<'a>,
     pub shape: &'a [usize],
     pub dtype: FloatType,
-    /// Agrees with `scales` in whether they are nested.
+    /// Agrees with `scales` in what they are.
     pub config: QuantConfig,
 }
 
@@ -27,6 +28,11 @@ pub(crate) enum ScaleParts<'a> {
         map: &'a [f32; 256],
         offset: f32,
         block_size: BlockSize,
+    },
+    /// 8-bit floats.
+    Coded {
+        codes: &'a [u8],
+        tensor_scale: TensorScale,
     },
 }
 
@@ -74,8 +80,9 @@ impl WeightParts<'_> {
     /// Those of [`BlockTensor::from_parts`](super::BlockTensor::from_parts).
     pub fn check(&self) -> Result<(), Nf4Error> {
         let elems = checked_elems("weight", self.shape)?;
-        check_len("weight", elems.div_ceil(2), self.codes.len())?;
-        let blocks = self.config.block_size.blocks(elems);
+        let code_bytes = self.config.quant_type.code_bytes(elems);
+        check_len("weight", code_bytes, self.codes.len())?;
+        let blocks = PackedLayout::for_shape(self.shape, self.config)?.blocks();
         match &self.scales {
             ScaleParts::Flat(scales) => check_len("absmax", blocks, scales.len()),
             ScaleParts::Nested {
@@ -90,6 +97,13 @@ impl WeightParts<'_> {
                 check_finite("nested_offset", [*offset])?;
                 check_finite("nested_quant_map", map.iter().copied())
             }
+            ScaleParts::Coded {
+                codes,
+                tensor_scale,
+            } => {
+                check_len("scales", blocks, codes.len())?;
+                tensor_scale.check(self.config)
+            }
         }
     }
 
@@ -97,6 +111,9 @@ impl WeightParts<'_> {
     pub fn to_packed(self, layout: &PackedLayout) -> Vec<u32> {
         let mut words = vec![0u32; layout.words()];
         put_bytes(&mut words, self.codes);
+        if self.config.quant_type.nibbles() == Some(NibbleOrder::LowFirst) {
+            swap_nibbles(&mut words[..layout.scales_start()]);
+        }
         match &self.scales {
             ScaleParts::Flat(scales) => put_floats(&mut words[layout.scales_start()..], *scales),
             ScaleParts::Nested {
@@ -117,14 +134,34 @@ impl WeightParts<'_> {
                 );
                 put_floats(&mut words[layout.nested_scales_start()..], *absmax);
             }
+            ScaleParts::Coded {
+                codes,
+                tensor_scale,
+            } => {
+                put_bytes(&mut words[layout.scales_start()..], codes);
+                let table = self.config.scale_type().table(*tensor_scale);
+                let table = table.expect("scales are 8-bit floats");
+                put_floats(
+                    &mut words[layout.nested_map_start()..],
+                    Floats::Values(table.as_slice()),
+                );
+                words[layout.nested_offset_start()..][..2].copy_from_slice(&tensor_scale.words());
+            }
         }
         let codebook = self.config.quant_type.codebook();
         put_floats(
             &mut words[layout.codebook_start()..],
-            Floats::Values(codebook.as_slice()),
+            Floats::Values(codebook),
         );
         words[layout.header_start()..].copy_from_slice(&layout.header(self.shape, self.dtype));
         words
+    }
+}
+
+/// Exchanges the two codes of each byte.
+pub(super) fn swap_nibbles(words: &mut [u32]) {
+    for word in words {
+        *word = (*word >> 4) & 0x0f0f_0f0f | (*word & 0x0f0f_0f0f) << 4;
     }
 }
 

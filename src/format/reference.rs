@@ -10,7 +10,12 @@
 //! Rust never contracts `a * b + c`, so plain expressions do here.
 
 use super::check::{check_finite, check_len, checked_elems};
-use super::codebook::{DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS};
+use super::codebook::{
+    DYNAMIC_MAP, E4M3_CODEBOOK, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS,
+};
+use super::description::ScaleType;
+use super::float8::{e2m1_code, e4m3_code, e8m0_value};
+use super::packed::PackedLayout;
 use super::reciprocal::reciprocal;
 use super::spec::{BlockSize, FloatElement, QuantConfig, QuantType};
 use super::tensor::{Absmax, BlockTensor, NestedAbsmax};
@@ -65,7 +70,7 @@ impl NestedAbsmax {
 impl BlockTensor {
     /// Quantizes a row-major weight.
     ///
-    /// The result is bitsandbytes' (CUDA) to the bit, with these exceptions. An all-zero block gets
+    /// For NF4 and FP4 the result is bitsandbytes' (CUDA) to the bit, with these exceptions. An all-zero block gets
     /// the code of zero and so decodes to exact zeros, where bitsandbytes' kernel divides by zero;
     /// as there, a block whose absmax is subnormal counts as all-zero, and one whose absmax is above
     /// 2^126 (8.5e37) decodes to zeros, as its reciprocal is flushed to zero. The offset of the nested
@@ -73,12 +78,16 @@ impl BlockTensor {
     /// fall on a threshold to within an ulp can get the neighbouring code, see
     /// [`reciprocal`](super::reciprocal()).
     ///
+    /// NVFP4 and MXFP4 are quantized as by compressed-tensors, the scale of the tensor being one that
+    /// divides; FP8 so that the largest magnitude of a tile or row becomes 448, and with a scale of 1
+    /// where all are zero.
+    ///
     /// # Shapes
     /// - `weight`: as many elements as the product of `shape`
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::Length`] if `weight` does
-    /// not fill it, [`Nf4Error::NonFinite`] at the first NaN or infinite weight.
+    /// What [`PackedLayout::for_shape`] returns, [`Nf4Error::Length`] if `weight` does
+    /// not fill the shape, [`Nf4Error::NonFinite`] at the first NaN or infinite weight.
     pub fn quantize<T: FloatElement>(
         weight: &[T],
         shape: &[usize],
@@ -87,6 +96,10 @@ impl BlockTensor {
         let elems = checked_elems("weight", shape)?;
         check_len("weight", elems, weight.len())?;
         check_finite("weight", weight.iter().map(|w| w.to_f32()))?;
+        let layout = PackedLayout::for_shape(shape, config)?;
+        if !config.quant_type.is_bitsandbytes() {
+            return Self::quantize_blocks(weight, shape, &layout);
+        }
 
         let quant_type = config.quant_type;
         let mut codes = vec![0u8; elems.div_ceil(2)];
@@ -129,6 +142,13 @@ impl BlockTensor {
         match self.absmax() {
             Absmax::Flat(scales) => scales[block],
             Absmax::Nested(nested) => nested.scale(block),
+            Absmax::Coded(scales) => {
+                let code = scales.codes[block];
+                scales.tensor_scale.apply(match self.config().scale_type() {
+                    ScaleType::E8m0 => e8m0_value(code),
+                    _ => E4M3_CODEBOOK[code as usize],
+                })
+            }
         }
     }
 
@@ -143,9 +163,10 @@ impl BlockTensor {
     /// If the range leaves the weight.
     pub fn dequantize_range<T: FloatElement>(&self, start: usize, len: usize) -> Vec<T> {
         let codebook = self.quant_type().codebook();
+        let layout = self.packed_layout();
         (start..start + len)
             .map(|index| {
-                let scale = self.scale(index >> self.block_size().log2());
+                let scale = self.scale(layout.scale_of_run(index >> layout.run_log2()));
                 T::from_f32(codebook[self.code(index) as usize] * scale)
             })
             .collect()
@@ -153,11 +174,14 @@ impl BlockTensor {
 }
 
 impl QuantType {
-    /// The code of a normalised value, from -1 to 1.
+    /// The code of a value that was divided by its block's scale: of NF4 and FP4 from -1 to 1, of
+    /// E2M1 from -6 to 6, of E4M3 from -448 to 448.
     pub fn code(self, normalized: f32) -> u8 {
         match self {
             Self::Nf4 => nf4_code(normalized),
             Self::Fp4 => fp4_code(normalized),
+            Self::Nvfp4 | Self::Mxfp4 => e2m1_code(normalized),
+            Self::Fp8Block | Self::Fp8Channel => e4m3_code(normalized),
         }
     }
 }

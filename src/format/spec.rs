@@ -2,10 +2,11 @@
 
 use half::{bf16, f16};
 
-use super::codebook::{FP4_CODEBOOK, NF4_CODEBOOK};
+use super::codebook::{E2M1_CODEBOOK, E4M3_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK};
 use crate::error::Nf4Error;
 
-/// The 4-bit data type of the codes.
+/// The data type of the codes, with the kind of scales that belongs to it; see
+/// [`BlockFormat`](super::BlockFormat) for what each means.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
 )]
@@ -14,24 +15,72 @@ pub enum QuantType {
     /// 4-bit NormalFloat: the quantiles of a normal distribution.
     #[default]
     Nf4,
-    /// 4-bit float with two exponent bits and one mantissa bit.
+    /// bitsandbytes' 4-bit float.
     Fp4,
+    /// NVIDIA's: E2M1 in blocks of 16, scales in E4M3, and an f32 scale of the whole tensor.
+    Nvfp4,
+    /// OCP's microscaling format: E2M1 in blocks of 32, scales that are powers of two.
+    Mxfp4,
+    /// 8-bit E4M3 with an f32 scale for each tile of 128 by 128, as DeepSeek's models have it.
+    Fp8Block,
+    /// 8-bit E4M3 with an f32 scale for each row ("channel").
+    Fp8Channel,
 }
 
 impl QuantType {
-    /// The name used in `quant_state`: `nf4` or `fp4`.
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Nf4,
+        Self::Fp4,
+        Self::Nvfp4,
+        Self::Mxfp4,
+        Self::Fp8Block,
+        Self::Fp8Channel,
+    ];
+
+    /// `nf4` or `fp4`, as in `quant_state`; `nvfp4`, `mxfp4`, `fp8block` or `fp8channel`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nf4 => "nf4",
             Self::Fp4 => "fp4",
+            Self::Nvfp4 => "nvfp4",
+            Self::Mxfp4 => "mxfp4",
+            Self::Fp8Block => "fp8block",
+            Self::Fp8Channel => "fp8channel",
         }
     }
 
-    /// The sixteen values by code, each to be multiplied by its block's scale.
-    pub const fn codebook(self) -> &'static [f32; 16] {
+    /// Whether bitsandbytes has it, so that the block size can be chosen and scales can be quantized
+    /// to 8 bit.
+    pub const fn is_bitsandbytes(self) -> bool {
+        matches!(self, Self::Nf4 | Self::Fp4)
+    }
+
+    /// Bits of a code, 4 or 8.
+    pub const fn bits(self) -> usize {
+        match self {
+            Self::Nf4 | Self::Fp4 | Self::Nvfp4 | Self::Mxfp4 => 4,
+            Self::Fp8Block | Self::Fp8Channel => 8,
+        }
+    }
+
+    /// Codes in a word of 32 bits.
+    pub const fn codes_a_word(self) -> usize {
+        32 / self.bits()
+    }
+
+    /// Bytes of so many codes.
+    pub const fn code_bytes(self, elems: usize) -> usize {
+        elems.div_ceil(8 / self.bits())
+    }
+
+    /// The values by code, 16 or 256, each to be multiplied by its block's scale.
+    pub const fn codebook(self) -> &'static [f32] {
         match self {
             Self::Nf4 => &NF4_CODEBOOK,
             Self::Fp4 => &FP4_CODEBOOK,
+            Self::Nvfp4 | Self::Mxfp4 => &E2M1_CODEBOOK,
+            Self::Fp8Block | Self::Fp8Channel => &E4M3_CODEBOOK,
         }
     }
 
@@ -39,7 +88,7 @@ impl QuantType {
     pub const fn zero_code(self) -> u8 {
         match self {
             Self::Nf4 => 7,
-            Self::Fp4 => 0,
+            _ => 0,
         }
     }
 
@@ -72,6 +121,12 @@ pub struct BlockSize {
 }
 
 impl BlockSize {
+    /// 16, what NVFP4 has; not among [`ALL`](Self::ALL).
+    pub const B16: Self = Self { log2: 4 };
+    /// 32, what MXFP4 has.
+    pub const B32: Self = Self { log2: 5 };
+    /// 128, the sides of a tile of FP8 weights.
+    pub const B128: Self = Self { log2: 7 };
     /// The sizes that bitsandbytes knows, ascending.
     pub const ALL: [Self; 8] = [
         Self { log2: 5 },
@@ -128,7 +183,11 @@ impl Default for BlockSize {
 impl TryFrom<usize> for BlockSize {
     type Error = Nf4Error;
 
+    /// One of [`ALL`](Self::ALL) or [`B16`](Self::B16).
     fn try_from(elems: usize) -> Result<Self, Nf4Error> {
+        if elems == Self::B16.elems() {
+            return Ok(Self::B16);
+        }
         Self::new(elems as u64, "weight")
     }
 }
@@ -141,12 +200,14 @@ impl From<BlockSize> for usize {
 
 /// How to quantize.
 ///
-/// The default is QLoRA's: NF4, blocks of 64, double quantization in blocks of 256.
+/// The default is QLoRA's: NF4, blocks of 64, double quantization in blocks of 256. The formats that
+/// are not bitsandbytes' have one configuration each, that of [`of`](Self::of).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct QuantConfig {
-    /// The 4-bit data type.
+    /// The data type of the codes.
     pub quant_type: QuantType,
-    /// Weights per scale.
+    /// Weights per scale along a row; of FP8 the side of a tile, and without meaning where a row has
+    /// one scale.
     pub block_size: BlockSize,
     /// Scales per nested scale where the scales are quantized to 8 bit too ("double quantization",
     /// `bnb_4bit_use_double_quant`), `None` where they stay f32.
@@ -170,6 +231,40 @@ impl QuantConfig {
             nested_block_size: None,
             ..Self::default()
         }
+    }
+
+    /// The configuration of a data type: for NF4 and FP4 blocks of 64 with double quantization.
+    pub const fn of(quant_type: QuantType) -> Self {
+        let (block_size, nested_block_size) = match quant_type {
+            QuantType::Nf4 | QuantType::Fp4 => (BlockSize::B64, Some(BlockSize::B256)),
+            QuantType::Nvfp4 => (BlockSize::B16, None),
+            QuantType::Mxfp4 => (BlockSize::B32, None),
+            QuantType::Fp8Block | QuantType::Fp8Channel => (BlockSize::B128, None),
+        };
+        Self {
+            quant_type,
+            block_size,
+            nested_block_size,
+        }
+    }
+
+    /// Checks that the settings go together.
+    ///
+    /// # Errors
+    /// [`Nf4Error::BlockSize`] for a size that the data type does not have; `tensor` is the name put
+    /// in the error.
+    pub fn check(&self, tensor: &str) -> Result<(), Nf4Error> {
+        let fits = match self.quant_type.is_bitsandbytes() {
+            true => self.block_size != BlockSize::B16,
+            false => *self == Self::of(self.quant_type),
+        };
+        if fits {
+            return Ok(());
+        }
+        Err(Nf4Error::BlockSize {
+            tensor: tensor.into(),
+            given: self.block_size.elems() as u64,
+        })
     }
 }
 
@@ -225,6 +320,27 @@ impl FloatType {
         }
     }
 }
+
+/// Evaluates an expression with `$T` as the Rust type of a [`FloatType`].
+macro_rules! with_float_type {
+    ($float_type:expr, $T:ident => $body:expr) => {
+        match $float_type {
+            $crate::format::FloatType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            $crate::format::FloatType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::format::FloatType::F32 => {
+                type $T = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_float_type;
 
 /// A Rust type for each [`FloatType`]: f16, bf16 and f32.
 ///

@@ -1,14 +1,16 @@
 //! The value type of a quantized tensor in host memory.
 
 use super::check::checked_elems;
+use super::description::{NibbleOrder, ScaleType, TensorScale};
+use super::packed::PackedLayout;
 use super::parts::{Floats, ScaleParts, WeightParts};
 use super::spec::{BlockSize, FloatType, QuantConfig, QuantType};
 use crate::error::Nf4Error;
 
-/// A tensor in the bitsandbytes 4-bit format, owned by the host.
+/// A tensor in a format of codes and block scales, owned by the host.
 ///
 /// It holds exactly what a checkpoint holds: packed codes, scales, shape, block size, the dtype
-/// that was quantized and the 4-bit type. With double quantization and blocks of 64 that is about
+/// that was quantized and the data type of the codes. With double quantization and blocks of 64 that is about
 /// 0.516 byte per weight. A value of this type is always consistent: every constructor checks.
 ///
 /// ```
@@ -30,13 +32,24 @@ pub struct BlockTensor {
     quant_type: QuantType,
 }
 
-/// The scale of each block: the largest magnitude in it.
+/// The scale of each block: in bitsandbytes' formats the largest magnitude in it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Absmax {
     /// One f32 a block.
     Flat(Vec<f32>),
     /// One 8-bit code a block: double quantization.
     Nested(NestedAbsmax),
+    /// One 8-bit float a block, as NVFP4 and MXFP4 have it.
+    Coded(CodedScales),
+}
+
+/// Scales that are 8-bit floats, E4M3 of NVFP4 and E8M0 of MXFP4.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CodedScales {
+    /// One code a block of weights.
+    pub codes: Vec<u8>,
+    /// The scale of the tensor.
+    pub tensor_scale: TensorScale,
 }
 
 /// Scales that are quantized themselves.
@@ -62,15 +75,18 @@ impl BlockTensor {
     /// Puts a tensor together from its parts, as a checkpoint holds them.
     ///
     /// # Shapes
-    /// - `codes`: `ceil(n / 2)` bytes, element `2i` in the high nibble of byte `i`
-    /// - `absmax`: `ceil(n / block_size)` entries
+    /// - `codes`: `ceil(n / 2)` bytes, element `2i` in the nibble of byte `i` that the format has first;
+    ///   of 8-bit types `n` bytes
+    /// - `absmax`: a scale for each [block](super::BlockShape)
     ///
     /// with `n` the product of `shape`.
     ///
     /// # Errors
     /// [`Nf4Error::ElementCount`] for a shape without elements or with too many,
-    /// [`Nf4Error::Length`] where a part has another length than the shape asks for, and
-    /// [`Nf4Error::NonFinite`] for a NaN or infinite offset or map entry.
+    /// [`Nf4Error::Length`] where a part has another length than the shape asks for,
+    /// [`Nf4Error::NonFinite`] for a NaN or infinite offset, map entry or scale of the tensor,
+    /// [`Nf4Error::Scales`] for scales of another kind than the data type's, and what
+    /// [`PackedLayout::for_shape`] returns.
     pub fn from_parts(
         codes: Vec<u8>,
         absmax: Absmax,
@@ -87,6 +103,19 @@ impl BlockTensor {
             dtype,
             quant_type,
         };
+        let expected = tensor.config().scale_type();
+        let agrees = match &tensor.absmax {
+            Absmax::Flat(_) => expected == ScaleType::F32,
+            Absmax::Nested(_) => matches!(expected, ScaleType::Nested(_)),
+            Absmax::Coded(_) => matches!(expected, ScaleType::E4m3 | ScaleType::E8m0),
+        };
+        if !agrees {
+            return Err(Nf4Error::Scales {
+                tensor: "weight".into(),
+                format: quant_type.name(),
+                expected,
+            });
+        }
         tensor.parts().check()?;
         Ok(tensor)
     }
@@ -103,6 +132,10 @@ impl BlockTensor {
                     map: &nested.map,
                     offset: nested.offset,
                     block_size: nested.block_size,
+                },
+                Absmax::Coded(scales) => ScaleParts::Coded {
+                    codes: &scales.codes,
+                    tensor_scale: scales.tensor_scale,
                 },
             },
             shape: &self.shape,
@@ -129,6 +162,13 @@ impl BlockTensor {
                 offset: *offset,
                 block_size: *block_size,
             }),
+            ScaleParts::Coded {
+                codes,
+                tensor_scale,
+            } => Absmax::Coded(CodedScales {
+                codes: codes.to_vec(),
+                tensor_scale: *tensor_scale,
+            }),
         };
         Self::from_parts(
             parts.codes.to_vec(),
@@ -143,29 +183,46 @@ impl BlockTensor {
     /// A tensor that decodes to zeros.
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] if the shape has no elements or too many.
+    /// What [`PackedLayout::for_shape`] returns.
     pub fn zeros(shape: &[usize], config: QuantConfig, dtype: FloatType) -> Result<Self, Nf4Error> {
         let elems = checked_elems("weight", shape)?;
-        let blocks = config.block_size.blocks(elems);
-        let code = config.quant_type.zero_code();
+        let blocks = PackedLayout::for_shape(shape, config)?.blocks();
+        let quant_type = config.quant_type;
+        let code = match quant_type.bits() {
+            4 => quant_type.zero_code() << 4 | quant_type.zero_code(),
+            _ => quant_type.zero_code(),
+        };
         Ok(Self {
-            codes: vec![code << 4 | code; elems.div_ceil(2)],
-            absmax: match config.nested_block_size {
-                None => Absmax::Flat(vec![0.0; blocks]),
-                Some(block_size) => {
+            codes: vec![code; quant_type.code_bytes(elems)],
+            absmax: match config.scale_type() {
+                ScaleType::F32 => Absmax::Flat(vec![0.0; blocks]),
+                ScaleType::Nested(block_size) => {
                     Absmax::Nested(NestedAbsmax::quantize(&vec![0.0; blocks], block_size))
                 }
+                ScaleType::E4m3 | ScaleType::E8m0 => Absmax::Coded(CodedScales {
+                    codes: vec![0; blocks],
+                    tensor_scale: match config.format().has_tensor_scale {
+                        false => TensorScale::None,
+                        true => TensorScale::Multiplies(1.0),
+                    },
+                }),
             },
             shape: shape.to_vec(),
             block_size: config.block_size,
             dtype,
-            quant_type: config.quant_type,
+            quant_type,
         })
     }
 
-    /// The packed codes, two a byte, the first of a pair in the high nibble.
+    /// The packed codes, as in files: one a byte, or two in the [order](super::NibbleOrder) of the format.
     pub fn codes(&self) -> &[u8] {
         &self.codes
+    }
+
+    /// Exchanges the codes for as many others.
+    pub(super) fn set_codes(&mut self, codes: Vec<u8>) {
+        debug_assert_eq!(codes.len(), self.codes.len());
+        self.codes = codes;
     }
 
     /// The scales.
@@ -188,7 +245,7 @@ impl BlockTensor {
         self.dtype
     }
 
-    /// The 4-bit data type.
+    /// The data type of the codes.
     pub fn quant_type(&self) -> QuantType {
         self.quant_type
     }
@@ -200,7 +257,11 @@ impl BlockTensor {
 
     /// Number of blocks of weights.
     pub fn blocks(&self) -> usize {
-        self.block_size.blocks(self.elems())
+        match &self.absmax {
+            Absmax::Flat(scales) => scales.len(),
+            Absmax::Nested(nested) => nested.codes.len(),
+            Absmax::Coded(scales) => scales.codes.len(),
+        }
     }
 
     /// The settings that quantize a weight to this form.
@@ -209,7 +270,7 @@ impl BlockTensor {
             quant_type: self.quant_type,
             block_size: self.block_size,
             nested_block_size: match &self.absmax {
-                Absmax::Flat(_) => None,
+                Absmax::Flat(_) | Absmax::Coded(_) => None,
                 Absmax::Nested(nested) => Some(nested.block_size),
             },
         }
@@ -221,11 +282,12 @@ impl BlockTensor {
     /// If `index` is not below [`elems`](Self::elems).
     pub fn code(&self, index: usize) -> u8 {
         assert!(index < self.elems(), "weight {index} of {}", self.elems());
-        let byte = self.codes[index / 2];
-        if index.is_multiple_of(2) {
-            byte >> 4
-        } else {
-            byte & 15
+        let first = index.is_multiple_of(2);
+        match self.quant_type.nibbles() {
+            None => self.codes[index],
+            Some(NibbleOrder::HighFirst) if first => self.codes[index / 2] >> 4,
+            Some(NibbleOrder::LowFirst) if !first => self.codes[index / 2] >> 4,
+            Some(_) => self.codes[index / 2] & 15,
         }
     }
 
@@ -234,6 +296,7 @@ impl BlockTensor {
         let scales = match &self.absmax {
             Absmax::Flat(scales) => 4 * scales.len(),
             Absmax::Nested(nested) => nested.codes.len() + 4 * (nested.absmax.len() + 256 + 1),
+            Absmax::Coded(scales) => scales.codes.len() + 4,
         };
         self.codes.len() + scales
     }

@@ -6,12 +6,13 @@
 //! table is computed with the reference's own two roundings.
 
 use super::{Simd, TASK_ALIGN_ELEMS};
-use crate::format::{FloatElement, PackedLayout, QuantType};
+use crate::format::{E2M1_CODEBOOK, FloatElement, PackedLayout, ScaleType};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bytes;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -123,17 +124,21 @@ impl Task<'_> {
     /// `T` is `R` or f32.
     pub(super) fn decode<T: FloatElement, R: FloatElement>(&self, start: usize, out: &mut [T]) {
         let source = &self.source;
+        if source.has_bytes {
+            return bytes::decode::<T, R>(source, start, out);
+        }
         // The first word can be wanted in part; everything else works on whole words.
         let head = out.len().min(start.next_multiple_of(8) - start);
         let (first, rest) = out.split_at_mut(head);
         if !first.is_empty() {
-            let scale = source.scale(start >> source.block_size_log2);
+            let scale = source.scale(start >> source.run_log2);
             let table = portable::table::<T, R>(source.codebook, scale);
             portable::look_up(&table, source.codes[start / 8], start % 8, first);
         }
         let start = start + head;
-        // Streaming stores write 16 bytes at a multiple of 16.
-        let stream = self.stream && rest.as_ptr().addr().is_multiple_of(16);
+        // Streaming stores write 16 bytes at a multiple of 16, and what they write is not written again.
+        let stream =
+            self.stream && !source.has_half_groups() && rest.as_ptr().addr().is_multiple_of(16);
         // SAFETY: portable code needs no features; for the others `dequantize_with` checked that
         // the processor has them, and the alignment is checked above.
         unsafe {
@@ -164,8 +169,13 @@ impl Task<'_> {
 pub(super) struct Source<'a> {
     pub(super) codes: &'a [u32],
     pub(super) scales: Scales<'a>,
+    /// The levels of 4-bit codes.
     pub(super) codebook: &'static [f32; 16],
-    pub(super) block_size_log2: u32,
+    /// A code is a byte, of E4M3.
+    pub(super) has_bytes: bool,
+    /// Base-2 logarithm of [how many neighbours share a scale](PackedLayout::run_log2).
+    pub(super) run_log2: u32,
+    layout: PackedLayout,
 }
 
 pub(super) enum Scales<'a> {
@@ -177,36 +187,61 @@ pub(super) enum Scales<'a> {
         offset: f32,
         block_size_log2: u32,
     },
+    Coded {
+        codes: &'a [u32],
+        map: &'a [u32; 256],
+    },
+    /// One f32 for a tile or a row, not for each run.
+    Shared(&'a [u32]),
 }
 
 impl<'a> Source<'a> {
     pub(super) fn new(words: &'a [u32], layout: &PackedLayout) -> Self {
-        let scales = match layout.config().nested_block_size {
-            None => Scales::Flat(&words[layout.scales_start()..layout.codebook_start()]),
-            Some(block_size) => Scales::Nested {
-                codes: &words[layout.scales_start()..layout.codebook_start()],
-                map: words[layout.nested_map_start()..]
-                    .first_chunk()
-                    .expect("a layout has 256 words there"),
+        let config = layout.config();
+        let has_bytes = config.quant_type.bits() == 8;
+        let codes = &words[layout.scales_start()..layout.codebook_start()];
+        let map = || {
+            let map = words[layout.nested_map_start()..].first_chunk();
+            map.expect("a layout has 256 words there")
+        };
+        let scales = match config.scale_type() {
+            ScaleType::F32 if has_bytes => Scales::Shared(codes),
+            ScaleType::F32 => Scales::Flat(codes),
+            ScaleType::E4m3 | ScaleType::E8m0 => Scales::Coded { codes, map: map() },
+            ScaleType::Nested(block_size) => Scales::Nested {
+                codes,
+                map: map(),
                 absmax: &words[layout.nested_scales_start()..layout.header_start()],
                 offset: f32::from_bits(words[layout.nested_offset_start()]),
                 block_size_log2: block_size.log2(),
             },
         };
-        let quant_type: QuantType = layout.config().quant_type;
+        let codebook = config.quant_type.codebook().try_into();
         Self {
             codes: &words[..layout.scales_start()],
             scales,
-            codebook: quant_type.codebook(),
-            block_size_log2: layout.config().block_size.log2(),
+            codebook: codebook.unwrap_or(&E2M1_CODEBOOK),
+            has_bytes,
+            run_log2: layout.run_log2(),
+            layout: *layout,
         }
     }
 
-    /// The scale of block `block`.
+    /// Whether blocks are half as long as what is looked up at a time.
+    fn has_half_groups(&self) -> bool {
+        1 << self.run_log2 < GROUP
+    }
+
+    /// The scale of run `block`.
     #[inline(always)]
     fn scale(&self, block: usize) -> f32 {
         match self.scales {
             Scales::Flat(scales) => f32::from_bits(scales[block]),
+            Scales::Shared(scales) => f32::from_bits(scales[self.layout.scale_of_run(block)]),
+            Scales::Coded { codes, map } => {
+                let code = (codes[block / 4] >> (block % 4 * 8)) as u8;
+                f32::from_bits(map[code as usize])
+            }
             Scales::Nested {
                 codes,
                 map,
@@ -249,7 +284,14 @@ impl<'a> Source<'a> {
                         .map(|value| value * absmax + offset);
                 }
             }
-            Scales::Nested { .. } => {
+            Scales::Coded { codes, map } if first.is_multiple_of(4) => {
+                let words = &codes[first / 4..(first + blocks).div_ceil(4)];
+                for (word, four) in words.iter().zip(scales.as_chunks_mut().0) {
+                    let codes = word.to_le_bytes();
+                    *four = codes.map(|code| f32::from_bits(map[code as usize]));
+                }
+            }
+            Scales::Nested { .. } | Scales::Coded { .. } | Scales::Shared(_) => {
                 for (i, scale) in scales[..blocks].iter_mut().enumerate() {
                     *scale = self.scale(first + i);
                 }
@@ -307,7 +349,7 @@ unsafe fn decode<T: FloatElement, R: FloatElement, V: Vector>(
     out: &mut [T],
 ) {
     debug_assert!(out.is_empty() || start.is_multiple_of(8));
-    let block_elems = 1usize << source.block_size_log2;
+    let block_elems = 1usize << source.run_log2;
     let head = out.len().min(start.next_multiple_of(block_elems) - start);
     let (first, mut rest) = out.split_at_mut(head);
     if !first.is_empty() {
@@ -316,15 +358,19 @@ unsafe fn decode<T: FloatElement, R: FloatElement, V: Vector>(
         start += head;
     }
     while rest.len() >= block_elems {
-        let first_block = start >> source.block_size_log2;
-        let blocks = (BATCH - first_block % BATCH).min(rest.len() >> source.block_size_log2);
-        let (part, later) = rest.split_at_mut(blocks << source.block_size_log2);
+        let first_block = start >> source.run_log2;
+        let blocks = (BATCH - first_block % BATCH).min(rest.len() >> source.run_log2);
+        let (part, later) = rest.split_at_mut(blocks << source.run_log2);
         let codes = &source.codes[start / 8..][..part.len() / 8];
         let (scales, finite) = source.scales(first_block, blocks);
         let scales = &scales[..blocks];
         // SAFETY: as the caller vouches.
         unsafe {
             match (finite, block_elems) {
+                (true, 16) => decode_half_groups::<T, R, V>(source, scales, codes, part),
+                (false, 16) => {
+                    decode_half_groups::<T, R, portable::Portable>(source, scales, codes, part)
+                }
                 // Products may be NaN, which a table in registers is not made for.
                 (false, _) => {
                     decode_blocks::<T, R, portable::Portable, 1>(source, scales, codes, part)
@@ -353,7 +399,7 @@ unsafe fn decode_blocks<T: FloatElement, R: FloatElement, V: Vector, const GROUP
     codes: &[u32],
     out: &mut [T],
 ) {
-    let groups_per_block = (1usize << source.block_size_log2) / GROUP / GROUPS;
+    let groups_per_block = (1usize << source.run_log2) / GROUP / GROUPS;
     let codes = codes.as_chunks().0.as_chunks::<GROUPS>().0;
     let out = out.as_chunks_mut().0.as_chunks_mut::<GROUPS>().0;
     for ((&scale, codes), out) in scales
@@ -372,6 +418,43 @@ unsafe fn decode_blocks<T: FloatElement, R: FloatElement, V: Vector, const GROUP
     }
 }
 
+/// Decodes whole blocks of half a group: each group by the tables of both its blocks. The last block
+/// may be alone.
+///
+/// # Safety
+/// As [`decode_blocks`].
+#[inline(always)]
+unsafe fn decode_half_groups<T: FloatElement, R: FloatElement, V: Vector>(
+    source: &Source,
+    scales: &[f32],
+    codes: &[u32],
+    out: &mut [T],
+) {
+    const HALF: usize = GROUP / 2;
+    let (groups, last) = out.as_chunks_mut::<GROUP>();
+    let (group_codes, last_codes) = codes.as_chunks();
+    let (pairs, last_scale) = scales.as_chunks::<2>();
+    let mut second = [T::from_f32(0.0); GROUP];
+    for ((scales, codes), out) in pairs.iter().zip(group_codes).zip(groups) {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            V::look_up(
+                V::table::<T, R>(source.codebook, scales[1]),
+                codes,
+                &mut second,
+            );
+            V::look_up(V::table::<T, R>(source.codebook, scales[0]), codes, out);
+        }
+        out[HALF..].copy_from_slice(&second[HALF..]);
+    }
+    if let [scale] = last_scale {
+        let table = portable::table::<T, R>(source.codebook, *scale);
+        for (&word, out) in last_codes.iter().zip(last.chunks_mut(8)) {
+            portable::look_up(&table, word, 0, out);
+        }
+    }
+}
+
 /// Decodes a part of one block, from a multiple of 8 on.
 ///
 /// # Safety
@@ -382,7 +465,7 @@ unsafe fn decode_part<T: FloatElement, R: FloatElement, V: Vector>(
     start: usize,
     out: &mut [T],
 ) {
-    let scale = source.scale(start >> source.block_size_log2);
+    let scale = source.scale(start >> source.run_log2);
     let mut codes = &source.codes[start / 8..];
     let mut rest = out;
     if scale.is_finite() {

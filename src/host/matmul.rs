@@ -195,7 +195,8 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
         let fused = vectors
             && m <= FUSED_ROWS
             && k.is_multiple_of(HALF_CHUNK)
-            && decoder.source.block_size_log2 >= 6;
+            && !decoder.source.has_bytes
+            && decoder.source.run_log2 >= 6;
         // Elements of a lane of codes, from the low bits on: those of a half word, or of a word.
         let order: &[usize] = match E::FLOAT_TYPE {
             FloatType::BF16 => &[1, 0, 3, 2],
@@ -276,7 +277,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn scales<'s>(&'s self, first: usize, rows: usize, scales: &'s mut Vec<f32>) -> &'s [f32] {
         let source = &self.decoder.source;
-        let log2 = source.block_size_log2 - 6;
+        let log2 = source.run_log2 - 6;
         let (start, end) = (first * self.k / 64, (first + rows) * self.k / 64);
         if let (0, Scales::Flat(flat)) = (log2, &source.scales) {
             return bytemuck::cast_slice(&flat[start..end]);
@@ -305,7 +306,7 @@ impl<'a, T: FloatElement, E: Factor> Product<'a, T, E> {
     fn has_plain_scales(&self, row: usize) -> bool {
         let source = &self.decoder.source;
         let (start, end) = (row * self.k, (row + 1) * self.k);
-        let blocks = start >> source.block_size_log2..((end - 1) >> source.block_size_log2) + 1;
+        let blocks = start >> source.run_log2..((end - 1) >> source.run_log2) + 1;
         let mut all = true;
         for first in blocks.clone().step_by(BATCH) {
             let count = (blocks.end - first).min(BATCH);
@@ -325,8 +326,8 @@ type Rows<T, E> = unsafe fn(&Product<T, E>, usize, &mut [f32]);
 /// Whether all weights with these scales are rounded from finite numbers, and none is subnormal.
 #[inline(always)]
 fn are_plain(scales: &[f32]) -> bool {
-    // The smallest level but zero is above 2^-8.
-    const SMALLEST: u32 = 9 << 23;
+    // The smallest level but zero is 2^-9.
+    const SMALLEST: u32 = 10 << 23;
     let odd = |&scale: &f32| {
         let magnitude = scale.to_bits() & i32::MAX as u32;
         // What is too small wraps around to above all others.

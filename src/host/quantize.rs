@@ -8,8 +8,9 @@ use rayon::prelude::*;
 use super::{Simd, TASK_ALIGN_ELEMS};
 use crate::error::Nf4Error;
 use crate::format::{
-    BlockSize, DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, FloatElement, NF4_THRESHOLDS,
-    PackedLayout, QuantConfig, QuantType, SumF32x2, check_finite, check_len, normalizer,
+    BlockSize, BlockTensor, DYNAMIC_MAP, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, FloatElement,
+    NF4_THRESHOLDS, PackedLayout, QuantConfig, QuantType, SumF32x2, check_finite, check_len,
+    normalizer,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -64,6 +65,9 @@ pub fn quantize_with<T: FloatElement>(
     let layout = PackedLayout::for_shape(shape, config)?;
     let elems = layout.elems();
     check_len("weight", elems, weight.len())?;
+    if !config.quant_type.is_bitsandbytes() {
+        return Ok(BlockTensor::quantize(weight, shape, config)?.to_packed());
+    }
 
     let mut words = vec![0u32; layout.words()];
     let (codes, rest) = words.split_at_mut(layout.scales_start());

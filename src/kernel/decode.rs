@@ -5,15 +5,18 @@
 
 use cubecl::prelude::*;
 
-use crate::format::PackedLayout;
+use crate::format::{BlockShape, PackedLayout, ScaleType};
 
 /// What forks a compiled dequantization kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DequantizeBlueprint {
-    /// Base-2 logarithm of the block size.
+    /// Base-2 logarithm of [how many neighbours share a scale](PackedLayout::run_log2), called a block
+    /// in the kernels.
     pub block_log2: u32,
-    /// Base-2 logarithm of the nested block size; 0 where scales are plain f32.
-    pub nested_log2: u32,
+    /// What the scales are.
+    pub scales: ScaleKind,
+    /// Bits of a code, 4 or 8.
+    pub code_bits: usize,
     /// Tables are kept in shared memory, behind a barrier. Without it every look-up reads the
     /// packed buffer: slower on a GPU, but free of barriers, which hang on CubeCL's CPU runtime.
     pub shared: bool,
@@ -26,6 +29,71 @@ pub struct DequantizeBlueprint {
     pub per_unit: usize,
     /// Blocks of a tile (tiled), or lanes that work on one block (warp per block).
     pub group: usize,
+}
+
+impl DequantizeBlueprint {
+    /// Codes in a word.
+    pub const fn codes_a_word(&self) -> usize {
+        32 / self.code_bits
+    }
+
+    /// Values of the codebook.
+    pub const fn levels(&self) -> usize {
+        1 << self.code_bits
+    }
+}
+
+/// How the scale of a block is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScaleKind {
+    /// An f32 each.
+    Flat,
+    /// Codes of 8 bit, with nested scales whose blocks are so large.
+    Nested {
+        /// Base-2 logarithm of the nested block size.
+        log2: u32,
+    },
+    /// Codes of 8 bit, whose values the map has.
+    Coded,
+    /// An f32 for each tile of a matrix.
+    Tile {
+        /// Base-2 logarithm of the rows of a tile.
+        rows_log2: u32,
+        /// Base-2 logarithm of the blocks that a row of a tile is made of.
+        blocks_log2: u32,
+    },
+    /// An f32 for each row of a matrix.
+    Row,
+}
+
+impl ScaleKind {
+    /// How the scales of a packed weight are found.
+    pub fn of(layout: &PackedLayout) -> Self {
+        let config = layout.config();
+        match (config.format().block, config.scale_type()) {
+            (BlockShape::Tile(high, wide), _) => Self::Tile {
+                rows_log2: high.ilog2(),
+                blocks_log2: wide.ilog2() - layout.run_log2(),
+            },
+            (BlockShape::WholeRow, _) => Self::Row,
+            (_, ScaleType::F32) => Self::Flat,
+            (_, ScaleType::Nested(size)) => Self::Nested { log2: size.log2() },
+            (_, ScaleType::E4m3 | ScaleType::E8m0) => Self::Coded,
+        }
+    }
+
+    /// Whether scales are codes of 8 bit.
+    pub const fn has_codes(&self) -> bool {
+        matches!(self, Self::Nested { .. } | Self::Coded)
+    }
+
+    /// Base-2 logarithm of the nested block size, if scales are nested.
+    pub const fn nested_log2(&self) -> Option<u32> {
+        match self {
+            Self::Nested { log2 } => Some(*log2),
+            _ => None,
+        }
+    }
 }
 
 /// Which elements to decode, and run-time positions in a packed weight, in words.
@@ -42,6 +110,8 @@ pub struct PackedView {
     pub scales: usize,
     /// Where the codebook starts; the nested sections follow it.
     pub codebook: usize,
+    /// Blocks that a row of the matrix is made of, where that matters for its scales.
+    pub row_blocks: usize,
     /// Always zero, but the compiler does not know: see [`opaque`].
     pub zero: u32,
 }
@@ -65,21 +135,57 @@ pub fn block_scale(
     packed: &[u32],
     view: &PackedView,
     block: usize,
-    #[comptime] nested_log2: u32,
+    #[comptime] kind: ScaleKind,
 ) -> f32 {
-    if comptime!(nested_log2 == 0) {
-        f32::reinterpret(packed[view.scales + block])
+    if comptime!(!kind.has_codes()) {
+        f32::reinterpret(packed[view.scales + scale_index(view, block, kind)])
     } else {
         let codes = packed[view.scales + (block >> 2usize)];
-        let nested_block = block >> comptime!(nested_log2 as usize);
+        let code = (codes >> ((block as u32 & 3) * 8)) & 255;
         let map = view.codebook + comptime!(PackedLayout::NESTED_MAP);
+        let value = f32::reinterpret(packed[map + code as usize]);
+        nested_scale(packed, view, block, value, kind)
+    }
+}
+
+/// The scale of a block, of the value that its code stands for.
+#[cube]
+fn nested_scale(
+    packed: &[u32],
+    view: &PackedView,
+    block: usize,
+    value: f32,
+    #[comptime] kind: ScaleKind,
+) -> f32 {
+    if comptime!(kind.nested_log2().is_none()) {
+        value
+    } else {
+        let nested_block = block >> comptime!(kind.nested_log2().unwrap_or(0) as usize);
         let scales = view.codebook + comptime!(PackedLayout::NESTED_SCALES);
         let absmax = f32::reinterpret(packed[scales + nested_block]);
         let at_offset = view.codebook + comptime!(PackedLayout::NESTED_OFFSET);
         let offset = f32::reinterpret(packed[at_offset]);
-        let code = (codes >> ((block as u32 & 3) * 8)) & 255;
-        let value = f32::reinterpret(packed[map + code as usize]);
         opaque(value * absmax, view.zero) + offset
+    }
+}
+
+/// Which f32 scale is a block's.
+#[cube]
+fn scale_index(view: &PackedView, block: usize, #[comptime] kind: ScaleKind) -> usize {
+    #[comptime]
+    match kind {
+        ScaleKind::Tile {
+            rows_log2,
+            blocks_log2,
+        } => {
+            let row = block / view.row_blocks;
+            let in_row = block - row * view.row_blocks;
+            let wide = comptime!(blocks_log2 as usize);
+            let tiles = (view.row_blocks + comptime!((1usize << blocks_log2) - 1)) >> wide;
+            (row >> comptime!(rows_log2 as usize)) * tiles + (in_row >> wide)
+        }
+        ScaleKind::Row => block / view.row_blocks,
+        _ => block,
     }
 }
 
@@ -91,10 +197,10 @@ pub fn load_codebook(
     view: &PackedView,
     #[comptime] blueprint: DequantizeBlueprint,
 ) -> Shared<[f32]> {
-    let mut table = Shared::<[f32]>::new_slice(PackedLayout::CODEBOOK_WORDS);
+    let mut table = Shared::<[f32]>::new_slice(comptime!(blueprint.levels()));
     if comptime!(blueprint.shared) {
         let mut i = UNIT_POS;
-        while i < 16 {
+        while i < comptime!(blueprint.levels() as u32) {
             table[i as usize] = f32::reinterpret(packed[view.codebook + i as usize]);
             i += CUBE_DIM;
         }
@@ -102,25 +208,31 @@ pub fn load_codebook(
     table
 }
 
-/// Decodes `N` codes of the word that holds them, starting at element `first` of its eight; `N`
-/// divides `first`.
+/// Decodes `N` codes of the word that holds them, starting at element `first` of its four or eight; `N`
+/// divides `first`. Eight codes of 8 bit are in two words, `next` the second.
 ///
-/// Element `2i` is the high nibble of byte `i`. Each value is one f32 product, then one cast.
+/// Of 4-bit codes element `2i` is the high nibble of byte `i`. Each value is one f32 product, then one
+/// cast.
 #[cube]
+#[allow(clippy::too_many_arguments)]
 pub fn decode_vector<F: Float, N: Size>(
     packed: &[u32],
     table: &Shared<[f32]>,
     view: &PackedView,
     word: u32,
+    next: u32,
     first: u32,
     scale: f32,
     #[comptime] blueprint: DequantizeBlueprint,
 ) -> Vector<F, N> {
     let vector = N::value().comptime();
     let mut values = Vector::<f32, N>::empty();
+    let bytes = comptime!(blueprint.code_bits == 8);
     // With two elements or more the vector starts at a byte; a single one can be either nibble.
-    let codes = if comptime!(vector == 8) {
+    let codes = if comptime!(vector >= blueprint.codes_a_word()) {
         word
+    } else if comptime!(bytes) {
+        word >> (first * 8)
     } else if comptime!(vector == 1) {
         word >> ((first * 4) ^ 4)
     } else {
@@ -128,8 +240,17 @@ pub fn decode_vector<F: Float, N: Size>(
     };
     #[unroll]
     for i in 0..vector {
-        let shift = comptime!(if vector == 1 { 0 } else { (i as u32 * 4) ^ 4 });
-        let code = (codes >> shift) & 15;
+        let shift = comptime!(match (blueprint.code_bits, vector) {
+            (8, _) => i as u32 % 4 * 8,
+            (_, 1) => 0,
+            _ => (i as u32 * 4) ^ 4,
+        });
+        let held = if comptime!(bytes && i >= 4) {
+            next
+        } else {
+            codes
+        };
+        let code = (held >> shift) & comptime!(blueprint.levels() as u32 - 1);
         let level = if comptime!(blueprint.shared) {
             table[code as usize]
         } else {

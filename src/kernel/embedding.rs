@@ -11,7 +11,7 @@ use super::decode::{DequantizeBlueprint, PackedView, block_scale, decode_vector,
 /// - Unit `u` of a cube decodes the vectors `u`, `u + CUBE_DIM`, … of the cube's share, `per_unit` of
 ///   them, so that neighbouring units load neighbouring words and store neighbouring vectors. Each
 ///   decodes its own scale: those of a plane are mostly one, and cached.
-/// - `N` divides eight and `columns`, so that a vector lies within a word, a block and a row. With
+/// - `N` divides the codes of a word, a block and `columns`, so that a vector lies within a word, a block and a row. With
 ///   `transposed` the weight is stored `[columns, rows]`, and `N` is 1.
 /// - An id is compared before it is converted: one that is negative or past `last` reads row 0 and
 ///   gives a row of NaN. `last` is the last row, or the largest id of the type if that is less.
@@ -33,6 +33,7 @@ pub fn embedding_kernel<F: Float, N: Size, I: Int>(
     let vector = N::value().comptime();
     let per_unit = comptime!(blueprint.per_unit);
     let block_log2 = comptime!(blueprint.block_log2 as usize);
+    let word_elems = comptime!(blueprint.codes_a_word());
 
     let table = load_codebook(packed, &view, blueprint);
     if comptime!(blueprint.shared) {
@@ -58,15 +59,15 @@ pub fn embedding_kernel<F: Float, N: Size, I: Int>(
                 row * columns + column
             };
             let block = element >> block_log2;
-            let mut scale = block_scale(packed, &view, block, blueprint.nested_log2);
+            let mut scale = block_scale(packed, &view, block, blueprint.scales);
             if !inside {
                 // Not a constant: WGSL has no literal for it.
                 scale = f32::reinterpret(comptime!(f32::NAN.to_bits()) ^ view.zero);
             }
-            let word = packed[element >> 3usize];
-            let first = (element % 8) as u32;
+            let word = packed[element / word_elems];
+            let first = (element % word_elems) as u32;
             out[index] =
-                decode_vector::<F, N>(packed, &table, &view, word, first, scale, blueprint);
+                decode_vector::<F, N>(packed, &table, &view, word, word, first, scale, blueprint);
         }
     }
 }

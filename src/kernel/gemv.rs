@@ -15,7 +15,7 @@ pub struct GemvBlueprint {
     pub decode: DequantizeBlueprint,
     /// Rows of `x` that a plane multiplies with at once.
     pub columns: usize,
-    /// Rows start at a word: `k` is a multiple of eight.
+    /// Rows start at a word: `k` is a multiple of the codes in one.
     pub aligned: bool,
     /// The lanes of a plane add their sums up; without it a unit works alone.
     pub planes: bool,
@@ -25,8 +25,8 @@ pub struct GemvBlueprint {
 
 /// `y = x Wᵀ + b + s (x A) B`.
 ///
-/// - `x`: `[m, k]` in vectors of `V`, which divides eight, and is one unless `k` is a multiple of
-///   eight; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`;
+/// - `x`: `[m, k]` in vectors of `V`, which divides the codes of a word, and is one unless `k` is a
+///   multiple of them; `packed`: the whole packed weight; `bias`: `[n]`, unused without one; `out`: `[m, n]`;
 ///   `lora`: the low-rank branch, if there is one.
 /// - The cube is `(lanes, rows)`. Lanes take the words of a row in turn. The cube's place along the
 ///   grid gives the rows of `W` first, then groups of `columns` rows of `x`.
@@ -51,6 +51,9 @@ pub fn matmul_gemv_kernel<F: Float, G: Float, V: Size>(
     let vector = V::value().comptime();
     let columns = comptime!(blueprint.columns);
     let block_log2 = comptime!(blueprint.decode.block_log2 as usize);
+    let word_elems = comptime!(blueprint.decode.codes_a_word());
+    // A word can have codes of more than one block.
+    let many_blocks = comptime!((1usize << blueprint.decode.block_log2) < word_elems);
     let table = load_codebook(packed, &view, blueprint.decode);
     if comptime!(blueprint.decode.shared) {
         sync_cube();
@@ -86,24 +89,32 @@ pub fn matmul_gemv_kernel<F: Float, G: Float, V: Size>(
         }
         let start = row * k;
         let end = start + k;
-        let mut word_at = (start >> 3usize) + lane;
-        while word_at << 3usize < end {
+        let mut word_at = start / word_elems + lane;
+        while word_at * word_elems < end {
             let word = packed[word_at];
-            let element = word_at << 3usize;
-            let scale = block_scale(
-                packed,
-                &view,
-                element >> block_log2,
-                blueprint.decode.nested_log2,
-            );
+            let element = word_at * word_elems;
+            let mut scale = 0.0f32;
+            if comptime!(!many_blocks) {
+                scale = block_scale(
+                    packed,
+                    &view,
+                    element >> block_log2,
+                    blueprint.decode.scales,
+                );
+            }
             #[unroll]
-            for v in 0..comptime!(8 / vector) {
+            for v in 0..comptime!(word_elems / vector) {
                 let at = element + comptime!(v * vector);
                 if comptime!(blueprint.aligned) || (at >= start && at < end) {
+                    if comptime!(many_blocks) {
+                        scale =
+                            block_scale(packed, &view, at >> block_log2, blueprint.decode.scales);
+                    }
                     let decoded = decode_vector::<F, V>(
                         packed,
                         &table,
                         &view,
+                        word,
                         word,
                         comptime!((v * vector) as u32).runtime(),
                         scale,

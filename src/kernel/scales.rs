@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::decode::{PackedView, opaque};
+use super::decode::{PackedView, ScaleKind, opaque};
 use crate::format::PackedLayout;
 
 /// Elements along `k` of a chunk, the piece of its rows that a plane works on at a time.
@@ -13,9 +13,9 @@ pub const CHUNK: usize = 128;
 pub struct ScaleBlueprint {
     /// Base-2 logarithm of the block size.
     pub block_log2: u32,
-    /// Base-2 logarithm of the nested block size; 0 where scales are plain f32.
-    pub nested_log2: u32,
-    /// Base-2 logarithm of how many neighbouring elements of a row share a scale at least: 5 or 6.
+    /// What the scales are: not those of tiles or rows.
+    pub kind: ScaleKind,
+    /// Base-2 logarithm of how many neighbouring elements of a row share a scale at least: 4, 5 or 6.
     pub run_log2: u32,
     /// Tiles of 16 rows that the plane works on.
     pub row_tiles: usize,
@@ -27,6 +27,11 @@ impl ScaleBlueprint {
     /// Scales that a lane decodes for each chunk.
     pub const fn lane_scales(&self) -> usize {
         self.row_tiles << (6 - self.run_log2)
+    }
+
+    /// Base-2 logarithm of how many of them are of one row, one after the other.
+    pub const fn row_scales_log2(&self) -> usize {
+        if self.run_log2 == 4 { 1 } else { 0 }
     }
 }
 
@@ -43,10 +48,10 @@ pub struct ScalePlace {
 impl ScalePlace {
     /// One row after the other. Where runs are 64 long, there are 32 scales: lane `2 row + run` has
     /// that of a row's run. Where they are 32 long, there are 64: lane `4 row + run` has that of the
-    /// row and of the row eight below.
+    /// row and of the row eight below. Where they are 16 long, the lane has those of two runs.
     pub fn in_order(#[comptime] blueprint: ScaleBlueprint) -> Self {
         let lane = UNIT_POS_X as usize;
-        let run_log2 = comptime!(blueprint.run_log2 as usize);
+        let run_log2 = comptime!(u32::max(blueprint.run_log2, 5) as usize);
         ScalePlace {
             row: lane >> comptime!(7 - run_log2),
             run: (lane << run_log2) & comptime!(CHUNK - 1),
@@ -88,12 +93,14 @@ impl Scales {
         k: usize,
         #[comptime] blueprint: ScaleBlueprint,
     ) -> Self {
-        let run_log2 = comptime!(blueprint.run_log2 as usize);
+        let rows_log2 = comptime!(u32::max(blueprint.run_log2, 5) as usize - 2);
+        let each_log2 = comptime!(blueprint.row_scales_log2());
         let mut at = Array::<usize>::new(comptime!(blueprint.lane_scales()));
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
-            let row = place.row + comptime!(e << (run_log2 - 2));
-            at[e] = usize::min(plane_row + row, n - 1) * k + place.run;
+            let row = place.row + comptime!((e >> each_log2) << rows_log2);
+            let run = comptime!((e & ((1 << each_log2) - 1)) << blueprint.run_log2);
+            at[e] = usize::min(plane_row + row, n - 1) * k + place.run + run;
         }
         let slots = comptime!(blueprint.lane_scales() * blueprint.depth);
         let mut codes = Array::<u32>::new(slots);
@@ -132,11 +139,14 @@ impl Scales {
             }
             if inside {
                 let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
-                if comptime!(blueprint.nested_log2 == 0) {
+                if comptime!(!blueprint.kind.has_codes()) {
                     self.absmax[slot] = f32::reinterpret(words[view.scales + block]);
                 } else {
-                    let nested_block = block >> comptime!(blueprint.nested_log2 as usize);
                     self.codes[slot] = words[view.scales + (block >> 2usize)];
+                }
+                if comptime!(blueprint.kind.nested_log2().is_some()) {
+                    let nested_log2 = comptime!(blueprint.kind.nested_log2().unwrap_or(0) as usize);
+                    let nested_block = block >> nested_log2;
                     self.absmax[slot] = f32::reinterpret(
                         words
                             [view.codebook + comptime!(PackedLayout::NESTED_SCALES) + nested_block],
@@ -157,11 +167,15 @@ impl Scales {
     ) -> f32 {
         let slot = comptime!(d * blueprint.lane_scales() + e);
         let mut scale = self.absmax[slot];
-        if comptime!(blueprint.nested_log2 != 0) {
+        if comptime!(blueprint.kind.has_codes()) {
             let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
             let code = (self.codes[slot] >> ((block as u32 & 3) * 8)) & 255;
             let value = map.values[map.first + code as usize];
-            scale = opaque(value * scale, map.zero) + map.offset;
+            if comptime!(blueprint.kind.nested_log2().is_some()) {
+                scale = opaque(value * scale, map.zero) + map.offset;
+            } else {
+                scale = value;
+            }
         }
         scale
     }
@@ -171,7 +185,7 @@ impl Scales {
 #[cube]
 pub fn load_offset(words: &[u32], view: &PackedView, #[comptime] blueprint: ScaleBlueprint) -> f32 {
     let mut offset = 0.0f32;
-    if comptime!(blueprint.nested_log2 != 0) {
+    if comptime!(blueprint.kind.nested_log2().is_some()) {
         let at = view.codebook + comptime!(PackedLayout::NESTED_OFFSET);
         offset = f32::reinterpret(words[at]);
     }
@@ -218,7 +232,7 @@ impl ScaleMap {
         #[comptime] blueprint: ScaleBlueprint,
     ) {
         let shares = comptime!(MAP.div_ceil(units));
-        if comptime!(blueprint.nested_log2 != 0) {
+        if comptime!(blueprint.kind.has_codes()) {
             #[unroll]
             for s in 0..shares {
                 let i = (UNIT_POS as usize + comptime!(s * units)) & comptime!(MAP - 1);
@@ -242,7 +256,7 @@ impl ScaleMap {
         #[comptime] blueprint: ScaleBlueprint,
     ) {
         let shares = comptime!(MAP.div_ceil(units));
-        if comptime!(blueprint.nested_log2 != 0) {
+        if comptime!(blueprint.kind.has_codes()) {
             #[unroll]
             for slot in 0..maps {
                 #[unroll]

@@ -38,7 +38,7 @@ use half::bf16;
 /// - A stage is a piece along `k` whose part of `x` is in shared memory. Unless there is only one,
 ///   the next stage is loaded while this one is multiplied.
 /// - Tails: rows past `n` repeat the last one and are not stored, elements past `k` count as zero.
-///   `k` is a multiple of `2^run_log2`, `m` at most `8 * column_tiles`.
+///   `k` is a multiple of `2^run_log2` and of 32, `m` at most `8 * column_tiles`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
 pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
@@ -224,8 +224,12 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
                             let slot = comptime!((d * row_tiles + row_tile) * 2);
                             let upper = codes[slot].extract(q);
                             let lower = codes[comptime!(slot + 1)].extract(q);
-                            let upper_scale = row_scales[comptime!(2 * row_tile)];
-                            let lower_scale = row_scales[comptime!(2 * row_tile + 1)];
+                            // Of a row's 32 codes the first half can have another scale.
+                            let each_log2 = comptime!(scale_blueprint.row_scales_log2());
+                            let place =
+                                comptime!(((2 * row_tile) << each_log2) + (q >> 1) * each_log2);
+                            let upper_scale = row_scales[place];
+                            let lower_scale = row_scales[comptime!(place + (1 << each_log2))];
                             w_first.push(fragment::<F>(
                                 &table,
                                 copy,
@@ -304,7 +308,8 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
 }
 
 /// The scales of a lane's rows in the chunk at `at` in slot `d`, of each pair of rows the upper's
-/// first. A lane's 32 codes are in one run: where that is 64 long, another lane has its scale.
+/// first. A lane's 32 codes are in one run, and where that is 64 long, another lane has its scale; or they
+/// are in two runs, whose scales follow each other.
 #[cube]
 fn row_scales(
     scales: &Scales,
@@ -313,7 +318,8 @@ fn row_scales(
     #[comptime] d: usize,
     #[comptime] blueprint: ScaleBlueprint,
 ) -> Array<f32> {
-    let mut rows = Array::<f32>::new(comptime!(2 * blueprint.row_tiles));
+    let each = comptime!(1 << blueprint.row_scales_log2());
+    let mut rows = Array::<f32>::new(comptime!(2 * blueprint.row_tiles * each));
     #[unroll]
     for e in 0..comptime!(blueprint.lane_scales()) {
         let scale = scales.decode(at, map, e, d, blueprint);

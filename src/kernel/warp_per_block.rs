@@ -33,6 +33,8 @@ pub fn dequantize_warp_per_block_kernel<F: Float, N: Size>(
     let block_log2 = comptime!(blueprint.block_log2 as usize);
     let steps = comptime!(block_elems / (lanes * vector));
     let per_unit = comptime!(blueprint.per_unit);
+    let word_elems = comptime!(blueprint.codes_a_word());
+    let words_a_vector = comptime!(usize::max(vector / word_elems, 1));
 
     let table = load_codebook(packed, &view, blueprint);
     if comptime!(blueprint.shared) {
@@ -51,14 +53,17 @@ pub fn dequantize_warp_per_block_kernel<F: Float, N: Size>(
         let block = first_block + i * blocks_a_round;
         let block_start = block << block_log2;
         if block_start < end {
-            let scale = block_scale(packed, &view, block, blueprint.nested_log2);
+            let scale = block_scale(packed, &view, block, blueprint.scales);
             for step in 0..steps {
                 let element = block_start + (step * lanes + lane) * vector;
                 if element >= view.start && element < end {
-                    let word = packed[element >> 3usize];
-                    let first = element as u32 % 8;
-                    let decoded =
-                        decode_vector::<F, N>(packed, &table, &view, word, first, scale, blueprint);
+                    let at = element / word_elems;
+                    let word = packed[at];
+                    let next = packed[at + comptime!(words_a_vector - 1)];
+                    let first = (element % word_elems) as u32;
+                    let decoded = decode_vector::<F, N>(
+                        packed, &table, &view, word, next, first, scale, blueprint,
+                    );
                     store_vector(out, element - view.start, decoded, view.len, blueprint);
                 }
             }

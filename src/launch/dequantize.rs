@@ -11,8 +11,8 @@ use super::{
     vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, PackedLayout, QuantConfig};
-use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
+use crate::format::{FloatType, PackedLayout};
+use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch, ScaleKind};
 use crate::kernel::{tiled_2d, warp_per_block};
 
 /// A dequantization kernel.
@@ -114,30 +114,23 @@ impl DequantizePlan {
         let len = end - start;
         check_dtype(client, dtype)?;
         let variant = variant.unwrap_or_else(|| Variant::default_for(client));
-        let QuantConfig {
-            block_size,
-            nested_block_size,
-            ..
-        } = layout.config();
+        let block_elems = 1 << layout.run_log2();
         // Stores are as wide as the device's. Where that does not divide the number of elements,
         // the last one is stored piece by piece if the runtime can reinterpret a buffer.
-        let widest = vector_size(client, dtype, 8, &[start]);
+        let widest = vector_size(client, dtype, block_elems.min(8), &[start]);
         let dividing = vector_size(client, dtype, widest, &[start, len]);
         let ragged = dividing < widest && reinterprets(client);
         let blueprint = DequantizeBlueprint {
-            block_log2: block_size.log2(),
-            nested_log2: nested_block_size.map_or(0, BlockSize::log2),
             shared: has_barriers(client),
-            skewed: !start.is_multiple_of(block_size.elems()),
+            skewed: !start.is_multiple_of(block_elems),
             ragged,
-            per_unit: 1,
-            group: 1,
+            ..decode_blueprint(layout)
         };
-        let first_block = start / block_size.elems();
+        let first_block = start / block_elems;
         let work = Work {
             vector: if ragged { widest } else { dividing },
-            block_elems: block_size.elems(),
-            blocks: (start + len).div_ceil(block_size.elems()) - first_block,
+            block_elems,
+            blocks: (start + len).div_ceil(block_elems) - first_block,
         };
         let (cube_dim, cubes, per_unit, group) = match variant {
             Variant::Tiled2d => work.tiled_2d(client),
@@ -202,13 +195,7 @@ impl DequantizePlan {
             ("packed weight", &packed, [layout.words(), 1], 4),
             ("dequantized", &out, [len, 1], self.dtype.size_bytes()),
         ])?;
-        let view = PackedViewLaunch::new(
-            self.start,
-            len,
-            layout.scales_start(),
-            layout.codebook_start(),
-            0,
-        );
+        let view = packed_view(layout, self.start, len);
         // SAFETY: the buffers hold at least the words and elements that are declared here, and begin
         // where vectors may (checked above). The kernels guard every store and read by `len`, which
         // `new` has checked to lie within the weight, and read the scales, codebook and nested
@@ -249,6 +236,33 @@ impl DequantizePlan {
     }
 }
 
+/// What all kernels that decode are compiled for by the format alone, with everything else switched
+/// off.
+pub(super) fn decode_blueprint(layout: &PackedLayout) -> DequantizeBlueprint {
+    DequantizeBlueprint {
+        block_log2: layout.run_log2(),
+        scales: ScaleKind::of(layout),
+        code_bits: layout.config().quant_type.bits(),
+        shared: false,
+        skewed: false,
+        ragged: false,
+        per_unit: 1,
+        group: 1,
+    }
+}
+
+/// Where kernels find `len` elements from `start` on, and all that belongs to them.
+pub(super) fn packed_view(layout: &PackedLayout, start: usize, len: usize) -> PackedViewLaunch {
+    PackedViewLaunch::new(
+        start,
+        len,
+        layout.scales_start(),
+        layout.codebook_start(),
+        layout.columns() >> layout.run_log2(),
+        0,
+    )
+}
+
 /// What there is to decode.
 struct Work {
     /// Elements a store.
@@ -265,8 +279,8 @@ impl Work {
         if !has_barriers(client) {
             return (CubeDim::new_1d(units as u32), self.blocks, 1, 1);
         }
-        // A unit decodes at most one scale, a tile is at least one block.
-        let tile = (units * self.vectors_a_unit(client, units) / vectors_a_block).clamp(1, units);
+        // A tile is at least one block.
+        let tile = (units * self.vectors_a_unit(client, units) / vectors_a_block).max(1);
         // All of these are powers of two. With large blocks a unit has more vectors than it likes.
         let per_unit = tile * vectors_a_block / units;
         (

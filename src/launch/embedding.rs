@@ -7,13 +7,14 @@ use cubecl::ir::{ElemType, IntKind, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::dequantize::{decode_blueprint, packed_view};
 use super::{
     address_type, check_buffers, check_dtype, cube_count, elem_type, has_barriers, units_per_cube,
     vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, PackedLayout, QuantConfig};
-use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
+use crate::format::{FloatType, PackedLayout};
+use crate::kernel::decode::DequantizeBlueprint;
 use crate::kernel::embedding::embedding_kernel;
 
 /// Rows to gather from a packed weight.
@@ -109,14 +110,11 @@ impl EmbeddingPlan {
                 dtype: format!("{ids_dtype:?}"),
             });
         }
-        let QuantConfig {
-            block_size,
-            nested_block_size,
-            ..
-        } = layout.config();
+        let decode = decode_blueprint(layout);
+        let widest = decode.codes_a_word().min(1 << layout.run_log2());
         let vector = match transposed {
             true => 1,
-            false => vector_size(client, dtype, 8, &[columns]),
+            false => vector_size(client, dtype, widest, &[columns]),
         };
         let shared = has_barriers(client);
         // One vector a unit: rows are few. CubeCL's CPU runtime has one unit a cube, and a cube costs
@@ -134,13 +132,9 @@ impl EmbeddingPlan {
             cube_dim: CubeDim::new_1d(units),
             cube_count: cube_count(client, cubes),
             blueprint: DequantizeBlueprint {
-                block_log2: block_size.log2(),
-                nested_log2: nested_block_size.map_or(0, BlockSize::log2),
                 shared,
-                skewed: false,
-                ragged: false,
                 per_unit,
-                group: 1,
+                ..decode
             },
             address: address_type(layout.elems().max(len)),
         })
@@ -173,7 +167,7 @@ impl EmbeddingPlan {
             ("ids", &ids, [problem.ids, 1], problem.ids_dtype.size()),
             ("embedded", &out, [len, 1], problem.dtype.size_bytes()),
         ])?;
-        let view = PackedViewLaunch::new(0, len, layout.scales_start(), layout.codebook_start(), 0);
+        let view = packed_view(layout, 0, len);
         // SAFETY: the buffers hold at least the words and elements that are declared here, and begin
         // where vectors may (checked above). The kernel guards every read of an id and every store by
         // `len`, which is `ids * columns`, and takes no id for a row that is not in `0..=last`; `new`

@@ -5,6 +5,7 @@ use std::fmt;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::dequantize::packed_view;
 use super::lora::{Lora, LoraDown, launch_down_all, lora_arg};
 use super::product::Product;
 use super::tensor_core;
@@ -13,7 +14,6 @@ use super::{Buffer, address_type, cube_count, elem_type};
 use crate::activation::Activation;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, PackedLayout};
-use crate::kernel::decode::PackedViewLaunch;
 use crate::kernel::levels::{
     Joined, LevelsBlueprint, LevelsWeight, LevelsWeightLaunch, matmul_levels_kernel,
 };
@@ -43,7 +43,6 @@ pub(super) unsafe fn levels_weight<F: Float, G: Float>(
         bias,
         n,
     } = weight;
-    let (scales, codebook) = (layout.scales_start(), layout.codebook_start());
     // SAFETY: see above; both views are of the same buffer, which is only read.
     unsafe {
         let words = || BufferArg::from_raw_parts(packed.clone(), layout.words());
@@ -53,7 +52,7 @@ pub(super) unsafe fn levels_weight<F: Float, G: Float>(
             words(),
             bias.into(),
             lora_arg(down, n, 0, 1),
-            PackedViewLaunch::new(0, layout.elems(), scales, codebook, 0),
+            packed_view(layout, 0, layout.elems()),
             n,
             first_cube,
             first_out,

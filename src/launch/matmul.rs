@@ -5,6 +5,7 @@ use std::fmt;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::dequantize::{decode_blueprint, packed_view};
 use super::levels::{OneWeight, levels_weight};
 use super::lora::{Lora, lora_arg};
 use super::product::Product;
@@ -15,8 +16,8 @@ use super::{
     Buffer, address_type, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
 };
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, PackedLayout};
-use crate::kernel::decode::{DequantizeBlueprint, PackedViewLaunch};
+use crate::format::PackedLayout;
+use crate::kernel::decode::DequantizeBlueprint;
 use crate::kernel::gemv::{GemvBlueprint, matmul_gemv_kernel};
 use crate::kernel::levels::{Joined, LevelsBlueprint, matmul_levels_kernel};
 use crate::kernel::sums::SumsBlueprint;
@@ -196,16 +197,13 @@ impl MatmulPlan {
             && (2..=units).contains(&hardware.plane_size_max);
         let lanes = if planes { hardware.plane_size_max } else { 1 };
         let rows = units / lanes;
-        let aligned = k.is_multiple_of(8);
+        let decode = decode_blueprint(layout);
+        let word_elems = decode.codes_a_word();
+        let aligned = k.is_multiple_of(word_elems);
         let blueprint = GemvBlueprint {
             decode: DequantizeBlueprint {
-                block_log2: layout.config().block_size.log2(),
-                nested_log2: layout.config().nested_block_size.map_or(0, BlockSize::log2),
                 shared: has_barriers(client),
-                skewed: false,
-                ragged: false,
-                per_unit: 1,
-                group: 1,
+                ..decode
             },
             columns: m.min(GEMV_COLUMNS),
             aligned,
@@ -213,7 +211,7 @@ impl MatmulPlan {
             bias,
         };
         let vector = if aligned {
-            vector_size(client, dtype, 8, &[k])
+            vector_size(client, dtype, word_elems, &[k])
         } else {
             1
         };
@@ -312,10 +310,7 @@ impl MatmulPlan {
         let down = lora
             .as_ref()
             .map(|lora| lora.launch_down(client, &x, &self.product));
-        let view = || {
-            let (scales, codebook) = (layout.scales_start(), layout.codebook_start());
-            PackedViewLaunch::new(0, layout.elems(), scales, codebook, 0)
-        };
+        let view = || packed_view(layout, 0, layout.elems());
         let address = self.address;
         let elem = elem_type(dtype);
         let lora_elem = lora.as_ref().map_or(elem, |lora| elem_type(lora.dtype));

@@ -30,6 +30,7 @@ const WORDS_A_UNIT: usize = 4;
 /// - returns `layout.words()` u32 words
 ///
 /// # Errors
+/// [`Nf4Error::QuantType`] for a format that bitsandbytes does not have: those are quantized on the host,
 /// [`Nf4Error::DeviceDtype`] if the device has no such type, [`Nf4Error::Length`] if `shape` has
 /// another product or, in bytes, the buffer is too small, [`Nf4Error::ElementCount`] for a weight
 /// without elements, [`Nf4Error::Alignment`] if the buffer does not begin at a multiple of 16 bytes.
@@ -40,6 +41,13 @@ pub fn quantize(
     shape: &[usize],
     layout: &PackedLayout,
 ) -> Result<Handle, Nf4Error> {
+    let config = layout.config();
+    if !config.quant_type.is_bitsandbytes() {
+        return Err(Nf4Error::QuantType {
+            tensor: "weight".into(),
+            given: config.quant_type.name().into(),
+        });
+    }
     check_dtype(client, dtype)?;
     let elems = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
     check_len("weight", layout.elems(), elems.unwrap_or(usize::MAX))?;
@@ -57,7 +65,6 @@ pub fn quantize(
     }
     .check()?;
 
-    let config = layout.config();
     let mut tables = layout.tables();
     if config.nested_block_size.is_some() {
         tables.extend([0; PackedLayout::NESTED_OFFSET_WORDS]);

@@ -15,7 +15,8 @@ use super::product::Product;
 use super::strategy::MatmulVariant;
 use super::tile::{TENSOR_CORE_ROWS, TensorCoreTile, TileRule};
 use crate::error::Nf4Error;
-use crate::format::{BlockSize, FloatType, PackedLayout};
+use crate::format::{FloatType, PackedLayout};
+use crate::kernel::decode::ScaleKind;
 use crate::kernel::levels::{Joined, LevelsBlueprint};
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
 use crate::kernel::sums::SumsBlueprint;
@@ -72,12 +73,17 @@ fn check(
     if levels && m > 1 {
         return fail(format!("{m} rows are more than one"));
     }
-    let runs = if levels { &[6][..] } else { &[6, 5] };
-    let block_log2 = layout.config().block_size.log2();
+    let config = layout.config();
+    if config.quant_type.bits() != 4 {
+        return fail(format!("codes of {} bit", config.quant_type.bits()));
+    }
+    // Lanes load 32 codes at a time.
+    let runs = if levels { &[6][..] } else { &[6, 5, 4] };
+    let block_log2 = config.block_size.log2();
     let mut runs = runs.iter().copied();
-    let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && k.is_multiple_of(1 << log2))
-    else {
-        let block = layout.config().block_size.elems();
+    let whole = |log2: u32| k.is_multiple_of(1 << log2.max(5));
+    let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && whole(log2)) else {
+        let block = config.block_size.elems();
         return fail(format!(
             "rows of {k} elements in blocks of {block} do not come in runs that the kernel takes"
         ));
@@ -153,7 +159,7 @@ pub(super) fn levels_blueprint(
 fn scale_blueprint(layout: &PackedLayout, run_log2: u32, tile: TensorCoreTile) -> ScaleBlueprint {
     ScaleBlueprint {
         block_log2: layout.config().block_size.log2(),
-        nested_log2: layout.config().nested_block_size.map_or(0, BlockSize::log2),
+        kind: ScaleKind::of(layout),
         run_log2,
         row_tiles: tile.row_tiles,
         depth: tile.depth,

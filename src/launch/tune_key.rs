@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::product::Product;
 use super::tile::TENSOR_CORE_ROWS;
-use crate::format::{FloatType, QuantConfig};
+use crate::format::{FloatType, QuantConfig, QuantType};
 
 /// Products that the same way is fastest for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -17,6 +17,7 @@ pub(crate) struct MatmulKey {
     n: usize,
     pub k: usize,
     pub dtype: FloatType,
+    quant_type: QuantType,
     block_size: usize,
     nested: bool,
     bias: bool,
@@ -50,6 +51,7 @@ impl MatmulKey {
             n,
             k,
             dtype,
+            quant_type: config.quant_type,
             block_size: config.block_size.elems(),
             nested: config.nested_block_size.is_some(),
             bias,

@@ -37,10 +37,15 @@ pub(crate) fn check_decodes(weight: &PackedImage, key: &str) -> Result<(), Nf4Er
     })
 }
 
-/// Whether a scale is too large for `T`. No level is larger than 1, so that all values fit where
-/// all scales do.
+/// Whether a scale times the largest level is too large for `T`, or there can be a code for NaN.
 fn can_overflow<T: FloatElement>(weight: &PackedImage) -> bool {
-    let is_beyond = |scale: f32| !T::from_f32(scale).to_f32().is_finite();
+    let config = weight.layout().config();
+    let levels = config.quant_type.codebook().iter();
+    let largest = levels.fold(0.0f32, |max, level| max.max(level.abs()));
+    if config.quant_type.bits() == 8 {
+        return true;
+    }
+    let is_beyond = |scale: f32| !T::from_f32(largest * scale).to_f32().is_finite();
     match weight.parts().scales {
         ScaleParts::Flat(scales) => scales.iter().any(is_beyond),
         ScaleParts::Nested {
@@ -55,6 +60,16 @@ fn can_overflow<T: FloatElement>(weight: &PackedImage) -> bool {
                 let scale = |&code: &u8| map[usize::from(code)] * absmax + offset;
                 codes.iter().map(scale).any(is_beyond)
             })
+        }
+        ScaleParts::Coded {
+            codes,
+            tensor_scale,
+        } => {
+            let table = config.scale_type().table(tensor_scale);
+            let table = table.expect("scales are 8-bit floats");
+            codes
+                .iter()
+                .any(|&code| is_beyond(table[usize::from(code)]))
         }
     }
 }

@@ -36,6 +36,7 @@ pub(super) fn encode<T: FloatElement>(
     match task.quant_type {
         QuantType::Nf4 => encode_type::<T, false>(task, weight, codes, scales),
         QuantType::Fp4 => encode_type::<T, true>(task, weight, codes, scales),
+        _ => unreachable!("other types are not quantized here"),
     }
 }
 

@@ -69,6 +69,7 @@ fn code_word(quant_type: QuantType, normalized: [f32; 8]) -> u32 {
             }
             codes
         }
+        _ => unreachable!("other types are not quantized here"),
     };
     let shifts = [4, 0, 12, 8, 20, 16, 28, 24];
     codes

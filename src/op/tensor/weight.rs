@@ -12,7 +12,7 @@ use super::spec::WeightSpec;
 use crate::error::Nf4Error;
 use crate::format::{
     BlockTensor, FloatType, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
-    matrix_dims,
+    matrix_dims, with_float_type,
 };
 use crate::op::base::{DequantizeSpec, QuantBackend, QuantizeSpec};
 
@@ -199,7 +199,8 @@ impl BlockWeight {
         Ok(Self { packed, spec })
     }
 
-    /// Quantizes a weight on its device.
+    /// Quantizes a weight on its device; to a format that bitsandbytes does not have, on the host, which
+    /// waits for the device.
     ///
     /// On GPUs the values are not checked: with a NaN or an infinity in it, a block decodes to
     /// unspecified values, and where scales are quantized too, so does the whole weight. On every
@@ -209,8 +210,9 @@ impl BlockWeight {
     /// - `weight`: any; `[out_features, in_features]` for a linear layer
     ///
     /// # Errors
-    /// [`Nf4Error::Dtype`] unless the weight is f16, bf16 or f32, [`Nf4Error::ElementCount`] if it
-    /// is empty, [`Nf4Error::NonFinite`] on the CPU at the first NaN or infinity.
+    /// [`Nf4Error::Dtype`] unless the weight is f16, bf16 or f32, what [`PackedLayout::for_shape`]
+    /// returns, [`Nf4Error::NonFinite`] at the first NaN or infinity, for bitsandbytes' formats on the
+    /// CPU alone.
     pub fn quantize<const D: usize>(
         weight: Tensor<D>,
         config: QuantConfig,
@@ -222,6 +224,9 @@ impl BlockWeight {
             config,
             transposed: false,
         })?;
+        if !config.quant_type.is_bitsandbytes() {
+            return Self::quantize_on_host(weight, &spec);
+        }
         #[cfg(feature = "flex")]
         crate::op::backends::flex::check_finite(&weight)?;
         let packed = <Dispatch as QuantBackend>::quant_quantize(
@@ -233,6 +238,20 @@ impl BlockWeight {
             },
         );
         Ok(Self::from_packed(Tensor::from_dispatch(packed), spec))
+    }
+
+    fn quantize_on_host<const D: usize>(
+        weight: Tensor<D>,
+        spec: &WeightSpec,
+    ) -> Result<Self, Nf4Error> {
+        let WeightForm { shape, config, .. } = &spec.form;
+        let device = weight.device();
+        let data = weight.into_data();
+        let tensor = with_float_type!(spec.form.dtype, T => {
+            let values = data.as_slice::<T>().expect("of the weight's dtype");
+            BlockTensor::quantize(values, shape, *config)?
+        });
+        Ok(Self::from_host(&tensor, &device))
     }
 
     fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
