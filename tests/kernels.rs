@@ -4,6 +4,7 @@
 #![cfg(feature = "checkpoint")]
 #![cfg(feature = "cube")]
 
+mod block_files;
 mod golden;
 
 use burn::backend::DispatchDevice;
@@ -158,6 +159,24 @@ fn golden_files_in_other_dtypes(device: &Device, variant: Variant, dtype: FloatT
     for name in golden::names() {
         let tensor = golden::load(&name).tensor;
         check_range(&client, &tensor, (0, tensor.elems()), dtype, variant, &name);
+    }
+}
+
+/// The golden files of NVFP4, MXFP4 and FP8, and parts of them that begin and end anywhere.
+fn block_files(device: &Device, variant: Variant, dtype: FloatType) {
+    let client = client(device);
+    for name in block_files::NAMES {
+        let file = block_files::load(name);
+        let elems = file.tensor.elems();
+        for range in [(0, elems), (1, elems - 1), (8, 16), (elems - 21, 20)] {
+            check_range(&client, &file.tensor, range, dtype, variant, name);
+        }
+        if dtype == FloatType::F32 {
+            let (words, layout) = (file.tensor.to_packed(), file.tensor.packed_layout());
+            let got = run_dequantize(&client, &words, &layout, (0, elems), dtype, variant);
+            let expected = bytemuck::cast_slice(&file.dequantized);
+            assert_same_bits(&got.expect("a launch"), expected, dtype, name);
+        }
     }
 }
 
@@ -477,6 +496,14 @@ macro_rules! device_tests {
                 #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
             ) {
                 super::golden_files_in_other_dtypes(&device(), variant, dtype);
+            }
+
+            #[rstest]
+            fn block_files(
+                #[values(Variant::Tiled2d, Variant::WarpPerBlock)] variant: Variant,
+                #[values(FloatType::F16, FloatType::BF16, FloatType::F32)] dtype: FloatType,
+            ) {
+                super::block_files(&device(), variant, dtype);
             }
 
             #[rstest]
