@@ -61,23 +61,31 @@ fn rows(device: &Device) -> &'static [usize] {
 fn gates(device: &Device) {
     let device = &device.clone().autodiff();
     for shape in [[1, 1, 1], [2, 3, 7], [3, 5, 64], [1, 2, 4096]] {
-        for activation in [Activation::Silu, Activation::GeluTanh] {
+        for activation in [
+            Activation::Silu,
+            Activation::GeluTanh,
+            Activation::ClampedSwiGlu,
+        ] {
             for (dtype, tolerance) in DTYPES {
                 if !device.supports_dtype(dtype) {
                     continue;
                 }
                 let what = format!("{shape:?} {activation:?} {dtype:?}");
                 let [gate, up, g] = [(); 3].map(|()| random(shape, dtype, device));
-                // A number alone, by whose size the difference goes, is where nothing cancels out.
-                let gate = match shape {
-                    [1, 1, 1] => gate.abs() + 0.5,
-                    _ => gate,
-                };
+                // A number alone, by whose size the difference goes, is where nothing cancels out and nothing
+                // is cut.
+                let [gate, up] = [gate, up].map(|x| match shape {
+                    [1, 1, 1] => x.abs().clamp_max(1.5) + 0.5,
+                    _ => x,
+                });
                 let run = |dtype, fused: bool| {
-                    let (gate, up) = (leaf(&(gate.clone() * 3.0), dtype), leaf(&up, dtype));
+                    let (gate, up) = (
+                        leaf(&(gate.clone() * 3.0), dtype),
+                        leaf(&(up.clone() * 3.0), dtype),
+                    );
                     let y = match fused {
                         true => gated(gate.clone(), up.clone(), activation).expect("it fits"),
-                        false => activation.forward(gate.clone()) * up.clone(),
+                        false => activation.forward(gate.clone()) * activation.opened(up.clone()),
                     };
                     let gradients = (y.clone() * g.clone().cast(dtype)).sum().backward();
                     [
