@@ -558,7 +558,7 @@ fn stacks_are_read_as_the_matrices_that_they_are_made_of() {
 fn stacks_of_transposed_matrices_are_read_as_tensors_of_their_own() {
     let values: Vec<f32> = (0..24).map(|i| i as f32).collect();
     let folder = tempfile::tempdir().unwrap();
-    let stacks = BTreeMap::from([
+    let stacks = Tensors::from([
         (
             "experts.up".to_string(),
             stored::floats(&values, &[2, 3, 4]),
