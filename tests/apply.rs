@@ -553,6 +553,73 @@ fn stacks_are_read_as_the_matrices_that_they_are_made_of() {
     assert!(open().unstack("a", &[]).is_err());
 }
 
+/// Two experts of three inputs, with two parts of two outputs each in turn, and their biases.
+#[test]
+fn stacks_of_transposed_matrices_are_read_as_tensors_of_their_own() {
+    let values: Vec<f32> = (0..24).map(|i| i as f32).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let stacks = Tensors::from([
+        (
+            "experts.up".to_string(),
+            stored::floats(&values, &[2, 3, 4]),
+        ),
+        (
+            "experts.up_bias".into(),
+            stored::floats(&values[..8], &[2, 4]),
+        ),
+        // Not an output for each of two parts.
+        ("odd.up".into(), stored::floats(&values, &[2, 4, 3])),
+    ]);
+    stored::write(folder.path(), &stacks);
+    let open = || {
+        let store = CheckpointStore::open(folder.path()).unwrap();
+        let weights = ["$1.{}.a.weight", "$1.{}.b.weight"];
+        let biases = ["$1.{}.a.bias", "$1.{}.b.bias"];
+        let store = store.unstack_columns(r"^(experts|odd)\.up$", &weights);
+        let store = store.unwrap().with_dtype(FloatType::F32);
+        store
+            .unstack_columns(r"^(experts)\.up_bias$", &biases)
+            .unwrap()
+    };
+    let mut store = open();
+    assert_eq!(store.keys().unwrap().len(), 9);
+    assert!(store.get_tensor("odd.up").unwrap().is_some());
+    let mut read = |name: &str| {
+        let data = bridge::to_data(store.get_tensor(name).unwrap().unwrap()).unwrap();
+        let values: Vec<f32> = data.iter::<f32>().collect();
+        (data.shape().to_vec(), values)
+    };
+    let weight = vec![13.0, 17.0, 21.0, 15.0, 19.0, 23.0];
+    assert_eq!(read("experts.1.b.weight"), (vec![2, 3], weight));
+    assert_eq!(read("experts.1.b.bias"), (vec![2], vec![5.0, 7.0]));
+
+    // Burn has weights as they are stored here.
+    #[derive(Module, Debug)]
+    struct Expert {
+        a: Linear,
+        b: Linear,
+    }
+    #[derive(Module, Debug)]
+    struct Experts {
+        experts: Vec<Expert>,
+    }
+    let linear = || LinearConfig::new(3, 2).init(&Device::default());
+    let expert = || Expert {
+        a: linear(),
+        b: linear(),
+    };
+    let mut module = Experts {
+        experts: vec![expert(), expert()],
+    };
+    let mut store = open().ignore("^odd").unwrap();
+    module.load_from(&mut store).unwrap();
+    let weight = module.experts[1].b.weight.val().into_data();
+    let expected = [13.0, 15.0, 17.0, 19.0, 21.0, 23.0];
+    assert_eq!(weight.iter::<f32>().collect::<Vec<_>>(), expected);
+    let bias = module.experts[0].a.bias.as_ref().unwrap().val().into_data();
+    assert_eq!(bias.iter::<f32>().collect::<Vec<_>>(), [0.0, 2.0]);
+}
+
 #[test]
 fn a_module_built_from_the_forms_of_a_checkpoint_takes_it() {
     #[derive(Module, Debug)]

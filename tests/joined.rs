@@ -198,8 +198,16 @@ fn activated(x: f32, activation: Activation) -> f32 {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
             0.5 * x * (1.0 + inner.tanh())
         }
+        Activation::ClampedSwiGlu => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
     };
     y as f32
+}
+
+fn opened(x: f32, activation: Activation) -> f32 {
+    match activation {
+        Activation::ClampedSwiGlu => x.clamp(-7.0, 7.0) + 1.0,
+        _ => x,
+    }
 }
 
 fn gated(device: &Device) {
@@ -211,9 +219,9 @@ fn gated(device: &Device) {
             let [gate, up] = [0, 1].map(|i| weight(n, k, i, config, device));
             for (added, activation) in ADDED.into_iter().zip([
                 Activation::Silu,
+                Activation::ClampedSwiGlu,
                 Activation::GeluTanh,
-                Activation::Silu,
-                Activation::GeluTanh,
+                Activation::ClampedSwiGlu,
             ]) {
                 for dtype in dtypes(device) {
                     let what = format!("{n} {k} {config:?} {added:?} {activation:?} {dtype:?}");
@@ -226,11 +234,14 @@ fn gated(device: &Device) {
                     let of_factors = bounds(&factors, dtype);
                     let expected = gates.iter().zip(&factors);
                     let expected: Vec<f32> = expected
-                        .map(|(&gate, factor)| activated(gate, activation) * factor)
+                        .map(|(&gate, &factor)| {
+                            activated(gate, activation) * opened(factor, activation)
+                        })
                         .collect();
                     // No activation is steeper than 1.13.
                     let off = |i: usize| {
-                        let of_gate = 1.2 * of_gates[i] * (factors[i].abs() + of_factors[i]);
+                        let factor = opened(factors[i], activation).abs();
+                        let of_gate = 1.2 * of_gates[i] * (factor + of_factors[i]);
                         let of_factor = of_factors[i] * activated(gates[i], activation).abs();
                         of_gate + of_factor + relative(dtype) * expected[i].abs()
                     };

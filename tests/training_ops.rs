@@ -20,7 +20,10 @@ const DTYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 3e-2)];
 fn random<const D: usize>(shape: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
     // Rounded first, so that what it is compared with begins with the same values.
     let values: Tensor<D> = Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
-    values.cast(DType::BF16).cast(DType::F32).cast(dtype)
+    // On the host: not every device has bf16.
+    let rounded = values.into_data().convert_dtype(DType::BF16);
+    let rounded = rounded.convert_dtype(DType::F32);
+    Tensor::<D>::from_data(rounded, (device, DType::F32)).cast(dtype)
 }
 
 fn leaf<const D: usize>(x: &Tensor<D>, dtype: DType) -> Tensor<D> {
@@ -61,23 +64,31 @@ fn rows(device: &Device) -> &'static [usize] {
 fn gates(device: &Device) {
     let device = &device.clone().autodiff();
     for shape in [[1, 1, 1], [2, 3, 7], [3, 5, 64], [1, 2, 4096]] {
-        for activation in [Activation::Silu, Activation::GeluTanh] {
+        for activation in [
+            Activation::Silu,
+            Activation::GeluTanh,
+            Activation::ClampedSwiGlu,
+        ] {
             for (dtype, tolerance) in DTYPES {
                 if !device.supports_dtype(dtype) {
                     continue;
                 }
                 let what = format!("{shape:?} {activation:?} {dtype:?}");
                 let [gate, up, g] = [(); 3].map(|()| random(shape, dtype, device));
-                // A number alone, by whose size the difference goes, is where nothing cancels out.
-                let gate = match shape {
-                    [1, 1, 1] => gate.abs() + 0.5,
-                    _ => gate,
-                };
+                // A number alone, by whose size the difference goes, is where nothing cancels out and nothing
+                // is cut.
+                let [gate, up] = [gate, up].map(|x| match shape {
+                    [1, 1, 1] => x.abs().clamp_max(1.5) + 0.5,
+                    _ => x,
+                });
                 let run = |dtype, fused: bool| {
-                    let (gate, up) = (leaf(&(gate.clone() * 3.0), dtype), leaf(&up, dtype));
+                    let (gate, up) = (
+                        leaf(&(gate.clone() * 3.0), dtype),
+                        leaf(&(up.clone() * 3.0), dtype),
+                    );
                     let y = match fused {
                         true => gated(gate.clone(), up.clone(), activation).expect("it fits"),
-                        false => activation.forward(gate.clone()) * up.clone(),
+                        false => activation.forward(gate.clone()) * activation.opened(up.clone()),
                     };
                     let gradients = (y.clone() * g.clone().cast(dtype)).sum().backward();
                     [

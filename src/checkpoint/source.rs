@@ -1,5 +1,6 @@
 //! The parameters of a checkpoint as tensors that are read when they are asked for.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -25,8 +26,40 @@ pub(crate) struct Entry {
     pub kind: EntryKind,
     /// Bytes in the files.
     pub size_bytes: usize,
-    /// The bytes of the tensor that it is, if it is not all of it.
-    pub part: Option<Range<usize>>,
+    /// What of the tensor it is, if it is not all of it.
+    pub part: Option<Part>,
+}
+
+/// A part of a stored tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// The bytes that it lies in.
+    pub bytes: Range<usize>,
+    /// Which elements of these it is, if not all.
+    pub columns: Option<Columns>,
+}
+
+/// Columns of a matrix, or elements of a vector, of which each `step`-th is meant, from `first` on. Of a matrix
+/// they are the rows of the part: it is stored transposed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Columns {
+    pub first: usize,
+    pub step: usize,
+}
+
+impl Part {
+    /// The bytes of the part in the order in which they are stored.
+    fn of<'a>(&self, bytes: &'a [u8], elem_bytes: usize) -> Cow<'a, [u8]> {
+        let bytes = &bytes[self.bytes.clone()];
+        match self.columns {
+            None | Some(Columns { step: 1, .. }) => bytes.into(),
+            Some(Columns { first, step }) => {
+                let elems = bytes.chunks_exact(elem_bytes);
+                let chosen = elems.skip(first).step_by(step).flatten();
+                chosen.copied().collect::<Vec<u8>>().into()
+            }
+        }
+    }
 }
 
 /// What a parameter of a checkpoint is.
@@ -137,12 +170,18 @@ pub(super) fn deferred(
                 }
                 EntryKind::Dense { shape, .. } => {
                     let mut stored = checkpoint.stored(&key)?;
-                    if let Some(part) = part.clone() {
+                    let chosen;
+                    if let Some(part) = &part {
+                        chosen = part.of(stored.bytes, stored.info.dtype.bitsize() / 8);
                         stored.info.shape = shape;
-                        stored.bytes = &stored.bytes[part];
+                        stored.bytes = &chosen;
                     }
-                    let matrix = match (read_as.transposed, shape.as_slice()) {
-                        (true, &[rows, columns]) => Some([rows, columns]),
+                    let is_stored_transposed =
+                        part.as_ref().is_some_and(|part| part.columns.is_some());
+                    let matrix = match (read_as.transposed, is_stored_transposed, shape.as_slice())
+                    {
+                        (true, false, &[rows, columns]) => Some([rows, columns]),
+                        (false, true, &[rows, columns]) => Some([columns, rows]),
                         _ => None,
                     };
                     read_dense(&stored, &key, read_as.dtype, matrix)?

@@ -17,7 +17,7 @@ use super::progress::{Counter, Progress};
 #[cfg(feature = "peft")]
 use super::shard_plan::ShardPlan;
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
-use super::unstack::Unstack;
+use super::unstack::{StackLayout, Unstack};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
@@ -203,7 +203,37 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`Nf4Error::Pattern`] if it is not a regular expression, [`Nf4Error::Config`] without a name.
-    pub fn unstack(mut self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+    pub fn unstack(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        self.unstacked(pattern, parts, StackLayout::Rows)
+    }
+
+    /// As [`unstack`](Self::unstack) of stacks that lie the other way, as gpt-oss has them: matrices are
+    /// transposed, `[matrices, columns, rows * parts]`, and a row of each part comes in turn. Stacks of
+    /// vectors, `[matrices, rows * parts]`, such as biases, are taken apart in the same way.
+    ///
+    /// ```
+    /// use burn_nf4::checkpoint::CheckpointStore;
+    ///
+    /// # fn open(store: CheckpointStore) -> Result<CheckpointStore, burn_nf4::Nf4Error> {
+    /// store.unstack_columns(
+    ///     r"^(.*\.experts)\.gate_up_proj_bias$",
+    ///     &["$1.{}.gate_proj.bias", "$1.{}.up_proj.bias"],
+    /// )
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`unstack`](Self::unstack).
+    pub fn unstack_columns(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        self.unstacked(pattern, parts, StackLayout::Columns)
+    }
+
+    fn unstacked(
+        mut self,
+        pattern: &str,
+        parts: &[&str],
+        layout: StackLayout,
+    ) -> Result<Self, Nf4Error> {
         let pattern =
             Regex::new(pattern).map_err(|error| pattern_error("unstack", pattern, &error))?;
         if parts.is_empty() {
@@ -213,7 +243,7 @@ impl CheckpointStore {
                 given: "none".into(),
             });
         }
-        self.unstacked.push(Unstack::new(pattern, parts));
+        self.unstacked.push(Unstack::new(pattern, parts, layout));
         self.tensors = None;
         Ok(self)
     }

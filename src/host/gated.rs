@@ -19,7 +19,8 @@ const TASK_ELEMS: usize = 1 << 14;
 /// Elements that are computed at a time, a multiple of all lanes.
 const BLOCK: usize = 64;
 
-/// `activation(gate) up`. The activation is rounded to the type before it is multiplied.
+/// `activation(gate) up`. The activation, and what it opens, are rounded to the type before they are
+/// multiplied.
 ///
 /// # Shapes
 /// - `gate`, `up`: as many elements, and so the result
@@ -157,6 +158,10 @@ unsafe fn forward<T: FloatElement, V: Vector>(
         unsafe {
             widen::<T, V>(gate, &mut of_gate);
             widen::<T, V>(up, &mut of_up);
+            if activation == Activation::ClampedSwiGlu {
+                cut(&mut of_gate, &mut of_up);
+                round::<T>(&mut of_up);
+            }
             for at in (0..BLOCK).step_by(V::LANES) {
                 let at = of_gate.as_mut_ptr().add(at);
                 activated(V::load(at), activation).value.store(at);
@@ -187,6 +192,9 @@ unsafe fn backward<T: FloatElement, V: Vector>(
             widen::<T, V>(gate, &mut of_gate);
             widen::<T, V>(up, &mut of_up);
             widen::<T, V>(grad, &mut of_grad);
+            if activation == Activation::ClampedSwiGlu {
+                cut(&mut of_gate, &mut of_up);
+            }
             for at in (0..BLOCK).step_by(V::LANES) {
                 let gate = of_gate.as_mut_ptr().add(at);
                 let activated = activated(V::load(gate), activation);
@@ -203,6 +211,31 @@ unsafe fn backward<T: FloatElement, V: Vector>(
         }
         for (to, (grad, gate)) in to_up.iter_mut().zip(of_grad.iter().zip(&of_gate)) {
             *to = T::from_f32(grad * gate);
+        }
+        if activation == Activation::ClampedSwiGlu {
+            let is_above = |x: f32| x > Activation::LIMIT;
+            zero_where(to_gate, gate, is_above);
+            zero_where(to_up, up, |x| is_above(x.abs()));
+        }
+    }
+}
+
+/// Cuts the operands of the clamped SwiGLU, and adds one to what the gate opens. A NaN stays one.
+#[inline(always)]
+fn cut(gate: &mut [f32; BLOCK], up: &mut [f32; BLOCK]) {
+    const LIMIT: f32 = Activation::LIMIT;
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = if *gate > LIMIT { LIMIT } else { *gate };
+        *up = up.clamp(-LIMIT, LIMIT) + 1.0;
+    }
+}
+
+/// Zeros for gradients of numbers that were cut.
+#[inline(always)]
+fn zero_where<T: FloatElement>(gradients: &mut [T], numbers: &[T], is_cut: impl Fn(f32) -> bool) {
+    for (gradient, number) in gradients.iter_mut().zip(numbers) {
+        if is_cut(number.to_f32()) {
+            *gradient = T::zeroed();
         }
     }
 }
@@ -245,9 +278,13 @@ unsafe fn activated<V: Vector>(x: V, activation: Activation) -> Activated<V> {
     // SAFETY: as the caller vouches.
     unsafe {
         let one = V::splat(1.0);
-        // Both are x sigmoid(u), where u of GELU is twice what the tangent is of.
+        // All are x sigmoid(u), where u of GELU is twice what the tangent is of.
         let (u, slope_of_u) = match activation {
             Activation::Silu => (x, one),
+            Activation::ClampedSwiGlu => {
+                let alpha = V::splat(Activation::ALPHA);
+                (x.mul(alpha), alpha)
+            }
             Activation::GeluTanh => {
                 const CUBIC: f32 = 0.044_715;
                 const FACTOR: f32 =
@@ -283,6 +320,17 @@ mod tests {
                 let root = (2.0 / std::f64::consts::PI).sqrt();
                 0.5 * x * (1.0 + (root * (x + 0.044_715 * x * x * x)).tanh())
             }
+            Activation::ClampedSwiGlu => {
+                let x = x.min(7.0);
+                x / (1.0 + (-1.702 * x).exp())
+            }
+        }
+    }
+
+    fn opened(x: f64, activation: Activation) -> f64 {
+        match activation {
+            Activation::ClampedSwiGlu => x.clamp(-7.0, 7.0) + 1.0,
+            _ => x,
         }
     }
 
@@ -291,7 +339,8 @@ mod tests {
     fn all_instructions_compute_the_formula_and_its_slope(
         #[values(Simd::Portable, Simd::Avx2, Simd::Avx512)] simd: Simd,
         #[values(1, 64, 203)] count: usize,
-        #[values(Activation::Silu, Activation::GeluTanh)] activation: Activation,
+        #[values(Activation::Silu, Activation::GeluTanh, Activation::ClampedSwiGlu)]
+        activation: Activation,
     ) {
         if !simd.is_available() {
             return;
@@ -300,17 +349,25 @@ mod tests {
             let number = |i: usize| ((i * factor + 1) % 97) as f32 / 48.0 - 1.0;
             (0..count).map(|i| number(i) * scale).collect()
         };
-        let (gate, up, grad) = (numbers(31, 12.0), numbers(17, 3.0), numbers(59, 2.0));
+        let (gate, up, grad) = (numbers(31, 12.0), numbers(17, 9.0), numbers(59, 2.0));
         let y = gated(simd, &gate, &up, activation);
         let [of_gate, of_up] = gated_backward(simd, [&gate, &up], &grad, activation);
         for i in 0..count {
             let [x, up, grad] = [gate[i], up[i], grad[i]].map(f64::from);
             let value = expected(x, activation);
-            let slope = (expected(x + 1e-4, activation) - expected(x - 1e-4, activation)) / 2e-4;
+            let slope_of = |f: fn(f64, Activation) -> f64, x| {
+                (f(x + 1e-4, activation) - f(x - 1e-4, activation)) / 2e-4
+            };
+            let (slope, opened_slope) = (slope_of(expected, x), slope_of(opened, up));
+            let up = opened(up, activation);
             for (what, given, expected) in [
                 ("y", y[i], value * up),
                 ("gradient of the gate", of_gate[i], grad * up * slope),
-                ("gradient of what it opens", of_up[i], grad * value),
+                (
+                    "gradient of what it opens",
+                    of_up[i],
+                    grad * value * opened_slope,
+                ),
             ] {
                 let difference = (f64::from(given) - expected).abs();
                 let tolerance = 4e-6 * expected.abs().max(1.0);

@@ -2,11 +2,11 @@
 
 use cubecl::prelude::*;
 
-use super::sums::activated;
+use super::sums::{activated, opened};
 use crate::activation::Activation;
 
-/// `activation(gate) up` of each element. The activation is computed in f32 and rounded before it is
-/// multiplied, as when each is an operation.
+/// `activation(gate) up` of each element. The activation, and what the gate opens, are computed in f32 and
+/// rounded before they are multiplied, as when each is an operation.
 ///
 /// - `gate`, `up`, `out`: of the same length; a unit has a vector
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -23,13 +23,17 @@ pub fn gated_kernel<F: Float, N: Size>(
         terminate!();
     }
     let x = Vector::<f32, N>::cast_from(gate[i]);
+    let factor = Vector::<f32, N>::cast_from(up[i]);
     let mut y = Vector::<f32, N>::new(0.0f32);
+    let mut factors = Vector::<f32, N>::new(0.0f32);
     #[unroll]
     for e in 0..N::value().comptime() {
         y.insert(e, activated(x.extract(e), activation));
+        factors.insert(e, opened(factor.extract(e), activation));
     }
     let y = Vector::<f32, N>::cast_from(Vector::<F, N>::cast_from(y));
-    out[i] = Vector::cast_from(y * Vector::cast_from(up[i]));
+    let factors = Vector::<f32, N>::cast_from(Vector::<F, N>::cast_from(factors));
+    out[i] = Vector::cast_from(y * factors);
 }
 
 /// The gradients of `gate` and `up`, in f32 inside.
@@ -52,15 +56,19 @@ pub fn gated_backward_kernel<F: Float, N: Size>(
         terminate!();
     }
     let x = Vector::<f32, N>::cast_from(gate[i]);
+    let factor = Vector::<f32, N>::cast_from(up[i]);
     let grad = Vector::<f32, N>::cast_from(grad[i]);
     let mut y = Vector::<f32, N>::new(0.0f32);
     let mut slope = Vector::<f32, N>::new(0.0f32);
+    let mut factors = Vector::<f32, N>::new(0.0f32);
     #[unroll]
     for e in 0..N::value().comptime() {
-        y.insert(e, activated(x.extract(e), activation));
+        let opened_slope = opened_slope_of(factor.extract(e), activation);
+        y.insert(e, activated(x.extract(e), activation) * opened_slope);
         slope.insert(e, slope_of(x.extract(e), activation));
+        factors.insert(e, opened(factor.extract(e), activation));
     }
-    d_gate[i] = Vector::cast_from(grad * Vector::cast_from(up[i]) * slope);
+    d_gate[i] = Vector::cast_from(grad * factors * slope);
     d_up[i] = Vector::cast_from(grad * y);
 }
 
@@ -79,6 +87,25 @@ fn slope_of(x: f32, #[comptime] activation: Activation) -> f32 {
             let tanh = f32::tanh(factor * x * (1.0f32 + cubic));
             let inner = factor * (1.0f32 + 3.0f32 * cubic);
             0.5f32 * (1.0f32 + tanh) + 0.5f32 * x * (1.0f32 - tanh * tanh) * inner
+        }
+        Activation::ClampedSwiGlu => {
+            let limit = comptime!(Activation::LIMIT).runtime();
+            let alpha = comptime!(Activation::ALPHA).runtime();
+            let sigmoid = 1.0f32 / (1.0f32 + f32::exp(-alpha * x));
+            let slope = sigmoid * (1.0f32 + alpha * x * (1.0f32 - sigmoid));
+            select(x > limit, 0.0f32, slope)
+        }
+    }
+}
+
+/// The derivative of what a gate opens.
+#[cube]
+fn opened_slope_of(x: f32, #[comptime] activation: Activation) -> f32 {
+    match comptime!(activation) {
+        Activation::Silu | Activation::GeluTanh => 1.0f32.runtime(),
+        Activation::ClampedSwiGlu => {
+            let limit = comptime!(Activation::LIMIT).runtime();
+            select(f32::abs(x) > limit, 0.0f32, 1.0f32)
         }
     }
 }

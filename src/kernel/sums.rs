@@ -167,7 +167,7 @@ pub fn store_gated<F: Float>(
         let factors = shared_sum(shared, i + vectors, blueprint);
         #[unroll]
         for p in 0..4usize {
-            total[p] = activated(total[p], activation) * factors[p];
+            total[p] = activated(total[p], activation) * opened(factors[p], activation);
         }
         store_vector::<F>(&total, i, bias, out, target, results);
         i += comptime!(blueprint.units());
@@ -183,6 +183,25 @@ pub fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
             // sqrt(2 / pi)
             let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
             0.5f32 * x * (1.0f32 + f32::tanh(inner))
+        }
+        Activation::ClampedSwiGlu => {
+            // Not by a minimum, which would lose a NaN.
+            let limit = comptime!(Activation::LIMIT).runtime();
+            let x = select(x > limit, limit, x);
+            x / (1.0f32 + f32::exp(comptime!(-Activation::ALPHA) * x))
+        }
+    }
+}
+
+/// What an activation is multiplied by, of the value that the gate opens.
+#[cube]
+pub fn opened(x: f32, #[comptime] activation: Activation) -> f32 {
+    match comptime!(activation) {
+        Activation::Silu | Activation::GeluTanh => x,
+        Activation::ClampedSwiGlu => {
+            let limit = comptime!(Activation::LIMIT).runtime();
+            let x = select(x > limit, limit, x);
+            select(x < -limit, -limit, x) + 1.0f32
         }
     }
 }

@@ -10,6 +10,7 @@ use super::count::ParameterCount;
 use super::names::{model_dtype, module_name, other_floats};
 use super::quantize::QuantizeLayers;
 use super::save::SaveFolder;
+use super::stack::StackPlace;
 use super::{apply, extract, fresh, load, quantize, save};
 use crate::checkpoint::{CheckpointStore, Written};
 use crate::error::Nf4Error;
@@ -123,6 +124,17 @@ pub trait LinearLayers: Module {
     /// that it must be nothing, and the head one of the layers.
     fn untie_head(self) -> Self {
         self
+    }
+
+    /// Where a checkpoint holds the parameter of this name, if it has it as a part of a larger tensor, such as
+    /// those of experts. [`save_folder`](Self::save_folder) puts such parameters together where all of a stack
+    /// are of floats, and of one type; others are written apart. Not asked by
+    /// [`load_checkpoint`](Self::load_checkpoint): its store has to take stacks
+    /// [apart](CheckpointStore::unstack_columns).
+    ///
+    /// Only that of the whole model is asked.
+    fn stacked(&self, _name: &str) -> Option<StackPlace> {
+        None
     }
 
     /// The name of the output layer, which [`quantize`](Self::quantize) keeps in floats. Only a model that

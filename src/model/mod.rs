@@ -16,6 +16,7 @@ mod names;
 mod peft_model;
 mod quantize;
 mod save;
+mod stack;
 
 pub use count::ParameterCount;
 pub use fields::join_path;
@@ -23,3 +24,4 @@ pub use layers::{LinearLayers, MapLinear, TiedHead};
 pub use peft_model::PeftModel;
 pub use quantize::QuantizeLayers;
 pub use save::SaveFolder;
+pub use stack::StackPlace;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::check::{check_materialized, check_model, refuse_branches};
 use super::layers::LinearLayers;
 use super::names::of_linear;
+use super::stack::Stacks;
 use crate::checkpoint::convert::{
     ModelConfig, copy_other_files, is_head, skip_entry_of, start_writer,
 };
@@ -92,6 +93,7 @@ pub(super) fn save<M: LinearLayers>(
                 [&tied.embedding, &tied.head].map(|module| of_linear(module, "weight"));
             (table, head)
         }),
+        stacks: Stacks::of(model),
         writer,
         floats: Vec::new(),
         quantized: Vec::new(),
@@ -157,6 +159,8 @@ struct Saver {
     storage: Dtype,
     /// A parameter to write under a second name too.
     copy: Option<(String, String)>,
+    /// Parameters to write as one tensor.
+    stacks: Stacks,
     writer: CheckpointWriter,
     /// The dtypes of parameters of floats.
     floats: Vec<FloatType>,
@@ -172,6 +176,14 @@ impl Saver {
     fn attempt(&mut self, write: impl FnOnce(&mut Self) -> Result<(), Nf4Error>) {
         if self.failed.is_none() {
             self.failed = write(self).err();
+        }
+    }
+
+    fn note_type(&mut self, dtype: DType, name: &str) {
+        if let Ok(dtype) = FloatType::from_dtype(dtype, name)
+            && !self.floats.contains(&dtype)
+        {
+            self.floats.push(dtype);
         }
     }
 
@@ -205,17 +217,21 @@ impl ModuleVisitor for Saver {
             let kind = Kind::Float(value.dims().to_vec());
             let parameter = saver.path.parameter(value.device(), kind);
             let name = (saver.name)(parameter.stored_path());
+            if let Some(place) = saver.stacks.take(&name) {
+                let data = value.into_data();
+                saver.note_type(data.dtype(), &name);
+                return match saver.stacks.add(&place, data) {
+                    Some((data, shape)) => saver.write(&place.stack, &data, &shape),
+                    None => Ok(()),
+                };
+            }
             let shape = parameter.stored_shape(&value.dims());
             let is_matrix = parameter.transposed;
             let data = match is_matrix {
                 true => value.swap_dims(0, 1).into_data(),
                 false => value.into_data(),
             };
-            if let Ok(dtype) = FloatType::from_dtype(data.dtype(), &name)
-                && !saver.floats.contains(&dtype)
-            {
-                saver.floats.push(dtype);
-            }
+            saver.note_type(data.dtype(), &name);
             if let (true, Some(module)) = (is_matrix, name.strip_suffix(".weight")) {
                 saver.kept.push(module.into());
             }

@@ -1,6 +1,6 @@
 //! The activation of a gate times what it opens.
 
-use burn::tensor::activation::{gelu_approximate, silu};
+use burn::tensor::activation::{gelu_approximate, sigmoid, silu};
 use burn::tensor::{DType, Tensor};
 
 use super::tensor::{check_device, check_dtype};
@@ -10,8 +10,9 @@ use crate::format::{FloatType, check_shape};
 
 pub use base::{GatedBackend, GatedSpec};
 
-/// `activation(gate) up` (arXiv 2002.05202): one operation, forward and backward. The
-/// activation is rounded to the dtype of the gate before it is multiplied.
+/// `activation(gate) up` (arXiv 2002.05202): one operation, forward and backward. The activation, and of
+/// [`Activation::ClampedSwiGlu`] what it opens, are rounded to the dtype of the gate before they are
+/// multiplied.
 ///
 /// # Shapes
 /// - `gate`, `up`: the same, and so the result
@@ -31,7 +32,7 @@ pub fn gated<const D: usize>(
     if let Some(y) = base::launched(&gate, &up, activation, dtype) {
         return Ok(y);
     }
-    Ok(activation.forward(gate) * up)
+    Ok(activation.forward(gate) * activation.opened(up))
 }
 
 impl Activation {
@@ -43,6 +44,24 @@ impl Activation {
                 // PyTorch computes it in f32 and rounds once.
                 let dtype = x.dtype();
                 gelu_approximate(x.cast(DType::F32)).cast(dtype)
+            }
+            Self::ClampedSwiGlu => {
+                let dtype = x.dtype();
+                let x = x.cast(DType::F32).clamp_max(Self::LIMIT);
+                let opening = sigmoid(x.clone() * Self::ALPHA);
+                (x * opening).cast(dtype)
+            }
+        }
+    }
+
+    /// What the activation is multiplied by, of the values that the gate opens, in the dtype of `x`.
+    pub fn opened<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Silu | Self::GeluTanh => x,
+            Self::ClampedSwiGlu => {
+                let dtype = x.dtype();
+                let x = x.cast(DType::F32).clamp(-Self::LIMIT, Self::LIMIT);
+                (x + 1.0).cast(dtype)
             }
         }
     }

@@ -97,7 +97,7 @@ fn every_family(
     #[files("tests/fixtures/families/*/model")]
     #[dirs]
     // Mixtures are not recorded.
-    #[exclude("qwen3_moe")]
+    #[exclude("qwen3_moe|gpt_oss")]
     folder: PathBuf,
 ) {
     let _alone = alone();

@@ -1,6 +1,6 @@
 //! Grouped-query attention (arXiv 2305.13245).
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn_nf4::linear_layers;
 use burn_nf4::nn::{AnyLinear, joined_forward};
@@ -23,6 +23,9 @@ pub struct Attention {
     pub q_norm: Option<RmsNorm>,
     /// The norm of the keys, in the same way.
     pub k_norm: Option<RmsNorm>,
+    /// `[num_heads]`: a score of each head that takes part in every softmax and has no value, if there are
+    /// any (arXiv 2309.17453, 2508.10925).
+    pub sinks: Option<Param<Tensor<1>>>,
     /// Heads of queries.
     pub num_heads: usize,
     /// Heads of keys and values.
@@ -111,7 +114,8 @@ impl Attention {
         };
 
         let ranges = pass.ranges(self.window);
-        let y = attention(q, k, v, ranges, None, self.options).expect("the shapes fit");
+        let sinks = self.sinks.as_ref().map(Param::val);
+        let y = attention(q, k, v, ranges, sinks, self.options).expect("the shapes fit");
         let y = y
             .swap_dims(1, 2)
             .reshape([batch, length, self.num_heads * self.head_dim]);

@@ -9,17 +9,19 @@ use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::is_expert;
 use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
-use burn_nf4::model::{LinearLayers, QuantizeLayers, TiedHead};
+use burn_nf4::model::{LinearLayers, QuantizeLayers, StackPlace, TiedHead};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::{MatmulOptions, MatmulStrategy, matmul, reads_tables};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
 use crate::model::layer::{DecoderLayer, Residual};
+use crate::model::mixture::is_router;
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
 use crate::model::rotation::RopeTables;
 use crate::model::scale::{EmbeddingScale, scaled, soft_capped};
+use crate::model::stacks::place_of;
 
 /// The path of the embedding in a checkpoint.
 pub const EMBEDDING: &str = "model.embed_tokens";
@@ -32,9 +34,6 @@ pub const HEAD: &str = "lm_head";
 /// A longer prompt takes several passes, one after another: what is held meanwhile does not grow with its
 /// length, but for the cache.
 pub const PROMPT_CHUNK: usize = 8192;
-
-/// How the name of a router ends.
-pub(super) const ROUTER: &str = ".mlp.gate";
 
 /// The model: an embedding, a stack of layers and a head.
 #[derive(Module, Debug)]
@@ -58,7 +57,7 @@ pub struct Decoder {
 }
 
 /// Fields that are no part of a name in checkpoints: what they hold belongs to the module around them.
-const UNNAMED: [&str; 3] = [".norms.", ".qkv.", ".gate_up."];
+const UNNAMED: [&str; 4] = [".norms.", ".qkv.", ".gate_up.", ".routing."];
 
 linear_layers!(Decoder { layers, lm_head } {
     fn checkpoint_name(path: &str) -> String {
@@ -77,6 +76,10 @@ linear_layers!(Decoder { layers, lm_head } {
             head: HEAD.into(),
             embedding: EMBEDDING.into(),
         })
+    }
+
+    fn stacked(&self, name: &str) -> Option<StackPlace> {
+        place_of(self, name)
     }
 
     fn untie_head(mut self) -> Self {
@@ -355,7 +358,7 @@ impl Decoder {
             } else {
                 &mut targets
             };
-            if name != HEAD && !name.ends_with(ROUTER) && !names.contains(&end) {
+            if name != HEAD && !is_router(&name) && !names.contains(&end) {
                 names.push(end);
             }
         }

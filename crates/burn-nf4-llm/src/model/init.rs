@@ -9,11 +9,13 @@ use burn_nf4::nn::{AnyLinear, QLoraLinearConfig, QuantLinear};
 
 use crate::error::ModelError;
 use crate::model::attention::{Attention, FusedQkv, QkvProjections, SeparateQkv};
-use crate::model::config::{DecoderConfig, LayerConfig, MixtureConfig, NormPlacement, QkNorm};
-use crate::model::decoder::{Decoder, ROUTER};
+use crate::model::config::{
+    DecoderConfig, LayerConfig, MixtureConfig, MixtureForm, NormPlacement, QkNorm,
+};
+use crate::model::decoder::Decoder;
 use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 use crate::model::load::by_rule;
-use crate::model::mixture::MixtureMlp;
+use crate::model::mixture::{GateRouter, MixtureMlp, NamedRouter, Router, is_router};
 use crate::model::mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 use crate::model::norm::RmsNorm;
 
@@ -115,6 +117,9 @@ impl Parts<'_> {
             o_proj: self.linear(of_q, config.hidden_size, config.biases.output),
             q_norm: qk_norm(of_q),
             k_norm: qk_norm(of_kv),
+            sinks: config
+                .attention_sinks
+                .then(|| Initializer::Zeros.init([num_heads], self.device)),
             num_heads,
             num_kv_heads,
             head_dim,
@@ -126,8 +131,13 @@ impl Parts<'_> {
 
     fn mixture(&self, mixture: MixtureConfig) -> MixtureMlp {
         let experts = (0..mixture.experts).map(|_| self.mlp(mixture.intermediate_size));
+        let config = self.config;
+        let router = self.linear(config.hidden_size, mixture.experts, config.biases.router);
         MixtureMlp {
-            gate: self.linear(self.config.hidden_size, mixture.experts, false),
+            routing: match mixture.form {
+                MixtureForm::Qwen3Moe => Router::Gate(GateRouter { gate: router }),
+                MixtureForm::GptOss => Router::Router(NamedRouter { router }),
+            },
             experts: experts.collect(),
             experts_per_token: mixture.experts_per_token,
             normalises_weights: mixture.normalises_weights,
@@ -220,7 +230,7 @@ pub fn random_by_layers(
             weight: matrix([d_input, d_output]),
             bias: None,
         };
-        if name.ends_with(ROUTER) {
+        if is_router(name) {
             return Ok(dense.into());
         }
         let packed = AnyLinear::Nf4(QuantLinear::quantize(dense, QuantConfig::default())?);

@@ -10,20 +10,11 @@ use burn_nf4::op::MatmulStrategy;
 
 use crate::error::ModelError;
 use crate::model::family::vision;
+use crate::model::stacks::unstacked;
 use crate::model::{Decoder, DecoderConfig};
 
 /// Buffers that old checkpoints hold and transformers does not read either.
 const NOT_READ: &str = r"\.rotary_emb\.inv_freq$";
-
-/// How transformers 5 stacks the experts of a layer, where it saves them as it holds them, and what they are
-/// called apart.
-const STACKS: [(&str, &[&str]); 2] = [
-    (
-        r"^(.*\.experts)\.gate_up_proj$",
-        &["$1.{}.gate_proj.weight", "$1.{}.up_proj.weight"],
-    ),
-    (r"^(.*\.experts)\.down_proj$", &["$1.{}.down_proj.weight"]),
-];
 
 /// Builds the model and reads its weights onto the device, one at a time.
 ///
@@ -45,10 +36,8 @@ pub fn load(
     device: &Device,
 ) -> Result<Decoder, ModelError> {
     check_embedding(store.checkpoint())?;
-    let mut store = store.with_dtype(dtype).ignore(NOT_READ)?;
-    for (stack, parts) in STACKS {
-        store = store.unstack(stack, parts)?;
-    }
+    let store = store.with_dtype(dtype).ignore(NOT_READ)?;
+    let mut store = unstacked(store, config)?;
     if config.text_part_of.is_some() {
         store = store.ignore(vision::OTHER_KEYS)?;
         for (key, of_text) in vision::TEXT_KEYS {

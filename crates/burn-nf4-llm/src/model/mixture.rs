@@ -7,6 +7,7 @@ use burn_nf4::linear_layers;
 use burn_nf4::nn::AnyLinear;
 
 use crate::model::mlp::GatedMlp;
+use crate::model::variants::linear_variants;
 
 /// The feed-forward block of a layer with experts: a router sends each token to a few of them, whose
 /// outputs are summed by their weights.
@@ -16,7 +17,7 @@ use crate::model::mlp::GatedMlp;
 #[derive(Module, Debug)]
 pub struct MixtureMlp {
     /// The router: a score of each expert.
-    pub gate: AnyLinear,
+    pub routing: Router,
     /// The experts.
     pub experts: Vec<GatedMlp>,
     /// Experts that a token is sent to.
@@ -25,7 +26,49 @@ pub struct MixtureMlp {
     pub normalises_weights: bool,
 }
 
-linear_layers!(MixtureMlp { gate, experts });
+/// The layer that scores experts, under the name that the checkpoints of a family have for it.
+#[derive(Module, Debug)]
+pub enum Router {
+    /// As in Qwen3-MoE.
+    Gate(GateRouter),
+    /// As in gpt-oss.
+    Router(NamedRouter),
+}
+
+/// A router that is called `gate`.
+#[derive(Module, Debug)]
+pub struct GateRouter {
+    /// To a score of each expert.
+    pub gate: AnyLinear,
+}
+
+/// A router that is called `router`.
+#[derive(Module, Debug)]
+pub struct NamedRouter {
+    /// To a score of each expert.
+    pub router: AnyLinear,
+}
+
+linear_layers!(GateRouter { gate });
+linear_layers!(NamedRouter { router });
+linear_variants!(Router { Gate, Router });
+linear_layers!(MixtureMlp { routing, experts });
+
+/// Whether a linear layer is a router, by its name or path.
+pub(super) fn is_router(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    ["gate", "router"].contains(&last)
+}
+
+impl Router {
+    /// The layer.
+    pub fn linear(&self) -> &AnyLinear {
+        match self {
+            Self::Gate(GateRouter { gate }) => gate,
+            Self::Router(NamedRouter { router }) => router,
+        }
+    }
+}
 
 impl MixtureMlp {
     /// The output for `x`.
@@ -36,7 +79,7 @@ impl MixtureMlp {
         let shape = x.dims();
         let [batch, length, hidden_size] = shape;
         let x = x.reshape([batch * length, hidden_size]);
-        let logits = self.gate.forward(x.clone());
+        let logits = self.routing.linear().forward(x.clone());
         let dtype = logits.dtype();
         let probabilities = softmax(logits.cast(DType::F32), 1);
         let routes = Routes::of(&probabilities, self.experts_per_token);

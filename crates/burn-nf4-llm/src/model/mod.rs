@@ -51,6 +51,7 @@ mod pass;
 pub mod rope;
 mod rotation;
 mod scale;
+mod stacks;
 mod variants;
 
 pub use burn_nf4::op::{Activation, NormForm};
@@ -60,7 +61,7 @@ pub use init::{random, random_by_layers};
 pub(crate) use layer::Residual;
 pub use layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 pub use load::{left_out, load};
-pub use mixture::MixtureMlp;
+pub use mixture::{GateRouter, MixtureMlp, NamedRouter, Router};
 pub use mlp::{FusedGateUp, GateUpProjections, GatedMlp, SeparateGateUp};
 pub use norm::RmsNorm;
 pub use pass::Pass;

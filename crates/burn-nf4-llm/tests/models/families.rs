@@ -35,6 +35,12 @@ const TOLERANCE: f32 = 2e-5;
 /// Tokens of the prompt of the generated text.
 const PROMPT: usize = 8;
 
+fn is_router(module: &str) -> bool {
+    [".mlp.gate", ".mlp.router"]
+        .iter()
+        .any(|end| module.ends_with(end))
+}
+
 struct Family {
     folder: PathBuf,
     model: Decoder,
@@ -171,7 +177,7 @@ fn is_the_same_quantized_and_saved(family: &Family) {
     let (loaded, config) = open_folder(out.path(), None, &device);
     let layers = loaded.linears();
     for (name, layer) in layers {
-        let is_kept = name == HEAD || name.ends_with(".mlp.gate");
+        let is_kept = name == HEAD || is_router(&name);
         assert_eq!(layer.is_quantized(), !is_kept, "{name}");
     }
     assert_eq!(logits(&loaded, &config, &ids, &shape), ours);
@@ -220,7 +226,8 @@ fn learns_an_adapter(family: &Family) {
     }
     for weight in &adapted {
         // PEFT counts the experts and the router of a mixture among all linear layers, and so they are here.
-        let is_of_mixture = weight.contains(".experts.") || weight.ends_with(".mlp.gate.weight");
+        let module = weight.trim_end_matches(".weight");
+        let is_of_mixture = weight.contains(".experts.") || is_router(module);
         assert!(is_of_mixture || checkpoint.is_quantized(weight), "{weight}");
     }
     let (base, config) = open_folder(&folder, None, &Device::default());
@@ -292,12 +299,13 @@ macro_rules! families {
 }
 
 families! {
-    gemma2 gemma3_text granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
+    gemma2 gemma3_text gpt_oss granite llama3_tied llama_biases mistral_window olmo2 phi3 qwen2 qwen2_window qwen3
     qwen3_moe smollm3
 }
 
 #[rstest]
 #[case::llama("llama3_tied", &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])]
+#[case::gpt_oss("gpt_oss", &["q_proj", "k_proj", "v_proj", "o_proj"])]
 #[case::phi3("phi3", &["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])]
 #[case::qwen3_moe("qwen3_moe", &["q_proj", "k_proj", "v_proj", "o_proj"])]
 fn the_linear_layers_of_a_family_are_adapted_by_default(
@@ -418,7 +426,7 @@ fn bf16_is_rounded_as_in_transformers() {
             // The same operations in the same types: sums in another order are left.
             (true, Activation::GeluTanh) => 0.1,
             // Burn rounds the sigmoid of SiLU too.
-            (true, Activation::Silu) => 1.0,
+            (true, Activation::Silu | Activation::ClampedSwiGlu) => 1.0,
             // PyTorch adds a bias before it rounds the product. Two independent roundings would be the
             // square root of two apart.
             (false, _) => 1.42,
@@ -546,6 +554,16 @@ fn longrope(name: &str, value: Value) -> Value {
 #[case::granite_huge_scores("granite", json!({"attention_multiplier": 1e60}), "attention_multiplier")]
 #[case::llama_layers("llama", json!({"num_hidden_layers": 1_000_000}), "num_hidden_layers")]
 #[case::llama_hidden("llama", json!({"hidden_size": u64::MAX}), "hidden_size")]
+#[case::gpt_oss_activation("gpt_oss", json!({"hidden_act": "gelu_pytorch_tanh"}), "hidden_act")]
+#[case::gpt_oss_limit("gpt_oss", json!({"swiglu_limit": 6.0}), "swiglu_limit")]
+#[case::gpt_oss_alpha("gpt_oss", json!({"swiglu_alpha": 1.0}), "swiglu_alpha")]
+#[case::gpt_oss_no_experts("gpt_oss", json!({"num_local_experts": 0}), "num_local_experts")]
+#[case::gpt_oss_chosen("gpt_oss", json!({"num_experts_per_tok": 9, "num_local_experts": 8}), "num_experts_per_tok")]
+#[case::gpt_oss_two_counts("gpt_oss", json!({"num_local_experts": 4, "num_experts": 8}), "num_local_experts")]
+#[case::gpt_oss_no_window("gpt_oss", json!({"sliding_window": null}), "layer_types")]
+#[case::gpt_oss_types("gpt_oss", json!({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}), "layer_types")]
+#[case::gpt_oss_rope("gpt_oss", json!({"rope_parameters": {"rope_type": "ntk"}}), "rope_parameters.rope_type")]
+#[case::gpt_oss_biases("gpt_oss", json!({"attention_bias": "yes"}), "attention_bias")]
 #[case::granite_scaling("granite", json!({"logits_scaling": 0}), "logits_scaling")]
 #[case::granite_scores("granite", json!({"attention_multiplier": null}), "attention_multiplier")]
 #[case::granite_types("granite", json!({"layer_types": ["sliding_attention"]}), "layer_types")]

@@ -486,12 +486,13 @@ fn prompts_that_wait_have_the_texts_of_a_batch_of_all(
     assert_eq!(of_all.bytes / 6 * (max_batch as u64 + 1), rows.bytes);
 }
 
-/// With windows, two rotary embeddings, soft caps, experts, layers without rotation.
+/// With windows, two rotary embeddings, soft caps, experts, sinks, layers without rotation.
 #[rstest]
 fn families_take_prompts_that_wait(
     #[values(
         "gemma2",
         "gemma3_text",
+        "gpt_oss",
         "mistral_window",
         "qwen3_moe",
         "phi3",

@@ -8,7 +8,9 @@ use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
 
-use crate::fixtures::{fixture, io, logits, max_difference, open_folder, random_numbers};
+use crate::fixtures::{
+    fixture, io, logits, max_difference, open_folder, random_model, random_numbers,
+};
 
 const FOLDER: &str = "families/qwen3_moe/model";
 const EXPERT: &str = "model.layers.1.mlp.experts.3.down_proj.weight";
@@ -75,4 +77,68 @@ fn a_run_goes_on_without_state_of_experts_that_were_never_chosen() {
         second.step(batch).unwrap().loss,
         first.step(batch).unwrap().loss
     );
+}
+
+/// As in checkpoints.
+#[test]
+fn random_weights_leave_routers_in_floats() {
+    let device = Device::default();
+    for (family, router) in [("qwen3_moe", ".mlp.gate"), ("gpt_oss", ".mlp.router")] {
+        let (_, config) = open_folder(&fixture(&format!("families/{family}/model")), None, &device);
+        let model = random_model(&config, &device);
+        let linears = model.linears();
+        let routers = linears.iter().filter(|(name, _)| name.ends_with(router));
+        assert_eq!(routers.clone().count(), config.layers.len());
+        for (name, layer) in &linears {
+            let is_float = name.ends_with(router) || name == "lm_head";
+            assert_eq!(layer.is_quantized(), !is_float, "{name}");
+        }
+    }
+}
+
+/// transformers has no other place for them.
+#[test]
+fn experts_of_gpt_oss_are_stacked_in_floats_and_apart_where_they_are_packed() {
+    let device = Device::default();
+    let folder = fixture("families/gpt_oss/model");
+    let (ids, shape, theirs) = io("families/gpt_oss/io.safetensors");
+    let source = Checkpoint::open(&folder).unwrap();
+    for experts in [false, true] {
+        let (model, _) = open_folder(&folder, None, &device);
+        let options = QuantizeLayers {
+            experts,
+            ..QuantizeLayers::default()
+        };
+        let model = model.quantize(&options).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let options = SaveFolder {
+            source: Some(&source),
+            ..SaveFolder::default()
+        };
+        model.save_folder(out.path(), &options).unwrap();
+        let saved = Checkpoint::open(out.path()).unwrap();
+        let stack = "model.layers.1.mlp.experts.gate_up_proj";
+        assert_eq!(saved.contains(stack), !experts);
+        assert_eq!(
+            saved.is_quantized("model.layers.1.mlp.experts.3.up_proj.weight"),
+            experts
+        );
+        if !experts {
+            for stack in [
+                "gate_up_proj",
+                "gate_up_proj_bias",
+                "down_proj",
+                "down_proj_bias",
+            ] {
+                let key = format!("model.layers.1.mlp.experts.{stack}");
+                assert_eq!(
+                    saved.tensor_bytes(&key).unwrap(),
+                    source.tensor_bytes(&key).unwrap()
+                );
+            }
+        }
+        let (loaded, config) = open_folder(out.path(), None, &device);
+        let ours = logits(&loaded, &config, &ids, &shape);
+        assert_eq!(max_difference(&ours, &theirs) > 2e-5, experts);
+    }
 }

@@ -104,7 +104,7 @@ impl ModuleVisitor for Found {
     }
 }
 
-/// Windows, norms of queries and keys, several rotary embeddings, norms after blocks, mixtures.
+/// Windows, norms of queries and keys, several rotary embeddings, norms after blocks, mixtures, sinks.
 #[rstest]
 fn packed_examples_have_the_loss_and_gradients_of_examples_in_rows(
     #[values(
@@ -113,6 +113,7 @@ fn packed_examples_have_the_loss_and_gradients_of_examples_in_rows(
         "qwen3",
         "gemma2",
         "gemma3_text",
+        "gpt_oss",
         "olmo2",
         "qwen3_moe",
         "smollm3"
@@ -151,10 +152,10 @@ fn assert_alike(model: &Decoder, config: &DecoderConfig, one: &Batch, other: &Ba
     }
 }
 
-/// Windows, angles that change with the length of the longest text, mixtures.
+/// Windows, angles that change with the length of the longest text, mixtures, sinks.
 #[rstest]
 fn filled_rows_have_the_loss_and_gradients_of_packed_ones(
-    #[values("qwen2_window", "gemma3_text", "phi3", "qwen3_moe")] family: &str,
+    #[values("qwen2_window", "gemma3_text", "gpt_oss", "phi3", "qwen3_moe")] family: &str,
 ) {
     let (model, config) = model(family, &lora(false));
     let data = Dataset::from_examples(examples(config.vocab_size)).unwrap();

@@ -119,6 +119,7 @@ impl Defaults {
             fused_projections: false,
             attention_scale: None,
             attention_softcap: None,
+            attention_sinks: false,
             embedding_scale: None,
             residual_multiplier: 1.0,
             logits_scaling: 1.0,

@@ -31,6 +31,19 @@ pub struct MixtureConfig {
     pub intermediate_size: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalises_weights: bool,
+    /// What checkpoints call its parts, and how they stack them.
+    pub form: MixtureForm,
+}
+
+/// What the checkpoints of a family call the parts of a mixture, and how they stack experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MixtureForm {
+    /// A router `gate`. Experts are stored apart, or in stacks `[experts, rows, columns]` in which the rows of
+    /// an expert's gate come before those of `up`.
+    Qwen3Moe,
+    /// A router `router`. Experts are stored in stacks `[experts, columns, rows]` in which the rows of gate and
+    /// `up` come in turn, and so are biases `[experts, rows]`.
+    GptOss,
 }
 
 impl DecoderConfig {

@@ -6,7 +6,7 @@ pub(crate) mod layers;
 pub(crate) mod rope_fields;
 
 pub use generation::GenerationConfig;
-pub use layers::{LayerConfig, MixtureConfig};
+pub use layers::{LayerConfig, MixtureConfig, MixtureForm};
 
 use std::path::Path;
 
@@ -66,6 +66,8 @@ pub struct DecoderConfig {
     pub attention_scale: Option<f64>,
     /// `c` of `c tanh(score / c)`, in place of the score.
     pub attention_softcap: Option<f64>,
+    /// Whether each head has a score of its own that takes part in every softmax and has no value.
+    pub attention_sinks: bool,
     /// The factor of the embeddings, if there is one.
     pub embedding_scale: Option<EmbeddingScale>,
     /// The factor of what attention and the MLP add to a hidden state.
@@ -118,15 +120,18 @@ pub struct Biases {
     pub output: bool,
     /// Those of the MLP.
     pub mlp: bool,
+    /// The router of a mixture.
+    pub router: bool,
 }
 
 impl Biases {
-    /// All of attention, or none of it; all of the MLP, or none.
+    /// All of attention, or none of it; all of the MLP, or none; none of a router.
     pub fn of(attention: bool, mlp: bool) -> Self {
         Self {
             qkv: attention,
             output: attention,
             mlp,
+            router: false,
         }
     }
 }

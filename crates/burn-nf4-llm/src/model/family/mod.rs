@@ -5,6 +5,7 @@
 
 mod gemma2;
 mod gemma3;
+mod gpt_oss;
 mod granite;
 mod llama;
 mod mistral;
@@ -24,9 +25,10 @@ use crate::model::config::DecoderConfig;
 type Reader = fn(&Fields) -> Result<DecoderConfig, ModelError>;
 
 /// The families: the `model_type` of their configs, transformers' class, and how they are read.
-const FAMILIES: [(&str, &str, Reader); 11] = [
+const FAMILIES: [(&str, &str, Reader); 12] = [
     ("gemma2", "Gemma2ForCausalLM", gemma2::read),
     ("gemma3_text", "Gemma3ForCausalLM", gemma3::read),
+    ("gpt_oss", "GptOssForCausalLM", gpt_oss::read),
     ("granite", "GraniteForCausalLM", granite::read),
     ("llama", "LlamaForCausalLM", llama::read),
     ("mistral", "MistralForCausalLM", mistral::read),

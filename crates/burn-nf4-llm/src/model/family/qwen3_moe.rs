@@ -4,7 +4,7 @@ use super::{qwen2, qwen3};
 use crate::error::ModelError;
 use crate::json::fields::Fields;
 use crate::model::config::defaults::{Defaults, flag, size, used_window};
-use crate::model::config::{DecoderConfig, MixtureConfig};
+use crate::model::config::{DecoderConfig, MixtureConfig, MixtureForm};
 
 const DEFAULTS: Defaults = Defaults {
     hidden_size: 2048,
@@ -32,14 +32,32 @@ pub(super) fn read(fields: &Fields) -> Result<DecoderConfig, ModelError> {
 
 /// None for a model without experts.
 fn mixture(fields: &Fields) -> Result<Option<MixtureConfig>, ModelError> {
-    // transformers 5 writes the first, which it reads as the second.
+    let Some((experts, experts_per_token)) = experts(fields, 128, 8)? else {
+        return Ok(None);
+    };
+    Ok(Some(MixtureConfig {
+        experts,
+        experts_per_token,
+        intermediate_size: size(fields, "moe_intermediate_size", 768)?,
+        normalises_weights: flag(fields, "norm_topk_prob")?,
+        form: MixtureForm::Qwen3Moe,
+    }))
+}
+
+/// How many experts there are, and how many a token is sent to. None for a model without experts.
+pub(super) fn experts(
+    fields: &Fields,
+    default: usize,
+    default_per_token: usize,
+) -> Result<Option<(usize, usize)>, ModelError> {
+    // transformers 5 writes the first, and reads both as one.
     let [local, global] = ["num_local_experts", "num_experts"].map(|name| fields.get(name));
     let experts = match (local?, global?) {
         (Some(local), Some(global)) if local != global => {
             let supported = format!("num_experts, which is {global}");
             return Err(fields.unsupported("num_local_experts", local, supported));
         }
-        (local, global) => local.or(global).unwrap_or(128),
+        (local, global) => local.or(global).unwrap_or(default),
     };
     if experts == 0 {
         return Ok(None);
@@ -49,15 +67,10 @@ fn mixture(fields: &Fields) -> Result<Option<MixtureConfig>, ModelError> {
         None => "num_experts",
     };
     let experts = size(fields, name, experts)?;
-    let experts_per_token = size(fields, "num_experts_per_tok", 8)?;
+    let experts_per_token = size(fields, "num_experts_per_tok", default_per_token)?;
     if experts_per_token > experts {
         let supported = format!("at most {name}, which is {experts}");
         return Err(fields.unsupported("num_experts_per_tok", experts_per_token, supported));
     }
-    Ok(Some(MixtureConfig {
-        experts,
-        experts_per_token,
-        intermediate_size: size(fields, "moe_intermediate_size", 768)?,
-        normalises_weights: flag(fields, "norm_topk_prob")?,
-    }))
+    Ok(Some((experts, experts_per_token)))
 }
