@@ -163,6 +163,7 @@ unsafe fn forward<T: FloatElement, V: Vector>(
             }
         }
         round::<T>(&mut of_gate);
+        open(&mut of_up, activation);
         for (out, (gate, up)) in out.iter_mut().zip(of_gate.iter().zip(&of_up)) {
             *out = T::from_f32(gate * up);
         }
@@ -186,6 +187,7 @@ unsafe fn backward<T: FloatElement, V: Vector>(
         unsafe {
             widen::<T, V>(gate, &mut of_gate);
             widen::<T, V>(up, &mut of_up);
+            open(&mut of_up, activation);
             widen::<T, V>(grad, &mut of_grad);
             for at in (0..BLOCK).step_by(V::LANES) {
                 let gate = of_gate.as_mut_ptr().add(at);
@@ -203,6 +205,20 @@ unsafe fn backward<T: FloatElement, V: Vector>(
         }
         for (to, (grad, gate)) in to_up.iter_mut().zip(of_grad.iter().zip(&of_gate)) {
             *to = T::from_f32(grad * gate);
+        }
+        if activation == Activation::ClampedSwiglu {
+            // What is clamped has no slope.
+            let limit = Activation::SWIGLU_LIMIT;
+            for (to, gate) in to_gate.iter_mut().zip(gate) {
+                if gate.to_f32() > limit {
+                    *to = T::zeroed();
+                }
+            }
+            for (to, up) in to_up.iter_mut().zip(up) {
+                if up.to_f32().abs() > limit {
+                    *to = T::zeroed();
+                }
+            }
         }
     }
 }
@@ -226,6 +242,17 @@ unsafe fn widen<T: FloatElement, V: Vector>(from: &[T], to: &mut [f32; BLOCK]) {
     }
 }
 
+/// What the activation is multiplied with, from what it opens.
+#[inline(always)]
+fn open(values: &mut [f32; BLOCK], activation: Activation) {
+    let limit = Activation::SWIGLU_LIMIT;
+    if activation == Activation::ClampedSwiglu {
+        for value in values {
+            *value = value.clamp(-limit, limit) + 1.0;
+        }
+    }
+}
+
 fn round<T: FloatElement>(values: &mut [f32]) {
     for value in values {
         *value = T::from_f32(*value).to_f32();
@@ -245,9 +272,17 @@ unsafe fn activated<V: Vector>(x: V, activation: Activation) -> Activated<V> {
     // SAFETY: as the caller vouches.
     unsafe {
         let one = V::splat(1.0);
-        // Both are x sigmoid(u), where u of GELU is twice what the tangent is of.
+        // All are x sigmoid(u), where u of GELU is twice what the tangent is of.
+        let x = match activation {
+            Activation::ClampedSwiglu => V::splat(Activation::SWIGLU_LIMIT).min(x),
+            Activation::Silu | Activation::GeluTanh => x,
+        };
         let (u, slope_of_u) = match activation {
             Activation::Silu => (x, one),
+            Activation::ClampedSwiglu => {
+                let alpha = V::splat(Activation::SWIGLU_ALPHA);
+                (x.mul(alpha), alpha)
+            }
             Activation::GeluTanh => {
                 const CUBIC: f32 = 0.044_715;
                 const FACTOR: f32 =
@@ -278,6 +313,10 @@ mod tests {
     /// The formula in f64.
     fn expected(x: f64, activation: Activation) -> f64 {
         match activation {
+            Activation::ClampedSwiglu => {
+                let x = x.min(7.0);
+                x / (1.0 + (-f64::from(1.702f32) * x).exp())
+            }
             Activation::Silu => x / (1.0 + (-x).exp()),
             Activation::GeluTanh => {
                 let root = (2.0 / std::f64::consts::PI).sqrt();
@@ -291,7 +330,8 @@ mod tests {
     fn all_instructions_compute_the_formula_and_its_slope(
         #[values(Simd::Portable, Simd::Avx2, Simd::Avx512)] simd: Simd,
         #[values(1, 64, 203)] count: usize,
-        #[values(Activation::Silu, Activation::GeluTanh)] activation: Activation,
+        #[values(Activation::Silu, Activation::GeluTanh, Activation::ClampedSwiglu)]
+        activation: Activation,
     ) {
         if !simd.is_available() {
             return;
@@ -300,17 +340,25 @@ mod tests {
             let number = |i: usize| ((i * factor + 1) % 97) as f32 / 48.0 - 1.0;
             (0..count).map(|i| number(i) * scale).collect()
         };
-        let (gate, up, grad) = (numbers(31, 12.0), numbers(17, 3.0), numbers(59, 2.0));
+        let (gate, up, grad) = (numbers(31, 12.0), numbers(17, 9.0), numbers(59, 2.0));
         let y = gated(simd, &gate, &up, activation);
         let [of_gate, of_up] = gated_backward(simd, [&gate, &up], &grad, activation);
         for i in 0..count {
             let [x, up, grad] = [gate[i], up[i], grad[i]].map(f64::from);
             let value = expected(x, activation);
+            let (up, passes) = match activation {
+                Activation::ClampedSwiglu => (up.clamp(-7.0, 7.0) + 1.0, up.abs() <= 7.0),
+                _ => (up, true),
+            };
             let slope = (expected(x + 1e-4, activation) - expected(x - 1e-4, activation)) / 2e-4;
             for (what, given, expected) in [
                 ("y", y[i], value * up),
                 ("gradient of the gate", of_gate[i], grad * up * slope),
-                ("gradient of what it opens", of_up[i], grad * value),
+                (
+                    "gradient of what it opens",
+                    of_up[i],
+                    grad * value * f64::from(passes),
+                ),
             ] {
                 let difference = (f64::from(given) - expected).abs();
                 let tolerance = 4e-6 * expected.abs().max(1.0);

@@ -167,7 +167,7 @@ pub fn store_gated<F: Float>(
         let factors = shared_sum(shared, i + vectors, blueprint);
         #[unroll]
         for p in 0..4usize {
-            total[p] = activated(total[p], activation) * factors[p];
+            total[p] = activated(total[p], activation) * opened(factors[p], activation);
         }
         store_vector::<F>(&total, i, bias, out, target, results);
         i += comptime!(blueprint.units());
@@ -183,6 +183,22 @@ pub fn activated(x: f32, #[comptime] activation: Activation) -> f32 {
             // sqrt(2 / pi)
             let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
             0.5f32 * x * (1.0f32 + f32::tanh(inner))
+        }
+        Activation::ClampedSwiglu => {
+            let x = f32::min(x, comptime!(Activation::SWIGLU_LIMIT));
+            x / (1.0f32 + f32::exp(comptime!(-Activation::SWIGLU_ALPHA) * x))
+        }
+    }
+}
+
+/// What the activation of a gate is multiplied with, from what it opens.
+#[cube]
+pub fn opened(up: f32, #[comptime] activation: Activation) -> f32 {
+    match comptime!(activation) {
+        Activation::Silu | Activation::GeluTanh => up,
+        Activation::ClampedSwiglu => {
+            let limit = comptime!(Activation::SWIGLU_LIMIT);
+            f32::min(f32::max(up, -limit), limit) + 1.0f32
         }
     }
 }

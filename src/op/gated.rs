@@ -1,6 +1,6 @@
 //! The activation of a gate times what it opens.
 
-use burn::tensor::activation::{gelu_approximate, silu};
+use burn::tensor::activation::{gelu_approximate, sigmoid, silu};
 use burn::tensor::{DType, Tensor};
 
 use super::tensor::{check_device, check_dtype};
@@ -10,7 +10,7 @@ use crate::format::{FloatType, check_shape};
 
 pub use base::{GatedBackend, GatedSpec};
 
-/// `activation(gate) up` (arXiv 2002.05202): one operation, forward and backward. The
+/// `activation(gate) up` (arXiv 2002.05202), with what opens of `up` if the [`Activation`] changes that: one operation, forward and backward. The
 /// activation is rounded to the dtype of the gate before it is multiplied.
 ///
 /// # Shapes
@@ -31,7 +31,7 @@ pub fn gated<const D: usize>(
     if let Some(y) = base::launched(&gate, &up, activation, dtype) {
         return Ok(y);
     }
-    Ok(activation.forward(gate) * up)
+    Ok(activation.forward(gate) * activation.opened(up))
 }
 
 impl Activation {
@@ -43,6 +43,23 @@ impl Activation {
                 // PyTorch computes it in f32 and rounds once.
                 let dtype = x.dtype();
                 gelu_approximate(x.cast(DType::F32)).cast(dtype)
+            }
+            Self::ClampedSwiglu => {
+                let dtype = x.dtype();
+                let x = x.cast(DType::F32).clamp_max(Self::SWIGLU_LIMIT);
+                (x.clone() * sigmoid(x * Self::SWIGLU_ALPHA)).cast(dtype)
+            }
+        }
+    }
+
+    /// What the activation is multiplied with, from what it opens, in the dtype of that.
+    pub fn opened<const D: usize>(self, up: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Silu | Self::GeluTanh => up,
+            Self::ClampedSwiglu => {
+                let dtype = up.dtype();
+                let up = up.cast(DType::F32);
+                (up.clamp(-Self::SWIGLU_LIMIT, Self::SWIGLU_LIMIT) + 1.0).cast(dtype)
             }
         }
     }

@@ -235,7 +235,7 @@ impl BlockWeight {
         Ok(Self::from_packed(Tensor::from_dispatch(packed), spec))
     }
 
-    fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
+    pub(super) fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
         let packed = Param::initialized(ParamId::new(), packed);
         Self { packed, spec }
     }
