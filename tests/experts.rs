@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use burn_nf4::format::{BlockSize, FloatType, QuantConfig, QuantType};
 use burn_nf4::op::{
-    Activation, ExpertPart, ExpertStack, GatedExperts, MatmulStrategy, gated, grouped_gated_linear,
+    Activation, ExpertPart, ExpertStack, GatedExperts, MatmulStrategy, grouped_gated_linear,
     grouped_linear, grouped_pays, linear_with,
 };
 use burn_nf4::{BlockWeight, Nf4Error, expert_linear};
@@ -28,7 +28,7 @@ const NESTED: QuantConfig = QuantConfig {
 };
 const FP4: QuantConfig = QuantConfig {
     quant_type: QuantType::Fp4,
-    block_size: BlockSize::B32,
+    block_size: BlockSize::ALL[0],
     nested_block_size: Some(BlockSize::B256),
 };
 
@@ -37,8 +37,8 @@ const SIZES: [([usize; 3], QuantConfig); 5] = [
     ([4, 32, 64], NESTED),
     ([3, 17, 36], FP4),
     ([5, 7, 75], NESTED),
-    ([32, 40, 128], FLAT),
-    ([2, 300, 264], FP4),
+    ([32, 24, 128], FLAT),
+    ([2, 150, 264], FP4),
 ];
 
 /// Tokens, and experts of each.
@@ -49,8 +49,14 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 fn dtypes(device: &Device) -> impl Iterator<Item = DType> + '_ {
+    // CubeCL's CPU runtime rounds to bf16 by a function that libgcc has from 13 on.
+    #[cfg(feature = "cpu")]
+    let no_bf16 = *device == Device::cpu();
+    #[cfg(not(feature = "cpu"))]
+    let no_bf16 = false;
     let all = [FloatType::F16, FloatType::BF16, FloatType::F32].map(DType::from);
     all.into_iter()
+        .filter(move |&dtype| !(no_bf16 && dtype == DType::BF16))
         .filter(|&dtype| device.supports_dtype(dtype))
 }
 
@@ -93,9 +99,9 @@ fn floats<const D: usize>(y: Tensor<D>) -> Vec<f32> {
 fn assert_near(given: &[f32], expected: &[f32], dtype: DType, what: &str) {
     assert_eq!(given.len(), expected.len(), "{what}");
     let relative = match dtype {
-        DType::F32 => 1e-5,
+        DType::F32 => 2e-5,
         DType::F16 => 1.0 / 256.0,
-        _ => 1.0 / 64.0,
+        _ => 1.0 / 32.0,
     };
     let square = expected.iter().map(|y| y * y).sum::<f32>() / expected.len() as f32;
     let size = square.sqrt().max(0.25);
@@ -106,28 +112,54 @@ fn assert_near(given: &[f32], expected: &[f32], dtype: DType, what: &str) {
     }
 }
 
-/// Each entry alone, in f32 over the decoded weights.
+/// Each entry alone, in f64 over the decoded weights.
 fn one_by_one(
     x: &Tensor<2>,
     ids: &[usize],
     per_row: usize,
-    decoded: &[Tensor<2>],
+    decoded: &[Vec<f32>],
     bias: Option<&Tensor<2>>,
 ) -> Vec<f32> {
-    let x = x.clone().cast(DType::F32);
-    let entries = ids.iter().enumerate().map(|(entry, &expert)| {
-        let row = x.clone().narrow(0, entry / per_row, 1);
-        let y = row.matmul(decoded[expert].clone().transpose());
-        match bias {
-            None => y,
-            Some(bias) => y + bias.clone().narrow(0, expert, 1).cast(DType::F32),
-        }
-    });
-    floats(Tensor::cat(entries.collect(), 0))
+    let [_, k] = x.dims();
+    let x = floats(x.clone());
+    let bias = bias.map(|bias| floats(bias.clone()));
+    let of_entry = |(entry, &expert): (usize, &usize)| -> Vec<f32> {
+        let x = &x[entry / per_row * k..][..k];
+        let rows = decoded[expert].chunks_exact(k);
+        let n = rows.len();
+        let sums = rows.enumerate().map(|(row, weights)| {
+            let products = x.iter().zip(weights);
+            let products = products.map(|(x, w)| f64::from(*x) * f64::from(*w));
+            let bias = bias.as_ref().map_or(0.0, |bias| bias[expert * n + row]);
+            (products.sum::<f64>() + f64::from(bias)) as f32
+        });
+        sums.collect()
+    };
+    ids.iter().enumerate().flat_map(of_entry).collect()
 }
 
-fn decoded(weights: &[BlockWeight]) -> Vec<Tensor<2>> {
-    let decoded = |weight: &BlockWeight| weight.dequantize(FloatType::F32).expect("a matrix");
+/// What a gate makes of the two products.
+fn gated(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    let of_both = |(&gate, &up): (&f32, &f32)| match activation {
+        Activation::Silu => gate * sigmoid(gate) * up,
+        Activation::GeluTanh => {
+            let inner = 0.797_884_6 * (gate + 0.044_715 * gate.powi(3));
+            0.5 * gate * (1.0 + inner.tanh()) * up
+        }
+        Activation::ClampedSwiglu => {
+            let gate = gate.min(7.0);
+            gate * sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1.0)
+        }
+    };
+    gate.iter().zip(up).map(of_both).collect()
+}
+
+fn decoded(weights: &[BlockWeight]) -> Vec<Vec<f32>> {
+    let decoded = |weight: &BlockWeight| {
+        let dense = weight.dequantize::<2>(FloatType::F32);
+        floats(dense.expect("a matrix"))
+    };
     weights.iter().map(decoded).collect()
 }
 
@@ -155,11 +187,10 @@ fn each_entry_is_the_product_with_its_expert(device: &Device) {
     }
 }
 
-/// Routes with each dtype.
+/// All routes in f32, and one with each other dtype.
 fn cases(device: &Device) -> Vec<([usize; 2], DType)> {
-    let routes = ROUTES.into_iter();
-    routes
-        .flat_map(|route| dtypes(device).map(move |dtype| (route, dtype)))
+    let all = dtypes(device).flat_map(|dtype| ROUTES.map(|route| (route, dtype)));
+    all.filter(|&(route, dtype)| dtype == DType::F32 || route == [9, 2])
         .collect()
 }
 
@@ -167,7 +198,7 @@ fn cases(device: &Device) -> Vec<([usize; 2], DType)> {
 fn sums_are_those_of_each_expert_alone_to_the_last_bit(device: &Device) {
     let is_flex = format!("{device:?}").contains("Flex");
     for (sizes, config) in SIZES {
-        let [experts, _, k] = sizes;
+        let [experts, n, k] = sizes;
         let weights = weights(sizes, config, device);
         let stack = ExpertStack::new(&weights).expect("of one form");
         for ([tokens, per_token], dtype) in cases(device) {
@@ -175,26 +206,27 @@ fn sums_are_those_of_each_expert_alone_to_the_last_bit(device: &Device) {
             let x = random([tokens, k], device).cast(dtype);
             let of_ids = ids_tensor(&ids, per_token, device);
             let y = grouped_linear(x.clone(), of_ids, &stack, None).expect("it fits");
+            let (x, y) = (floats(x), floats(y));
             for (expert, weight) in weights.iter().enumerate() {
                 let entries: Vec<usize> = (0..ids.len()).filter(|&i| ids[i] == expert).collect();
                 if entries.is_empty() {
                     continue;
                 }
-                let select = |of: &Tensor<2>, at: Vec<i32>| {
-                    let len = at.len();
-                    let at = Tensor::<1, Int>::from_data(TensorData::new(at, [len]), device);
-                    of.clone().select(0, at)
-                };
-                let rows = entries.iter().map(|&entry| (entry / per_token) as i32);
+                let rows = entries.iter().map(|entry| &x[entry / per_token * k..][..k]);
+                let rows = TensorData::new(rows.collect::<Vec<_>>().concat(), [entries.len(), k]);
+                let rows = Tensor::<2>::from_data(rows, device).cast(dtype);
                 let strategy = match is_flex {
                     true => MatmulStrategy::Auto,
                     false => MatmulStrategy::Gemv,
                 };
-                let alone = linear_with(select(&x, rows.collect()), weight, None, strategy);
-                let entries = entries.iter().map(|&entry| entry as i32).collect();
-                let given = floats(select(&y, entries));
-                let expected = floats(alone.expect("it fits"));
-                assert_eq!(given, expected, "{sizes:?} {tokens} {dtype:?} {expert}");
+                let alone = linear_with(rows, weight, None, strategy).expect("it fits");
+                let given = entries.iter().map(|entry| &y[entry * n..][..n]);
+                let given = given.collect::<Vec<_>>().concat();
+                assert_eq!(
+                    given,
+                    floats(alone),
+                    "{sizes:?} {tokens} {dtype:?} {expert}"
+                );
             }
         }
     }
@@ -206,9 +238,8 @@ fn experts_of_one_weight(device: &Device) {
         let dense = random(sizes, device);
         let weight = BlockWeight::quantize(dense, config).expect("it can be quantized");
         let decoded: Tensor<3> = weight.dequantize(FloatType::F32).expect("three dimensions");
-        let decoded: Vec<Tensor<2>> = (0..experts)
-            .map(|i| decoded.clone().narrow(0, i, 1).reshape([n, k]))
-            .collect();
+        let decoded = floats(decoded);
+        let decoded: Vec<Vec<f32>> = decoded.chunks_exact(n * k).map(<[f32]>::to_vec).collect();
         let stack = ExpertStack::from_whole(weight.clone()).expect("three dimensions");
         assert_eq!(stack.size_bytes(), weight.size_bytes());
         for [tokens, per_token] in [[1, 2], [9, 2], [40, 1]] {
@@ -250,14 +281,14 @@ const ACTIVATIONS: [Activation; 3] = [
 ];
 
 fn gates_and_what_they_open(device: &Device) {
-    for (sizes, config) in SIZES {
-        let [experts, n, k] = sizes;
-        let parts = [(); 2].map(|()| weights(sizes, config, device));
+    for (sizes, config) in &SIZES[..3] {
+        let [experts, n, k] = *sizes;
+        let parts = [(); 2].map(|()| weights(*sizes, *config, device));
         let stacks = parts.each_ref().map(|part| ExpertStack::new(part).unwrap());
-        for (activation, dtype) in ACTIVATIONS
-            .into_iter()
-            .flat_map(|activation| dtypes(device).map(move |dtype| (activation, dtype)))
-        {
+        let decoded = parts.each_ref().map(|part| decoded(part));
+        let cases = dtypes(device).flat_map(|dtype| ACTIVATIONS.map(|kind| (kind, dtype)));
+        let cases = cases.filter(|&(kind, dtype)| dtype == DType::F32 || kind == Activation::Silu);
+        for (activation, dtype) in cases {
             for ([tokens, per_token], with_bias) in [([1, 2], true), ([9, 2], false)] {
                 let ids = routes([tokens, per_token], experts, 5);
                 let x = random([tokens, k], device).cast(dtype);
@@ -276,11 +307,10 @@ fn gates_and_what_they_open(device: &Device) {
                     activation,
                 );
                 let [gate, up] = [0, 1].map(|i| {
-                    let (decoded, bias) = (decoded(&parts[i]), biases[i].as_ref());
-                    let y = one_by_one(&x, &ids, per_token, &decoded, bias);
-                    Tensor::<1>::from_floats(y.as_slice(), device)
+                    let bias = biases[i].as_ref();
+                    one_by_one(&x, &ids, per_token, &decoded[i], bias)
                 });
-                let expected = floats(gated(gate, up, activation).expect("alike"));
+                let expected = gated(&gate, &up, activation);
                 let what = format!("{sizes:?} {activation:?} {dtype:?} {tokens}");
                 assert_near(&floats(y.expect("it fits")), &expected, dtype, &what);
             }
@@ -309,10 +339,10 @@ fn interleaved_gates(device: &Device) {
         );
         let both = one_by_one(&x, &ids, 2, &decoded(&weights), Some(&bias));
         let [gate, up] = [0, 1].map(|at| {
-            let half: Vec<f32> = both.iter().skip(at).step_by(2).copied().collect();
-            Tensor::<1>::from_floats(half.as_slice(), device)
+            let half = both.iter().skip(at).step_by(2);
+            half.copied().collect::<Vec<f32>>()
         });
-        let expected = floats(gated(gate, up, Activation::ClampedSwiglu).expect("alike"));
+        let expected = gated(&gate, &up, Activation::ClampedSwiglu);
         let y = y.expect("it fits");
         assert_eq!(y.dims(), [ids.len(), n]);
         assert_near(&floats(y), &expected, DType::F32, "interleaved");
