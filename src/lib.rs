@@ -27,7 +27,9 @@ pub mod op;
 pub mod parallel;
 #[cfg(feature = "peft")]
 pub mod peft;
+mod routing;
 mod sampling;
+mod stack_layout;
 mod unsigned_map;
 
 pub use error::{IoError, Nf4Error, TensorForm, TensorMisfit};

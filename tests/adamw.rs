@@ -237,7 +237,7 @@ fn gradients_of_all_types_add_up(device: &Device) {
                 1 => DType::BF16,
                 _ => DType::F16,
             };
-            let dtype = match device.supports_dtype(dtype) {
+            let dtype = match burn_nf4::op::supports_dtype(device, dtype) {
                 true => dtype,
                 false => DType::F32,
             };

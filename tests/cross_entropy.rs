@@ -127,7 +127,9 @@ fn rows_have_the_loss_and_gradients_of_the_formula(device: &Device) {
         for options in OPTIONS {
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-3), (DType::BF16, 8e-3)]
             {
-                if !device.supports_dtype(dtype) || (rows > 1000 && options != PLAIN) {
+                if !burn_nf4::op::supports_dtype(&device, dtype)
+                    || (rows > 1000 && options != PLAIN)
+                {
                     continue;
                 }
                 let what = format!("{rows} {vocabulary} {options:?} {dtype:?}");
@@ -168,7 +170,7 @@ fn targets_may_be_of_32_or_64_bit(device: &Device) {
     let logits = random([4, 10], device);
     let numbers = [9, -100, 0, 3];
     let losses = [DType::I32, DType::I64].into_iter().filter_map(|dtype| {
-        let usable = dtype == DType::I32 || device.supports_dtype(dtype);
+        let usable = dtype == DType::I32 || burn_nf4::op::supports_dtype(device, dtype);
         let ids = usable.then(|| ints(&numbers, dtype, device))?;
         Some(values(
             &cross_entropy(logits.clone(), ids, &PLAIN).expect("it fits"),
@@ -528,7 +530,7 @@ fn types_of_16_bit_stay_what_they_are(device: &Device) {
     let device = device.clone().autodiff();
     let numbers = targets(ROWS, VOCABULARY, OPTIONS[5].ignore_index);
     for (dtype, tolerance) in [(DType::F16, 4e-3), (DType::BF16, 3e-2)] {
-        if !device.supports_dtype(dtype) {
+        if !burn_nf4::op::supports_dtype(&device, dtype) {
             continue;
         }
         let options = options(CHUNKS[1] / 2, LossReduction::Mean);

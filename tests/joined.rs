@@ -150,7 +150,7 @@ fn floats<const D: usize>(y: Tensor<D>) -> Vec<f32> {
 fn dtypes(device: &Device) -> impl Iterator<Item = DType> + '_ {
     let all = [FloatType::F16, FloatType::BF16, FloatType::F32].map(DType::from);
     all.into_iter()
-        .filter(|&dtype| device.supports_dtype(dtype))
+        .filter(|&dtype| burn_nf4::op::supports_dtype(device, dtype))
 }
 
 fn two_and_three(device: &Device) {

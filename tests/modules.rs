@@ -686,7 +686,10 @@ fn merging_reports_what_does_not_fit(device: &Device) {
     huge.merge(FloatType::F32).expect("1e8 is an f32");
     for dtype in [FloatType::F16, FloatType::BF16] {
         let merged = huge.merge(dtype);
-        match (device.supports_dtype(DType::from(dtype)), dtype) {
+        match (
+            burn_nf4::op::supports_dtype(device, DType::from(dtype)),
+            dtype,
+        ) {
             (false, _) => assert!(matches!(merged, Err(Nf4Error::DeviceDtype { .. }))),
             (true, FloatType::F16) => match merged {
                 Err(Nf4Error::NonFinite { tensor, given, .. }) => {

@@ -55,7 +55,7 @@ fn tensors_come_back_bit_for_bit(device: &Device) {
     let mut stack = OffloadStack::new(device).unwrap();
     let dtypes: Vec<DType> = [DType::F32, DType::F16, DType::BF16]
         .into_iter()
-        .filter(|&dtype| device.supports_dtype(dtype))
+        .filter(|&dtype| burn_nf4::op::supports_dtype(device, dtype))
         .collect();
     // The memory of the first round is used again.
     for _ in 0..3 {

@@ -29,7 +29,7 @@ fn assert_same_product(got: &Tensor<2>, expected: &Tensor<2>) {
 }
 
 fn supports(device: &Device, dtype: FloatType) -> bool {
-    device.supports_dtype(DType::from(dtype))
+    burn_nf4::op::supports_dtype(device, DType::from(dtype))
 }
 
 /// The words that a device holds.
@@ -1066,7 +1066,7 @@ fn dense_operands_that_do_not_fit_are_errors(device: &Device) {
         matches!(error, Nf4Error::Rank { expected: 2, .. }),
         "{error}"
     );
-    if device.supports_dtype(DType::F16) {
+    if burn_nf4::op::supports_dtype(device, DType::F16) {
         // The other way round the right matrix is widened.
         let rhs = Tensor::<3>::ones([2, 8, 4], (device, DType::F32));
         let error = matmul(lhs().cast(DType::F16), rhs, None, options).expect_err("types differ");

@@ -64,7 +64,7 @@ fn every_shape(device: &Device) {
                 (DType::F16, 2e-3),
                 (DType::BF16, 1.6e-2),
             ] {
-                if !device.supports_dtype(dtype) {
+                if !burn_nf4::op::supports_dtype(device, dtype) {
                     continue;
                 }
                 let what = format!("{shape:?} {form:?} {dtype:?}");

@@ -65,7 +65,7 @@ fn every_shape(device: &Device) {
             (DType::BF16, DType::BF16, 2e-2),
             (DType::BF16, DType::F32, 8e-3),
         ] {
-            if !device.supports_dtype(dtype) {
+            if !burn_nf4::op::supports_dtype(device, dtype) {
                 continue;
             }
             // As projections give it, so that it is not contiguous here.
@@ -150,7 +150,7 @@ fn appended_tokens(device: &Device) {
             (DType::BF16, DType::BF16),
             (DType::BF16, DType::F32),
         ] {
-            if !device.supports_dtype(dtype) {
+            if !burn_nf4::op::supports_dtype(device, dtype) {
                 continue;
             }
             let token = |heads| {

@@ -70,7 +70,7 @@ fn gates(device: &Device) {
             Activation::ClampedSwiGlu,
         ] {
             for (dtype, tolerance) in DTYPES {
-                if !device.supports_dtype(dtype) {
+                if !burn_nf4::op::supports_dtype(device, dtype) {
                     continue;
                 }
                 let what = format!("{shape:?} {activation:?} {dtype:?}");
@@ -111,7 +111,7 @@ fn ways_past_a_norm(device: &Device) {
     let device = &device.clone().autodiff();
     for size in [1, 7, 64, 4096, 20_000] {
         for (dtype, tolerance) in DTYPES {
-            if !device.supports_dtype(dtype) {
+            if !burn_nf4::op::supports_dtype(device, dtype) {
                 continue;
             }
             for (by_norm, past) in [(true, true), (true, false), (false, true)] {
@@ -211,7 +211,7 @@ fn joined_branches(device: &Device) {
         let cases = [64, 32, 96].map(|n| Case::new(n, 128, 4, bias, device));
         let x = random([rows, 128], DType::F32, device);
         for (dtype, tolerance) in DTYPES {
-            if !device.supports_dtype(dtype) {
+            if !burn_nf4::op::supports_dtype(device, dtype) {
                 continue;
             }
             for of_branch in [DType::F32, dtype] {
@@ -320,7 +320,7 @@ fn seeds(device: &Device) {
         with_bias.with_bias(bias).expect("it fits"),
     ];
     for (dtype, tolerance) in DTYPES {
-        if !device.supports_dtype(dtype) {
+        if !burn_nf4::op::supports_dtype(device, dtype) {
             continue;
         }
         for (i, layer) in layers.iter().enumerate() {

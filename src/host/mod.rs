@@ -37,6 +37,8 @@ mod matmul;
 #[cfg(feature = "flex")]
 mod norm;
 mod quantize;
+#[cfg(feature = "flex")]
+mod route;
 mod sample;
 mod simd;
 
@@ -60,6 +62,8 @@ pub use matmul::{matmul, matmul_with};
 #[cfg(feature = "flex")]
 pub(crate) use norm::{RmsNorm, Rotation, rms_norm, rms_norm_backward, rotate};
 pub use quantize::{quantize, quantize_with};
+#[cfg(feature = "flex")]
+pub(crate) use route::route;
 pub use sample::{Choice, sample, sample_candidates};
 pub use simd::Simd;
 

@@ -89,7 +89,7 @@ fn keys<T: FloatElement>(logits: &[T], history: &[u32], constants: &SampleConsta
 }
 
 /// An integer in the order of the numbers: zeros are equal, and NaN is above all.
-fn key(value: f32) -> u32 {
+pub(super) fn key(value: f32) -> u32 {
     let bits = value.to_bits();
     match bits & 0x7fff_ffff {
         0 => 0x8000_0000,
@@ -99,7 +99,7 @@ fn key(value: f32) -> u32 {
     }
 }
 
-fn value(key: u32) -> f32 {
+pub(super) fn value(key: u32) -> f32 {
     f32::from_bits(match key >= 0x8000_0000 {
         true => key ^ 0x8000_0000,
         false => !key,

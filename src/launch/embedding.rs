@@ -197,7 +197,7 @@ impl EmbeddingPlan {
 }
 
 /// The largest number of an integer type.
-fn largest(dtype: ElemType) -> Result<u64, Nf4Error> {
+pub(super) fn largest(dtype: ElemType) -> Result<u64, Nf4Error> {
     match dtype {
         ElemType::Int(IntKind::I8) => Ok(i8::MAX as u64),
         ElemType::Int(IntKind::I16) => Ok(i16::MAX as u64),

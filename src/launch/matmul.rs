@@ -13,7 +13,8 @@ use super::strategy::MatmulVariant;
 use super::tensor_core::{self, MAX_COUNTERS, SharedSums, group_rows};
 use super::tile::TensorCoreTile;
 use super::{
-    Buffer, address_type, cube_count, elem_type, has_barriers, units_per_cube, vector_size,
+    Buffer, address_type, cube_count, elem_type, has_barriers, lanes_of_plane, units_per_cube,
+    vector_size,
 };
 use crate::error::Nf4Error;
 use crate::format::PackedLayout;
@@ -189,14 +190,8 @@ impl MatmulPlan {
 
     fn gemv(client: &Client, layout: &PackedLayout, product: Product, bias: bool) -> Self {
         let Product { m, n, k, dtype } = product;
-        let hardware = &client.properties().hardware;
-        let units = units_per_cube(client);
-        // Lanes can only add their sums up where a row is known to be a plane.
-        let planes = has_barriers(client)
-            && hardware.plane_size_min == hardware.plane_size_max
-            && (2..=units).contains(&hardware.plane_size_max);
-        let lanes = if planes { hardware.plane_size_max } else { 1 };
-        let rows = units / lanes;
+        let lanes = lanes_of_plane(client);
+        let rows = units_per_cube(client) / lanes;
         let decode = decode_blueprint(layout);
         let word_elems = decode.codes_a_word();
         let aligned = k.is_multiple_of(word_elems);
@@ -207,7 +202,7 @@ impl MatmulPlan {
             },
             columns: m.min(GEMV_COLUMNS),
             aligned,
-            planes,
+            planes: lanes > 1,
             bias,
         };
         let vector = if aligned {

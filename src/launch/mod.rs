@@ -8,6 +8,7 @@ mod dense;
 mod dequantize;
 mod embedding;
 mod gated;
+mod grouped;
 mod levels;
 mod lora;
 mod matmul;
@@ -15,6 +16,7 @@ mod product;
 mod quantize;
 mod rms_norm;
 mod rotary;
+mod route;
 mod sample;
 mod strategy;
 mod tensor_core;
@@ -36,6 +38,7 @@ pub use dense::{
 pub use dequantize::{DequantizePlan, Variant};
 pub use embedding::{EmbeddingPlan, EmbeddingProblem};
 pub use gated::{GatedProblem, gated, gated_backward};
+pub use grouped::{GroupedOperands, GroupedPlan, GroupedProblem};
 pub use levels::{JoinedPlan, JoinedWeight, MAX_JOINED};
 pub use lora::Lora;
 pub use matmul::{MatmulPlan, Operands};
@@ -43,6 +46,7 @@ pub use product::Product;
 pub use quantize::quantize;
 pub use rms_norm::{Residual, RmsNormProblem, rms_norm, rms_norm_backward};
 pub use rotary::{RotaryAppendBuffers, RotaryAppendProblem, RotaryProblem, rotary, rotary_append};
+pub use route::{RouteProblem, route};
 pub use sample::{SampleBuffers, SampleProblem, sample};
 pub(crate) use strategy::Candidate;
 pub use strategy::MatmulVariant;
@@ -126,13 +130,36 @@ impl Buffer<'_> {
 pub fn check_dtype(client: &Client, dtype: FloatType) -> Result<(), Nf4Error> {
     use cubecl::features::TypeUsage;
     let usage = client.properties().type_usage(elem_type(dtype));
-    if usage.contains(TypeUsage::Buffer) && usage.contains(TypeUsage::Conversion) {
+    let has = usage.contains(TypeUsage::Buffer) && usage.contains(TypeUsage::Conversion);
+    if has && (dtype != FloatType::BF16 || client.name() != "cpu" || rounds_to_bf16()) {
         return Ok(());
     }
     Err(Nf4Error::DeviceDtype {
         device: client.name().into(),
         dtype: dtype.name().into(),
     })
+}
+
+/// Whether kernels of CubeCL's CPU runtime can round to bf16: where the processor has no instruction for
+/// it, they call a function that libgcc has from GCC 13 on.
+#[cfg(all(feature = "cpu", target_os = "linux"))]
+pub(crate) fn rounds_to_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512bf16") {
+        return true;
+    }
+    // SAFETY: the program itself is opened, which runs nothing, and the function is not called.
+    unsafe {
+        let program = libloading::os::unix::Library::this();
+        program
+            .get::<unsafe extern "C" fn()>("__truncsfbf2")
+            .is_ok()
+    }
+}
+
+#[cfg(not(all(feature = "cpu", target_os = "linux")))]
+pub(crate) fn rounds_to_bf16() -> bool {
+    true
 }
 
 /// The widest vector that the device stores at once, at most `limit` elements, and that divides
@@ -191,6 +218,15 @@ fn units_up_to(client: &Client, most: u32) -> u32 {
     let limit = hardware.max_units_per_cube.min(hardware.max_cube_dim.0);
     // A power of two, so that tiles come out even.
     most.min(1 << limit.max(1).ilog2())
+}
+
+/// The lanes of a plane that can add their values up, or one where no cube's row is known to be a plane.
+fn lanes_of_plane(client: &Client) -> u32 {
+    let hardware = &client.properties().hardware;
+    let planes = has_barriers(client)
+        && hardware.plane_size_min == hardware.plane_size_max
+        && (2..=units_per_cube(client)).contains(&hardware.plane_size_max);
+    if planes { hardware.plane_size_max } else { 1 }
 }
 
 /// Units of a cube that has a whole row of so many vectors: as many as there can be up to a power of two, but

@@ -33,6 +33,7 @@ mod compiled;
 mod cross_entropy;
 mod gated;
 mod graphs;
+mod grouped;
 mod joined;
 mod memory;
 mod offload;
@@ -40,6 +41,7 @@ mod reproducible;
 mod rms_norm;
 mod rotary;
 mod rotary_append;
+mod route;
 mod sample;
 mod seed;
 #[cfg(feature = "flex")]
@@ -50,7 +52,9 @@ pub use crate::activation::Activation;
 pub use crate::cross_entropy::CrossEntropyOptions;
 pub use crate::flat::{FlatLayout, TILE_ELEMS};
 pub use crate::norm_form::NormForm;
+pub use crate::routing::{MAX_EXPERTS, RouteForm};
 pub use crate::sampling::SampleSettings;
+pub use crate::stack_layout::StackLayout;
 #[doc(hidden)]
 pub use adamw::{AccumulateSpec, AdamWBackend, AdamWSpec, FlatParts, Moments};
 pub use adamw::{
@@ -75,6 +79,9 @@ pub use gated::gated;
 #[doc(hidden)]
 pub use gated::{GatedBackend, GatedSpec};
 pub use graphs::has_graphs;
+pub use grouped::{ExpertPart, GatedExperts, grouped_gated_linear, grouped_linear, grouped_pays};
+#[doc(hidden)]
+pub use grouped::{GroupedBackend, GroupedSpec};
 #[cfg(feature = "cube")]
 #[doc(hidden)]
 pub use joined::{JoinedBackend, JoinedLoraSpec, JoinedSpec};
@@ -91,6 +98,9 @@ pub use rotary_append::{CachedKeys, TokenHeads, rotary_append};
 #[cfg(feature = "cube")]
 #[doc(hidden)]
 pub use rotary_append::{RotaryAppendBackend, RotaryAppendSpec};
+pub use route::route;
+#[doc(hidden)]
+pub use route::{RouteBackend, RouteSpec};
 #[doc(hidden)]
 pub use sample::{SampleBackend, SampleSpec};
 pub use sample::{SampleState, Sampled, sample};
@@ -109,11 +119,14 @@ pub use base::{
 };
 pub use reproducible::{REPRODUCIBLE_VARIABLE, is_reproducible, set_reproducible};
 pub use tensor::{
-    BlockWeight, DenseProvider, LowRank, MatmulOptions, dense_provider, embedding, expert_linear,
-    linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider, uses_cublaslt,
+    BlockWeight, DenseProvider, ExpertStack, LowRank, MatmulOptions, dense_provider, embedding,
+    expert_linear, linear, linear_with, lora_linear, matmul, reads_tables, set_dense_provider,
+    uses_cublaslt,
 };
 pub(crate) use tensor::{PACKED_CONTAINER, connect_empty, effective_weight};
 
+#[cfg(feature = "cpu")]
+use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device};
 
 use crate::error::Nf4Error;
@@ -146,12 +159,13 @@ impl FloatType {
             }),
         }
     }
+
     /// Checks that a device can hold this type.
     ///
     /// # Errors
     /// [`Nf4Error::DeviceDtype`].
     pub(crate) fn check_device(self, device: &Device) -> Result<(), Nf4Error> {
-        if device.supports_dtype(DType::from(self)) {
+        if supports_dtype(device, self.into()) {
             return Ok(());
         }
         Err(Nf4Error::DeviceDtype {
@@ -159,4 +173,19 @@ impl FloatType {
             dtype: self.name().into(),
         })
     }
+}
+
+/// Whether a device can hold a dtype, and its kernels can round to it.
+///
+/// That is Burn's answer but for bf16 on CubeCL's CPU runtime: its kernels need a processor with the
+/// AVX-512 instructions for bf16 or libgcc of GCC 13, and fail to compile elsewhere.
+pub fn supports_dtype(device: &Device, dtype: DType) -> bool {
+    #[cfg(feature = "cpu")]
+    if dtype == DType::BF16
+        && let DispatchDevice::Cube(device) = device.clone().without_autodiff().as_dispatch()
+        && crate::launch::check_dtype(&device.client(), FloatType::BF16).is_err()
+    {
+        return false;
+    }
+    device.supports_dtype(dtype)
 }

@@ -54,10 +54,11 @@ pub fn weight(prefix: &str, weight: &BlockTensor) -> Tensors {
         ),
         (
             key("quant_map"),
-            floats(weight.quant_type().codebook().as_slice(), &[16]),
+            floats(weight.quant_type().codebook(), &[16]),
         ),
     ]);
     match weight.absmax() {
+        Absmax::Coded(_) => panic!("bitsandbytes has no such scales"),
         Absmax::Flat(scales) => {
             tensors.insert(key("absmax"), floats(scales, &[scales.len()]));
         }

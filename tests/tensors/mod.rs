@@ -19,7 +19,7 @@ pub fn skip(reason: &str) {
 
 /// Whether a device has no tensors of a dtype, which then is skipped.
 pub fn lacks(device: &Device, dtype: DType) -> bool {
-    if device.supports_dtype(dtype) {
+    if burn_nf4::op::supports_dtype(device, dtype) {
         return false;
     }
     skip(&format!("{device:?} has no {dtype:?}"));

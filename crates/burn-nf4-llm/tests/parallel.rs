@@ -254,7 +254,7 @@ fn twenty_steps_are_those_of_one_device(
     #[values(Weights::Whole, Weights::Loaded)] weights: Weights,
 ) {
     let _alone = alone();
-    if !devices(1)[0].supports_dtype(burn::tensor::DType::from(dtype)) {
+    if !burn_nf4::op::supports_dtype(&devices(1)[0], burn::tensor::DType::from(dtype)) {
         return;
     }
     let job = Job {

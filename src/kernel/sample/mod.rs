@@ -6,7 +6,7 @@
 //! so on. Weights are integers (see [`crate::sampling`]), so that histograms by atomics are exact, and the same
 //! each time.
 
-mod order;
+pub(super) mod order;
 mod search;
 mod wide;
 
@@ -54,8 +54,8 @@ pub struct SampleView {
 /// Tokens that are copied to shared memory where no more are left.
 pub const LISTED: usize = 1024;
 /// The smallest key that is no finite number, and the largest.
-const INFINITE: u32 = 0xff80_0000;
-const MINUS_INFINITE: u32 = 0x007f_ffff;
+pub(super) const INFINITE: u32 = 0xff80_0000;
+pub(super) const MINUS_INFINITE: u32 = 0x007f_ffff;
 
 /// A row, and how far its choice has come.
 #[derive(CubeType, Clone, Copy)]

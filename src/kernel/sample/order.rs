@@ -26,7 +26,21 @@ impl Target {
     }
 }
 
-/// An integer in the order of the logits after the penalty: zeros are equal, NaN is above all.
+/// An integer in the order of numbers: zeros are equal, NaN is above all.
+#[cube]
+pub fn key(value: f32) -> u32 {
+    let bits = u32::reinterpret(value);
+    let magnitude = bits & 0x7fff_ffffu32;
+    let signed = select(
+        bits == magnitude,
+        bits ^ 0x8000_0000u32,
+        bits ^ 0xffff_ffffu32,
+    );
+    let key = select(magnitude == 0, 0x8000_0000u32, signed);
+    select(magnitude > 0x7f80_0000u32, 0xffff_ffffu32, key)
+}
+
+/// The [`key`] of a logit after the penalty.
 #[cube]
 pub fn key_of(
     logit: f32,
@@ -39,15 +53,7 @@ pub fn key_of(
         let factor = select(logit < 0.0f32, view.penalty, view.inverse_penalty);
         value = select(seen == 1, logit * factor, logit);
     }
-    let bits = u32::reinterpret(value);
-    let magnitude = bits & 0x7fff_ffffu32;
-    let signed = select(
-        bits == magnitude,
-        bits ^ 0x8000_0000u32,
-        bits ^ 0xffff_ffffu32,
-    );
-    let key = select(magnitude == 0, 0x8000_0000u32, signed);
-    select(magnitude > 0x7f80_0000u32, 0xffff_ffffu32, key)
+    key(value)
 }
 
 /// The logit after the penalty, from its integer: a product that was rounded, which a compiler could not join

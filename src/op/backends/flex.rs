@@ -3,6 +3,7 @@
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{DispatchDevice, TensorMetadata};
+use burn::tensor::kind::Basic;
 use burn::tensor::{Bytes, DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
@@ -255,7 +256,7 @@ fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u3
 }
 
 /// A part of a tensor in memory of its own where it lies on the CPU: Flex would copy a part whenever it is used.
-pub(in crate::op) fn copied<const D: usize>(part: Tensor<D>) -> Tensor<D> {
+pub(in crate::op) fn copied<const D: usize, K: Basic>(part: Tensor<D, K>) -> Tensor<D, K> {
     let device = part.device();
     if !matches!(device.as_dispatch(), DispatchDevice::Flex(_)) {
         return part;
@@ -281,7 +282,7 @@ fn dequantize<T: FloatElement>(packed: &FlexTensor, spec: &DequantizeSpec) -> By
 }
 
 /// Ids as numbers of rows; what can be none is one past all of them.
-fn row_numbers(ids: &FlexTensor) -> Vec<usize> {
+pub(super) fn row_numbers(ids: &FlexTensor) -> Vec<usize> {
     fn convert<T: bytemuck::Pod>(ids: &FlexTensor) -> Vec<usize>
     where
         usize: TryFrom<T>,

@@ -9,6 +9,7 @@ pub(super) mod cube;
 #[cfg(feature = "flex")]
 pub(super) mod flex;
 mod gated;
+mod grouped;
 #[cfg(feature = "cube")]
 pub(super) mod joined;
 mod lora;
@@ -16,6 +17,7 @@ mod lora;
 mod products;
 mod rms_norm;
 mod rotary;
+mod route;
 mod sample;
 mod shared_gradient;
 #[cfg(feature = "flex")]

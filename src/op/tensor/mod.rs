@@ -6,6 +6,7 @@ mod embedding;
 mod empty;
 mod linear;
 mod spec;
+mod stack;
 mod weight;
 
 pub(super) use check::{check_device, check_dtype};
@@ -21,5 +22,6 @@ pub(super) use linear::checked_operands;
 pub(crate) use linear::effective_weight;
 pub(super) use linear::linear_at;
 pub use linear::{LowRank, expert_linear, linear, linear_with, lora_linear};
+pub use stack::ExpertStack;
 pub use weight::BlockWeight;
 pub(crate) use weight::PACKED_CONTAINER;

@@ -254,7 +254,7 @@ impl BlockWeight {
         Ok(Self::from_host(&tensor, &device))
     }
 
-    fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
+    pub(super) fn from_packed(packed: Tensor<1, Int>, spec: WeightSpec) -> Self {
         let packed = Param::initialized(ParamId::new(), packed);
         Self { packed, spec }
     }
