@@ -105,7 +105,7 @@ fn model(device: &Device) -> Model {
 /// Loads and decodes a weight in every way there is.
 fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
     let device = Device::flex();
-    let host = checkpoint.load_nf4(prefix);
+    let host = checkpoint.load_quantized(prefix);
     let transposed = checkpoint.is_transposed(prefix);
     let weight = checkpoint.load_weight(prefix, &device);
     let host = match (host, &weight) {
@@ -193,7 +193,7 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         // Alone a shard is as good as any file.
         if let Ok(file) = SafetensorsFile::open(entry.unwrap().path()) {
             for prefix in file.quantized_weights() {
-                let host = file.load_nf4(prefix);
+                let host = file.load_quantized(prefix);
                 let weight = file.load_weight(prefix, &device);
                 assert!(host.is_ok() || weight.is_err());
             }

@@ -21,7 +21,7 @@
 //! - [`CheckpointStore`] loads a whole module by path, after comparing all of it;
 //! - [`Checkpoint`] opens a folder or a file and loads single parameters: to a device with
 //!   [`load_weight`](Checkpoint::load_weight) and [`load_tensor`](Checkpoint::load_tensor), to
-//!   host memory with [`load_nf4`](Checkpoint::load_nf4) and
+//!   host memory with [`load_quantized`](Checkpoint::load_quantized) and
 //!   [`load_float`](Checkpoint::load_float);
 //! - [`SafetensorsFile`] does the same with one file.
 //!
@@ -42,12 +42,14 @@
 //!
 //! let file = SafetensorsFile::open("model.safetensors")?;
 //! for prefix in file.quantized_weights() {
-//!     let weight = file.load_nf4(prefix)?;
+//!     let weight = file.load_quantized(prefix)?;
 //!     println!("{prefix}: {:?} in {} bytes", weight.shape(), weight.size_bytes());
 //! }
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod block_settings;
+mod block_weight;
 pub(crate) mod convert;
 pub(crate) mod elements;
 mod faults;
@@ -59,9 +61,11 @@ mod json;
 mod layout;
 mod matching;
 mod names;
+mod naming;
 pub(crate) mod parameters;
 mod progress;
 pub mod python_json;
+mod quant_claim;
 mod quant_state;
 mod resolve;
 #[cfg(feature = "peft")]
@@ -70,6 +74,7 @@ pub(crate) mod source;
 mod staging;
 mod store;
 mod stored;
+mod stored_weight;
 mod unstack;
 mod verify;
 mod weight;
@@ -87,6 +92,7 @@ pub use folder::Checkpoint;
 pub(crate) use names::last_part;
 pub use names::{INDEX_FILE, SINGLE_FILE};
 pub use progress::Progress;
+pub use quant_claim::{GroupWeights, QuantClaim, QuantGroup, QuantMethod};
 pub use quant_state::{NestedState, QuantState};
 pub use safetensors::Dtype;
 #[cfg(feature = "peft")]

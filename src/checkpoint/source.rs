@@ -11,8 +11,9 @@ use safetensors::Dtype;
 use super::elements::float_type;
 use super::folder::Checkpoint;
 use super::parameters::form_of_weight;
-use super::stored::{StoredTensor, TensorSource};
-use super::weight::find_weight;
+use super::stored::{StoredTensor, TensorInfo, TensorSource};
+use super::stored_weight::Rows;
+use super::weight::{find_weight, locate_weight};
 use crate::error::{Nf4Error, TensorForm};
 use crate::format::{FloatType, PackedLayout, WeightForm};
 
@@ -25,8 +26,8 @@ pub(crate) struct Entry {
     pub kind: EntryKind,
     /// Bytes in the files.
     pub size_bytes: usize,
-    /// The bytes of the tensor that it is, if it is not all of it.
-    pub part: Option<Range<usize>>,
+    /// The rows of the tensor that it is, if it is not all of it.
+    pub part: Option<Rows>,
 }
 
 /// What a parameter of a checkpoint is.
@@ -122,25 +123,37 @@ pub(super) fn deferred(
         }
     };
     let (checkpoint, key, kind) = (checkpoint.clone(), entry.key.clone(), entry.kind.clone());
-    let part = entry.part.clone();
+    let part = entry.part;
     let to = Shape::from(shape);
     let read = {
         let to = to.clone();
         move || -> Result<TensorData, Nf4Error> {
             let bytes = match &kind {
                 EntryKind::Packed(form) => {
-                    let words = find_weight(&*checkpoint, &key)?.to_packed(form)?;
+                    let words = match part {
+                        None => find_weight(&*checkpoint, &key)?.to_packed(form)?,
+                        Some(rows) => rows_of_weight(&checkpoint, &key, rows, form)?,
+                    };
                     match read_as.words.clone() {
                         Some(part) => Bytes::from_elems(words[part].to_vec()),
                         None => Bytes::from_elems(words),
                     }
                 }
-                EntryKind::Dense { shape, .. } => {
-                    let mut stored = checkpoint.stored(&key)?;
-                    if let Some(part) = part.clone() {
-                        stored.info.shape = shape;
-                        stored.bytes = &stored.bytes[part];
-                    }
+                EntryKind::Dense { dtype, shape } => {
+                    let stored = checkpoint.stored(&key)?;
+                    let columns = shape.last().copied().unwrap_or(1);
+                    let row_bytes = columns * dtype.bitsize() / 8;
+                    let taken = part.map(|rows| rows.of(stored.bytes, row_bytes));
+                    let stored = match &taken {
+                        None => stored,
+                        Some(bytes) => StoredTensor {
+                            info: TensorInfo {
+                                dtype: *dtype,
+                                shape,
+                            },
+                            bytes,
+                        },
+                    };
                     let matrix = match (read_as.transposed, shape.as_slice()) {
                         (true, &[rows, columns]) => Some([rows, columns]),
                         _ => None,
@@ -163,6 +176,25 @@ pub(super) fn deferred(
         }
     };
     Ok(Some(bridge::deferred(name, dtype, to, None, provider)))
+}
+
+/// The device image of rows of a stack of matrices.
+fn rows_of_weight(
+    checkpoint: &Checkpoint,
+    key: &str,
+    rows: Rows,
+    form: &WeightForm,
+) -> Result<Vec<u32>, Nf4Error> {
+    let stack = locate_weight(checkpoint, key)?;
+    match stack.rows(rows) {
+        Some(matrix) => matrix.to_packed(form),
+        None => Err(Nf4Error::Blocks {
+            tensor: key.into(),
+            format: form.config.quant_type.name(),
+            shape: stack.shape.clone(),
+            expected: "matrices of whole blocks".into(),
+        }),
+    }
 }
 
 fn read_dense(

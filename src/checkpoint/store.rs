@@ -17,7 +17,7 @@ use super::progress::{Counter, Progress};
 #[cfg(feature = "peft")]
 use super::shard_plan::ShardPlan;
 use super::source::{Entry, EntryKind, ReadAs, deferred, entries};
-use super::unstack::Unstack;
+use super::unstack::{Order, Unstack};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
@@ -182,12 +182,14 @@ impl CheckpointStore {
         Ok(self)
     }
 
-    /// Takes tensors of stacked matrices apart, `[matrices, parts * rows, columns]` of floats: each matrix
+    /// Takes tensors of stacked matrices apart, `[matrices, parts * rows, columns]`: each matrix
     /// is split by rows into as many parts as names are given, and the parts are read as if each were a
     /// tensor. A tensor is such a stack if its remapped key matches the regular expression; in the names
     /// `$1` stands for its first group and `{}` for the index of the matrix.
     ///
-    /// Packed stacks, and those of another shape, stay whole.
+    /// Of packed stacks those whose parts are made of whole blocks are taken apart, as they are: NVFP4, MXFP4
+    /// and FP8 by rows, and FP8 in tiles where a part has a multiple of 128 rows. Others (NF4 and FP4, whose
+    /// blocks do not follow the rows), and stacks of another shape, stay whole.
     ///
     /// ```
     /// use burn_nf4::checkpoint::CheckpointStore;
@@ -203,7 +205,25 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`Nf4Error::Pattern`] if it is not a regular expression, [`Nf4Error::Config`] without a name.
-    pub fn unstack(mut self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+    pub fn unstack(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        self.with_unstacked(pattern, parts, Order::Following)
+    }
+
+    /// As [`unstack`](Self::unstack), but the rows of the parts take turns: of two parts the first has the
+    /// even rows and the second the odd ones, as gate and up of gpt-oss' experts. FP8 in tiles stays whole.
+    ///
+    /// # Errors
+    /// Those of [`unstack`](Self::unstack).
+    pub fn unstack_interleaved(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        self.with_unstacked(pattern, parts, Order::Interleaved)
+    }
+
+    fn with_unstacked(
+        mut self,
+        pattern: &str,
+        parts: &[&str],
+        order: Order,
+    ) -> Result<Self, Nf4Error> {
         let pattern =
             Regex::new(pattern).map_err(|error| pattern_error("unstack", pattern, &error))?;
         if parts.is_empty() {
@@ -213,7 +233,7 @@ impl CheckpointStore {
                 given: "none".into(),
             });
         }
-        self.unstacked.push(Unstack::new(pattern, parts));
+        self.unstacked.push(Unstack::new(pattern, parts, order));
         self.tensors = None;
         Ok(self)
     }
