@@ -82,6 +82,7 @@ fn a_scale_that_is_missing_is_named(
 #[case(CT, "weight_global_scale", Dtype::I32, "F32")]
 #[case(MODELOPT, "weight", Dtype::I8, "U8")]
 #[case(MODELOPT, "weight_scale", Dtype::I8, "F8_E4M3")]
+#[case(MODELOPT, "weight_scale", Dtype::U8, "F8_E4M3")]
 #[case(MXFP4, "weight_scale", Dtype::I8, "F8_E4M3, U8, F8_E8M0")]
 #[case(GPT_OSS, "gate_up_proj_blocks", Dtype::I8, "U8")]
 #[case(GPT_OSS, "gate_up_proj_scales", Dtype::F8_E4M3, "U8, F8_E8M0")]

@@ -107,16 +107,20 @@ fn pairs<'a>(
         Naming::Packed => GLOBAL_SCALE,
         _ => SCALE_2,
     };
-    let is_nvfp4 = scales.info.dtype == Dtype::F8_E4M3 || source.find(&key(global)).is_some();
-    let (quant_type, dtypes): (_, &[Dtype]) = match is_nvfp4 {
-        true => (QuantType::Nvfp4, &[Dtype::F8_E4M3]),
-        false => (QuantType::Mxfp4, &[Dtype::U8, Dtype::F8_E8M0]),
+    // ModelOpt has this naming for NVFP4 alone.
+    let is_nvfp4 = naming == Naming::Bytes
+        || scales.info.dtype == Dtype::F8_E4M3
+        || source.find(&key(global)).is_some();
+    let (quant_type, is_scale): (_, fn(Dtype) -> bool) = match is_nvfp4 {
+        true => (QuantType::Nvfp4, |dtype| dtype == Dtype::F8_E4M3),
+        false => (QuantType::Mxfp4, |dtype| {
+            matches!(dtype, Dtype::U8 | Dtype::F8_E8M0)
+        }),
     };
-    let is_scale = |dtype: &Dtype| dtypes.contains(dtype);
-    if !is_scale(&scales.info.dtype) {
+    if !is_scale(scales.info.dtype) {
         // Without a scale of the tensor both formats are possible.
         let allowed: &[Dtype] = match is_nvfp4 {
-            true => dtypes,
+            true => &[Dtype::F8_E4M3],
             false => &[Dtype::F8_E4M3, Dtype::U8, Dtype::F8_E8M0],
         };
         return Err(dtype_error(&scale_key, allowed, scales.info.dtype));

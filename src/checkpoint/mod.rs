@@ -1,8 +1,9 @@
-//! Quantized weights in the files that bitsandbytes, and transformers with it, write.
+//! Quantized weights in safetensors files, as bitsandbytes, transformers, compressed-tensors and ModelOpt
+//! write them.
 //!
 //! # The tensors of one weight
 //!
-//! A quantized parameter `P`, such as `model.layers.0.mlp.up_proj.weight`, is stored as
+//! A parameter `P`, such as `model.layers.0.mlp.up_proj.weight`, that bitsandbytes quantized is stored as
 //!
 //! | key | dtype | shape |
 //! |---|---|---|
@@ -13,8 +14,35 @@
 //! | `P.nested_quant_map` | F32 | `[256]` |
 //! | `P.quant_state.bitsandbytes__nf4` or `…__fp4` | U8, JSON text | `[length]` |
 //!
-//! Whether a parameter is quantized is decided by the presence of its `quant_state`, never by a
-//! list of names: a checkpoint may leave any layer in 16 bit.
+//! and a matrix `[n, k]` in another format, or a stack of matrices, as
+//!
+//! | format | key | dtype | shape |
+//! |---|---|---|---|
+//! | NVFP4 of compressed-tensors | `P_packed` | U8 | `[n, k / 2]` |
+//! | | `P_scale` | F8_E4M3 | `[n, k / 16]` |
+//! | | `P_global_scale`, which divides | F32 | `[1]` |
+//! | NVFP4 of ModelOpt | `P` | U8 | `[n, k / 2]` |
+//! | | `P_scale` | F8_E4M3 | `[n, k / 16]` |
+//! | | `P_scale_2`, which multiplies | F32 | `[1]` or `[]` |
+//! | MXFP4 of compressed-tensors | `P_packed` | U8 | `[n, k / 2]` |
+//! | | `P_scale` | U8, the exponents | `[n, k / 32]` |
+//! | MXFP4 of gpt-oss | `P_blocks` | U8 | `[experts, n, k / 32, 16]` |
+//! | | `P_scales` | U8, the exponents | `[experts, n, k / 32]` |
+//! | FP8 in tiles | `P` | F8_E4M3 | `[n, k]` |
+//! | | `P_scale_inv` or `P_scale`, which multiply | F32, BF16, F16 | `[ceil(n / 128), ceil(k / 128)]` |
+//! | FP8 by rows | `P` | F8_E4M3 | `[n, k]` |
+//! | | `P_scale` | F32, BF16, F16 | `[n, 1]` or `[n]`; of one for all `[1]` or `[]` |
+//!
+//! where `P_scale` of `up_proj.weight` is `up_proj.weight_scale`. gpt-oss' experts are loaded as they are
+//! stored, `[experts, n, k]` with `n` outputs; transformers has them the other way round.
+//!
+//! Whether a parameter is quantized is decided by the presence of these tensors, never by a
+//! list of names: a checkpoint may leave any layer in 16 bit. Such a parameter has the name `P` everywhere,
+//! also where no tensor has.
+//!
+//! Scales by which other programs quantize activations (`input_scale`, `input_global_scale`, `k_scale`, …)
+//! are [listed](Checkpoint::activation_scales), and nothing is computed with them. [`QuantClaim`] is what
+//! the configuration says of formats, groups and modules to be ignored.
 //!
 //! # Ways to load
 //!
