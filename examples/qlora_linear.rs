@@ -115,7 +115,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
 /// Loads the weight, decodes it on the device, and compares every bit with bitsandbytes' answer.
 fn load_and_check(path: &Path, device: &Device) -> Result<BlockWeight, Box<dyn Error>> {
     let file = SafetensorsFile::open(path)?;
-    let host = file.load_nf4("weight")?;
+    let host = file.load_quantized("weight")?;
     println!(
         "loaded {}: shape {:?}, {}, blocks of {}, {}",
         path.file_name().unwrap_or_default().display(),

@@ -328,13 +328,34 @@ pub enum Nf4Error {
         /// What is wrong with it.
         message: String,
     },
-    /// A tensor that belongs to a weight quantized by another method than bitsandbytes in 4 bit.
-    #[error("`{tensor}` belongs to a weight in {method}, expected floats or bitsandbytes in 4 bit")]
+    /// A tensor that belongs to a weight in a format that is not read.
+    #[error(
+        "`{tensor}` belongs to a weight in {method}, expected floats, bitsandbytes in 4 bit, NVFP4, \
+         MXFP4, or FP8 in E4M3 with scales of rows or of tiles of 128 by 128"
+    )]
     OtherQuantization {
         /// The tensor.
         tensor: String,
         /// The method, as far as names and dtypes tell.
         method: &'static str,
+    },
+    /// A parameter that is there in two forms, or with two kinds of scales.
+    #[error("`{first}` and `{second}` are both there, expected one of them for `{tensor}`")]
+    TwoForms {
+        /// The parameter.
+        tensor: String,
+        /// A tensor of one form.
+        first: String,
+        /// A tensor of the other.
+        second: String,
+    },
+    /// A scale of a whole tensor by which nothing can be divided.
+    #[error("`{tensor}` is {given}, expected a number that scales can be divided by")]
+    Divisor {
+        /// The tensor concerned.
+        tensor: String,
+        /// The value given.
+        given: f32,
     },
     /// A tensor that must be there is missing.
     #[error("{}: `{key}` is missing", path.display())]
@@ -532,6 +553,7 @@ impl Nf4Error {
         if let Self::Length { tensor, .. }
         | Self::NonFinite { tensor, .. }
         | Self::ElementCount { tensor, .. }
+        | Self::Blocks { tensor, .. }
         | Self::Dtype { tensor, .. } = &mut self
         {
             *tensor = match tensor.as_str() {

@@ -145,7 +145,7 @@ fn every_tensor_of_a_real_model_lands_in_its_place(#[case] name: &str, #[case] d
             (&layer.mlp.up_proj, "mlp.up_proj"),
             (&layer.mlp.down_proj, "mlp.down_proj"),
         ] {
-            let expected = checkpoint.load_nf4(&key(name)).unwrap();
+            let expected = checkpoint.load_quantized(&key(name)).unwrap();
             assert_eq!(linear.weight.to_host().unwrap(), expected, "{name}");
         }
     }
@@ -328,7 +328,7 @@ fn every_kind_of_parameter_is_loaded() {
     assert_eq!(values(&model.frozen.bias.unwrap().val()), values(&bias));
     assert_eq!(
         model.frozen.weight.to_host().unwrap(),
-        checkpoint.load_nf4("frozen.weight").unwrap()
+        checkpoint.load_quantized("frozen.weight").unwrap()
     );
 }
 

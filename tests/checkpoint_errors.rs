@@ -103,7 +103,7 @@ impl Draft {
 
     fn load(&self) -> Result<BlockTensor, Nf4Error> {
         let file = written(&self.to_bytes());
-        SafetensorsFile::open(file.path())?.load_nf4(PREFIX)
+        SafetensorsFile::open(file.path())?.load_quantized(PREFIX)
     }
 
     fn error(&self) -> Nf4Error {
@@ -139,7 +139,7 @@ fn missing_tensor(#[case] part: &str) {
     let file = written(&draft.to_bytes());
     let error = SafetensorsFile::open(file.path())
         .unwrap()
-        .load_nf4(PREFIX)
+        .load_quantized(PREFIX)
         .unwrap_err();
     let expected = Nf4Error::MissingKey {
         path: file.path().into(),
@@ -250,7 +250,10 @@ fn transposed_storage_is_read_and_told() {
     let written = written(&draft.to_bytes());
     let file = SafetensorsFile::open(written.path()).unwrap();
     assert_eq!(file.is_transposed(PREFIX), Ok(true));
-    assert_eq!(file.load_nf4(PREFIX).unwrap(), golden::load(NESTED).tensor);
+    assert_eq!(
+        file.load_quantized(PREFIX).unwrap(),
+        golden::load(NESTED).tensor
+    );
 }
 
 #[rstest]
@@ -628,7 +631,8 @@ fn random_corruption_never_panics() {
                 bytes.len()
             });
             let file = written(&bytes);
-            match SafetensorsFile::open(file.path()).and_then(|file| file.load_nf4("weight")) {
+            match SafetensorsFile::open(file.path()).and_then(|file| file.load_quantized("weight"))
+            {
                 Err(_) => refused += 1,
                 Ok(tensor) => assert_eq!(tensor.dequantize::<f32>().len(), tensor.elems()),
             }

@@ -31,7 +31,7 @@ fn rewrite(source: &Checkpoint, folder: &Path, max_shard_bytes: usize) {
     for key in source.parameters() {
         let info = source.tensor_info(key).unwrap();
         if source.is_quantized(key) {
-            let weight = source.load_nf4(key).unwrap();
+            let weight = source.load_quantized(key).unwrap();
             let transposed = source.is_transposed(key).unwrap();
             writer
                 .write_nf4(key, &weight, info.dtype, transposed)
@@ -112,7 +112,7 @@ fn a_weight_is_read_back_whatever_its_storage(
     writer.finish().unwrap();
 
     let read = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!(read.load_nf4("w").unwrap(), weight);
+    assert_eq!(read.load_quantized("w").unwrap(), weight);
     assert_eq!(read.is_transposed("w").unwrap(), transposed);
     assert_eq!(read.tensor_info("w").unwrap().dtype, storage);
 }
@@ -149,7 +149,7 @@ fn a_copied_parameter_keeps_every_tensor() {
 fn a_quant_state_is_read_back() {
     let source = Checkpoint::open(hf("bf16")).unwrap();
     for prefix in source.quantized_weights() {
-        let state = QuantState::of(&source.load_nf4(prefix).unwrap());
+        let state = QuantState::of(&source.load_quantized(prefix).unwrap());
         assert_eq!(state.dtype, FloatType::BF16);
         assert_eq!(
             QuantState::parse(state.to_json().as_bytes(), prefix).unwrap(),
@@ -224,7 +224,7 @@ fn the_tensors_of_a_quantized_weight_stay_together() {
     for (path, prefix) in written.files.iter().zip(["a.weight", "b.weight"]) {
         let shard = Checkpoint::open(path).unwrap();
         assert_eq!(shard.parameters(), [prefix]);
-        assert_eq!(shard.load_nf4(prefix).unwrap(), weight);
+        assert_eq!(shard.load_quantized(prefix).unwrap(), weight);
     }
 }
 

@@ -57,7 +57,7 @@ fn a_dequantized_folder_quantizes_to_the_same_codes(
     let again = open(&quantized);
     assert_eq!(again.parameters(), source.parameters());
     for prefix in source.quantized_weights() {
-        let (theirs, ours) = (source.load_nf4(prefix), again.load_nf4(prefix));
+        let (theirs, ours) = (source.load_quantized(prefix), again.load_quantized(prefix));
         assert!(theirs.unwrap().codes() == ours.unwrap().codes(), "{prefix}");
     }
     if quant_config.nested_block_size.is_none() {
@@ -110,7 +110,7 @@ fn codes_are_those_of_bitsandbytes(#[case] name: &str) {
     };
     let out = folder.path().join("out");
     quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
-    let ours = open(&out).load_nf4("layer.weight").unwrap();
+    let ours = open(&out).load_quantized("layer.weight").unwrap();
     assert!(ours.codes() == golden.tensor.codes());
     assert_eq!(ours.dtype(), golden.tensor.dtype());
     assert_eq!(ours.config(), golden.tensor.config());
@@ -131,7 +131,7 @@ fn settings_come_into_the_config() {
     quantize_checkpoint(&open(&source), &out, &options, quiet).unwrap();
     let written = open(&out);
     assert_eq!(written.tensor_info("up.weight").unwrap().dtype, Dtype::BF16);
-    let weight = written.load_nf4("up.weight").unwrap();
+    let weight = written.load_quantized("up.weight").unwrap();
     assert_eq!(weight.dtype(), FloatType::F16);
 
     let config = config_of(&out);
@@ -161,7 +161,7 @@ fn float_weights_are_rounded_before_they_are_quantized() {
     };
     let expected = BlockTensor::quantize(&round("up.weight"), &[64, 64], options.config).unwrap();
     let written = open(&out);
-    assert_eq!(written.load_nf4("up.weight").unwrap(), expected);
+    assert_eq!(written.load_quantized("up.weight").unwrap(), expected);
     let (norm, _) = written.load_float::<bf16>("norm.weight").unwrap();
     assert_eq!(norm, round("norm.weight"));
 }
@@ -183,7 +183,7 @@ fn weights_are_decoded_to_their_own_type_first(
     let written = open(&out);
     assert_eq!(written.parameters(), source.parameters());
     for &key in &source.parameters() {
-        let values: Vec<bf16> = match source.load_nf4(key) {
+        let values: Vec<bf16> = match source.load_quantized(key) {
             Ok(weight) => weight.dequantize(),
             Err(_) => source.load_float(key).unwrap().0,
         };
@@ -266,7 +266,7 @@ fn a_tied_head_is_quantized_as_a_weight_of_its_own(
             BlockTensor::quantize(&rounded, &shape, config)
         }
     };
-    assert_eq!(written.load_nf4(head).unwrap(), expected.unwrap());
+    assert_eq!(written.load_quantized(head).unwrap(), expected.unwrap());
     let config = config_of(&out);
     assert_eq!(config["tie_word_embeddings"], false);
     assert_eq!(

@@ -175,7 +175,7 @@ fn llm_int8_is_refused_by_name(
 #[case(
     "model.layers.0.q_proj.weight_packed",
     Dtype::I32,
-    "compressed-tensors"
+    "integers, as compressed-tensors packs them"
 )]
 #[case("model.layers.0.q_proj.weight_shape", Dtype::I64, "compressed-tensors")]
 #[case(
@@ -188,6 +188,7 @@ fn llm_int8_is_refused_by_name(
     Dtype::F32,
     "FP8, FP4 or int8 with scales"
 )]
+#[case("model.layers.0.q_proj.pre_quant_scale", Dtype::BF16, "ModelOpt's AWQ")]
 #[case("model.layers.0.q_proj.weight", Dtype::F8_E4M3, "8, 6 or 4-bit floats")]
 #[case(
     "model.layers.0.mlp.experts.down_proj",
@@ -215,7 +216,6 @@ fn other_quantizations_are_named(
 }
 
 #[rstest]
-#[case("experts.gate_up_proj_blocks", "experts.gate_up_proj_scales", "MXFP4")]
 #[case("q_proj.codes", "q_proj.codebooks", "AQLM")]
 fn quantizations_of_two_tensors_are_named(
     #[case] key: &str,

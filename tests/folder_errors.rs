@@ -98,7 +98,7 @@ fn assert_io(folder: &Path, name: &str) {
 fn unedited_folder_loads() {
     let folder = written();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+    assert_eq!(checkpoint.load_quantized(PREFIX).unwrap(), quantized());
     assert_eq!(checkpoint.parameters(), [PREFIX, "norm.weight"]);
 }
 
@@ -229,7 +229,7 @@ fn shards_count_more_than_the_index() {
     for map in [too_little, moved] {
         write_index(folder.path(), &map);
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+        assert_eq!(checkpoint.load_quantized(PREFIX).unwrap(), quantized());
         assert_eq!(checkpoint.parameters(), [PREFIX, "norm.weight"]);
     }
 }
@@ -255,7 +255,7 @@ fn tensor_in_two_shards() {
     shards[1 - from].insert(absmax.clone(), again);
     write_shards(folder.path(), &shards);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+    assert_eq!(checkpoint.load_quantized(PREFIX).unwrap(), quantized());
 
     let last = shards[1 - from].get_mut(&absmax).unwrap();
     *last.bytes.last_mut().unwrap() ^= 1;
@@ -279,7 +279,7 @@ fn part_of_a_weight_that_no_shard_holds() {
             path: folder.path().into(),
             key: part,
         };
-        assert_eq!(checkpoint.load_nf4(PREFIX).unwrap_err(), expected);
+        assert_eq!(checkpoint.load_quantized(PREFIX).unwrap_err(), expected);
         let device = burn::tensor::Device::default();
         assert_eq!(
             checkpoint.load_weight(PREFIX, &device).unwrap_err(),
@@ -319,7 +319,7 @@ mod links {
             symlink(blobs.path().join(name), folder.path().join(name)).unwrap();
         }
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        assert_eq!(checkpoint.load_nf4(PREFIX).unwrap(), quantized());
+        assert_eq!(checkpoint.load_quantized(PREFIX).unwrap(), quantized());
     }
 
     fn loop_at(path: PathBuf) {

@@ -7,6 +7,7 @@
 #![cfg(feature = "checkpoint")]
 #![cfg(feature = "flex")]
 
+mod blocks;
 mod golden;
 mod mutation;
 mod stored;
@@ -29,9 +30,13 @@ use burn_store::{ModuleSnapshot, ModuleStore};
 use mutation::{Files, mutate};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
 
 /// Inputs of a run without a time limit.
 const CASES: u64 = 400;
+
+/// Folders at the end of the corpus.
+const FOLDERS: usize = 9;
 
 /// What became of the inputs.
 #[derive(Debug, Default)]
@@ -40,6 +45,9 @@ struct Tally {
     opened: u64,
     weights_loaded: u64,
     weights_refused: u64,
+    /// In NVFP4, MXFP4 and FP8.
+    blocks_loaded: u64,
+    blocks_refused: u64,
     modules_loaded: u64,
     converted: u64,
 }
@@ -54,6 +62,7 @@ fn corpus() -> Vec<Files> {
         }
     }
     assert!(corpus.len() > 10);
+    corpus.extend(block_folders());
     for name in ["f32", "bf16", "f32_sharded"] {
         let folder = PathBuf::from("tests/fixtures/hf").join(name).join("model");
         let mut files = Files::new();
@@ -68,6 +77,40 @@ fn corpus() -> Vec<Files> {
         corpus.push(files);
     }
     corpus
+}
+
+/// Folders of the small golden files of each other format, with what a config claims of them.
+fn block_folders() -> Vec<Files> {
+    let weights = |bits: u32, strategy: &str, size: Option<u32>| json!({"num_bits": bits, "type": "float", "strategy": strategy, "group_size": size});
+    let compressed = |weights| {
+        json!({"quant_method": "compressed-tensors", "ignore": ["lm_head", "re:.*gate$"],
+               "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
+    };
+    let nvfp4 = compressed(weights(4, "tensor_group", Some(16)));
+    let mxfp4 = compressed(weights(4, "group", Some(32)));
+    let channel = compressed(weights(8, "channel", None));
+    let modelopt = json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_*"]});
+    let tiles = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+    let experts = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]});
+    let cases = [
+        ("nvfp4_ct_17x64", nvfp4),
+        ("nvfp4_modelopt_17x64", modelopt),
+        ("mxfp4_ct_17x64", mxfp4),
+        ("mxfp4_gpt_oss", experts),
+        ("fp8_block128_200x300", tiles),
+        ("fp8_channel_200x300", channel),
+    ];
+    let folder = |(file, claim): (&str, Value)| {
+        let mut tensors = blocks::tensors(file, "up.");
+        tensors.insert("up.input_scale".into(), stored::floats(&[0.5], &[1]));
+        tensors.insert("norm.weight".into(), stored::floats(&[1.0; 8], &[8]));
+        let config = json!({"torch_dtype": "bfloat16", "quantization_config": claim});
+        vec![
+            ("config.json".to_string(), config.to_string().into_bytes()),
+            ("model.safetensors".to_string(), stored::to_bytes(&tensors)),
+        ]
+    };
+    cases.into_iter().map(folder).collect()
 }
 
 /// A part of the model of `tests/fixtures/hf`.
@@ -105,7 +148,7 @@ fn model(device: &Device) -> Model {
 /// Loads and decodes a weight in every way there is.
 fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
     let device = Device::flex();
-    let host = checkpoint.load_nf4(prefix);
+    let host = checkpoint.load_quantized(prefix);
     let transposed = checkpoint.is_transposed(prefix);
     let weight = checkpoint.load_weight(prefix, &device);
     let host = match (host, &weight) {
@@ -120,15 +163,23 @@ fn use_weight(checkpoint: &Checkpoint, prefix: &str, tally: &mut Tally) {
             let also = weight.expect_err("refused on the way to the host");
             // As text: a NaN in it is not equal to itself.
             assert_eq!(error.to_string(), also.to_string());
-            tally.weights_refused += 1;
+            let is_state = |key: &str| key.starts_with(&format!("{prefix}.quant_state"));
+            match checkpoint.keys().any(is_state) {
+                true => tally.weights_refused += 1,
+                false => tally.blocks_refused += 1,
+            }
             return;
         }
     };
-    tally.weights_loaded += 1;
+    match host.quant_type().is_bitsandbytes() {
+        true => tally.weights_loaded += 1,
+        false => tally.blocks_loaded += 1,
+    }
     let weight = weight.unwrap();
     assert_eq!(weight.to_host().unwrap(), host);
     assert_eq!(checkpoint.weight_form(prefix).unwrap(), *weight.form());
-    assert!(host.code(host.elems() - 1) < 16);
+    let bits = host.quant_type().bits();
+    assert!(usize::from(host.code(host.elems() - 1)) < 1 << bits);
     let words = host.to_packed();
     let layout = host.packed_layout();
     assert_eq!(words.len(), layout.words());
@@ -193,7 +244,7 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
         // Alone a shard is as good as any file.
         if let Ok(file) = SafetensorsFile::open(entry.unwrap().path()) {
             for prefix in file.quantized_weights() {
-                let host = file.load_nf4(prefix);
+                let host = file.load_quantized(prefix);
                 let weight = file.load_weight(prefix, &device);
                 assert!(host.is_ok() || weight.is_err());
             }
@@ -216,9 +267,14 @@ fn use_folder(folder: &Path, tally: &mut Tally) {
     };
     tally.opened += 1;
     use_tensors(&checkpoint, &device);
-    for key in checkpoint.parameters() {
+    let parameters = checkpoint.parameters();
+    for key in &parameters {
         let _ = checkpoint.is_quantized(key);
         let _ = checkpoint.is_transposed(key);
+    }
+    let _ = checkpoint.quant_claims();
+    for key in checkpoint.activation_scales() {
+        assert!(!parameters.contains(&key));
     }
     for prefix in checkpoint.quantized_weights() {
         use_weight(&checkpoint, prefix, tally);
@@ -266,7 +322,9 @@ fn use_tensors(checkpoint: &Checkpoint, device: &Device) {
 
 /// Loads a folder into a module.
 fn use_store(folder: &Path, tally: &mut Tally) {
-    let mut store = CheckpointStore::open(folder).unwrap().allow_partial(true);
+    let store = CheckpointStore::open(folder).unwrap().allow_partial(true);
+    let parts = ["$1.{}.gate", "$1.{}.up"];
+    let mut store = store.unstack_interleaved("^(up)", &parts).unwrap();
     if let Ok(tensors) = store.get_all_tensors() {
         for tensor in tensors.values() {
             assert_eq!(tensor.to_bytes().unwrap().len(), tensor.byte_len());
@@ -288,11 +346,11 @@ fn use_store(folder: &Path, tally: &mut Tally) {
 
 fn run(corpus: &[Files], seed: u64, tally: &mut Tally) {
     let mut rng = StdRng::seed_from_u64(seed);
-    // The 3 folders come last and have more to damage.
-    let at = if rng.random_bool(0.3) {
-        corpus.len() - 1 - rng.random_range(0..3)
+    // The folders come last and have more to damage.
+    let at = if rng.random_bool(0.4) {
+        corpus.len() - 1 - rng.random_range(0..FOLDERS)
     } else {
-        rng.random_range(0..corpus.len() - 3)
+        rng.random_range(0..corpus.len() - FOLDERS)
     };
     let mut files = corpus[at].clone();
     mutate(&mut files, &mut rng);
@@ -336,6 +394,10 @@ fn damaged_checkpoints_are_refused_or_read() {
     assert!(tally.opened > tally.inputs / 4, "{tally:?}");
     assert!(
         tally.weights_loaded > 0 && tally.weights_refused > 0,
+        "{tally:?}"
+    );
+    assert!(
+        tally.blocks_loaded > 0 && tally.blocks_refused > 0,
         "{tally:?}"
     );
     assert!(tally.modules_loaded > 0 && tally.converted > 0, "{tally:?}");

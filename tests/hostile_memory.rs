@@ -36,7 +36,7 @@ fn assert_within(folder: &Path, file_bytes: usize) -> bool {
             };
             let mut all = true;
             for prefix in checkpoint.quantized_weights() {
-                all &= checkpoint.load_nf4(prefix).is_ok();
+                all &= checkpoint.load_quantized(prefix).is_ok();
                 all &= checkpoint.load_weight(prefix, &device).is_ok();
             }
             all

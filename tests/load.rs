@@ -51,7 +51,7 @@ fn transposed(config: QuantConfig, device: &Device) -> (BlockTensor, QuantLinear
     stored::transpose(&mut tensors, KEY);
     let (_folder, checkpoint) = opened(&tensors);
     assert!(checkpoint.is_transposed(KEY).unwrap());
-    assert_eq!(checkpoint.load_nf4(KEY).unwrap(), weight);
+    assert_eq!(checkpoint.load_quantized(KEY).unwrap(), weight);
     let loaded = checkpoint.load_weight(KEY, device).unwrap();
     let bias = tensor(&uniform(D_OUTPUT, 9), [D_OUTPUT], FloatType::F32, device);
     (weight, QuantLinear::new(loaded, Some(bias)).unwrap())
@@ -79,7 +79,7 @@ fn real_weights_load_to_the_device_as_to_the_host(#[case] name: &str) {
     let prefixes = checkpoint.quantized_weights();
     assert_eq!(prefixes.len(), 14);
     for prefix in prefixes {
-        let host = checkpoint.load_nf4(prefix).unwrap();
+        let host = checkpoint.load_quantized(prefix).unwrap();
         let weight = checkpoint.load_weight(prefix, &device).unwrap();
         assert_eq!(weight.to_host().unwrap(), host, "{prefix}");
         let words: Vec<u32> = weight.packed().into_data().iter::<u32>().collect();

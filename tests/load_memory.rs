@@ -98,7 +98,7 @@ fn a_quantized_weight_is_copied_once(#[case] config: QuantConfig) {
 
     // The way over `BlockTensor` has two copies at once: the measurement sees a second one.
     let (two_copies, _) = peak_bytes(|| {
-        let host = file.load_nf4("layer.0.weight").unwrap();
+        let host = file.load_quantized("layer.0.weight").unwrap();
         BlockWeight::from_host(&host, &device)
     });
     assert!(two_copies as f64 > 1.9 * bytes as f64, "{two_copies}");

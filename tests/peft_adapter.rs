@@ -60,7 +60,7 @@ fn every_linear_of_the_fixture_is_adapted_with_its_factor() {
         assert_eq!(adapter.scale(path), Ok(2.0));
         assert_eq!(module.rank(), 8);
         let weight = base
-            .load_nf4(&format!("{path}.weight"))
+            .load_quantized(&format!("{path}.weight"))
             .expect("it is there");
         assert_eq!(module.dims().as_slice(), weight.shape());
     }
@@ -71,7 +71,7 @@ fn a_layer_is_the_base_plus_the_scaled_branch() {
     let adapter = Adapter::open(fixtures().join("adapter_final")).expect("PEFT wrote it");
     let base = Checkpoint::open(fixtures().join("model")).expect("transformers wrote it");
     let weight = base
-        .load_nf4(&format!("{Q_PROJ}.weight"))
+        .load_quantized(&format!("{Q_PROJ}.weight"))
         .expect("it is there");
     let device = Device::default();
     let linear = QuantLinear::from_host(&weight, None, &device).expect("a matrix");
@@ -112,7 +112,7 @@ fn a_layer_taken_back_gives_the_same_file() {
     let mut copy = Adapter::new(adapter.config().clone()).expect("valid");
     for (path, _) in adapter.modules() {
         let weight = base
-            .load_nf4(&format!("{path}.weight"))
+            .load_quantized(&format!("{path}.weight"))
             .expect("it is there");
         let linear = QuantLinear::from_host(&weight, None, &device).expect("a matrix");
         let layer = adapter.layer(path, linear, &device).expect("it fits");

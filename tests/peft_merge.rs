@@ -174,7 +174,7 @@ fn a_16_bit_merge_is_the_decoded_weight_plus_the_scaled_branch(
             assert_eq!(out.tensor_bytes(key), dense.tensor_bytes(key), "{key}");
             continue;
         };
-        let weight = decoded(&base.load_nf4(key).expect("it is quantized"));
+        let weight = decoded(&base.load_quantized(key).expect("it is quantized"));
         let expected = merged(&weight, module, 2.0);
         assert_close(&stored(&out, key), &bounded(&expected, dtype), key);
     }
@@ -213,8 +213,8 @@ fn a_4_bit_merge_states_what_it_lost(#[values("f32/model", "bf16/model")] name: 
             continue;
         };
         let (old, new) = (
-            base.load_nf4(key).expect("quantized"),
-            out.load_nf4(key).expect("quantized"),
+            base.load_quantized(key).expect("quantized"),
+            out.load_quantized(key).expect("quantized"),
         );
         assert_eq!((new.config(), new.dtype()), (old.config(), old.dtype()));
         assert_eq!(out.tensor_info(key), base.tensor_info(key));
@@ -438,7 +438,7 @@ fn a_weight_stored_transposed_is_merged_as_the_model_has_it(
     assert_eq!(out.tensor_info("q.weight"), base.tensor_info("q.weight"));
     let exact: Vec<f32> = turned(&got, D_OUTPUT).iter().map(|v| *v as f32).collect();
     let expected = BlockTensor::quantize(&exact, &[D_INPUT, D_OUTPUT], quant).expect("valid");
-    assert_eq!(out.load_nf4("q.weight"), Ok(expected));
+    assert_eq!(out.load_quantized("q.weight"), Ok(expected));
 }
 
 #[test]
@@ -459,7 +459,7 @@ fn an_adapted_fp16_weight_is_quantized_again_from_fp16() {
     let (values, shape) = dense.load_float::<f16>("q.weight").expect("its own dtype");
     let expected = BlockTensor::quantize(&values, &shape, quant).expect("valid");
     let out = Checkpoint::open(out.path()).expect("it is valid");
-    assert_eq!(out.load_nf4("q.weight"), Ok(expected));
+    assert_eq!(out.load_quantized("q.weight"), Ok(expected));
 }
 
 #[test]

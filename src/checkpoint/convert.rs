@@ -14,7 +14,7 @@ use std::path::Path;
 
 use super::file::check_fetched;
 use super::folder::Checkpoint;
-use super::names::{CONFIG_FILE, is_model_file, names_in};
+use super::names::{CONFIG_FILE, QUANT_CONFIG_FILE, is_model_file, names_in};
 use super::progress::{Counter, Progress};
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
@@ -32,10 +32,9 @@ pub use options::{DequantizeOptions, QuantizeOptions};
 pub(crate) use quantize::quantize;
 pub use quantize::quantize_checkpoint;
 pub use select::is_expert;
+pub(crate) use select::is_kept_by_default;
 #[cfg(feature = "peft")]
-pub(crate) use select::{
-    SkipPattern, check_used, is_embedding, is_head, is_kept_by_default, skip_entry_of,
-};
+pub(crate) use select::{SkipPattern, check_used, is_embedding, is_head, skip_entry_of};
 pub(super) use select::{TIED_HEAD, TIED_TABLE};
 
 /// What a conversion did.
@@ -144,12 +143,13 @@ fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Res
     Ok(())
 }
 
-/// Whether a file must not come along: it holds weights, says where they lie, or would make
-/// transformers look for an adapter.
+/// Whether a file must not come along: it holds weights, says where they lie or how they are quantized,
+/// or would make transformers look for an adapter.
 fn is_replaced(name: &str) -> bool {
     let extension = Path::new(name).extension().and_then(|ext| ext.to_str());
     name.starts_with('.')
         || name == CONFIG_FILE
+        || name == QUANT_CONFIG_FILE
         || name == "adapter_config.json"
         || name.ends_with(".index.json")
         || is_model_file(name)

@@ -1,53 +1,95 @@
 //! Whether what a checkpoint holds and what its `config.json` says of it fit each other.
 
+mod blocks;
+
 use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
+use super::block_weight::PACKED_INTEGERS;
 use super::convert::{Claim, ModelConfig};
 use super::folder::Checkpoint;
 use super::names::last_part;
+use super::naming::{is_of_activations, is_part_of_block};
+use super::quant_claim::QuantClaim;
 use super::quant_state::QuantState;
 use super::stored::TensorSource;
 use super::weight::{PARTS, QUANT_TYPES, find_quant_state, prefix_of_quant_state, quant_state_key};
 use crate::error::Nf4Error;
+use blocks::BlockWeights;
 
 impl Checkpoint {
-    /// What keeps this from being a checkpoint of float weights, some of them quantized to 4 bit
-    /// by bitsandbytes; empty if nothing does. Names, headers and `config.json` are read, no weights.
+    /// What keeps this from being a checkpoint of float weights, some of them quantized in a
+    /// [format](super#the-tensors-of-one-weight) that is read; empty if nothing does. Names, headers and
+    /// `config.json` are read, and `hf_quant_config.json`, but no weights.
     ///
     /// - [`Nf4Error::OtherQuantization`] with the first tensor of each other method, and for
     ///   codes that no name explains
     /// - [`Nf4Error::MissingKey`] for each quantized weight that lacks a part, its `quant_state`
     ///   among them
+    /// - the errors of [`SafetensorsFile::load_quantized`](super::SafetensorsFile::load_quantized) that names,
+    ///   dtypes and shapes of weights in NVFP4, MXFP4 and FP8 tell
     /// - [`Nf4Error::QuantType`] for a `quant_state` of another type, and the errors of
     ///   [`QuantState::parse`]
     /// - [`Nf4Error::Config`] for a `quantization_config` that claims another method, or 4 bit
     ///   where no weight is quantized, and for a `config.json` that has none though a weight is
     ///   quantized; a checkpoint without `config.json` claims what it holds
+    /// - [`Nf4Error::Config`] for a weight in NVFP4, MXFP4 or FP8 whose module is ignored, not targeted or
+    ///   targeted for another format, for a matrix of floats that is targeted, and for a group of another
+    ///   format; [`Nf4Error::Pattern`] for a pattern among them that is none
     /// - [`Nf4Error::ModelConfig`], [`Nf4Error::Io`] for a `config.json` that cannot be read
     pub fn faults(&self) -> Vec<Nf4Error> {
-        let (claims, unreadable) = match ModelConfig::read(self) {
-            Ok(config) => (config.map(|config| config.claims()), None),
-            Err(error) => (None, Some(error)),
+        let config = ModelConfig::read(self).map(|config| config.map(|config| config.claims()));
+        let (claims, block_claims, unreadable) = match (config, self.quant_claims()) {
+            (Ok(claims), Ok(block_claims)) => (claims, block_claims, None),
+            (Err(error), _) | (_, Err(error)) => (None, Vec::new(), Some(error)),
         };
+        let of_blocks = self.block_weights();
         let quantized = self.quantized_weights();
+        let of_bitsandbytes: Vec<&str> = quantized
+            .iter()
+            .filter(|weight| of_blocks.binary_search(weight).is_err())
+            .copied()
+            .collect();
         let storage = claims.iter().flatten().find_map(Claim::storage);
-        let mut faults = self.foreign_tensors();
+        let mut faults = self.foreign_tensors(&of_blocks);
         let lost = self.lost_states(&quantized, storage, faults.is_empty());
-        faults.extend(self.missing_parts(&quantized));
+        let blocks = BlockWeights::of(self, &of_blocks);
+        faults.extend(blocks.faults.iter().cloned());
+        faults.extend(self.missing_parts(&of_bitsandbytes));
         let any_lost = !lost.is_empty();
         faults.extend(lost.into_iter().map(|prefix| self.missing_state(&prefix)));
-        faults.extend(unreadable);
-        if let Some(claims) = claims {
-            let first = quantized.first().copied();
-            faults.extend(contradictions(&claims, first, any_lost));
+        if unreadable.is_none() {
+            let has_config = claims.is_some();
+            let others = claims.unwrap_or_default();
+            let others = others
+                .iter()
+                .filter(|claim| QuantClaim::of(claim).is_none());
+            let others: Vec<&Claim> = others.collect();
+            // A claim of another method is a fault, and explains the weights no better than none.
+            let is_explained = !block_claims.is_empty() || others.is_empty();
+            let first = of_bitsandbytes.first().copied();
+            if has_config || !block_claims.is_empty() {
+                faults.extend(contradictions(&others, &block_claims, first, any_lost));
+            }
+            faults.extend(blocks.contradictions(self, &block_claims, has_config && is_explained));
+            faults.extend(unexplained(
+                &others,
+                is_explained,
+                of_blocks.first().copied(),
+            ));
         }
+        faults.extend(unreadable);
         faults
     }
 
     /// The first tensor of each method that is not bitsandbytes in 4 bit.
-    fn foreign_tensors(&self) -> Vec<Nf4Error> {
+    fn foreign_tensors(&self, of_blocks: &[&str]) -> Vec<Nf4Error> {
+        let is_known = |key: &str| {
+            of_blocks.binary_search(&key).is_ok()
+                || is_part_of_block(key, of_blocks)
+                || is_of_activations(key, of_blocks)
+        };
         let unknown = self.keys().filter_map(|key| {
             let state = unknown_state(key)?;
             Some(Nf4Error::QuantType {
@@ -55,10 +97,12 @@ impl Checkpoint {
                 given: state.into(),
             })
         });
-        let mut foreign = self.first_of_each(|key| self.method_of_name(key));
+        let of_name = |key: &str| self.method_of_name(key).filter(|_| !is_known(key));
+        let mut foreign = self.first_of_each(of_name);
         if foreign.is_empty() {
             // A name says more than a dtype, so dtypes count only where no name tells.
-            foreign = self.first_of_each(|key| self.method_of_dtype(key));
+            let of_dtype = |key: &str| self.method_of_dtype(key).filter(|_| !is_known(key));
+            foreign = self.first_of_each(of_dtype);
         }
         unknown.chain(foreign).collect()
     }
@@ -88,17 +132,16 @@ impl Checkpoint {
         Some(match last_part(key) {
             "SCB" | "weight_format" => "LLM.int8",
             "qweight" | "qzeros" | "g_idx" => "GPTQ or AWQ",
-            "weight_packed"
-            | "weight_shape"
-            | "weight_zero_point"
-            | "weight_global_scale"
-            | "input_global_scale" => "compressed-tensors",
+            "weight_packed" => PACKED_INTEGERS,
+            "pre_quant_scale" => "ModelOpt's AWQ",
+            "weight_shape" | "weight_zero_point" | "weight_global_scale" | "input_global_scale" => {
+                "compressed-tensors"
+            }
             "weight_scale" | "weight_scale_inv" | "weight_scale_2" | "weight_scales"
             | "activation_scale" | "input_scale" => "FP8, FP4 or int8 with scales",
             "W_q" => "HQQ",
             "codes" if has("codes", "codebooks") => "AQLM",
             "_data" | "_scale" | "_shift" if key.contains(".weight.") => "quanto",
-            _ if has("_blocks", "_scales") => "MXFP4",
             _ => return None,
         })
     }
@@ -199,7 +242,12 @@ impl Checkpoint {
 }
 
 /// Where `config.json` and the tensors disagree.
-fn contradictions(claims: &[Claim], quantized: Option<&str>, any_lost: bool) -> Vec<Nf4Error> {
+fn contradictions(
+    claims: &[&Claim],
+    of_blocks: &[QuantClaim],
+    quantized: Option<&str>,
+    any_lost: bool,
+) -> Vec<Nf4Error> {
     let mut faults: Vec<Nf4Error> = claims
         .iter()
         .filter_map(|claim| claim.check().err())
@@ -216,11 +264,25 @@ fn contradictions(claims: &[Claim], quantized: Option<&str>, any_lost: bool) -> 
         Some(weight) if claims.is_empty() => faults.push(Nf4Error::Config {
             field: Claim::FIELD,
             expected: "bitsandbytes in 4 bit",
-            given: format!("not there, but `{weight}` is quantized"),
+            given: match of_blocks.first() {
+                None => format!("not there, but `{weight}` is quantized"),
+                Some(claim) => format!("{claim}, but `{weight}` is quantized by bitsandbytes"),
+            },
         }),
         _ => {}
     }
     faults
+}
+
+/// Weights in NVFP4, MXFP4 or FP8 where nothing but bitsandbytes is claimed.
+fn unexplained(claims: &[&Claim], is_explained: bool, weight: Option<&str>) -> Option<Nf4Error> {
+    let weight = weight.filter(|_| !is_explained)?;
+    let claim = claims.iter().find(|claim| claim.check().is_ok())?;
+    Some(Nf4Error::Config {
+        field: Claim::FIELD,
+        expected: "the format of its weights",
+        given: format!("{claim}, but `{weight}` is quantized otherwise"),
+    })
 }
 
 /// The type of a `quant_state` that is not one of bitsandbytes' in 4 bit.

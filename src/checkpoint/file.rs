@@ -13,7 +13,7 @@ use super::float::{load_float, load_tensor};
 use super::header::{Entry, MAX_HEADER_BYTES, read_header};
 use super::stored::{StoredTensor, TensorInfo, TensorSource};
 use super::weight::{
-    find_weight, has_quant_state, is_transposed, load_nf4, load_weight, quantized_weights,
+    find_weight, is_quantized, is_transposed, load_quantized, load_weight, quantized_weights,
 };
 use crate::error::Nf4Error;
 use crate::format::{BlockTensor, FloatElement, FloatType, WeightForm};
@@ -141,35 +141,38 @@ impl SafetensorsFile {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
+    /// Whether the parameter `prefix` is quantized: whether the tensors are there that make a
+    /// [format](super#the-tensors-of-one-weight).
     pub fn is_quantized(&self, prefix: &str) -> bool {
-        has_quant_state(self, prefix)
+        is_quantized(self, prefix)
     }
 
-    /// The quantized parameters, sorted.
+    /// The quantized parameters, sorted, each by its own name: `X.weight` where the file has
+    /// `X.weight_packed`.
     pub fn quantized_weights(&self) -> Vec<&str> {
-        quantized_weights(self.keys())
+        quantized_weights(self, || self.keys())
     }
 
     /// Whether the parameter `prefix` is stored transposed.
     ///
     /// bitsandbytes marks it by storing the codes as `[1, k]` instead of `[k, 1]`, and nothing
     /// else changes: codes, blocks and the shape in `quant_state` are those of the weight before
-    /// it was transposed. [`load_nf4`](Self::load_nf4) returns that weight; where this is true,
+    /// it was transposed. [`load_quantized`](Self::load_quantized) returns that weight; where this is true,
     /// the parameter is its transpose. With one code byte the two forms are the same, and the
-    /// answer is no.
+    /// answer is no. The other formats are never transposed.
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Shape`] if the codes have neither form.
     pub fn is_transposed(&self, prefix: &str) -> Result<bool, Nf4Error> {
-        is_transposed(&self.stored(prefix)?, prefix)
+        is_transposed(self, prefix)
     }
 
     /// Reads the quantized parameter `prefix`, bit for bit as it is stored.
     ///
     /// The stored weight may be of any dtype that bitsandbytes allows as `quant_storage`; its
     /// bytes are taken as they are. See [`is_transposed`](Self::is_transposed) for the `[1, k]`
-    /// form.
+    /// form. Files in NVFP4, MXFP4 and FP8 do not say which dtype a weight had: it counts as bf16;
+    /// a [`Checkpoint`](super::Checkpoint) asks `config.json`.
     ///
     /// # Errors
     /// Each names the full key of the tensor at fault:
@@ -180,10 +183,14 @@ impl SafetensorsFile {
     ///   form; the length of the weight itself is in bytes
     /// - [`Nf4Error::Codebook`] for a `quant_map` that is not the table of its 4-bit type
     /// - [`Nf4Error::NonFinite`] for a scale, map entry or offset that is NaN or infinite
+    /// - [`Nf4Error::TwoForms`] for a parameter that is there in two formats, or with two kinds of scales
+    /// - [`Nf4Error::Blocks`] for a shape that the format does not have, as for rows that are not whole blocks
+    /// - [`Nf4Error::Divisor`] for a `weight_global_scale` that nothing can be divided by
+    /// - [`Nf4Error::OtherQuantization`] for integers and zero points in the form of compressed-tensors
     ///
     /// [`QuantState::parse`]: super::QuantState::parse
-    pub fn load_nf4(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
-        load_nf4(self, prefix)
+    pub fn load_quantized(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
+        load_quantized(self, prefix)
     }
 
     /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.
@@ -202,7 +209,7 @@ impl SafetensorsFile {
     /// [knows it](BlockWeight::is_transposed).
     ///
     /// # Errors
-    /// Those of [`load_nf4`](Self::load_nf4), and [`Nf4Error::NotAMatrix`] for a transposed
+    /// Those of [`load_quantized`](Self::load_quantized), and [`Nf4Error::NotAMatrix`] for a transposed
     /// weight of more than two dimensions.
     pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<BlockWeight, Nf4Error> {
         load_weight(self, prefix, device)

@@ -2,19 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
+use super::block_settings::BlockSettings;
 use super::file::{SafetensorsFile, read_text};
 use super::float::{load_float, load_tensor};
 use super::json::UniqueMap;
 use super::names::is_file_name;
+use super::naming::{block_weights, is_of_activations, is_part_of_block, keys_of_block};
 use super::python_json;
 use super::resolve::{Weights, find_weights};
 use super::stored::{StoredTensor, TensorInfo, TensorSource};
 use super::weight::{
-    PARTS, QUANT_TYPES, find_weight, has_quant_state, is_transposed, load_nf4, load_weight,
+    PARTS, QUANT_TYPES, find_weight, is_quantized, is_transposed, load_quantized, load_weight,
     prefix_of_quant_state, quant_state_key, quantized_weights,
 };
 use crate::error::Nf4Error;
@@ -33,7 +36,7 @@ use crate::op::BlockWeight;
 ///
 /// let checkpoint = Checkpoint::open("Llama-3.1-8B-bnb-4bit")?;
 /// for prefix in checkpoint.quantized_weights() {
-///     let weight = checkpoint.load_nf4(prefix)?;
+///     let weight = checkpoint.load_quantized(prefix)?;
 ///     println!("{prefix}: {:?}", weight.shape());
 /// }
 /// # Ok::<(), burn_nf4::Nf4Error>(())
@@ -44,6 +47,8 @@ pub struct Checkpoint {
     files: Vec<SafetensorsFile>,
     /// The file that holds each key.
     file_of: BTreeMap<String, usize>,
+    /// What `config.json` says of weights whose tensors do not say it, once it was asked for.
+    block_settings: OnceLock<Result<BlockSettings, Nf4Error>>,
 }
 
 /// How a file is opened.
@@ -100,6 +105,7 @@ impl Checkpoint {
             path: path.into(),
             file_of: file.keys().map(|key| (key.to_string(), 0)).collect(),
             files: vec![file],
+            block_settings: OnceLock::new(),
         })
     }
 
@@ -126,6 +132,7 @@ impl Checkpoint {
             path: folder.into(),
             files: Vec::with_capacity(names.len()),
             file_of: BTreeMap::new(),
+            block_settings: OnceLock::new(),
         };
         for name in names {
             let file = open(&folder.join(name))?;
@@ -178,28 +185,42 @@ impl Checkpoint {
             .sum()
     }
 
-    /// The parameters of the model, sorted: every tensor that is not a part of a quantized weight,
-    /// and every quantized weight once.
+    /// The parameters of the model, sorted: every tensor that is not a part of a quantized weight and no
+    /// [scale of activations](Self::activation_scales), and every quantized weight once.
     pub fn parameters(&self) -> Vec<&str> {
         let quantized = self.quantized_weights();
+        let of_blocks = self.block_weights();
         let is_part = |key: &str| {
             PARTS
                 .iter()
                 .filter_map(|part| key.strip_suffix(part))
                 .any(|prefix| quantized.binary_search(&prefix).is_ok())
                 || prefix_of_quant_state(key).is_some()
+                || is_part_of_block(key, &of_blocks)
+                || is_of_activations(key, &of_blocks)
         };
-        self.keys().filter(|key| !is_part(key)).collect()
+        let mut parameters: Vec<&str> = self.keys().filter(|key| !is_part(key)).collect();
+        // Some have no tensor of their own name.
+        parameters.extend(of_blocks.iter().filter(|weight| !self.contains(weight)));
+        parameters.sort_unstable();
+        parameters
     }
 
-    /// The quantized parameters, sorted.
+    /// The quantized parameters, sorted, each by its own name: `X.weight` where the files have
+    /// `X.weight_packed`.
     pub fn quantized_weights(&self) -> Vec<&str> {
-        quantized_weights(self.keys())
+        quantized_weights(self, || self.keys())
     }
 
-    /// Whether the parameter `prefix` is quantized: whether it has a `quant_state`.
+    /// Those in NVFP4, MXFP4 and FP8.
+    pub(super) fn block_weights(&self) -> Vec<&str> {
+        block_weights(self, self.keys())
+    }
+
+    /// Whether the parameter `prefix` is quantized: whether the tensors are there that make a
+    /// [format](super#the-tensors-of-one-weight).
     pub fn is_quantized(&self, prefix: &str) -> bool {
-        has_quant_state(self, prefix)
+        is_quantized(self, prefix)
     }
 
     /// Whether the parameter `prefix` is stored transposed, see
@@ -208,22 +229,22 @@ impl Checkpoint {
     /// # Errors
     /// [`Nf4Error::MissingKey`], or [`Nf4Error::Shape`] if the codes have neither form.
     pub fn is_transposed(&self, prefix: &str) -> Result<bool, Nf4Error> {
-        is_transposed(&self.stored(prefix)?, prefix)
+        is_transposed(self, prefix)
     }
 
     /// Reads the quantized parameter `prefix`, bit for bit as it is stored.
     ///
     /// # Errors
-    /// Those of [`SafetensorsFile::load_nf4`].
-    pub fn load_nf4(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
-        load_nf4(self, prefix)
+    /// Those of [`SafetensorsFile::load_quantized`].
+    pub fn load_quantized(&self, prefix: &str) -> Result<BlockTensor, Nf4Error> {
+        load_quantized(self, prefix)
     }
 
     /// The quantized parameter `prefix` as the image that is decoded, and whether the parameter is the
     /// transpose of it.
     ///
     /// # Errors
-    /// Those of [`load_nf4`](Self::load_nf4).
+    /// Those of [`load_quantized`](Self::load_quantized).
     pub(crate) fn load_image(&self, prefix: &str) -> Result<(PackedImage, bool), Nf4Error> {
         let weight = find_weight(self, prefix)?;
         Ok((PackedImage::of(&weight.parts()), weight.transposed))
@@ -245,7 +266,7 @@ impl Checkpoint {
     /// [knows it](BlockWeight::is_transposed).
     ///
     /// # Errors
-    /// Those of [`SafetensorsFile::load_nf4`], and [`Nf4Error::NotAMatrix`] for a transposed
+    /// Those of [`SafetensorsFile::load_quantized`], and [`Nf4Error::NotAMatrix`] for a transposed
     /// weight of more than two dimensions.
     pub fn load_weight(&self, prefix: &str, device: &Device) -> Result<BlockWeight, Nf4Error> {
         load_weight(self, prefix, device)
@@ -303,13 +324,24 @@ impl Checkpoint {
             .sum()
     }
 
+    fn block_settings(&self) -> Result<&BlockSettings, Nf4Error> {
+        let settings = self
+            .block_settings
+            .get_or_init(|| BlockSettings::read(self));
+        settings.as_ref().map_err(Clone::clone)
+    }
+
     /// The tensors that a parameter is made of: itself, and the parts of a quantized one.
     pub(super) fn keys_of<'a>(&'a self, parameter: &str) -> Vec<&'a str> {
         let states = QUANT_TYPES.map(|quant_type| quant_state_key("", quant_type));
-        std::iter::once("")
-            .chain(PARTS)
-            .chain(states.iter().map(String::as_str))
-            .filter_map(|part| self.file_of.get_key_value(&format!("{parameter}{part}")))
+        let mut keys = keys_of_block(self, parameter);
+        if keys.is_empty() {
+            let parts = std::iter::once("").chain(PARTS);
+            let parts = parts.chain(states.iter().map(String::as_str));
+            keys.extend(parts.map(|part| format!("{parameter}{part}")));
+        }
+        keys.iter()
+            .filter_map(|key| self.file_of.get_key_value(key))
             .map(|(key, _)| key.as_str())
             .collect()
     }
@@ -322,6 +354,14 @@ impl TensorSource for Checkpoint {
 
     fn find(&self, key: &str) -> Option<StoredTensor<'_>> {
         self.files[*self.file_of.get(key)?].find(key)
+    }
+
+    fn block_dtype(&self) -> Result<FloatType, Nf4Error> {
+        self.block_settings()?.dtype()
+    }
+
+    fn check_tile(&self) -> Result<(), Nf4Error> {
+        self.block_settings()?.check_tile()
     }
 
     fn check_unchanged(&self, key: &str) -> Result<(), Nf4Error> {

@@ -14,6 +14,9 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 /// The file that describes the model.
 pub(super) const CONFIG_FILE: &str = "config.json";
 
+/// The file in which ModelOpt says how a model is quantized.
+pub(super) const QUANT_CONFIG_FILE: &str = "hf_quant_config.json";
+
 /// Whether a file belongs to the weights: `model.safetensors`, its index, or a shard.
 pub(super) fn is_model_file(name: &str) -> bool {
     name == SINGLE_FILE || name == INDEX_FILE || is_shard(name)

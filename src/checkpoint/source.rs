@@ -12,8 +12,9 @@ use safetensors::Dtype;
 use super::elements::float_type;
 use super::folder::Checkpoint;
 use super::parameters::form_of_weight;
-use super::stored::{StoredTensor, TensorSource};
-use super::weight::find_weight;
+use super::stored::{StoredTensor, TensorInfo, TensorSource};
+use super::stored_weight::Rows;
+use super::weight::{find_weight, locate_weight};
 use crate::error::{Nf4Error, TensorForm};
 use crate::format::{FloatType, PackedLayout, WeightForm};
 
@@ -32,30 +33,36 @@ pub(crate) struct Entry {
 
 /// A part of a stored tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Part {
-    /// The bytes that it lies in.
-    pub bytes: Range<usize>,
-    /// Which elements of these it is, if not all.
-    pub columns: Option<Columns>,
+pub(crate) enum Part {
+    /// Rows of a stack of matrices.
+    Rows(Rows),
+    /// Rows of a matrix that is stored transposed, or elements of a vector.
+    Columns(Columns),
 }
 
-/// Columns of a matrix, or elements of a vector, of which each `step`-th is meant, from `first` on. Of a matrix
-/// they are the rows of the part: it is stored transposed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Of the numbers in some bytes each `step`-th, from `first` on.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Columns {
+    pub bytes: Range<usize>,
     pub first: usize,
     pub step: usize,
 }
 
 impl Part {
-    /// The bytes of the part in the order in which they are stored.
-    fn of<'a>(&self, bytes: &'a [u8], elem_bytes: usize) -> Cow<'a, [u8]> {
-        let bytes = &bytes[self.bytes.clone()];
-        match self.columns {
-            None | Some(Columns { step: 1, .. }) => bytes.into(),
-            Some(Columns { first, step }) => {
-                let elems = bytes.chunks_exact(elem_bytes);
-                let chosen = elems.skip(first).step_by(step).flatten();
+    /// The bytes of a part of this shape, in the order in which they are stored.
+    fn of<'a>(&self, bytes: &'a [u8], shape: &[usize], elem_bytes: usize) -> Cow<'a, [u8]> {
+        match self {
+            Self::Rows(rows) => rows.of(bytes, shape.last().copied().unwrap_or(1) * elem_bytes),
+            Self::Columns(Columns {
+                bytes: at, step: 1, ..
+            }) => bytes[at.clone()].into(),
+            Self::Columns(Columns {
+                bytes: at,
+                first,
+                step,
+            }) => {
+                let elems = bytes[at.clone()].chunks_exact(elem_bytes);
+                let chosen = elems.skip(*first).step_by(*step).flatten();
                 chosen.copied().collect::<Vec<u8>>().into()
             }
         }
@@ -162,7 +169,13 @@ pub(super) fn deferred(
         move || -> Result<TensorData, Nf4Error> {
             let bytes = match &kind {
                 EntryKind::Packed(form) => {
-                    let words = find_weight(&*checkpoint, &key)?.to_packed(form)?;
+                    let words = match &part {
+                        None => find_weight(&*checkpoint, &key)?.to_packed(form)?,
+                        Some(Part::Rows(rows)) => rows_of_weight(&checkpoint, &key, *rows, form)?,
+                        Some(Part::Columns(_)) => {
+                            unreachable!("packed stacks are taken apart by rows")
+                        }
+                    };
                     match read_as.words.clone() {
                         Some(part) => Bytes::from_elems(words[part].to_vec()),
                         None => Bytes::from_elems(words),
@@ -172,12 +185,11 @@ pub(super) fn deferred(
                     let mut stored = checkpoint.stored(&key)?;
                     let chosen;
                     if let Some(part) = &part {
-                        chosen = part.of(stored.bytes, stored.info.dtype.bitsize() / 8);
+                        chosen = part.of(stored.bytes, shape, stored.info.dtype.bitsize() / 8);
                         stored.info.shape = shape;
                         stored.bytes = &chosen;
                     }
-                    let is_stored_transposed =
-                        part.as_ref().is_some_and(|part| part.columns.is_some());
+                    let is_stored_transposed = matches!(part, Some(Part::Columns(_)));
                     let matrix = match (read_as.transposed, is_stored_transposed, shape.as_slice())
                     {
                         (true, false, &[rows, columns]) => Some([rows, columns]),
@@ -202,6 +214,25 @@ pub(super) fn deferred(
         }
     };
     Ok(Some(bridge::deferred(name, dtype, to, None, provider)))
+}
+
+/// The device image of rows of a stack of matrices.
+fn rows_of_weight(
+    checkpoint: &Checkpoint,
+    key: &str,
+    rows: Rows,
+    form: &WeightForm,
+) -> Result<Vec<u32>, Nf4Error> {
+    let stack = locate_weight(checkpoint, key)?;
+    match stack.rows(rows) {
+        Some(matrix) => matrix.to_packed(form),
+        None => Err(Nf4Error::Blocks {
+            tensor: key.into(),
+            format: form.config.quant_type.name(),
+            shape: stack.shape.clone(),
+            expected: "matrices of whole blocks".into(),
+        }),
+    }
 }
 
 fn read_dense(

@@ -182,12 +182,14 @@ impl CheckpointStore {
         Ok(self)
     }
 
-    /// Takes tensors of stacked matrices apart, `[matrices, parts * rows, columns]` of floats: each matrix
+    /// Takes tensors of stacked matrices apart, `[matrices, parts * rows, columns]`: each matrix
     /// is split by rows into as many parts as names are given, and the parts are read as if each were a
     /// tensor. A tensor is such a stack if its remapped key matches the regular expression; in the names
     /// `$1` stands for its first group and `{}` for the index of the matrix.
     ///
-    /// Packed stacks, and those of another shape, stay whole.
+    /// Of packed stacks those whose parts are made of whole blocks are taken apart, as they are: NVFP4, MXFP4
+    /// and FP8 by rows, and FP8 in tiles where a part has a multiple of 128 rows. Others (NF4 and FP4, whose
+    /// blocks do not follow the rows), and stacks of another shape, stay whole.
     ///
     /// ```
     /// use burn_nf4::checkpoint::CheckpointStore;
@@ -204,12 +206,22 @@ impl CheckpointStore {
     /// # Errors
     /// [`Nf4Error::Pattern`] if it is not a regular expression, [`Nf4Error::Config`] without a name.
     pub fn unstack(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
-        self.unstacked(pattern, parts, StackLayout::Rows)
+        self.with_unstacked(pattern, parts, StackLayout::Following)
+    }
+
+    /// As [`unstack`](Self::unstack), but the rows of the parts take turns: of two parts the first has the
+    /// even rows and the second the odd ones. FP8 in tiles stays whole.
+    ///
+    /// # Errors
+    /// Those of [`unstack`](Self::unstack).
+    pub fn unstack_interleaved(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
+        self.with_unstacked(pattern, parts, StackLayout::Interleaved)
     }
 
     /// As [`unstack`](Self::unstack) of stacks that lie the other way, as gpt-oss has them: matrices are
     /// transposed, `[matrices, columns, rows * parts]`, and a row of each part comes in turn. Stacks of
-    /// vectors, `[matrices, rows * parts]`, such as biases, are taken apart in the same way.
+    /// vectors, `[matrices, rows * parts]`, such as biases, are taken apart in the same way. Packed stacks
+    /// are not transposed: they are taken apart as by [`unstack_interleaved`](Self::unstack_interleaved).
     ///
     /// ```
     /// use burn_nf4::checkpoint::CheckpointStore;
@@ -225,10 +237,10 @@ impl CheckpointStore {
     /// # Errors
     /// Those of [`unstack`](Self::unstack).
     pub fn unstack_columns(self, pattern: &str, parts: &[&str]) -> Result<Self, Nf4Error> {
-        self.unstacked(pattern, parts, StackLayout::Columns)
+        self.with_unstacked(pattern, parts, StackLayout::Transposed)
     }
 
-    fn unstacked(
+    fn with_unstacked(
         mut self,
         pattern: &str,
         parts: &[&str],

@@ -6,7 +6,7 @@ use safetensors::Dtype;
 
 use super::elements::dtype_error;
 use crate::error::Nf4Error;
-use crate::format::{check_finite, stored_floats};
+use crate::format::{FloatType, check_finite, stored_floats};
 
 /// What a file says about one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +27,16 @@ pub(super) trait TensorSource {
 
     /// [`Nf4Error::FileChanged`] if the file of a tensor is no longer the one that was opened.
     fn check_unchanged(&self, key: &str) -> Result<(), Nf4Error>;
+
+    /// The dtype that weights had whose own tensors do not tell: bf16 unless something says otherwise.
+    fn block_dtype(&self) -> Result<FloatType, Nf4Error> {
+        Ok(FloatType::BF16)
+    }
+
+    /// Checks that nothing says that scales of tiles belong to others than those of 128 by 128.
+    fn check_tile(&self) -> Result<(), Nf4Error> {
+        Ok(())
+    }
 
     /// The tensor, from an unchanged file, or [`Nf4Error::MissingKey`].
     fn stored(&self, key: &str) -> Result<StoredTensor<'_>, Nf4Error> {

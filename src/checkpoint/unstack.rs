@@ -3,7 +3,9 @@
 use fancy_regex::{Captures, Regex};
 
 use super::source::{Columns, Entry, EntryKind, Part};
+use super::stored_weight::{Rows, holds_rows};
 use crate::error::Nf4Error;
+use crate::format::WeightForm;
 
 /// Which tensors are stacks, and what their matrices are called.
 #[derive(Debug, Clone)]
@@ -18,10 +20,12 @@ pub(super) struct Unstack {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StackLayout {
     /// `[matrices, parts * rows, columns]`: one part after another.
-    Rows,
+    Following,
+    /// `[matrices, rows * parts, columns]`: a row of each part in turn.
+    Interleaved,
     /// `[matrices, columns, rows * parts]`, or of vectors `[matrices, rows * parts]`: transposed, a row of each
-    /// part in turn.
-    Columns,
+    /// part in turn. Packed stacks are not transposed.
+    Transposed,
 }
 
 /// Stands for the index in the stack.
@@ -36,15 +40,19 @@ impl Unstack {
         }
     }
 
-    /// The parts of the entry, if it is such a stack of floats.
+    /// The parts of the entry, if it is such a stack.
     ///
     /// # Errors
     /// Those of the regular expression.
     pub fn parts(&self, entry: &Entry) -> Result<Option<Vec<Entry>>, Nf4Error> {
-        let EntryKind::Dense { dtype, shape } = &entry.kind else {
-            return Ok(None);
+        let (shape, layout) = match (&entry.kind, self.layout) {
+            (EntryKind::Packed(form), StackLayout::Transposed) => {
+                (&form.shape, StackLayout::Interleaved)
+            }
+            (EntryKind::Packed(form), layout) => (&form.shape, layout),
+            (EntryKind::Dense { shape, .. }, layout) => (shape, layout),
         };
-        let Some((matrices, part_shape)) = self.part_shape(shape) else {
+        let Some(stack) = Stack::new(shape, layout, self.parts.len()) else {
             return Ok(None);
         };
         if entry.size_bytes == 0 || entry.part.is_some() {
@@ -59,55 +67,97 @@ impl Unstack {
         let Some(captures) = captures else {
             return Ok(None);
         };
-        let size_bytes = entry.size_bytes / (matrices * self.parts.len());
-        let all = (0..matrices)
-            .flat_map(|index| self.parts.iter().enumerate().map(move |part| (index, part)));
-        let entries = all.map(|(index, (number, part))| Entry {
+        if let EntryKind::Packed(form) = &entry.kind
+            && !(0..self.parts.len()).all(|part| {
+                let rows = stack.rows(0, part);
+                !form.transposed && holds_rows(form.config, &form.shape, rows)
+            })
+        {
+            return Ok(None);
+        }
+        let size_bytes = entry.size_bytes / (stack.matrices * self.parts.len());
+        let part = |matrix: usize, part: usize| Entry {
             key: entry.key.clone(),
-            path: expand(&captures, part).replace(INDEX, &index.to_string()),
-            kind: EntryKind::Dense {
-                dtype: *dtype,
-                shape: part_shape.clone(),
-            },
+            path: expand(&captures, &self.parts[part]).replace(INDEX, &matrix.to_string()),
+            kind: part_kind(&entry.kind, &stack.part_shape),
             size_bytes,
-            part: Some(self.part(index, number, size_bytes)),
-        });
-        Ok(Some(entries.collect()))
+            part: Some(stack.part(matrix, part, size_bytes)),
+        };
+        let all = (0..stack.matrices).flat_map(|m| (0..self.parts.len()).map(move |p| (m, p)));
+        Ok(Some(all.map(|(m, p)| part(m, p)).collect()))
     }
+}
 
-    /// How many matrices a stack of this shape has, and the shape of a part of one.
-    fn part_shape(&self, shape: &[usize]) -> Option<(usize, Vec<usize>)> {
-        let (matrices, rows, columns) = match (self.layout, shape) {
-            (StackLayout::Rows, &[matrices, rows, columns])
-            | (StackLayout::Columns, &[matrices, columns, rows]) => (matrices, rows, Some(columns)),
-            (StackLayout::Columns, &[matrices, rows]) => (matrices, rows, None),
+/// A stack of some shape.
+struct Stack {
+    layout: StackLayout,
+    matrices: usize,
+    parts: usize,
+    /// That of a part of a matrix.
+    part_shape: Vec<usize>,
+}
+
+impl Stack {
+    fn new(shape: &[usize], layout: StackLayout, parts: usize) -> Option<Self> {
+        let (matrices, rows, columns) = match (layout, shape) {
+            (StackLayout::Transposed, &[matrices, columns, rows]) => {
+                (matrices, rows, Some(columns))
+            }
+            (StackLayout::Transposed, &[matrices, rows]) => (matrices, rows, None),
+            (_, &[matrices, rows, columns]) => (matrices, rows, Some(columns)),
             _ => return None,
         };
-        if !rows.is_multiple_of(self.parts.len()) {
+        if !rows.is_multiple_of(parts) {
             return None;
         }
-        let rows = rows / self.parts.len();
-        Some((matrices, std::iter::once(rows).chain(columns).collect()))
+        Some(Self {
+            layout,
+            matrices,
+            parts,
+            part_shape: std::iter::once(rows / parts).chain(columns).collect(),
+        })
     }
 
-    fn part(&self, matrix: usize, number: usize, size_bytes: usize) -> Part {
-        let step = self.parts.len();
-        match self.layout {
-            StackLayout::Rows => {
-                let place = matrix * step + number;
-                Part {
-                    bytes: place * size_bytes..(place + 1) * size_bytes,
-                    columns: None,
-                }
-            }
-            StackLayout::Columns => Part {
-                bytes: matrix * step * size_bytes..(matrix + 1) * step * size_bytes,
-                columns: Some(Columns {
-                    first: number,
-                    step,
-                }),
-            },
+    /// The rows of a part of a matrix.
+    fn rows(&self, matrix: usize, part: usize) -> Rows {
+        let count = self.part_shape[0];
+        let (offset, step) = match self.layout {
+            StackLayout::Following => (part * count, 1),
+            StackLayout::Interleaved | StackLayout::Transposed => (part, self.parts),
+        };
+        Rows {
+            first: matrix * self.parts * count + offset,
+            step,
+            count,
         }
+    }
+
+    /// Where a part of a matrix lies, which has so many bytes.
+    fn part(&self, matrix: usize, part: usize, size_bytes: usize) -> Part {
+        match self.layout {
+            StackLayout::Following | StackLayout::Interleaved => {
+                Part::Rows(self.rows(matrix, part))
+            }
+            StackLayout::Transposed => Part::Columns(Columns {
+                bytes: matrix * self.parts * size_bytes..(matrix + 1) * self.parts * size_bytes,
+                first: part,
+                step: self.parts,
+            }),
+        }
+    }
+}
+
+/// What a part of a stack is.
+fn part_kind(of: &EntryKind, shape: &[usize]) -> EntryKind {
+    match of {
+        EntryKind::Dense { dtype, .. } => EntryKind::Dense {
+            dtype: *dtype,
+            shape: shape.into(),
+        },
+        EntryKind::Packed(form) => EntryKind::Packed(WeightForm {
+            shape: shape.into(),
+            ..form.clone()
+        }),
     }
 }
 

@@ -117,7 +117,7 @@ impl VerifyReport {
 /// ```
 ///
 /// # Errors
-/// Those of [`SafetensorsFile::load_nf4`](super::SafetensorsFile::load_nf4), and
+/// Those of [`SafetensorsFile::load_quantized`](super::SafetensorsFile::load_quantized), and
 /// [`Nf4Error::NonFinite`] for a quantized weight that decodes to an infinity; not for one whose
 /// tensors are the same in both, which is not decoded. [`Nf4Error::ModelConfig`] for a malformed
 /// `config.json` that was to say whether a head is tied.

@@ -1,15 +1,15 @@
-//! From the tensors of one weight to an [`BlockTensor`] or an [`BlockWeight`], wherever they lie.
+//! From the tensors of one weight to a [`BlockTensor`] or a [`BlockWeight`], wherever they lie.
 
 use burn::tensor::Device;
 use safetensors::Dtype;
 
+use super::block_weight::{check_not_integers, find_block, locate_block};
+use super::naming::{Naming, block_weights};
 use super::quant_state::QuantState;
 use super::stored::{StoredTensor, TensorSource};
+use super::stored_weight::{StoredScales, StoredWeight};
 use crate::error::Nf4Error;
-use crate::format::{
-    BlockTensor, Floats, PackedLayout, QuantType, ScaleParts, WeightForm, WeightParts, check_len,
-    stored_floats,
-};
+use crate::format::{BlockTensor, QuantType, check_len, stored_floats};
 use crate::op::BlockWeight;
 
 pub(super) const QUANT_TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
@@ -27,9 +27,13 @@ pub(super) fn quant_state_key(prefix: &str, quant_type: QuantType) -> String {
     format!("{prefix}.quant_state.bitsandbytes__{}", quant_type.name())
 }
 
-/// The parameters that have a `quant_state` among `keys`, sorted.
-pub(super) fn quantized_weights<'a>(keys: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut prefixes: Vec<&str> = keys.filter_map(prefix_of_quant_state).collect();
+/// The quantized parameters among `keys`, sorted.
+pub(super) fn quantized_weights<'a, I: Iterator<Item = &'a str>>(
+    source: &impl TensorSource,
+    keys: impl Fn() -> I,
+) -> Vec<&'a str> {
+    let mut prefixes: Vec<&str> = keys().filter_map(prefix_of_quant_state).collect();
+    prefixes.extend(block_weights(source, keys()));
     prefixes.sort_unstable();
     prefixes.dedup();
     prefixes
@@ -66,8 +70,21 @@ pub(super) fn has_quant_state(source: &impl TensorSource, prefix: &str) -> bool 
         .any(|quant_type| source.find(&quant_state_key(prefix, quant_type)).is_some())
 }
 
+/// Whether a parameter is quantized.
+pub(super) fn is_quantized(source: &impl TensorSource, prefix: &str) -> bool {
+    has_quant_state(source, prefix) || Naming::of(source, prefix).is_some()
+}
+
+/// Whether a parameter is stored transposed: of bitsandbytes' formats only.
+pub(super) fn is_transposed(source: &impl TensorSource, prefix: &str) -> Result<bool, Nf4Error> {
+    match Naming::of(source, prefix) {
+        Some(_) => Ok(false),
+        None => has_transposed_codes(&source.stored(prefix)?, prefix),
+    }
+}
+
 /// Whether codes are stored `[1, k]` instead of `[k, 1]`.
-pub(super) fn is_transposed(codes: &StoredTensor<'_>, prefix: &str) -> Result<bool, Nf4Error> {
+fn has_transposed_codes(codes: &StoredTensor<'_>, prefix: &str) -> Result<bool, Nf4Error> {
     match codes.info.shape {
         [_, 1] => Ok(false),
         [1, _] => Ok(true),
@@ -79,73 +96,33 @@ pub(super) fn is_transposed(codes: &StoredTensor<'_>, prefix: &str) -> Result<bo
     }
 }
 
-/// A quantized weight in its files, checked, with nothing of any size copied.
-#[derive(Debug)]
-pub(super) struct StoredWeight<'a> {
-    pub state: QuantState,
-    /// Whether the parameter is the transpose of what is stored.
-    pub transposed: bool,
-    codes: &'a [u8],
-    absmax: &'a [u8],
-    /// Scales and map of the 8-bit codes that `absmax` then is.
-    nested: Option<(&'a [u8], Box<[f32; 256]>)>,
-}
-
-impl StoredWeight<'_> {
-    /// The parts, in the files.
-    pub fn parts(&self) -> WeightParts<'_> {
-        let scales = match (&self.nested, self.state.nested) {
-            (Some((absmax, map)), Some(nested)) => ScaleParts::Nested {
-                codes: self.absmax,
-                absmax: Floats::Stored(absmax),
-                map,
-                offset: nested.offset,
-                block_size: nested.block_size,
-            },
-            _ => ScaleParts::Flat(Floats::Stored(self.absmax)),
-        };
-        WeightParts {
-            codes: self.codes,
-            scales,
-            shape: &self.state.shape,
-            dtype: self.state.dtype,
-            config: self.state.config(),
-        }
-    }
-
-    /// What the parameter is that the weight is stored for.
-    pub fn form(&self, prefix: &str) -> Result<WeightForm, Nf4Error> {
-        let mut shape = self.state.shape.clone();
-        // The transpose of a vector is itself, and bitsandbytes has none for more dimensions.
-        let transposed = self.transposed && shape.len() > 1;
-        if transposed {
-            if shape.len() > 2 {
-                return Err(Nf4Error::NotAMatrix {
-                    tensor: prefix.into(),
-                    shape,
-                });
-            }
-            shape.reverse();
-        }
-        Ok(WeightForm {
-            shape,
-            dtype: self.state.dtype,
-            config: self.state.config(),
-            transposed,
-        })
-    }
-
-    /// The device image, in the one allocation that it needs.
-    pub fn to_packed(&self, form: &WeightForm) -> Result<Vec<u32>, Nf4Error> {
-        let layout = PackedLayout::for_shape(&form.shape, form.config)?;
-        let mut words = self.parts().to_packed(&layout);
-        words[layout.header_start()..].copy_from_slice(&layout.form_header(form));
-        Ok(words)
-    }
-}
-
 /// Finds and checks the parts of the weight `prefix`.
 pub(super) fn find_weight<'a>(
+    source: &'a impl TensorSource,
+    prefix: &str,
+) -> Result<StoredWeight<'a>, Nf4Error> {
+    match Naming::of(source, prefix) {
+        Some(naming) => find_block(source, prefix, naming),
+        None => {
+            check_not_integers(source, prefix)?;
+            find_bitsandbytes(source, prefix)
+        }
+    }
+}
+
+/// As [`find_weight`], but scales that make up tensors of their own may be NaN: for a weight whose parts are
+/// read one after the other.
+pub(super) fn locate_weight<'a>(
+    source: &'a impl TensorSource,
+    prefix: &str,
+) -> Result<StoredWeight<'a>, Nf4Error> {
+    match Naming::of(source, prefix) {
+        Some(naming) => locate_block(source, prefix, naming),
+        None => find_bitsandbytes(source, prefix),
+    }
+}
+
+fn find_bitsandbytes<'a>(
     source: &'a impl TensorSource,
     prefix: &str,
 ) -> Result<StoredWeight<'a>, Nf4Error> {
@@ -173,13 +150,13 @@ pub(super) fn find_weight<'a>(
     let codes = source.stored(prefix)?;
     codes.check_dtype(prefix, &[Dtype::U8, Dtype::BF16, Dtype::F16, Dtype::F32])?;
     // Both forms hold the same flat codes.
-    let transposed = is_transposed(&codes, prefix)?;
+    let transposed = has_transposed_codes(&codes, prefix)?;
     check_quant_map(source, &format!("{prefix}.quant_map"), state.quant_type)?;
 
     let absmax_key = format!("{prefix}.absmax");
     let nested_key = format!("{prefix}.nested_absmax");
     let absmax = source.stored(&absmax_key)?;
-    let nested = match state.nested {
+    let scales = match state.nested {
         None => {
             if source.find(&nested_key).is_some() {
                 return Err(contradiction(format!(
@@ -187,22 +164,28 @@ pub(super) fn find_weight<'a>(
                 )));
             }
             absmax.check_finite_f32(&absmax_key)?;
-            None
+            StoredScales::Flat(absmax.bytes.into())
         }
-        Some(_) => {
+        Some(of_scales) => {
             absmax.check_dtype(&absmax_key, &[Dtype::U8])?;
             let nested = source.stored(&nested_key)?;
             nested.check_finite_f32(&nested_key)?;
-            let map = nested_map(source, &format!("{prefix}.nested_quant_map"))?;
-            Some((nested.bytes, map))
+            StoredScales::Nested {
+                codes: absmax.bytes,
+                absmax: nested.bytes,
+                map: nested_map(source, &format!("{prefix}.nested_quant_map"))?,
+                offset: of_scales.offset,
+                block_size: of_scales.block_size,
+            }
         }
     };
     let weight = StoredWeight {
-        state,
+        config: state.config(),
+        shape: state.shape,
+        dtype: state.dtype,
         transposed,
-        codes: codes.bytes,
-        absmax: absmax.bytes,
-        nested,
+        codes: codes.bytes.into(),
+        scales,
     };
     weight
         .parts()
@@ -212,7 +195,10 @@ pub(super) fn find_weight<'a>(
 }
 
 /// Copies the weight `prefix` to host memory.
-pub(super) fn load_nf4(source: &impl TensorSource, prefix: &str) -> Result<BlockTensor, Nf4Error> {
+pub(super) fn load_quantized(
+    source: &impl TensorSource,
+    prefix: &str,
+) -> Result<BlockTensor, Nf4Error> {
     BlockTensor::copy_of(&find_weight(source, prefix)?.parts())
 }
 

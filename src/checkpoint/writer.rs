@@ -46,7 +46,7 @@ pub const DEFAULT_MAX_SHARD_BYTES: usize = 50_000_000_000;
 /// writer.write_tensor("model.norm.weight", Dtype::F32, &[1], &1f32.to_le_bytes())?;
 /// writer.finish()?;
 ///
-/// assert_eq!(Checkpoint::open(&folder)?.load_nf4("model.up_proj.weight")?, weight);
+/// assert_eq!(Checkpoint::open(&folder)?.load_quantized("model.up_proj.weight")?, weight);
 /// # Ok::<(), burn_nf4::Nf4Error>(())
 /// ```
 #[derive(Debug)]
@@ -190,7 +190,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// [`Nf4Error::MissingKey`], for a quantized one those of
-    /// [`SafetensorsFile::load_nf4`](super::SafetensorsFile::load_nf4), [`Nf4Error::NameTaken`]
+    /// [`SafetensorsFile::load_quantized`](super::SafetensorsFile::load_quantized), [`Nf4Error::NameTaken`]
     /// for a key that was written before, [`Nf4Error::Io`].
     pub fn copy(&mut self, source: &Checkpoint, parameter: &str) -> Result<(), Nf4Error> {
         if !source.is_quantized(parameter) {
@@ -198,7 +198,7 @@ impl CheckpointWriter {
             let bytes = source.tensor_bytes(parameter)?;
             return self.write_tensor(parameter, info.dtype, info.shape, bytes);
         }
-        let elems = find_weight(source, parameter)?.state.shape.iter().product();
+        let elems = find_weight(source, parameter)?.shape.iter().product();
         let parts = source.keys_of(parameter);
         let tensors = parts
             .iter()

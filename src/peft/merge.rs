@@ -106,7 +106,7 @@ pub struct Merged {
 ///   ties, for one that changes an embedding (or a head) where nothing tells whether the model has
 ///   a head (or an embedding) that is the same, and for writing into the base model's folder
 /// - the first of [`Checkpoint::faults`], as for a base model that another method quantized
-/// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4),
+/// - those of [`SafetensorsFile::load_quantized`](crate::checkpoint::SafetensorsFile::load_quantized),
 ///   [`Nf4Error::ModelConfig`], [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`]
 pub fn merge_16bit(
     base: &Checkpoint,

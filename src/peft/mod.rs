@@ -35,7 +35,7 @@
 //! let mut adapter = Adapter::open("tiny-llama-lora")?;
 //! adapter.check_base(&base)?;
 //! let module = "model.layers.0.self_attn.q_proj";
-//! let weight = base.load_nf4(&format!("{module}.weight"))?;
+//! let weight = base.load_quantized(&format!("{module}.weight"))?;
 //! let linear = QuantLinear::from_host(&weight, None, &device)?;
 //! let layer = adapter.layer(module, linear, &device)?;
 //! // ... train the layer ...

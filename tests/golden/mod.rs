@@ -51,7 +51,7 @@ pub fn names() -> Vec<String> {
 
 pub fn load(name: &str) -> Golden {
     let file = SafetensorsFile::open(path(&format!("{name}.safetensors"))).unwrap();
-    let tensor = file.load_nf4("weight").unwrap();
+    let tensor = file.load_quantized("weight").unwrap();
     Golden {
         name: name.into(),
         file,

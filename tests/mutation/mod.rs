@@ -89,6 +89,13 @@ fn edge(rng: &mut StdRng) -> Value {
         json!("F32"),
         json!("BF16"),
         json!("F4"),
+        json!("F8_E4M3"),
+        json!("float"),
+        json!("tensor_group"),
+        json!("block"),
+        json!("Linear"),
+        json!("re:.*up$"),
+        json!("re:("),
         json!(""),
         json!("../model.safetensors"),
         json!("model.safetensors.index.json"),
@@ -118,7 +125,16 @@ fn edit_value(value: &mut Value, rng: &mut StdRng) {
                 1 => {
                     let moved = map.remove(key).unwrap_or(Value::Null);
                     let other = &keys[rng.random_range(0..keys.len())];
-                    map.insert(format!("{other}.absmax"), moved);
+                    let parts = [
+                        ".absmax",
+                        "_scale",
+                        "_scale_2",
+                        "_scale_inv",
+                        "_packed",
+                        "_scales",
+                    ];
+                    let part = parts[rng.random_range(0..parts.len())];
+                    map.insert(format!("{other}{part}"), moved);
                 }
                 2 => {
                     let other = map[&keys[rng.random_range(0..keys.len())]].clone();
@@ -276,6 +292,8 @@ fn edit_tensors(bytes: &mut Vec<u8>, rng: &mut StdRng) {
                 Dtype::BF16,
                 Dtype::F32,
                 Dtype::I64,
+                Dtype::F8_E4M3,
+                Dtype::F8_E5M2,
             ];
             let dtype = dtypes[rng.random_range(0..dtypes.len())];
             let size = dtype.bitsize() / 8;

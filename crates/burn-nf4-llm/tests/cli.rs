@@ -184,7 +184,7 @@ fn settings_are_taken_over() {
     assert_eq!(written.quantized_weights().len(), 10);
     assert!(written.files().len() > 1);
     let prefix = "model.layers.0.mlp.up_proj.weight";
-    let weight = written.load_nf4(prefix).unwrap();
+    let weight = written.load_quantized(prefix).unwrap();
     assert_eq!(weight.config().block_size.elems(), 128);
     assert_eq!(weight.quant_type().name(), "fp4");
     assert_eq!(weight.dtype().name(), "bfloat16");

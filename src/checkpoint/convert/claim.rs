@@ -88,6 +88,16 @@ impl Claim {
         }
     }
 
+    /// The part of the model that it is found in.
+    pub fn part(&self) -> &str {
+        &self.part
+    }
+
+    /// What it says.
+    pub fn value(&self) -> &Value {
+        &self.value
+    }
+
     /// ` in PART` for errors; nothing for the model itself.
     fn place(&self) -> String {
         match self.part.as_str() {

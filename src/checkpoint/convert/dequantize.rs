@@ -19,7 +19,7 @@ use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 /// `config.json` loses its `quantization_config`, and the other files of the folder are copied.
 ///
 /// # Errors
-/// - those of [`SafetensorsFile::load_nf4`](crate::checkpoint::SafetensorsFile::load_nf4)
+/// - those of [`SafetensorsFile::load_quantized`](crate::checkpoint::SafetensorsFile::load_quantized)
 /// - [`Nf4Error::NonFinite`] for a weight that its own dtype or the one asked for cannot hold
 /// - [`Nf4Error::NotAMatrix`] for a transposed weight of other than two dimensions
 /// - the first of [`Checkpoint::faults`], as for a checkpoint that another method quantized or

@@ -1,7 +1,7 @@
 //! The `config.json` of a folder.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -96,6 +96,21 @@ impl ModelConfig {
     pub fn conv1d_model(&self) -> Option<&str> {
         let model_type = self.entries.get("model_type")?.as_str()?;
         CONV1D_MODELS.contains(&model_type).then_some(model_type)
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The dtype of the weights, of the model itself or of the first part of it that names one.
+    pub fn dtype(&self) -> Option<&str> {
+        fn named(entries: &Map<String, Value>) -> Option<&str> {
+            let mut named = DTYPE_KEYS.iter().filter_map(|key| entries.get(*key));
+            named.find_map(Value::as_str)
+        }
+        let mut parts = self.entries.values().filter_map(Value::as_object);
+        named(&self.entries).or_else(|| parts.find_map(named))
     }
 
     /// Every `quantization_config`, also of the parts of a composed model.

@@ -115,7 +115,10 @@ fn a_folder_keeps_a_head_in_4_bit(#[values("llama3_tied", "qwen3", "gemma2")] na
             config["quantization_config"]["llm_int8_skip_modules"],
             json!([])
         );
-        Checkpoint::open(folder).unwrap().load_nf4(WEIGHT).unwrap()
+        Checkpoint::open(folder)
+            .unwrap()
+            .load_quantized(WEIGHT)
+            .unwrap()
     });
     assert_eq!(saved, converted);
 }
