@@ -23,6 +23,9 @@
 //! sums in f32, which differs by the rounding of either. A measurement can end otherwise in another run,
 //! and another kernel rounds otherwise: [`set_reproducible`] has all products of the process follow a
 //! rule instead. Gradients always go over the decoded weight.
+//!
+//! Tokens of a mixture of experts are sent to them by [`route`], and a few tokens are multiplied with the
+//! weights of all their experts by [`grouped_linear`]: one launch each, and nothing is read back.
 
 mod adamw;
 mod attention;
