@@ -48,6 +48,7 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod block_layout;
 pub(crate) mod convert;
 pub(crate) mod elements;
 mod faults;
@@ -70,7 +71,9 @@ pub(crate) mod source;
 mod staging;
 mod store;
 mod stored;
+pub(crate) mod stored_form;
 mod unstack;
+mod values;
 mod verify;
 mod weight;
 mod writer;
@@ -93,5 +96,6 @@ pub use safetensors::Dtype;
 pub use shard_plan::ShardPlan;
 pub use store::CheckpointStore;
 pub use stored::TensorInfo;
+pub use values::WeightLoss;
 pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};
