@@ -43,7 +43,11 @@ fn quantize(source: &Path, out: &Path, quant_type: QuantType) -> Converted {
 
 /// A weight in the names of compressed-tensors, read apart from the library.
 fn packed(file: &SafetensorsFile, prefix: &str, dtype: FloatType) -> BlockTensor {
-    let bytes = |part: &str| file.tensor_bytes(&format!("{prefix}{part}")).unwrap().to_vec();
+    let bytes = |part: &str| {
+        file.tensor_bytes(&format!("{prefix}{part}"))
+            .unwrap()
+            .to_vec()
+    };
     let shape = file.tensor_info(&format!("{prefix}_packed")).unwrap().shape;
     let global = format!("{prefix}_global_scale");
     let (quant_type, tensor_scale) = match file.contains(&global) {
@@ -80,9 +84,15 @@ fn a_folder_is_what_compressed_tensors_writes(#[case] quant_type: QuantType) {
     assert_eq!(config_of(&out), config_of(&theirs));
     let open = |folder: &Path| SafetensorsFile::open(folder.join("model.safetensors")).unwrap();
     let (ours, theirs) = (open(&out), open(&theirs));
-    assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
+    assert_eq!(
+        ours.keys().collect::<Vec<_>>(),
+        theirs.keys().collect::<Vec<_>>()
+    );
     for key in theirs.keys() {
-        let (a, b) = (ours.tensor_info(key).unwrap(), theirs.tensor_info(key).unwrap());
+        let (a, b) = (
+            ours.tensor_info(key).unwrap(),
+            theirs.tensor_info(key).unwrap(),
+        );
         assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{key}");
         let same = ours.tensor_bytes(key).unwrap() == theirs.tensor_bytes(key).unwrap();
         assert!(same, "{key}");
@@ -117,13 +127,18 @@ fn a_written_weight_is_the_golden_file(#[case] name: &str) {
     let out = folder.path().join("out");
     let mut writer = CheckpointWriter::create(&out, DEFAULT_MAX_SHARD_BYTES).unwrap();
     let weight = weight.unwrap();
-    writer.write_nf4("weight", &weight, Dtype::U8, false).unwrap();
+    writer
+        .write_nf4("weight", &weight, Dtype::U8, false)
+        .unwrap();
     writer.finish().unwrap();
     let ours = SafetensorsFile::open(out.join("model.safetensors")).unwrap();
     let parts: Vec<&str> = ours.keys().collect();
     assert!(parts.len() == 2 + usize::from(config.quant_type == QuantType::Nvfp4));
     for key in parts {
-        assert!(ours.tensor_bytes(key).unwrap() == golden.tensor_bytes(key).unwrap(), "{key}");
+        assert!(
+            ours.tensor_bytes(key).unwrap() == golden.tensor_bytes(key).unwrap(),
+            "{key}"
+        );
     }
 }
 
@@ -158,7 +173,9 @@ fn what_is_kept_is_told_and_ignored() {
     ]);
     assert_eq!(*ignore, expected);
     let written = SafetensorsFile::open(out.join("model.safetensors")).unwrap();
-    let down = written.tensor_info("model.layers.0.mlp.down_proj.weight").unwrap();
+    let down = written
+        .tensor_info("model.layers.0.mlp.down_proj.weight")
+        .unwrap();
     assert_eq!(down.dtype, Dtype::F32);
     assert!(written.contains("model.layers.0.mlp.up_proj.weight_packed"));
 
@@ -178,7 +195,11 @@ fn another_type_loses_what_is_stated(#[case] quant_type: QuantType) {
     let out = folder.path().join("out");
     let shapes: [(&str, &[usize]); 2] = [("a.weight", &[32, 64]), ("b.weight", &[16, 96])];
     write_model(&dense, &json!({"dtype": "float32"}), &shapes);
-    assert!(quantize(&dense, &nf4, QuantType::Nf4).requantized.is_empty());
+    assert!(
+        quantize(&dense, &nf4, QuantType::Nf4)
+            .requantized
+            .is_empty()
+    );
     let done = quantize(&nf4, &out, quant_type);
     assert_eq!(done.requantized, [(QuantType::Nf4, 2)]);
     assert_eq!(done.losses.len(), 2);
@@ -196,7 +217,11 @@ fn another_type_loses_what_is_stated(#[case] quant_type: QuantType) {
             }
         }
         .dequantize();
-        let errors: Vec<f64> = before.iter().zip(&after).map(|(a, b)| f64::from((a - b).abs())).collect();
+        let errors: Vec<f64> = before
+            .iter()
+            .zip(&after)
+            .map(|(a, b)| f64::from((a - b).abs()))
+            .collect();
         let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
         let (error, all) = (
             squares(&mut errors.iter().copied()),
@@ -204,9 +229,14 @@ fn another_type_loses_what_is_stated(#[case] quant_type: QuantType) {
         );
         let loss = done.losses[name];
         let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b;
-        assert!(error > 0.0 && close(loss.relative_rms(), (error / all).sqrt()), "{loss:?}");
+        assert!(
+            error > 0.0 && close(loss.relative_rms(), (error / all).sqrt()),
+            "{loss:?}"
+        );
         let max = errors.iter().copied().fold(0.0, f64::max);
-        let largest = before.iter().fold(0.0, |max: f64, &x| max.max(f64::from(x.abs())));
+        let largest = before
+            .iter()
+            .fold(0.0, |max: f64, &x| max.max(f64::from(x.abs())));
         assert!(close(loss.max_abs(), max) && close(loss.relative_max(), max / largest));
         worst = worst.max(loss.relative_max());
         squared_error += error;
@@ -228,12 +258,23 @@ fn a_weight_that_is_not_to_be_quantized_becomes_floats() {
     let folder = temp();
     let (dense, nf4) = (folder.path().join("dense"), folder.path().join("nf4"));
     let out = folder.path().join("out");
-    write_model(&dense, &json!({}), &[("a.weight", &[32, 64]), ("b.weight", &[16, 72])]);
+    write_model(
+        &dense,
+        &json!({}),
+        &[("a.weight", &[32, 64]), ("b.weight", &[16, 72])],
+    );
     quantize(&dense, &nf4, QuantType::Nf4);
     let done = quantize(&nf4, &out, QuantType::Nvfp4);
-    assert_eq!((done.decoded, done.ragged), (vec!["b.weight".into()], vec!["b.weight".into()]));
+    assert_eq!(
+        (done.decoded, done.ragged),
+        (vec!["b.weight".into()], vec!["b.weight".into()])
+    );
     let written = SafetensorsFile::open(out.join("model.safetensors")).unwrap();
-    let expected: Vec<f32> = Checkpoint::open(&nf4).unwrap().load_nf4("b.weight").unwrap().dequantize();
+    let expected: Vec<f32> = Checkpoint::open(&nf4)
+        .unwrap()
+        .load_nf4("b.weight")
+        .unwrap()
+        .dequantize();
     assert_eq!(written.load_float::<f32>("b.weight").unwrap().0, expected);
 }
 
@@ -265,22 +306,40 @@ fn impossible_settings_are_refused(
 fn fused_experts_are_refused() {
     let folder = temp();
     let (dense, out) = (folder.path().join("dense"), folder.path().join("out"));
-    write_model(&dense, &json!({}), &[("mlp.experts.down_proj", &[2, 32, 64])]);
+    write_model(
+        &dense,
+        &json!({}),
+        &[("mlp.experts.down_proj", &[2, 32, 64])],
+    );
     let options = QuantizeOptions {
         experts: true,
         ..options(QuantType::Nvfp4)
     };
     let source = Checkpoint::open(&dense).unwrap();
     let error = quantize_checkpoint(&source, &out, &options, quiet).unwrap_err();
-    assert!(matches!(&error, Nf4Error::Config { field: "experts", .. }), "{error}");
-    assert!(error.to_string().contains("mlp.experts.down_proj"), "{error}");
+    assert!(
+        matches!(
+            &error,
+            Nf4Error::Config {
+                field: "experts",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains("mlp.experts.down_proj"),
+        "{error}"
+    );
 }
 
 /// The nearest code of a table, the even one of two.
 fn nearest(table: &[f32], value: f32) -> u8 {
     let distance = |code: &usize| (f64::from(table[*code]) - f64::from(value)).abs();
     let order = |a: &usize, b: &usize| {
-        distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2)))
+        distance(a)
+            .total_cmp(&distance(b))
+            .then((a % 2).cmp(&(b % 2)))
     };
     (0..table.len()).min_by(order).unwrap() as u8
 }
@@ -294,7 +353,10 @@ fn codes_of_small_floats_are_the_nearest() {
         (positive, e2m1_code as fn(f32) -> u8),
     ] {
         let ties = table.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0);
-        let values: Vec<f32> = ties.chain(table.iter().copied()).chain([1e-12, 1e30]).collect();
+        let values: Vec<f32> = ties
+            .chain(table.iter().copied())
+            .chain([1e-12, 1e30])
+            .collect();
         for value in values {
             let around = [value.next_down().max(0.0), value, value.next_up()];
             for value in around {
@@ -309,34 +371,56 @@ fn codes_of_small_floats_are_the_nearest() {
 /// Codes and scales, whatever shares the work: the codes are the nearest by the scales that are stored.
 #[rstest]
 fn quantizing_does_not_depend_on_threads(
-    #[values(QuantType::Nvfp4, QuantType::Mxfp4, QuantType::Fp8Block, QuantType::Fp8Channel)]
+    #[values(
+        QuantType::Nvfp4,
+        QuantType::Mxfp4,
+        QuantType::Fp8Block,
+        QuantType::Fp8Channel
+    )]
     quant_type: QuantType,
 ) {
     let shape = [700, 320];
     let weight: Vec<bf16> = sine(700 * 320).into_iter().map(bf16::from_f32).collect();
     let config = QuantConfig::of(quant_type);
     let with_threads = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         pool.install(|| BlockTensor::quantize(&weight, &shape, config).unwrap())
     };
     let one = with_threads(1);
-    assert!([2, 3, 7].into_iter().all(|threads| with_threads(threads) == one));
+    assert!(
+        [2, 3, 7]
+            .into_iter()
+            .all(|threads| with_threads(threads) == one)
+    );
     let layout = one.packed_layout();
     for (index, value) in weight.iter().enumerate() {
         let scale = one.scale(layout.scale_of_run(index >> layout.run_log2()));
-        assert_eq!(one.code(index), quant_type.code(value.to_f32() / scale), "{index}");
+        assert_eq!(
+            one.code(index),
+            quant_type.code(value.to_f32() / scale),
+            "{index}"
+        );
     }
     let mut bad = weight.clone();
     bad[224_000 - 3] = bf16::NAN;
     let error = BlockTensor::quantize(&bad, &shape, config).unwrap_err();
-    assert!(matches!(error, Nf4Error::NonFinite { index: 223_997, .. }), "{error}");
+    assert!(
+        matches!(error, Nf4Error::NonFinite { index: 223_997, .. }),
+        "{error}"
+    );
 }
 
 /// The scale of the tensor is what is asked for, and large blocks saturate.
 #[test]
 fn a_scale_of_the_tensor_can_be_given() {
     let weight = sine(64 * 32);
-    for scale in [TensorScale::Divides(2000.0), TensorScale::Multiplies(1.0 / 2000.0)] {
+    for scale in [
+        TensorScale::Divides(2000.0),
+        TensorScale::Multiplies(1.0 / 2000.0),
+    ] {
         let quantized = BlockTensor::quantize_nvfp4(&weight, &[64, 32], scale).unwrap();
         let Absmax::Coded(scales) = quantized.absmax() else {
             panic!("NVFP4 has coded scales");

@@ -43,16 +43,20 @@ fn loss(y: Tensor<2>, device: &Device) -> Tensor<1> {
 }
 
 fn near(got: &Tensor<2>, expected: &Tensor<2>, what: &str) {
-    let error = (got.clone() - expected.clone()).abs().max().into_scalar::<f32>();
+    let error = (got.clone() - expected.clone())
+        .abs()
+        .max()
+        .into_scalar::<f32>();
     let largest = expected.clone().abs().max().into_scalar::<f32>();
-    assert!(largest > 0.0 && error <= 1e-4 * largest, "{what}: {error} of {largest}");
+    assert!(
+        largest > 0.0 && error <= 1e-4 * largest,
+        "{what}: {error} of {largest}"
+    );
 }
 
 /// Those of a dense layer with the decoded weight, and a branch beside it.
 #[rstest]
-fn gradients_are_those_of_the_decoded_weight(
-    #[values(0, 1, 2, 3, 4, 5)] index: usize,
-) {
+fn gradients_are_those_of_the_decoded_weight(#[values(0, 1, 2, 3, 4, 5)] index: usize) {
     let quant_type = QuantType::ALL[index];
     let device = Device::flex().autodiff();
     let layer = layer(quant_type, &device);
@@ -95,6 +99,10 @@ fn the_loss_falls_and_the_weight_stays(#[values(0, 1, 2, 3, 4, 5)] index: usize)
         layer = optimizer.step(0.01, layer, grads);
     }
     let (first, last) = (losses[0], losses[losses.len() - 1]);
-    assert!(last < 0.5 * first, "{}: {first} to {last}", quant_type.name());
+    assert!(
+        last < 0.5 * first,
+        "{}: {first} to {last}",
+        quant_type.name()
+    );
     assert_eq!(before, packed(&layer));
 }

@@ -211,12 +211,13 @@ fn nvfp4_scales(maxima: &[f32], tensor_scale: Option<TensorScale>) -> CodedScale
     }
 }
 
-/// The number that divides all scales of an NVFP4 weight, or of several that a fused layer shall decode
-/// with one: it makes the scale of the block with the largest magnitude, `max`, the largest of E4M3.
+/// The number by which all scales are divided of an NVFP4 weight, or of several that a fused layer shall
+/// decode with one, as compressed-tensors computes it: it makes the scale of the block with the largest magnitude, `max`, the largest of E4M3.
 ///
 /// Without a weight other than zero, or with weights so small that the number would be infinite, it is 1.
 pub fn nvfp4_global_scale(max: f32) -> f32 {
-    match E4M3_MAX * E2M1_MAX / max {
+    // Two roundings, as PyTorch divides a number by a tensor.
+    match (1.0 / max) * (E4M3_MAX * E2M1_MAX) {
         global if global.is_finite() => global,
         _ => 1.0,
     }

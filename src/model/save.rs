@@ -14,9 +14,7 @@ use crate::checkpoint::convert::{
     skip_entry_of, start_writer,
 };
 use crate::checkpoint::parameters::{Kind, ParameterPath};
-use crate::checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Written,
-};
+use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Written};
 use crate::error::Nf4Error;
 use crate::format::{
     BlockTensor, FloatType, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
@@ -132,7 +130,9 @@ pub(super) fn save<M: LinearLayers>(
             compute_dtype,
             skip_entry: skip_entry.as_deref(),
             ignore: &ignore,
-            embeddings: keys.iter().any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
+            embeddings: keys
+                .iter()
+                .any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
         });
     } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {
         config.set_dense();

@@ -7,7 +7,8 @@ use super::dense::write_dense;
 use super::model_config::ModelConfig;
 use super::options::DequantizeOptions;
 use super::{
-    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped, start_writer,
+    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped,
+    start_writer,
 };
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};

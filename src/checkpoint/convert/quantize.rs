@@ -106,7 +106,14 @@ pub fn quantize_checkpoint(
                 }
                 _ => None,
             };
-            let dtype = write_quantized(&mut writer, source, [key, name], scale, options, &mut result)?;
+            let dtype = write_quantized(
+                &mut writer,
+                source,
+                [key, name],
+                scale,
+                options,
+                &mut result,
+            )?;
             compute_dtype.get_or_insert(dtype);
         }
         reporter.done(key);

@@ -118,7 +118,8 @@ impl Selection {
             let module = module.unwrap_or(key);
             any_head |= is_head(module);
             any_embedding |= is_token_embedding(module);
-            let mut reason = reason_to_keep(module, expert && !options.experts, options, &patterns)?;
+            let mut reason =
+                reason_to_keep(module, expert && !options.experts, options, &patterns)?;
             if reason.is_none() {
                 check_quantizable(source, key, &shape, options)?;
                 if PackedLayout::for_shape(&shape, options.config).is_err() {
@@ -232,7 +233,10 @@ fn check_quantizable(
         return Err(Nf4Error::Config {
             field: "experts",
             expected: "false, or experts that are stored one by one",
-            given: format!("true for `{key}`, which {} does not store", quant_type.name()),
+            given: format!(
+                "true for `{key}`, which {} does not store",
+                quant_type.name()
+            ),
         });
     }
     Ok(())

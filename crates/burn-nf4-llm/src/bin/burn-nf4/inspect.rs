@@ -228,7 +228,9 @@ impl Parameter {
         bytes: usize,
     ) -> Self {
         // The product of a header that lies may be too large.
-        let weights = shape.iter().fold(1usize, |product, &dim| product.saturating_mul(dim));
+        let weights = shape
+            .iter()
+            .fold(1usize, |product, &dim| product.saturating_mul(dim));
         Self {
             name: name.into(),
             shape,
@@ -245,7 +247,11 @@ impl Parameter {
             return self.kind.clone();
         };
         let mut text = format!("{} of {}", self.kind, quantization.dtype);
-        if let Some(storage) = quantization.storage.as_deref().filter(|&dtype| dtype != "U8") {
+        if let Some(storage) = quantization
+            .storage
+            .as_deref()
+            .filter(|&dtype| dtype != "U8")
+        {
             text += &format!(" in {storage}");
         }
         if quantization.transposed {
