@@ -4,20 +4,25 @@ mod claim;
 mod decode;
 mod dense;
 mod dequantize;
+mod entry;
+mod fused;
 mod model_config;
 mod options;
 mod quantize;
 mod select;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use super::file::check_fetched;
 use super::folder::Checkpoint;
-use super::names::{CONFIG_FILE, QUANT_CONFIG_FILE, is_model_file, names_in};
+use super::names::{CONFIG_FILE, QUANT_CONFIG_FILE, is_model_file, last_part, names_in};
 use super::progress::{Counter, Progress};
+use super::values::WeightLoss;
 use super::writer::{CheckpointWriter, Written};
 use crate::error::Nf4Error;
+use crate::format::QuantType;
 
 pub(crate) use claim::Claim;
 pub(crate) use decode::check_decodes;
@@ -26,6 +31,8 @@ pub(crate) use decode::decode;
 #[cfg(feature = "peft")]
 pub(crate) use dense::write_dense;
 pub use dequantize::dequantize_checkpoint;
+#[cfg(feature = "peft")]
+pub(crate) use entry::Quantized;
 pub(crate) use model_config::ModelConfig;
 pub use options::{DequantizeOptions, QuantizeOptions};
 #[cfg(feature = "peft")]
@@ -34,20 +41,44 @@ pub use quantize::quantize_checkpoint;
 pub use select::is_expert;
 pub(crate) use select::is_kept_by_default;
 #[cfg(feature = "peft")]
-pub(crate) use select::{SkipPattern, check_used, is_embedding, is_head, skip_entry_of};
+pub(crate) use select::{
+    SkipPattern, check_used, ignore_entry, is_embedding, is_head, skip_entry_of,
+};
 pub(super) use select::{TIED_HEAD, TIED_TABLE};
 
 /// What a conversion did.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Converted {
     /// Parameters quantized or dequantized.
     pub converted: usize,
     /// Parameters that stayed what they were, but perhaps for their dtype.
     pub kept: usize,
+    /// Of the parameters kept, those that were quantized in the source in another way and are floats in the
+    /// result.
+    pub decoded: Vec<String>,
+    /// Of the parameters kept, those that were to be quantized and whose rows are not made of whole
+    /// blocks.
+    pub ragged: Vec<String>,
+    /// Scales of activations, which only have a meaning beside the weights as they were: they are not
+    /// in the result.
+    pub dropped: Vec<String>,
+    /// How far each parameter that was quantized is from what it was in the source.
+    pub losses: BTreeMap<String, WeightLoss>,
+    /// The types in which weights were quantized before, and how many of the parameters that were quantized
+    /// had each. What these have lost before is not in their losses.
+    pub requantized: Vec<(QuantType, usize)>,
     /// Bytes of the source's tensors.
     pub source_bytes: usize,
     /// The new files.
     pub written: Written,
+}
+
+impl Converted {
+    /// How far all parameters that were quantized are from what they were in the source.
+    pub fn loss(&self) -> WeightLoss {
+        let losses = self.losses.values().copied();
+        losses.fold(WeightLoss::default(), WeightLoss::and)
+    }
 }
 
 /// Extensions of files that hold weights in one form or another, which the new ones replace.
@@ -105,6 +136,18 @@ pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
     source.path().is_dir().then(|| source.path())
 }
 
+/// ModelOpt's file with what other libraries say in `config.json`.
+const MODELOPT_FILE: &str = "hf_quant_config.json";
+
+/// What becomes of the file in which ModelOpt says how weights are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ClaimFile {
+    /// It holds for the new folder too.
+    Kept,
+    /// The new folder says something else.
+    Replaced,
+}
+
 /// Copies tokenizer, chat templates, generation settings and the like: every file that holds
 /// neither weights nor the model's configuration.
 ///
@@ -113,23 +156,30 @@ pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
 pub(crate) fn copy_other_files(
     writer: &mut CheckpointWriter,
     source: &Checkpoint,
+    claim: ClaimFile,
 ) -> Result<(), Nf4Error> {
     let Some(folder) = source_folder(source) else {
         return Ok(());
     };
-    copy_files(writer, folder, "")?;
+    let left_out = |name: &str| claim == ClaimFile::Replaced && name == MODELOPT_FILE;
+    copy_files(writer, folder, "", left_out)?;
     for name in TEMPLATE_FOLDERS {
         let templates = folder.join(name);
         if templates.is_dir() {
-            copy_files(writer, &templates, &format!("{name}/"))?;
+            copy_files(writer, &templates, &format!("{name}/"), |_| false)?;
         }
     }
     Ok(())
 }
 
-fn copy_files(writer: &mut CheckpointWriter, folder: &Path, prefix: &str) -> Result<(), Nf4Error> {
+fn copy_files(
+    writer: &mut CheckpointWriter,
+    folder: &Path,
+    prefix: &str,
+    left_out: impl Fn(&str) -> bool,
+) -> Result<(), Nf4Error> {
     for name in names_in(folder)? {
-        if is_replaced(&name) {
+        if is_replaced(&name) || left_out(&name) {
             continue;
         }
         let path = folder.join(&name);
@@ -154,6 +204,35 @@ fn is_replaced(name: &str) -> bool {
         || name.ends_with(".index.json")
         || is_model_file(name)
         || extension.is_some_and(|extension| WEIGHT_EXTENSIONS.contains(&extension))
+}
+
+/// Scales of activations by the last part of their names, as libraries have them that quantize these too.
+const ACTIVATION_SCALES: [&str; 7] = [
+    "activation_scale",
+    "input_global_scale",
+    "input_scale",
+    "k_scale",
+    "output_global_scale",
+    "output_scale",
+    "v_scale",
+];
+
+/// The scales of activations beside quantized weights.
+pub(crate) fn activation_scales(source: &Checkpoint) -> Vec<&str> {
+    if source.quantized_weights().is_empty() {
+        return Vec::new();
+    }
+    let is_one = |key: &&str| ACTIVATION_SCALES.contains(&last_part(key));
+    source.keys().filter(is_one).collect()
+}
+
+/// The parameters of a source that a result in another form has, and the scales of activations, which it
+/// has not.
+fn parameters_and_dropped(source: &Checkpoint) -> (Vec<&str>, Vec<&str>) {
+    let dropped = activation_scales(source);
+    let mut parameters = source.parameters();
+    parameters.retain(|key| !dropped.contains(key));
+    (parameters, dropped)
 }
 
 /// Counts the parameters of a source.

@@ -6,6 +6,7 @@ use safetensors::Dtype;
 
 use super::elements::le_bytes;
 use super::quant_state::QuantState;
+use super::stored_form::StoredForm;
 use crate::error::Nf4Error;
 use crate::format::{FP4_CODEBOOK, Floats, QuantType, ScaleParts, WeightParts};
 
@@ -42,11 +43,29 @@ impl<'a> NewTensor<'a> {
     }
 }
 
-/// The tensors of a weight under the name `prefix`, as bitsandbytes stores them.
+/// The tensors of a weight under the name `prefix`.
 ///
 /// # Errors
-/// [`Nf4Error::Dtype`] for a storage that is none, or whose elements the codes do not fill.
+/// [`Nf4Error::Dtype`] for a storage of bitsandbytes' codes that is none, or whose elements they do not fill,
+/// and those of [`block_layout::tensors`](super::block_layout::tensors).
 pub(super) fn tensors<'a>(
+    prefix: &str,
+    weight: WeightParts<'a>,
+    form: StoredForm,
+) -> Result<Vec<NewTensor<'a>>, Nf4Error> {
+    match form {
+        StoredForm::Bitsandbytes {
+            storage,
+            transposed,
+        } if weight.config.quant_type.is_bitsandbytes() => {
+            bitsandbytes(prefix, weight, storage, transposed)
+        }
+        _ => super::block_layout::tensors(prefix, weight, form),
+    }
+}
+
+/// The tensors of a weight as bitsandbytes stores them.
+fn bitsandbytes<'a>(
     prefix: &str,
     weight: WeightParts<'a>,
     storage: Dtype,
@@ -82,7 +101,7 @@ pub(super) fn tensors<'a>(
         bytes: codes.into(),
     }];
     match weight.scales {
-        ScaleParts::Coded { .. } => unreachable!("bitsandbytes has no such scales"),
+        ScaleParts::Coded { .. } => unreachable!("not of bitsandbytes' types"),
         ScaleParts::Flat(scales) => tensors.push(NewTensor::floats(part("absmax"), scales)),
         ScaleParts::Nested {
             codes, absmax, map, ..

@@ -76,6 +76,7 @@
 //! # Ok::<(), burn_nf4::Nf4Error>(())
 //! ```
 
+mod block_layout;
 mod block_settings;
 mod block_weight;
 pub(crate) mod convert;
@@ -102,8 +103,10 @@ pub(crate) mod source;
 mod staging;
 mod store;
 mod stored;
+pub(crate) mod stored_form;
 mod stored_weight;
 mod unstack;
+mod values;
 mod verify;
 mod weight;
 mod writer;
@@ -127,5 +130,6 @@ pub use safetensors::Dtype;
 pub use shard_plan::ShardPlan;
 pub use store::CheckpointStore;
 pub use stored::TensorInfo;
+pub use values::WeightLoss;
 pub use verify::{ComparedParameter, Difference, VerifyReport, verify};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Written};

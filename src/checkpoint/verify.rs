@@ -1,15 +1,11 @@
 //! Comparing two checkpoints, parameter by parameter.
 
-use rayon::prelude::*;
-
-use super::convert::{ModelConfig, TIED_HEAD, TIED_TABLE, check_decodes};
-use super::elements::{elements, float_type, transpose, widen, with_float_type};
+use super::convert::{ModelConfig, TIED_HEAD, TIED_TABLE};
 use super::folder::Checkpoint;
 use super::progress::{Counter, Progress};
 use super::stored::TensorSource;
+use super::values::Values;
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
-use crate::host;
 
 /// How two checkpoints differ.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -101,7 +97,7 @@ impl VerifyReport {
 
 /// Compares two checkpoints, of which each may be quantized or not.
 ///
-/// A quantized parameter counts as the values that bitsandbytes decodes it to. An output head that is tied to
+/// A quantized parameter counts as the values that it decodes to. An output head that is tied to
 /// the table of embeddings counts as that table, unless `config.json` says that it is not tied. `progress`
 /// counts the parameters that both have.
 ///
@@ -200,13 +196,14 @@ fn compare(a: &Checkpoint, b: &Checkpoint, keys: [&str; 2]) -> Result<Difference
             reason: format!("shapes {:?} and {:?}", a.shape, b.shape),
         });
     }
-    let mut sums = Sums::default();
-    let elems: usize = a.shape.iter().product();
-    for start in (0..elems).step_by(CHUNK_ELEMS) {
-        let len = CHUNK_ELEMS.min(elems - start);
-        sums = sums.plus(Sums::of(&a.read(start, len), &b.read(start, len)));
-    }
-    Ok(sums.difference())
+    let loss = a.compare(&b);
+    Ok(match loss.max_abs() {
+        0.0 => Difference::IdenticalValues,
+        max_abs_error => Difference::Values {
+            max_abs_error,
+            relative_rms_error: loss.relative_rms(),
+        },
+    })
 }
 
 /// Whether the tensors of a parameter are the same, to the byte.
@@ -223,123 +220,4 @@ fn stored_alike(a: &Checkpoint, b: &Checkpoint, names: [&str; 2]) -> Result<bool
         }
     }
     Ok(true)
-}
-
-/// Values compared at a time; two buffers of this many f32 are 8 MiB.
-const CHUNK_ELEMS: usize = 1 << 20;
-
-/// Values compared by a thread at a time.
-const TASK_ELEMS: usize = 1 << 14;
-
-/// The values of a parameter, row-major.
-struct Values<'a> {
-    shape: Vec<usize>,
-    stored: Stored<'a>,
-}
-
-enum Stored<'a> {
-    Dense(FloatType, &'a [u8]),
-    Quantized(PackedImage),
-    /// Decoded, as the order of the values differs from that of the codes.
-    Transposed(Vec<f32>),
-}
-
-impl<'a> Values<'a> {
-    /// The parameter, or the name of the dtype that is not a weight's.
-    fn open(source: &'a Checkpoint, name: &str) -> Result<Result<Self, String>, Nf4Error> {
-        if !source.is_quantized(name) {
-            let info = source.tensor_info(name)?;
-            let Some(float_type) = float_type(info.dtype) else {
-                return Ok(Err(info.dtype.to_string()));
-            };
-            return Ok(Ok(Self {
-                shape: info.shape.to_vec(),
-                stored: Stored::Dense(float_type, source.tensor_bytes(name)?),
-            }));
-        }
-        let (weight, transposed) = source.load_image(name)?;
-        check_decodes(&weight, name)?;
-        let shape = weight.shape().to_vec();
-        let elems = weight.layout().elems();
-        let quantized = Self {
-            shape,
-            stored: Stored::Quantized(weight),
-        };
-        if !transposed {
-            return Ok(Ok(quantized));
-        }
-        let [rows, columns] = matrix_dims(name, &quantized.shape)?;
-        let values = quantized.read(0, elems);
-        Ok(Ok(Self {
-            shape: vec![columns, rows],
-            stored: Stored::Transposed(transpose([rows, columns], |index| values[index])),
-        }))
-    }
-
-    fn read(&self, start: usize, len: usize) -> Vec<f32> {
-        match &self.stored {
-            Stored::Dense(float_type, bytes) => with_float_type!(*float_type, T => {
-                let size = size_of::<T>();
-                widen(&elements::<T>(&bytes[start * size..(start + len) * size]))
-            }),
-            Stored::Quantized(weight) => with_float_type!(weight.dtype(), T => {
-                let mut values = vec![T::from_f32(0.0); len];
-                host::dequantize(weight.words(), weight.layout(), start, &mut values);
-                widen(&values)
-            }),
-            Stored::Transposed(values) => values[start..start + len].to_vec(),
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Sums {
-    max_abs_error: f64,
-    squared_error: f64,
-    squared: f64,
-}
-
-impl Sums {
-    fn of(a: &[f32], b: &[f32]) -> Self {
-        let tasks = a.par_chunks(TASK_ELEMS).zip(b.par_chunks(TASK_ELEMS));
-        // Collected in order, so that the sums do not depend on the threads.
-        let sums: Vec<Self> = tasks.map(|(a, b)| Self::of_task(a, b)).collect();
-        sums.into_iter().fold(Self::default(), Self::plus)
-    }
-
-    fn of_task(a: &[f32], b: &[f32]) -> Self {
-        let mut sums = Self::default();
-        for (&a, &b) in a.iter().zip(b) {
-            let (a, b) = (f64::from(a), f64::from(b));
-            let error = match (a - b).abs() {
-                _ if a == b || (a.is_nan() && b.is_nan()) => 0.0,
-                error if error.is_nan() => f64::INFINITY,
-                error => error,
-            };
-            sums.max_abs_error = sums.max_abs_error.max(error);
-            sums.squared_error += error * error;
-            sums.squared += a * a;
-        }
-        sums
-    }
-
-    fn plus(self, other: Self) -> Self {
-        Self {
-            max_abs_error: self.max_abs_error.max(other.max_abs_error),
-            squared_error: self.squared_error + other.squared_error,
-            squared: self.squared + other.squared,
-        }
-    }
-
-    fn difference(self) -> Difference {
-        if self.max_abs_error == 0.0 {
-            return Difference::IdenticalValues;
-        }
-        // 0 / 0 does not occur, as there is an error; infinity over NaN is as bad as infinity.
-        let ratio = (self.squared_error / self.squared).sqrt();
-        Difference::Values {
-            max_abs_error: self.max_abs_error,
-            relative_rms_error: if ratio.is_nan() { f64::INFINITY } else { ratio },
-        }
-    }
 }

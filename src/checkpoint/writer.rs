@@ -17,7 +17,7 @@ use super::layout::{self, NewTensor};
 use super::names::SINGLE_FILE;
 use super::python_json;
 use super::staging::Staging;
-use super::weight::find_weight;
+use super::stored_form::StoredForm;
 use crate::error::Nf4Error;
 use crate::format::{BlockTensor, WeightParts, check_len};
 
@@ -65,7 +65,7 @@ pub struct CheckpointWriter {
 }
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Written {
     /// The safetensors files, in order.
     pub files: Vec<PathBuf>,
@@ -126,7 +126,12 @@ impl CheckpointWriter {
 
     /// Adds the quantized weight `prefix`; its tensors all come into the same shard.
     ///
-    /// `storage` is the dtype under which the codes are stored (bitsandbytes' `quant_storage`),
+    /// NF4 and FP4 are stored as bitsandbytes does it, NVFP4 and MXFP4 as compressed-tensors
+    /// (`prefix_packed`, `prefix_scale`, `prefix_global_scale`), FP8 with `prefix_scale_inv` for tiles and
+    /// `prefix_scale` for rows. A scale of the tensor that multiplies is stored as its reciprocal, so that
+    /// values may differ in the last bit of an f32.
+    ///
+    /// Of bitsandbytes' types, `storage` is the dtype under which the codes are stored (bitsandbytes' `quant_storage`),
     /// usually [`Dtype::U8`]; `transposed` marks a weight that is the transpose of the parameter,
     /// see [`SafetensorsFile::is_transposed`](super::SafetensorsFile::is_transposed). With those
     /// of the file that it was read from, a weight is written byte for byte as bitsandbytes
@@ -134,7 +139,8 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// [`Nf4Error::Dtype`] for a storage that is not one of U8, BF16, F16 and F32 or whose
-    /// elements the codes do not fill, [`Nf4Error::NameTaken`] for a key that was written before,
+    /// elements the codes do not fill, and of the other types for one that is not U8, [`Nf4Error::Config`]
+    /// for a transposed weight of one of these, [`Nf4Error::NameTaken`] for a key that was written before,
     /// [`Nf4Error::Io`].
     pub fn write_nf4(
         &mut self,
@@ -143,7 +149,8 @@ impl CheckpointWriter {
         storage: Dtype,
         transposed: bool,
     ) -> Result<(), Nf4Error> {
-        self.write_parts(prefix, weight.parts(), storage, transposed)
+        let form = StoredForm::new(prefix, weight.quant_type(), storage, transposed)?;
+        self.write_parts(prefix, weight.parts(), form)
     }
 
     /// The same of the parts of a weight, wherever they lie.
@@ -151,10 +158,9 @@ impl CheckpointWriter {
         &mut self,
         prefix: &str,
         weight: WeightParts<'_>,
-        storage: Dtype,
-        transposed: bool,
+        form: StoredForm,
     ) -> Result<(), Nf4Error> {
-        let tensors = layout::tensors(prefix, weight, storage, transposed)?;
+        let tensors = layout::tensors(prefix, weight, form)?;
         self.push(&tensors, weight.shape.iter().product())
     }
 

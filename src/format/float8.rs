@@ -1,7 +1,5 @@
 //! The small floats that codes and scales are made of.
 
-use super::codebook::E4M3_CODEBOOK;
-
 /// The largest finite value of E4M3.
 pub const E4M3_MAX: f32 = 448.0;
 
@@ -36,37 +34,46 @@ const fn e4m3_value(code: u32) -> f32 {
 }
 
 /// The nearest E4M3 code, ties to the even one; magnitudes above 448 become 448, a NaN stays one.
+#[inline]
 pub fn e4m3_code(value: f32) -> u8 {
+    /// Of an f32's mantissa bits three are kept.
+    const DROPPED_BITS: u32 = 20;
+    const SMALLEST_NORMAL: f32 = 1.0 / 64.0;
+    /// Neighbours of this number are as far apart as E4M3's below the smallest normal one.
+    const ROUNDS_AS_SUBNORMALS: f32 = 16384.0;
     let sign = u8::from(value.is_sign_negative()) << 7;
     if value.is_nan() {
         return sign | 0x7f;
     }
     let magnitude = value.abs().min(E4M3_MAX);
-    let above = E4M3_CODEBOOK[..127].partition_point(|&finite| finite < magnitude);
-    let Some(below) = above.checked_sub(1) else {
-        return sign;
+    let code = if magnitude < SMALLEST_NORMAL {
+        (magnitude + ROUNDS_AS_SUBNORMALS).to_bits() - ROUNDS_AS_SUBNORMALS.to_bits()
+    } else {
+        let bits = magnitude.to_bits();
+        let last = (bits >> DROPPED_BITS) & 1;
+        let rounded = (bits + last + (1 << (DROPPED_BITS - 1)) - 1) >> DROPPED_BITS;
+        // The bias is 7 in place of 127.
+        rounded - ((127 - 7) << 3)
     };
-    // Both differences are exact.
-    let down = magnitude - E4M3_CODEBOOK[below];
-    let up = E4M3_CODEBOOK[above] - magnitude;
-    let nearest = match down.total_cmp(&up) {
-        std::cmp::Ordering::Less => below,
-        std::cmp::Ordering::Greater => above,
-        std::cmp::Ordering::Equal => below + below % 2,
-    };
-    sign | nearest as u8
+    sign | code as u8
 }
 
 /// The nearest E2M1 code, ties to the even one; magnitudes above 6 become 6, and so does a NaN.
+#[inline]
 pub fn e2m1_code(value: f32) -> u8 {
     let magnitude = value.abs();
+    let is_at_least = |tie: f32| u32::from(magnitude >= tie);
+    let is_above = |tie: f32| u32::from(magnitude > tie);
     // A tie goes up where the code below is odd.
-    let up_from = [0.75, 1.75, 3.5];
-    let above = [0.25, 1.25, 2.5, 5.0];
-    let level = up_from.iter().filter(|&&tie| magnitude >= tie).count()
-        + above.iter().filter(|&&tie| magnitude > tie).count();
-    let level = if value.is_nan() { 7 } else { level as u8 };
-    level | u8::from(value.is_sign_negative()) << 3
+    let level = is_above(0.25)
+        + is_at_least(0.75)
+        + is_above(1.25)
+        + is_at_least(1.75)
+        + is_above(2.5)
+        + is_at_least(3.5)
+        + is_above(5.0);
+    let level = if value.is_nan() { 7 } else { level };
+    (level | (value.to_bits() >> 28) & 8) as u8
 }
 
 /// `2^(code - 127)`; 255 is NaN.

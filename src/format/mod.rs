@@ -47,6 +47,7 @@ mod reference;
 mod spec;
 mod tensor;
 
+pub use blocks::nvfp4_global_scale;
 #[cfg(feature = "checkpoint")]
 pub(crate) use check::checked_elems;
 pub(crate) use check::{check_finite, check_len, check_shape, matrix_dims};

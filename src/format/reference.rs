@@ -13,7 +13,7 @@ use super::check::{check_finite, check_len, checked_elems};
 use super::codebook::{
     DYNAMIC_MAP, E4M3_CODEBOOK, FP4_CODE_BY_LEVEL, FP4_THRESHOLDS, NF4_THRESHOLDS,
 };
-use super::description::ScaleType;
+use super::description::{ScaleType, TensorScale};
 use super::float8::{e2m1_code, e4m3_code, e8m0_value};
 use super::packed::PackedLayout;
 use super::reciprocal::reciprocal;
@@ -95,11 +95,11 @@ impl BlockTensor {
     ) -> Result<Self, Nf4Error> {
         let elems = checked_elems("weight", shape)?;
         check_len("weight", elems, weight.len())?;
-        check_finite("weight", weight.iter().map(|w| w.to_f32()))?;
         let layout = PackedLayout::for_shape(shape, config)?;
         if !config.quant_type.is_bitsandbytes() {
-            return Self::quantize_blocks(weight, shape, &layout);
+            return Self::quantize_blocks(weight, shape, &layout, None);
         }
+        check_finite("weight", weight.iter().map(|w| w.to_f32()))?;
 
         let quant_type = config.quant_type;
         let mut codes = vec![0u8; elems.div_ceil(2)];
@@ -132,6 +132,28 @@ impl BlockTensor {
             T::FLOAT_TYPE,
             quant_type,
         )
+    }
+
+    /// Quantizes a row-major weight to NVFP4 with a given scale of the tensor, as for layers that others
+    /// fuse into one and decode with one scale: see [`nvfp4_global_scale`](super::nvfp4_global_scale).
+    /// Scales of blocks that would be too large for E4M3 become 448.
+    ///
+    /// # Shapes
+    /// - `weight`: as many elements as the product of `shape`
+    ///
+    /// # Errors
+    /// Those of [`quantize`](Self::quantize), and [`Nf4Error::NonFinite`] for a scale of the tensor that is
+    /// not finite or divides as zero, [`Nf4Error::Length`] without one.
+    pub fn quantize_nvfp4<T: FloatElement>(
+        weight: &[T],
+        shape: &[usize],
+        tensor_scale: TensorScale,
+    ) -> Result<Self, Nf4Error> {
+        let config = QuantConfig::of(QuantType::Nvfp4);
+        let layout = PackedLayout::for_shape(shape, config)?;
+        check_len("weight", layout.elems(), weight.len())?;
+        tensor_scale.check(config)?;
+        Self::quantize_blocks(weight, shape, &layout, Some(tensor_scale))
     }
 
     /// The scale of block `block`, decoded to f32.

@@ -219,12 +219,6 @@ impl BlockTensor {
         &self.codes
     }
 
-    /// Exchanges the codes for as many others.
-    pub(super) fn set_codes(&mut self, codes: Vec<u8>) {
-        debug_assert_eq!(codes.len(), self.codes.len());
-        self.codes = codes;
-    }
-
     /// The scales.
     pub fn absmax(&self) -> &Absmax {
         &self.absmax

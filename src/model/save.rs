@@ -11,12 +11,11 @@ use super::layers::LinearLayers;
 use super::names::of_linear;
 use super::stack::Stacks;
 use crate::checkpoint::convert::{
-    ModelConfig, copy_other_files, is_head, skip_entry_of, start_writer,
+    ClaimFile, ModelConfig, Quantized, copy_other_files, ignore_entry, is_embedding, is_head,
+    skip_entry_of, start_writer,
 };
 use crate::checkpoint::parameters::{Kind, ParameterPath};
-use crate::checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, QuantizeOptions, Written,
-};
+use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Written};
 use crate::error::Nf4Error;
 use crate::format::{
     BlockTensor, FloatType, PackedLayout, QuantConfig, WeightForm, check_header_words, check_len,
@@ -106,7 +105,7 @@ pub(super) fn save<M: LinearLayers>(
     }
     let mut writer = saver.writer;
     if let Some(source) = options.source {
-        copy_other_files(&mut writer, source)?;
+        copy_other_files(&mut writer, source, ClaimFile::Replaced)?;
     }
 
     for (name, layer) in model.linears() {
@@ -119,19 +118,24 @@ pub(super) fn save<M: LinearLayers>(
     saver.kept.dedup();
     if let Some((_, quantization, dtype)) = saver.quantized.first() {
         let config = config.get_or_insert_with(|| ModelConfig::from_entries(Map::new()));
-        let quantize = QuantizeOptions {
-            config: *quantization,
-            storage: options.storage,
-            ..QuantizeOptions::default()
-        };
         let compute_dtype = options.compute_dtype.unwrap_or(*dtype);
         let keys = saver
             .quantized
             .iter()
             .map(|(key, ..)| key.clone())
             .collect();
+        let ignore = ignore_entry(&keys, saver.kept.iter().cloned());
         let skip_entry = skip_entry_of(&keys, saver.kept.into_iter());
-        config.set_quantized(&quantize, compute_dtype, skip_entry.as_deref());
+        config.set_quantized(&Quantized {
+            config: *quantization,
+            storage: options.storage,
+            compute_dtype,
+            skip_entry: skip_entry.as_deref(),
+            ignore: &ignore,
+            embeddings: keys
+                .iter()
+                .any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
+        });
     } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {
         config.set_dense();
     }

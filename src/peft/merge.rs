@@ -13,7 +13,8 @@ use super::adapter::Adapter;
 use super::base::BaseNames;
 use super::keys::is_saved_unasked;
 use crate::checkpoint::convert::{
-    ModelConfig, Reporter, check_source, copy_other_files, start_writer, write_dense,
+    ClaimFile, ModelConfig, Reporter, activation_scales, check_source, copy_other_files,
+    start_writer, write_dense,
 };
 use crate::checkpoint::elements::{elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, Written};
@@ -193,7 +194,17 @@ fn merge(
         reporter.done(&output.key);
     }
 
-    copy_other_files(&mut writer, base)?;
+    let claim = match target {
+        Target::AsBase => {
+            for key in activation_scales(base) {
+                let (info, bytes) = (base.tensor_info(key)?, base.tensor_bytes(key)?);
+                writer.write_tensor(key, info.dtype, info.shape, bytes)?;
+            }
+            ClaimFile::Kept
+        }
+        Target::Float(_) => ClaimFile::Replaced,
+    };
+    copy_other_files(&mut writer, base, claim)?;
     if let Some(config) = &mut model_config {
         if unties {
             config.set_tied(false);

@@ -51,7 +51,7 @@ fn inspect_lists_parameters_and_totals() {
         line.split_whitespace().map(String::from).collect()
     };
     let norm = row("model.norm.weight");
-    assert_eq!(norm[1..], ["[128]", "F32", "-", "-", "512"]);
+    assert_eq!(norm[1..], ["[128]", "F32", "-", "-", "512", "4.000"]);
     let q_proj = row("model.layers.0.self_attn.q_proj.weight");
     let state = "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4";
     let state = Checkpoint::open(F32)
@@ -60,7 +60,9 @@ fn inspect_lists_parameters_and_totals() {
         .unwrap()
         .len();
     let bytes = 128 * 128 / 2 + 256 + 4 + 1024 + 64 + state;
-    let end = ["nf4", "of", "float32", "64", "yes", &bytes.to_string()];
+    let per_weight = format!("{:.3}", bytes as f64 / (128.0 * 128.0));
+    let bytes = bytes.to_string();
+    let end = ["nf4", "of", "float32", "64", "u8/256", &bytes, &per_weight];
     assert_eq!(q_proj[3..], end);
     assert!(
         table.ends_with(
@@ -200,6 +202,43 @@ fn settings_are_taken_over() {
     assert_eq!(quantization["llm_int8_skip_modules"], skipped);
 }
 
+/// From floats, and from weights that have lost accuracy before.
+#[test]
+fn losses_are_told_by_the_kind_of_layer() {
+    let (_guard, [dense, from_floats, from_nf4]) = folders(["dense", "from_floats", "from_nf4"]);
+    succeeds(["dequantize", F32, text(&dense)]);
+    let said = succeeds([
+        "quantize",
+        "--to",
+        "mxfp4",
+        text(&dense),
+        text(&from_floats),
+    ]);
+    assert!(
+        said.starts_with("quantized 14 parameters, kept 7: "),
+        "{said}"
+    );
+    let row = |name: &str| {
+        let line = said.lines().find(|line| line.starts_with(name));
+        let words: Vec<String> = line.unwrap().split_whitespace().map(String::from).collect();
+        words
+    };
+    assert_eq!(row("q_proj")[1], "2");
+    assert_eq!(row("all")[1], "14");
+    let percent: f64 = row("all")[2].trim_end_matches('%').parse().unwrap();
+    assert!((5.0..20.0).contains(&percent), "{said}");
+    assert!(!said.contains("twice"), "{said}");
+
+    let said = succeeds(["quantize", "--to", "nvfp4", F32, text(&from_nf4)]);
+    let note = "note: 14 of them were nf4 in the source and have lost accuracy twice";
+    assert!(said.contains(note), "{said}");
+    let config = fs::read(from_nf4.join("config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let quantization = &config["quantization_config"];
+    assert_eq!(quantization["format"], "nvfp4-pack-quantized");
+    assert_eq!(quantization["ignore"], serde_json::json!(["lm_head"]));
+}
+
 /// A norm is moved by 0.25, everything else stays.
 #[rstest]
 #[case(&[], 1)]
@@ -261,6 +300,8 @@ fn verify_says_what_differs(#[case] limits: &[&str], #[case] code: i32) {
 #[case::not_safetensors(&["inspect", "Cargo.toml"], "Cargo.toml: not a valid safetensors file")]
 #[case::block_size(&["quantize", F32, "out", "--block-size", "63"], "--block-size")]
 #[case::quantized_source(&["quantize", F32, "out"], "is quantized already")]
+#[case::block_size_of_nvfp4(&["quantize", F32, "out", "--to", "nvfp4", "--block-size", "64"], "--block-size")]
+#[case::storage_of_mxfp4(&["quantize", F32, "out", "--to", "mxfp4", "--storage", "u8"], "--storage")]
 #[case::occupied_folder(&["dequantize", F32, "src"], "src: the folder is not empty")]
 fn errors_are_one_line_and_code_2(#[case] args: &[&str], #[case] part: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_burn-nf4"))

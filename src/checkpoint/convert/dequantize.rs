@@ -1,4 +1,4 @@
-//! 4 bit to float weights.
+//! Quantized to float weights.
 
 use std::path::Path;
 
@@ -6,7 +6,10 @@ use super::decode::decode;
 use super::dense::write_dense;
 use super::model_config::ModelConfig;
 use super::options::DequantizeOptions;
-use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
+use super::{
+    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped,
+    start_writer,
+};
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
@@ -16,7 +19,8 @@ use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 ///
 /// Each is decoded to the dtype that it had, as bitsandbytes does, and then rounded to the one
 /// asked for. A weight that is stored transposed is written the way the model has it.
-/// `config.json` loses its `quantization_config`, and the other files of the folder are copied.
+/// `config.json` loses its `quantization_config`, and the other files of the folder are copied, but for
+/// ModelOpt's `hf_quant_config.json`. Scales of activations stay behind: [`Converted::dropped`] names them.
 ///
 /// # Errors
 /// - those of [`SafetensorsFile::load_quantized`](crate::checkpoint::SafetensorsFile::load_quantized)
@@ -40,15 +44,12 @@ pub fn dequantize_checkpoint(
         options.max_shard_bytes,
         options.overwrite,
     )?;
-    let parameters = source.parameters();
+    let (parameters, dropped) = parameters_and_dropped(source);
     let mut reporter = Reporter::new(source, parameters.len(), progress);
     let mut converted = 0;
     for &key in &parameters {
         if source.is_quantized(key) {
-            let (weight, transposed) = source.load_image(key)?;
-            with_float_type!(weight.dtype(), T => {
-                write_decoded::<T>(&mut writer, key, weight, transposed, options.dtype)?
-            });
+            write_decoded(&mut writer, source, key, options.dtype)?;
             converted += 1;
         } else {
             let info = source.tensor_info(key)?;
@@ -63,7 +64,7 @@ pub fn dequantize_checkpoint(
         reporter.done(key);
     }
 
-    copy_other_files(&mut writer, source)?;
+    copy_other_files(&mut writer, source, ClaimFile::Replaced)?;
     if let Some(config) = &mut model_config {
         config.set_dense();
         if let Some(dtype) = options.dtype {
@@ -74,18 +75,33 @@ pub fn dequantize_checkpoint(
     Ok(Converted {
         converted,
         kept: parameters.len() - converted,
+        dropped: dropped.into_iter().map(String::from).collect(),
         source_bytes: source.size_bytes(),
         written: writer.finish()?,
+        ..Converted::default()
     })
 }
 
-fn write_decoded<T: FloatElement>(
+/// Decodes a quantized parameter, rounded to `dtype` if that is another than its own.
+pub(super) fn write_decoded(
     writer: &mut CheckpointWriter,
+    source: &Checkpoint,
     key: &str,
-    weight: PackedImage,
-    transposed: bool,
     dtype: Option<FloatType>,
 ) -> Result<(), Nf4Error> {
+    let (weight, transposed) = source.load_image(key)?;
+    with_float_type!(weight.dtype(), T => {
+        let (values, shape) = decode_upright::<T>(weight, transposed, key)?;
+        write_values(writer, key, values, &shape, dtype)
+    })
+}
+
+/// The values of a weight, the way the model has it, and their shape.
+pub(super) fn decode_upright<T: FloatElement>(
+    weight: PackedImage,
+    transposed: bool,
+    key: &str,
+) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
     let mut shape = weight.shape().to_vec();
     let mut values = decode::<T>(&weight, key)?;
     drop(weight);
@@ -94,12 +110,22 @@ fn write_decoded<T: FloatElement>(
         values = transpose(dims, |index| values[index]);
         shape.reverse();
     }
+    Ok((values, shape))
+}
+
+fn write_values<T: FloatElement>(
+    writer: &mut CheckpointWriter,
+    key: &str,
+    values: Vec<T>,
+    shape: &[usize],
+    dtype: Option<FloatType>,
+) -> Result<(), Nf4Error> {
     match dtype.filter(|&dtype| dtype != T::FLOAT_TYPE) {
-        None => writer.write_tensor(key, stored_dtype(T::FLOAT_TYPE), &shape, &le_bytes(&values)),
+        None => writer.write_tensor(key, stored_dtype(T::FLOAT_TYPE), shape, &le_bytes(&values)),
         Some(dtype) => with_float_type!(dtype, U => {
             let rounded = cast::<T, U>(&values, key)?;
             drop(values);
-            writer.write_tensor(key, stored_dtype(dtype), &shape, &le_bytes(&rounded))
+            writer.write_tensor(key, stored_dtype(dtype), shape, &le_bytes(&rounded))
         }),
     }
 }

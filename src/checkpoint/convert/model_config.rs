@@ -3,16 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::claim::Claim;
-use super::options::QuantizeOptions;
+use super::entry::Quantized;
 use super::source_folder;
 use crate::checkpoint::file::read_text;
 use crate::checkpoint::names::CONFIG_FILE;
 use crate::checkpoint::python_json;
 use crate::checkpoint::resolve::WEIGHTS_ENTRY;
-use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
+use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
 use crate::format::FloatType;
 
@@ -120,36 +120,10 @@ impl ModelConfig {
         claims
     }
 
-    /// Enters what transformers 5.17 writes for a model in 4 bit.
-    pub fn set_quantized(
-        &mut self,
-        options: &QuantizeOptions,
-        compute_dtype: FloatType,
-        skip_entry: Option<&[String]>,
-    ) {
-        let storage = match options.storage {
-            Dtype::BF16 => FloatType::BF16.name(),
-            Dtype::F16 => FloatType::F16.name(),
-            Dtype::F32 => FloatType::F32.name(),
-            _ => "uint8",
-        };
-        let quantization = json!({
-            "_load_in_4bit": true,
-            "_load_in_8bit": false,
-            "bnb_4bit_compute_dtype": compute_dtype.name(),
-            "bnb_4bit_quant_storage": storage,
-            "bnb_4bit_quant_type": options.config.quant_type.name(),
-            "bnb_4bit_use_double_quant": options.config.nested_block_size.is_some(),
-            "llm_int8_enable_fp32_cpu_offload": false,
-            "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": skip_entry,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": true,
-            "load_in_8bit": false,
-            "quant_method": "bitsandbytes",
-        });
-        self.entries.insert(Claim::FIELD.into(), quantization);
-        self.changed = true;
+    /// Enters what says that weights are quantized so, and takes out what says that they are otherwise.
+    pub fn set_quantized(&mut self, quantized: &Quantized<'_>) {
+        self.set_dense();
+        self.entries.insert(Claim::FIELD.into(), quantized.entry());
     }
 
     /// Whether it says that the output head is the embedding, in itself or in a part of a composed

@@ -1,25 +1,42 @@
-//! Float weights to 4 bit.
+//! Weights to 4 bit or 8 bit.
 
 use std::path::Path;
 
 use super::decode::check_decodes;
 use super::dense::write_dense;
+use super::dequantize::{decode_upright, write_decoded};
+use super::entry::Quantized;
+use super::fused::FusedScales;
 use super::model_config::ModelConfig;
 use super::options::QuantizeOptions;
 use super::select::Selection;
-use super::{Converted, Reporter, check_source, copy_other_files, start_writer};
+use super::{
+    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped,
+    start_writer,
+};
 use crate::checkpoint::elements::{cast, elements, expect_float, with_float_type};
-use crate::checkpoint::{Checkpoint, Progress};
+use crate::checkpoint::stored_form::StoredForm;
+use crate::checkpoint::values::Values;
+use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, PackedImage, PackedLayout, QuantConfig};
+use crate::format::{
+    BlockTensor, FloatElement, FloatType, PackedImage, PackedLayout, QuantConfig, QuantType,
+    TensorScale,
+};
 use crate::host;
 
-/// Quantizes the linear layers of a checkpoint into a new folder that transformers loads with
-/// bitsandbytes.
+/// Quantizes the linear layers of a checkpoint into a new folder that transformers loads: NF4 and FP4 with
+/// bitsandbytes, NVFP4 and MXFP4 with compressed-tensors.
 ///
 /// Quantized are matrices named `….weight`, but for embeddings and heads (`lm_head` and the like) unless
 /// [`QuantizeOptions`] ask for them, routers, and what the options name. `config.json` gets a `quantization_config` that says
 /// so, unless no weight is left, and the other files of the folder are copied. One tensor is in memory at a time.
+///
+/// The weights of the source may be quantized, in another type: they are decoded to the dtype that they had and
+/// quantized again, and those that the new folder does not quantize become floats. What that costs is in
+/// [`Converted::losses`], beside what was lost before. Scales of activations stay behind. A weight whose rows
+/// are not made of whole blocks of the type stays as it is: [`Converted::ragged`]. In NVFP4 the layers that
+/// vLLM fuses (`q_proj`, `k_proj` and `v_proj`; `gate_proj` and `up_proj`) share the scale of the tensor.
 ///
 /// ```no_run
 /// use burn_nf4::checkpoint::{Checkpoint, QuantizeOptions, quantize_checkpoint};
@@ -37,7 +54,7 @@ use crate::host;
 ///   largest of its dtype that they decode to infinity, [`Nf4Error::Dtype`] for one of another
 ///   type than f16, bf16 and f32, each with its key
 /// - the first of [`Checkpoint::faults`], as for a source that another method quantized
-/// - [`Nf4Error::Config`] for a source that is quantized already, for models that store their
+/// - [`Nf4Error::Config`] for a source with weights that are of the type already, for models that store their
 ///   linear weights the other way round (GPT-2's `Conv1D`), for a source without the head or the
 ///   embeddings that are to be quantized, for an entry of `skip_modules` that fits no module, and for
 ///   writing into the source
@@ -50,21 +67,15 @@ pub fn quantize_checkpoint(
     options: &QuantizeOptions,
     progress: impl FnMut(Progress<'_>),
 ) -> Result<Converted, Nf4Error> {
-    if let Some(key) = source.quantized_weights().first() {
-        return Err(Nf4Error::Config {
-            field: "source",
-            expected: "a checkpoint of float weights",
-            given: format!("quantized already (`{key}`)"),
-        });
-    }
     check_source(source)?;
     let mut model_config = ModelConfig::read(source)?;
     if let Some(config) = &model_config {
         config.check_layout()?;
     }
-    let parameters = source.parameters();
+    let (parameters, dropped) = parameters_and_dropped(source);
     let tied = model_config.as_ref().and_then(ModelConfig::ties_embeddings);
     let selection = Selection::new(source, &parameters, options, tied)?;
+    check_types(source, &selection, options)?;
 
     let mut writer = start_writer(
         source,
@@ -73,42 +84,55 @@ pub fn quantize_checkpoint(
         options.overwrite,
     )?;
     let mut reporter = Reporter::new(source, parameters.len(), progress);
-    let (mut converted, mut kept) = (0, 0);
+    let mut result = Converted {
+        dropped: dropped.into_iter().map(String::from).collect(),
+        source_bytes: source.size_bytes(),
+        ..Converted::default()
+    };
+    let mut scales = FusedScales::default();
     let mut compute_dtype = options.compute_dtype;
     for &key in &parameters {
-        let info = source.tensor_info(key)?;
-        let bytes = source.tensor_bytes(key)?;
-        let packed = match selection.is_quantized(key) {
+        let name = match selection.is_quantized(key) {
             true => Some(key),
             false => {
-                write_dense(&mut writer, key, info, bytes, options.dtype)?;
-                kept += 1;
+                keep(&mut writer, source, key, options.dtype, &mut result)?;
                 selection.head_of(key)
             }
         };
-        if let Some(name) = packed {
-            let stored = expect_float(info.dtype, key)?;
-            let weight = match options.dtype.filter(|&dtype| dtype != stored) {
-                None => with_float_type!(stored, T => {
-                    quantize(&elements::<T>(bytes), info.shape, options.config, key)?
-                }),
-                Some(dtype) => with_float_type!(stored, S => with_float_type!(dtype, T => {
-                    let rounded = cast::<S, T>(&elements::<S>(bytes), key)?;
-                    quantize(&rounded, info.shape, options.config, key)?
-                })),
+        if let Some(name) = name {
+            let scale = match options.config.quant_type {
+                QuantType::Nvfp4 => {
+                    scales.of(source, name, selection.quantized(), options.dtype)?
+                }
+                _ => None,
             };
-            compute_dtype.get_or_insert(weight.dtype());
-            writer.write_parts(name, weight.parts(), options.storage, false)?;
-            converted += 1;
+            let dtype = write_quantized(
+                &mut writer,
+                source,
+                [key, name],
+                scale,
+                options,
+                &mut result,
+            )?;
+            compute_dtype.get_or_insert(dtype);
         }
         reporter.done(key);
     }
 
-    copy_other_files(&mut writer, source)?;
+    copy_other_files(&mut writer, source, ClaimFile::Replaced)?;
     if let Some(config) = &mut model_config {
         // What is claimed must be there. With a weight comes its dtype.
-        if let Some(compute_dtype) = compute_dtype.filter(|_| converted > 0) {
-            config.set_quantized(options, compute_dtype, selection.skip_entry());
+        match compute_dtype.filter(|_| result.converted > 0) {
+            Some(compute_dtype) => config.set_quantized(&Quantized {
+                config: options.config,
+                storage: options.storage,
+                compute_dtype,
+                skip_entry: selection.skip_entry(),
+                ignore: selection.ignore(),
+                embeddings: options.embeddings,
+            }),
+            None if !config.claims().is_empty() => config.set_dense(),
+            None => {}
         }
         // transformers would put the embedding into a head that it takes for tied.
         if selection.quantizes_head() && tied != Some(false) {
@@ -119,15 +143,108 @@ pub fn quantize_checkpoint(
         }
         config.write(&mut writer)?;
     }
-    Ok(Converted {
-        converted,
-        kept,
-        source_bytes: source.size_bytes(),
-        written: writer.finish()?,
-    })
+    result.ragged = selection.into_ragged();
+    result.written = writer.finish()?;
+    Ok(result)
 }
 
-/// Quantizes a weight, to the image that can be decoded again.
+/// Refuses settings that the type has not, and weights that are of the type already.
+fn check_types(
+    source: &Checkpoint,
+    selection: &Selection,
+    options: &QuantizeOptions,
+) -> Result<(), Nf4Error> {
+    let quant_type = options.config.quant_type;
+    options.config.check("config")?;
+    StoredForm::new("storage", quant_type, options.storage, false)?;
+    for key in selection.quantized() {
+        if source.is_quantized(key) && source.weight_form(key)?.config.quant_type == quant_type {
+            return Err(Nf4Error::Config {
+                field: "source",
+                expected: "float weights, or weights of another type than the one to quantize to",
+                given: format!("quantized already (`{key}` is {})", quant_type.name()),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Writes a parameter that is not quantized.
+fn keep(
+    writer: &mut CheckpointWriter,
+    source: &Checkpoint,
+    key: &str,
+    dtype: Option<FloatType>,
+    result: &mut Converted,
+) -> Result<(), Nf4Error> {
+    result.kept += 1;
+    if source.is_quantized(key) {
+        result.decoded.push(key.into());
+        return write_decoded(writer, source, key, dtype);
+    }
+    let info = source.tensor_info(key)?;
+    write_dense(writer, key, info, source.tensor_bytes(key)?, dtype)
+}
+
+/// Quantizes the parameter `key` under a name, and returns the dtype that it had.
+fn write_quantized(
+    writer: &mut CheckpointWriter,
+    source: &Checkpoint,
+    [key, name]: [&str; 2],
+    scale: Option<TensorScale>,
+    options: &QuantizeOptions,
+    result: &mut Converted,
+) -> Result<FloatType, Nf4Error> {
+    let weight = if source.is_quantized(key) {
+        let (weight, transposed) = source.load_image(key)?;
+        count_type(&mut result.requantized, weight.layout().config().quant_type);
+        with_float_type!(weight.dtype(), T => {
+            let (values, shape) = decode_upright::<T>(weight, transposed, key)?;
+            quantize_as(&values, &shape, scale, options, key)?
+        })
+    } else {
+        let info = source.tensor_info(key)?;
+        let bytes = source.tensor_bytes(key)?;
+        with_float_type!(expect_float(info.dtype, key)?, T => {
+            quantize_as(&elements::<T>(bytes), info.shape, scale, options, key)?
+        })
+    };
+    let dtype = weight.dtype();
+    let form = StoredForm::new(name, options.config.quant_type, options.storage, false)?;
+    writer.write_parts(name, weight.parts(), form)?;
+    result.converted += 1;
+    if let Ok(original) = Values::open(source, key)? {
+        let loss = original.compare(&Values::of_image(weight));
+        result.losses.insert(name.into(), loss);
+    }
+    Ok(dtype)
+}
+
+fn count_type(counts: &mut Vec<(QuantType, usize)>, quant_type: QuantType) {
+    match counts.iter_mut().find(|(of, _)| *of == quant_type) {
+        Some((_, count)) => *count += 1,
+        None => counts.push((quant_type, 1)),
+    }
+}
+
+/// Quantizes values that are rounded to the dtype of the options first.
+fn quantize_as<S: FloatElement>(
+    values: &[S],
+    shape: &[usize],
+    scale: Option<TensorScale>,
+    options: &QuantizeOptions,
+    key: &str,
+) -> Result<PackedImage, Nf4Error> {
+    match options.dtype.filter(|&dtype| dtype != S::FLOAT_TYPE) {
+        None => quantize(values, shape, options.config, scale, key),
+        Some(dtype) => with_float_type!(dtype, T => {
+            quantize(&cast::<S, T>(values, key)?, shape, options.config, scale, key)
+        }),
+    }
+}
+
+/// Quantizes a weight, to the image that can be decoded again. `scale` is the scale of an NVFP4 tensor, if it is
+/// not its own largest magnitude that decides on it.
 ///
 /// # Errors
 /// Those of [`host::quantize`], with `key`, and [`Nf4Error::NonFinite`] for a value that decodes to an
@@ -136,11 +253,18 @@ pub(crate) fn quantize<T: FloatElement>(
     weight: &[T],
     shape: &[usize],
     config: QuantConfig,
+    scale: Option<TensorScale>,
     key: &str,
 ) -> Result<PackedImage, Nf4Error> {
-    let words = host::quantize(weight, shape, config).map_err(|error| error.with_key(key))?;
-    let layout = PackedLayout::new(weight.len(), config);
-    let weight = PackedImage::new(words, layout, shape, T::FLOAT_TYPE);
+    let quantized = match (config.quant_type, scale) {
+        (QuantType::Nvfp4, Some(scale)) => BlockTensor::quantize_nvfp4(weight, shape, scale)
+            .map(|tensor| PackedImage::of(&tensor.parts())),
+        _ => host::quantize(weight, shape, config).and_then(|words| {
+            let layout = PackedLayout::for_shape(shape, config)?;
+            Ok(PackedImage::new(words, layout, shape, T::FLOAT_TYPE))
+        }),
+    };
+    let weight = quantized.map_err(|error| error.with_key(key))?;
     weight.parts().check()?;
     // Quantized scales are off by a little, which is too much for a value near the largest.
     check_decodes(&weight, key)?;

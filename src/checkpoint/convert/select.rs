@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::elements::expect_float;
 use crate::checkpoint::names::last_part;
 use crate::error::Nf4Error;
+use crate::format::PackedLayout;
 
 /// Output layers by the last part of their path: transformers leaves the first two in float by
 /// itself, the others are heads of classifiers.
@@ -59,6 +60,8 @@ const ROUTERS: [&str; 2] = ["gate", "router"];
 pub(super) struct Selection {
     quantized: BTreeSet<String>,
     skip_entry: Option<Vec<String>>,
+    ignore: Vec<String>,
+    ragged: Vec<String>,
     quantizes_head: bool,
     head_of_table: bool,
 }
@@ -70,6 +73,8 @@ enum Kept {
     Default,
     /// Because the caller said so.
     Named,
+    /// Because its rows are not made of whole blocks.
+    Ragged,
 }
 
 impl Selection {
@@ -78,7 +83,8 @@ impl Selection {
     ///
     /// # Errors
     /// [`Nf4Error::Config`] if a head or embeddings are to be quantized and there are none, or if an entry
-    /// of `skip_modules` fits no module, [`Nf4Error::Pattern`], [`Nf4Error::Dtype`].
+    /// of `skip_modules` fits no module, or if fused experts are to be quantized to a type that has none,
+    /// [`Nf4Error::Pattern`], [`Nf4Error::Dtype`].
     pub fn new(
         source: &Checkpoint,
         parameters: &[&str],
@@ -95,27 +101,35 @@ impl Selection {
         let heads = heads.filter(|_| tied != Some(false));
         check_used(&patterns, &modules.chain(heads).collect::<Vec<_>>())?;
         let mut quantized = BTreeSet::new();
-        let mut kept = Vec::new();
+        let (mut kept, mut ragged) = (Vec::new(), Vec::new());
         let (mut any_head, mut any_embedding) = (false, false);
         for &key in parameters {
-            let info = source.tensor_info(key)?;
+            let shape = shape_of(source, key)?;
             let module = key.strip_suffix(".weight");
             let expert = is_expert(key);
-            let is_weight = match info.shape {
+            let is_weight = match shape.as_slice() {
                 [] | [_] => false,
                 [_, _] => module.is_some() || (expert && options.experts),
                 _ => expert && options.experts,
             };
-            if !is_weight || info.shape.contains(&0) {
+            if !is_weight || shape.contains(&0) {
                 continue;
             }
             let module = module.unwrap_or(key);
             any_head |= is_head(module);
             any_embedding |= is_token_embedding(module);
-            match reason_to_keep(module, expert && !options.experts, options, &patterns)? {
+            let mut reason =
+                reason_to_keep(module, expert && !options.experts, options, &patterns)?;
+            if reason.is_none() {
+                check_quantizable(source, key, &shape, options)?;
+                if PackedLayout::for_shape(&shape, options.config).is_err() {
+                    reason = Some(Kept::Ragged);
+                    ragged.push(key.to_string());
+                }
+            }
+            match reason {
                 Some(reason) => kept.push((module.to_string(), reason)),
                 None => {
-                    expect_float(info.dtype, key)?;
                     quantized.insert(key.to_string());
                 }
             }
@@ -134,15 +148,25 @@ impl Selection {
             let head = module_of(TIED_HEAD);
             head_of_table = reason_to_keep(head, false, options, &patterns)?.is_none();
             if head_of_table {
-                expect_float(source.tensor_info(TIED_TABLE)?.dtype, TIED_TABLE)?;
-                quantized.insert(TIED_HEAD.into());
+                let shape = shape_of(source, TIED_TABLE)?;
+                check_quantizable(source, TIED_TABLE, &shape, options)?;
+                head_of_table = PackedLayout::for_shape(&shape, options.config).is_ok();
+                match head_of_table {
+                    true => {
+                        quantized.insert(TIED_HEAD.into());
+                    }
+                    false => ragged.push(TIED_HEAD.into()),
+                }
             }
         }
         let skip_entry = skip_entry(&quantized, &kept, &options.skip_modules);
         let quantizes_head = quantized.iter().any(|key| is_head(module_of(key)));
+        let modules = kept.into_iter().map(|(module, _)| module);
         Ok(Self {
+            ignore: ignore_entry(&quantized, modules),
             quantized,
             skip_entry,
+            ragged,
             quantizes_head,
             head_of_table,
         })
@@ -163,11 +187,74 @@ impl Selection {
         self.quantized.contains(key)
     }
 
+    /// The parameters to quantize.
+    pub fn quantized(&self) -> &BTreeSet<String> {
+        &self.quantized
+    }
+
+    /// The modules that compressed-tensors is to leave as they are.
+    pub fn ignore(&self) -> &[String] {
+        &self.ignore
+    }
+
+    /// Weights that stay as they are because their rows are not made of whole blocks.
+    pub fn into_ragged(self) -> Vec<String> {
+        self.ragged
+    }
+
     /// The value of `llm_int8_skip_modules`. `None` leaves the choice to transformers, which then
     /// keeps the head.
     pub fn skip_entry(&self) -> Option<&[String]> {
         self.skip_entry.as_deref()
     }
+}
+
+/// The shape of a parameter.
+fn shape_of(source: &Checkpoint, key: &str) -> Result<Vec<usize>, Nf4Error> {
+    match source.is_quantized(key) {
+        true => Ok(source.weight_form(key)?.shape),
+        false => Ok(source.tensor_info(key)?.shape.to_vec()),
+    }
+}
+
+/// Checks that a weight holds floats, and that the type to quantize it to is stored for such a parameter.
+fn check_quantizable(
+    source: &Checkpoint,
+    key: &str,
+    shape: &[usize],
+    options: &QuantizeOptions,
+) -> Result<(), Nf4Error> {
+    if !source.is_quantized(key) {
+        expect_float(source.tensor_info(key)?.dtype, key)?;
+    }
+    let quant_type = options.config.quant_type;
+    let is_stack = shape.len() != 2 || !key.ends_with(".weight");
+    if is_stack && !quant_type.is_bitsandbytes() {
+        return Err(Nf4Error::Config {
+            field: "experts",
+            expected: "false, or experts that are stored one by one",
+            given: format!(
+                "true for `{key}`, which {} does not store",
+                quant_type.name()
+            ),
+        });
+    }
+    Ok(())
+}
+
+/// The entry `ignore` of compressed-tensors: paths of the modules that are no embeddings and are kept. The head
+/// is listed too where it is not stored, as a model makes it a linear layer of its own first.
+pub(crate) fn ignore_entry(
+    quantized: &BTreeSet<String>,
+    kept: impl Iterator<Item = String>,
+) -> Vec<String> {
+    let mut entries: BTreeSet<String> = kept.filter(|module| !is_embedding(module)).collect();
+    let is_known = |module: &str| HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module));
+    let mut modules = quantized.iter().map(|key| module_of(key));
+    if !modules.any(is_known) && !entries.iter().any(|module| is_known(module)) {
+        entries.insert(module_of(TIED_HEAD).into());
+    }
+    entries.into_iter().collect()
 }
 
 /// An entry of `llm_int8_skip_modules`, as transformers 5.24's `should_convert_module` reads it.

@@ -6,7 +6,8 @@ use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
     cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
 };
-use crate::checkpoint::{Checkpoint, CheckpointWriter, Dtype};
+use crate::checkpoint::stored_form::StoredForm;
+use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, PackedImage, QuantConfig, check_finite, matrix_dims};
 
@@ -24,15 +25,15 @@ enum Form {
     Dense,
     Quantized {
         config: QuantConfig,
-        storage: Dtype,
+        stored: StoredForm,
         transposed: bool,
     },
 }
 
 impl BaseWeight {
     pub fn read(base: &Checkpoint, key: &str) -> Result<Self, Nf4Error> {
-        let info = base.tensor_info(key)?;
         if !base.is_quantized(key) {
+            let info = base.tensor_info(key)?;
             let dtype = expect_float(info.dtype, key)?;
             let bytes = base.tensor_bytes(key)?;
             return Ok(Self {
@@ -44,9 +45,10 @@ impl BaseWeight {
         }
         let (weight, transposed) = base.load_image(key)?;
         let dtype = weight.dtype();
+        let config = weight.layout().config();
         let form = Form::Quantized {
-            config: weight.layout().config(),
-            storage: info.dtype,
+            config,
+            stored: StoredForm::of(base, key, config.quant_type)?,
             transposed,
         };
         let mut weight = Self {
@@ -88,7 +90,7 @@ impl BaseWeight {
                 Target::AsBase,
                 Form::Quantized {
                     config,
-                    storage,
+                    stored,
                     transposed,
                 },
             ) => {
@@ -97,8 +99,8 @@ impl BaseWeight {
                 }
                 with_float_type!(self.dtype, T => {
                     let rounded = cast::<f32, T>(&self.values, key)?;
-                    let weight = quantize(&rounded, &self.shape, config, key)?;
-                    writer.write_parts(key, weight.parts(), storage, transposed)?;
+                    let weight = quantize(&rounded, &self.shape, config, None, key)?;
+                    writer.write_parts(key, weight.parts(), stored)?;
                     widen_decoded::<T>(weight, key)?
                 })
             }

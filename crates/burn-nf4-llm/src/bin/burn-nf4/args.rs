@@ -50,8 +50,14 @@ impl From<StorageArg> for Dtype {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum QuantArg {
+    /// 4-bit NormalFloat (bitsandbytes)
     Nf4,
+    /// bitsandbytes' 4-bit float
     Fp4,
+    /// NVIDIA's: 4-bit floats in blocks of 16 (compressed-tensors)
+    Nvfp4,
+    /// OCP's: 4-bit floats in blocks of 32 with scales that are powers of two (compressed-tensors)
+    Mxfp4,
 }
 
 impl From<QuantArg> for QuantType {
@@ -59,6 +65,8 @@ impl From<QuantArg> for QuantType {
         match arg {
             QuantArg::Nf4 => Self::Nf4,
             QuantArg::Fp4 => Self::Fp4,
+            QuantArg::Nvfp4 => Self::Nvfp4,
+            QuantArg::Mxfp4 => Self::Mxfp4,
         }
     }
 }

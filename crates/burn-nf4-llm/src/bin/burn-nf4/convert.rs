@@ -1,18 +1,19 @@
 //! The commands `inspect`, `quantize`, `dequantize` and `verify`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{
-    Checkpoint, Converted, DequantizeOptions, QuantizeOptions, dequantize_checkpoint,
-    quantize_checkpoint, verify,
+    Checkpoint, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
+    verify,
 };
-use burn_nf4::format::{BlockSize, QuantConfig};
+use burn_nf4::format::{BlockSize, QuantConfig, QuantType};
 use burn_nf4_llm::ModelError;
 use clap::Args;
 
 use crate::args::{FloatArg, QuantArg, StorageArg, parse_bytes};
+use crate::converted::summary;
 use crate::inspect::{Inspection, fault_lines, faults};
 use crate::output::{is_closed_pipe, show};
 use crate::progress::Bar;
@@ -141,13 +142,13 @@ pub struct Paths {
 
 #[derive(Args, Debug)]
 pub struct Quantization {
-    /// 4-bit type
-    #[arg(long, default_value = "nf4")]
+    /// Type to quantize to. The weights of the source may be quantized already, in another type
+    #[arg(long = "to", alias = "quant-type", default_value = "nf4")]
     quant_type: QuantArg,
-    /// Weights per scale
-    #[arg(long, default_value_t = 64)]
-    block_size: u64,
-    /// Keep the scales in f32
+    /// Weights per scale of nf4 and fp4 [default: 64]
+    #[arg(long)]
+    block_size: Option<u64>,
+    /// Keep the scales of nf4 and fp4 in f32
     #[arg(long)]
     no_double_quant: bool,
     /// Module to keep, as in llm_int8_skip_modules of transformers 5.24: the beginning of a path
@@ -167,29 +168,54 @@ pub struct Quantization {
     /// library alone: neither generate, chat and finetune nor transformers load those
     #[arg(long)]
     embeddings: bool,
-    /// Type under which the codes are stored
-    #[arg(long, default_value = "uint8")]
-    storage: StorageArg,
+    /// Type under which the codes of nf4 and fp4 are stored [default: uint8]
+    #[arg(long)]
+    storage: Option<StorageArg>,
     /// Type to round float weights to first [default: as stored]
     #[arg(long)]
     dtype: Option<FloatArg>,
-    /// Type that transformers computes in [default: that of the weights]
+    /// Type that transformers computes nf4 and fp4 in [default: that of the weights]
     #[arg(long)]
     compute_dtype: Option<FloatArg>,
 }
 
+impl Quantization {
+    /// The quantization, if all that is set belongs to the type.
+    fn config(&self) -> Result<QuantConfig, Nf4Error> {
+        let quant_type = QuantType::from(self.quant_type);
+        if quant_type.is_bitsandbytes() {
+            let block_size = self.block_size.unwrap_or(BlockSize::B64.elems() as u64);
+            return Ok(QuantConfig {
+                quant_type,
+                block_size: BlockSize::new(block_size, "--block-size")?,
+                nested_block_size: (!self.no_double_quant).then_some(BlockSize::B256),
+            });
+        }
+        let set = [
+            ("--block-size", self.block_size.is_some()),
+            ("--no-double-quant", self.no_double_quant),
+            ("--storage", self.storage.is_some()),
+            ("--compute-dtype", self.compute_dtype.is_some()),
+        ];
+        match set.into_iter().find(|(_, is_set)| *is_set) {
+            None => Ok(QuantConfig::of(quant_type)),
+            Some((field, _)) => Err(Nf4Error::Config {
+                field,
+                expected: "left out, or --to nf4 or fp4",
+                given: format!("set for --to {}, which has one form", quant_type.name()),
+            }),
+        }
+    }
+}
+
 fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
     let options = QuantizeOptions {
-        config: QuantConfig {
-            quant_type: settings.quant_type.into(),
-            block_size: BlockSize::new(settings.block_size, "--block-size")?,
-            nested_block_size: (!settings.no_double_quant).then_some(BlockSize::B256),
-        },
+        config: settings.config()?,
         skip_modules: settings.skip,
         experts: settings.experts,
         head: settings.head,
         embeddings: settings.embeddings,
-        storage: settings.storage.into(),
+        storage: settings.storage.unwrap_or(StorageArg::Uint8).into(),
         dtype: settings.dtype.map(Into::into),
         compute_dtype: settings.compute_dtype.map(Into::into),
         max_shard_bytes: paths.max_shard_size,
@@ -218,22 +244,6 @@ pub fn stacked_experts(checkpoint: &Checkpoint) -> Option<&str> {
             .iter()
             .any(|end| key.ends_with(end))
     })
-}
-
-fn summary(what: &str, converted: &Converted, folder: &Path) -> String {
-    let Converted {
-        converted,
-        kept,
-        source_bytes,
-        written,
-    } = converted;
-    format!(
-        "{what} {converted} parameters, kept {kept}: {source_bytes} bytes to {} in {} file(s) in \
-         {}\n",
-        written.size_bytes,
-        written.files.len(),
-        folder.display()
-    )
 }
 
 pub fn to_json(value: &impl serde::Serialize) -> String {

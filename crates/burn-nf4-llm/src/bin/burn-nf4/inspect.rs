@@ -2,7 +2,7 @@
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, QuantState};
-use burn_nf4::format::QuantType;
+use burn_nf4::format::{BlockShape, QuantConfig, QuantType, ScaleType, WeightForm};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -18,21 +18,60 @@ pub struct Inspection {
 struct Parameter {
     name: String,
     shape: Vec<usize>,
-    /// `nf4`, `fp4` or the dtype.
+    /// `nf4`, `nvfp4` and so on, or the dtype.
     #[serde(rename = "type")]
     kind: String,
     #[serde(flatten)]
     quantization: Option<Quantization>,
     bytes: usize,
+    bytes_per_weight: f64,
 }
 
 #[derive(Serialize)]
 struct Quantization {
     dtype: &'static str,
     block_size: usize,
+    /// The weights that share a scale, as text.
+    block: String,
+    /// What the scales are, as text.
+    scales: String,
     double_quant: bool,
-    storage: String,
+    /// The dtype of bitsandbytes' codes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    storage: Option<String>,
     transposed: bool,
+}
+
+impl Quantization {
+    fn new(form: &WeightForm, storage: Option<String>) -> Self {
+        let config = form.config;
+        Self {
+            dtype: form.dtype.name(),
+            block_size: config.block_size.elems(),
+            block: block(config),
+            scales: scales(config),
+            double_quant: config.nested_block_size.is_some(),
+            storage,
+            transposed: form.transposed,
+        }
+    }
+}
+
+fn block(config: QuantConfig) -> String {
+    match config.format().block {
+        BlockShape::Flat(size) | BlockShape::Row(size) => size.to_string(),
+        BlockShape::Tile(high, wide) => format!("{high}x{wide}"),
+        BlockShape::WholeRow => "row".into(),
+    }
+}
+
+fn scales(config: QuantConfig) -> String {
+    match config.format().scale {
+        ScaleType::F32 => "f32".into(),
+        ScaleType::Nested(size) => format!("u8/{}", size.elems()),
+        ScaleType::E4m3 => "e4m3".into(),
+        ScaleType::E8m0 => "e8m0".into(),
+    }
 }
 
 #[derive(Serialize, Default)]
@@ -83,38 +122,42 @@ impl Inspection {
     }
 
     pub fn table(&self) -> String {
-        let header = ["parameter", "shape", "type", "block", "double", "bytes"];
-        let mut rows: Vec<[String; 6]> = vec![header.map(str::to_string)];
+        let header = [
+            "parameter",
+            "shape",
+            "type",
+            "block",
+            "scales",
+            "bytes",
+            "per weight",
+        ];
+        let mut rows: Vec<[String; 7]> = vec![header.map(str::to_string)];
         for parameter in &self.parameters {
-            let (block, double) = match &parameter.quantization {
-                None => ("-".to_string(), "-"),
-                Some(quantization) => (
-                    quantization.block_size.to_string(),
-                    if quantization.double_quant {
-                        "yes"
-                    } else {
-                        "no"
-                    },
-                ),
+            let quantization = parameter.quantization.as_ref();
+            let of_quantized = |text: fn(&Quantization) -> &String| match quantization {
+                None => "-".to_string(),
+                Some(quantization) => text(quantization).clone(),
             };
             rows.push([
                 parameter.name.clone(),
                 format!("{:?}", parameter.shape),
                 parameter.kind_text(),
-                block,
-                double.into(),
+                of_quantized(|quantization| &quantization.block),
+                of_quantized(|quantization| &quantization.scales),
                 parameter.bytes.to_string(),
+                format!("{:.3}", parameter.bytes_per_weight),
             ]);
         }
-        let widths: [usize; 6] = std::array::from_fn(|column| {
+        let widths: [usize; 7] = std::array::from_fn(|column| {
             let widths = rows.iter().map(|row| row[column].chars().count());
             widths.max().unwrap_or(0)
         });
         let mut text = String::new();
-        for [name, shape, kind, block, double, bytes] in &rows {
+        for [name, shape, kind, block, scales, bytes, per_weight] in &rows {
             text += &format!(
-                "{name:<0$}  {shape:<1$}  {kind:<2$}  {block:>3$}  {double:>4$}  {bytes:>5$}\n",
-                widths[0], widths[1], widths[2], widths[3], widths[4], widths[5],
+                "{name:<0$}  {shape:<1$}  {kind:<2$}  {block:>3$}  {scales:>4$}  {bytes:>5$}  \
+                 {per_weight:>6$}\n",
+                widths[0], widths[1], widths[2], widths[3], widths[4], widths[5], widths[6],
             );
         }
         text += "\n";
@@ -148,35 +191,54 @@ pub fn fault_lines(faults: &[String]) -> String {
 
 impl Parameter {
     fn of(checkpoint: &Checkpoint, name: &str) -> Result<Self, Nf4Error> {
-        let info = checkpoint.tensor_info(name)?;
         let bytes = checkpoint.parameter_bytes(name);
+        let quantized = |form: WeightForm, storage| {
+            let kind = form.config.quant_type.name().into();
+            let quantization = Quantization::new(&form, storage);
+            Self::new(name, form.shape, kind, Some(quantization), bytes)
+        };
         let state_key = [QuantType::Nf4, QuantType::Fp4]
             .map(|kind| format!("{name}.quant_state.bitsandbytes__{}", kind.name()))
             .into_iter()
             .find(|key| checkpoint.contains(key));
-        let Some(state_key) = state_key else {
-            return Ok(Self {
-                name: name.into(),
-                shape: info.shape.to_vec(),
-                kind: info.dtype.to_string(),
-                quantization: None,
-                bytes,
-            });
-        };
-        let state = QuantState::parse(checkpoint.tensor_bytes(&state_key)?, &state_key)?;
-        Ok(Self {
-            name: name.into(),
-            kind: state.quant_type.name().into(),
-            quantization: Some(Quantization {
-                dtype: state.dtype.name(),
-                block_size: state.block_size.elems(),
-                double_quant: state.nested.is_some(),
-                storage: info.dtype.to_string(),
+        if let Some(state_key) = state_key {
+            let state = QuantState::parse(checkpoint.tensor_bytes(&state_key)?, &state_key)?;
+            let form = WeightForm {
+                config: state.config(),
+                shape: state.shape,
+                dtype: state.dtype,
                 transposed: checkpoint.is_transposed(name)?,
-            }),
-            shape: state.shape,
+            };
+            let storage = checkpoint.tensor_info(name)?.dtype.to_string();
+            return Ok(quantized(form, Some(storage)));
+        }
+        if checkpoint.is_quantized(name) {
+            return Ok(quantized(checkpoint.weight_form(name)?, None));
+        }
+        let info = checkpoint.tensor_info(name)?;
+        let kind = info.dtype.to_string();
+        Ok(Self::new(name, info.shape.to_vec(), kind, None, bytes))
+    }
+
+    fn new(
+        name: &str,
+        shape: Vec<usize>,
+        kind: String,
+        quantization: Option<Quantization>,
+        bytes: usize,
+    ) -> Self {
+        // The product of a header that lies may be too large.
+        let weights = shape
+            .iter()
+            .fold(1usize, |product, &dim| product.saturating_mul(dim));
+        Self {
+            name: name.into(),
+            shape,
+            kind,
+            quantization,
             bytes,
-        })
+            bytes_per_weight: bytes as f64 / weights.max(1) as f64,
+        }
     }
 
     /// The type, with what is unusual about it.
@@ -185,8 +247,12 @@ impl Parameter {
             return self.kind.clone();
         };
         let mut text = format!("{} of {}", self.kind, quantization.dtype);
-        if quantization.storage != "U8" {
-            text += &format!(" in {}", quantization.storage);
+        if let Some(storage) = quantization
+            .storage
+            .as_deref()
+            .filter(|&dtype| dtype != "U8")
+        {
+            text += &format!(" in {storage}");
         }
         if quantization.transposed {
             text += ", transposed";

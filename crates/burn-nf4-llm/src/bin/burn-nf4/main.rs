@@ -6,6 +6,7 @@ mod args;
 mod bench;
 mod chat;
 mod convert;
+mod converted;
 mod device;
 mod finetune;
 mod generate;
@@ -25,7 +26,7 @@ use std::process::ExitCode;
 use burn_nf4_llm::ModelError;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// Work with language models in bitsandbytes' 4 bit: Hugging Face folders and safetensors files.
+/// Work with language models in 4 bit (NF4, FP4, NVFP4, MXFP4): Hugging Face folders and safetensors files.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -37,7 +38,7 @@ struct Cli {
 enum Command {
     /// List the parameters of a checkpoint and how each is stored
     Inspect(convert::InspectArgs),
-    /// Quantize the linear layers of a checkpoint of float weights
+    /// Quantize the linear layers of a checkpoint, from float weights or from another type
     Quantize(Box<convert::QuantizeArgs>),
     /// Decode the quantized weights of a checkpoint
     Dequantize(convert::DequantizeArgs),

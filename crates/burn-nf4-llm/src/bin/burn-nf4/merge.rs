@@ -15,14 +15,14 @@ use crate::progress::Bar;
 
 #[derive(Args, Debug)]
 pub struct MergeArgs {
-    /// Folder of the base model, in float weights or in 4 bit
+    /// Folder of the base model, in float weights or quantized
     base: PathBuf,
     /// PEFT folder
     adapter: PathBuf,
     /// Folder to write
     folder: PathBuf,
-    /// Quantize again what was quantized, which loses something: how much is printed. Without it all
-    /// weights become float ones
+    /// Quantize again what was quantized, in the type and form of the base model, which loses something: how
+    /// much is printed. Without it all weights become float ones
     #[arg(long, conflicts_with = "dtype")]
     requantize: bool,
     /// Type of all float weights of the result [default: the type each had]
