@@ -99,7 +99,7 @@ fn weights_on_a_device_have_the_same_values() {
             2 => weight.dequantize::<2>(FloatType::F32).unwrap().into_data(),
             _ => weight.dequantize::<3>(FloatType::F32).unwrap().into_data(),
         };
-        let values: Vec<f32> = data.to_vec().unwrap();
+        let values: Vec<f32> = data.try_to_vec::<f32>().unwrap();
         assert!(
             bits(&values) == bits(&dequantized(case.file)),
             "{}",

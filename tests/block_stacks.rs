@@ -203,7 +203,7 @@ fn a_module_takes_a_part() {
     model.load_from(&mut store).unwrap();
     let all = dequantized("mxfp4_gpt_oss");
     for (number, expert) in model.experts.iter().enumerate() {
-        let weight = expert.gate_proj.weight().to_host().unwrap();
+        let weight = expert.gate_proj.weight.to_host().unwrap();
         let even = rows(&all, (0..12).map(|row| number * 24 + 2 * row));
         assert_eq!(weight.dequantize::<f32>(), even);
     }

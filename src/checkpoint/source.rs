@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use super::elements::float_type;
 use super::folder::Checkpoint;
 use super::parameters::form_of_weight;
-use super::stored::{StoredTensor, TensorInfo, TensorSource};
+use super::stored::{StoredTensor, TensorSource};
 use super::stored_weight::Rows;
 use super::weight::{find_weight, locate_weight};
 use crate::error::{Nf4Error, TensorForm};

@@ -204,7 +204,7 @@ impl CheckpointWriter {
             let bytes = source.tensor_bytes(parameter)?;
             return self.write_tensor(parameter, info.dtype, info.shape, bytes);
         }
-        let elems = find_weight(source, parameter)?.shape.iter().product();
+        let elems = source.weight_form(parameter)?.shape.iter().product();
         let parts = source.keys_of(parameter);
         let tensors = parts
             .iter()

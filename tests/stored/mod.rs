@@ -74,7 +74,6 @@ pub fn weight(prefix: &str, weight: &BlockTensor) -> Tensors {
             state["nested_dtype"] = "float32".into();
             state["nested_offset"] = f64::from(nested.offset).into();
         }
-        Absmax::Coded(_) => unreachable!("bitsandbytes has no such scales"),
     }
     let json = state.to_string().into_bytes();
     let length = json.len();
