@@ -11,8 +11,8 @@ use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
 use crate::host;
 
-/// Values read at a time; two buffers of this many f32 are 8 MiB.
-const CHUNK_ELEMS: usize = 1 << 20;
+/// Values read at a time; two buffers of this many f32 are 2 MiB.
+const CHUNK_ELEMS: usize = 1 << 18;
 
 /// Values compared by a thread at a time.
 const TASK_ELEMS: usize = 1 << 14;

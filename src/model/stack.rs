@@ -101,7 +101,7 @@ impl Stacks {
         let size_bytes = bytes.len() * parts;
         let entry = self.open.entry(stack.clone()).or_insert_with(|| {
             let mut shape = vec![matrices];
-            shape.extend_from_slice(&data.shape());
+            shape.extend_from_slice(data.shape());
             if let Some(outputs) = shape.last_mut() {
                 *outputs *= parts;
             }
