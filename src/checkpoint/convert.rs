@@ -143,6 +143,10 @@ const MODELOPT_FILE: &str = "hf_quant_config.json";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ClaimFile {
     /// It holds for the new folder too.
+    #[cfg_attr(
+        not(feature = "peft"),
+        allow(dead_code, reason = "merges keep what a folder claims")
+    )]
     Kept,
     /// The new folder says something else.
     Replaced,

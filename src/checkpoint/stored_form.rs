@@ -9,6 +9,13 @@ use crate::format::QuantType;
 
 /// How a quantized weight `P` is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    not(feature = "peft"),
+    allow(
+        dead_code,
+        reason = "merges alone write the forms that conversions do not"
+    )
+)]
 pub(crate) enum StoredForm {
     /// As bitsandbytes does it: NF4 and FP4.
     Bitsandbytes {

@@ -48,9 +48,7 @@ mod spec;
 mod tensor;
 
 pub use blocks::nvfp4_global_scale;
-#[cfg(feature = "checkpoint")]
-pub(crate) use check::checked_elems;
-pub(crate) use check::{check_finite, check_len, check_shape, matrix_dims};
+pub(crate) use check::{check_finite, check_len, check_shape, checked_elems, matrix_dims};
 pub use codebook::{
     DYNAMIC_MAP, E2M1_CODEBOOK, E4M3_CODEBOOK, FP4_CODE_BY_LEVEL, FP4_CODEBOOK, FP4_THRESHOLDS,
     NF4_CODEBOOK, NF4_THRESHOLDS,
