@@ -49,14 +49,8 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 fn dtypes(device: &Device) -> impl Iterator<Item = DType> + '_ {
-    // CubeCL's CPU runtime rounds to bf16 by a function that libgcc has from 13 on.
-    #[cfg(feature = "cpu")]
-    let no_bf16 = *device == Device::cpu();
-    #[cfg(not(feature = "cpu"))]
-    let no_bf16 = false;
     let all = [FloatType::F16, FloatType::BF16, FloatType::F32].map(DType::from);
     all.into_iter()
-        .filter(move |&dtype| !(no_bf16 && dtype == DType::BF16))
         .filter(|&dtype| burn_nf4::op::supports_dtype(device, dtype))
 }
 

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use super::file::check_fetched;
 use super::folder::Checkpoint;
-use super::names::{CONFIG_FILE, QUANT_CONFIG_FILE, is_model_file, last_part, names_in};
+use super::names::{CONFIG_FILE, QUANT_CONFIG_FILE, is_model_file, names_in};
 use super::progress::{Counter, Progress};
 use super::values::WeightLoss;
 use super::writer::{CheckpointWriter, Written};
@@ -208,35 +208,6 @@ fn is_replaced(name: &str) -> bool {
         || name.ends_with(".index.json")
         || is_model_file(name)
         || extension.is_some_and(|extension| WEIGHT_EXTENSIONS.contains(&extension))
-}
-
-/// Scales of activations by the last part of their names, as libraries have them that quantize these too.
-const ACTIVATION_SCALES: [&str; 7] = [
-    "activation_scale",
-    "input_global_scale",
-    "input_scale",
-    "k_scale",
-    "output_global_scale",
-    "output_scale",
-    "v_scale",
-];
-
-/// The scales of activations beside quantized weights.
-pub(crate) fn activation_scales(source: &Checkpoint) -> Vec<&str> {
-    if source.quantized_weights().is_empty() {
-        return Vec::new();
-    }
-    let is_one = |key: &&str| ACTIVATION_SCALES.contains(&last_part(key));
-    source.keys().filter(is_one).collect()
-}
-
-/// The parameters of a source that a result in another form has, and the scales of activations, which it
-/// has not.
-fn parameters_and_dropped(source: &Checkpoint) -> (Vec<&str>, Vec<&str>) {
-    let dropped = activation_scales(source);
-    let mut parameters = source.parameters();
-    parameters.retain(|key| !dropped.contains(key));
-    (parameters, dropped)
 }
 
 /// Counts the parameters of a source.

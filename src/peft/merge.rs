@@ -13,8 +13,7 @@ use super::adapter::Adapter;
 use super::base::BaseNames;
 use super::keys::is_saved_unasked;
 use crate::checkpoint::convert::{
-    ClaimFile, ModelConfig, Reporter, activation_scales, check_source, copy_other_files,
-    start_writer, write_dense,
+    ClaimFile, ModelConfig, Reporter, check_source, copy_other_files, start_writer, write_dense,
 };
 use crate::checkpoint::elements::{elements, float_type, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Progress, Written};
@@ -196,7 +195,7 @@ fn merge(
 
     let claim = match target {
         Target::AsBase => {
-            for key in activation_scales(base) {
+            for key in base.activation_scales() {
                 let (info, bytes) = (base.tensor_info(key)?, base.tensor_bytes(key)?);
                 writer.write_tensor(key, info.dtype, info.shape, bytes)?;
             }

@@ -6,10 +6,7 @@ use super::decode::decode;
 use super::dense::write_dense;
 use super::model_config::ModelConfig;
 use super::options::DequantizeOptions;
-use super::{
-    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped,
-    start_writer,
-};
+use super::{ClaimFile, Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
@@ -44,7 +41,7 @@ pub fn dequantize_checkpoint(
         options.max_shard_bytes,
         options.overwrite,
     )?;
-    let (parameters, dropped) = parameters_and_dropped(source);
+    let (parameters, dropped) = (source.parameters(), source.activation_scales());
     let mut reporter = Reporter::new(source, parameters.len(), progress);
     let mut converted = 0;
     for &key in &parameters {

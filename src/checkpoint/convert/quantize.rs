@@ -10,10 +10,7 @@ use super::fused::FusedScales;
 use super::model_config::ModelConfig;
 use super::options::QuantizeOptions;
 use super::select::Selection;
-use super::{
-    ClaimFile, Converted, Reporter, check_source, copy_other_files, parameters_and_dropped,
-    start_writer,
-};
+use super::{ClaimFile, Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, elements, expect_float, with_float_type};
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::values::Values;
@@ -72,7 +69,7 @@ pub fn quantize_checkpoint(
     if let Some(config) = &model_config {
         config.check_layout()?;
     }
-    let (parameters, dropped) = parameters_and_dropped(source);
+    let (parameters, dropped) = (source.parameters(), source.activation_scales());
     let tied = model_config.as_ref().and_then(ModelConfig::ties_embeddings);
     let selection = Selection::new(source, &parameters, options, tied)?;
     check_types(source, &selection, options)?;
