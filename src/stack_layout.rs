@@ -3,10 +3,14 @@
 use crate::error::Nf4Error;
 use crate::format::{PackedLayout, checked_elems};
 
+/// Words at whose multiples images begin: what devices ask of the start of a view at most, 512 bytes.
+const ALIGNMENT: usize = 128;
+
 /// Where the weights `[n, k]` of experts lie in one tensor of u32 words.
 ///
 /// Either the image of each follows that of the one before, with scales and tables of its own, or all are one
-/// weight `[experts, n, k]`, whose scales run through.
+/// weight `[experts, n, k]`, whose scales run through. Images begin at multiples of 512 bytes, so that devices can
+/// have views of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StackLayout {
     image: PackedLayout,
@@ -85,19 +89,16 @@ impl StackLayout {
         self.is_whole
     }
 
-    /// Words in all.
+    /// Words in all. Nothing follows the last image.
     pub const fn words(&self) -> usize {
-        match self.is_whole {
-            true => self.image.words(),
-            false => self.image.words() * self.experts,
-        }
+        self.image_stride() * (self.experts - 1) + self.image.words()
     }
 
     /// Words from the image of an expert to that of the next: none where there is one image.
     pub const fn image_stride(&self) -> usize {
         match self.is_whole {
             true => 0,
-            false => self.image.words(),
+            false => self.image.words().next_multiple_of(ALIGNMENT),
         }
     }
 

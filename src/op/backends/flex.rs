@@ -4,7 +4,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{DispatchDevice, TensorMetadata};
 use burn::tensor::kind::Basic;
-use burn::tensor::{Bytes, DType, Int, Shape, Tensor, TensorData};
+use burn::tensor::{Bytes, DType, Device, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
@@ -253,6 +253,12 @@ fn matmul_bytes<T: FloatElement>(
 fn quantize<T: FloatElement>(weight: &FlexTensor, spec: &QuantizeSpec) -> Vec<u32> {
     let weight: &[T] = bytemuck::cast_slice(weight.bytes());
     host::quantize(weight, &spec.shape, spec.layout.config()).expect("arguments were validated")
+}
+
+/// Whether tensors of a device lie on the CPU.
+pub(in crate::op) fn is_flex(device: &Device) -> bool {
+    let device = device.clone().without_autodiff();
+    matches!(device.as_dispatch(), DispatchDevice::Flex(_))
 }
 
 /// A part of a tensor in memory of its own where it lies on the CPU: Flex would copy a part whenever it is used.

@@ -18,8 +18,8 @@ use crate::stack_layout::StackLayout;
 /// ([`grouped_linear`](crate::op::grouped_linear)).
 ///
 /// Weights of one form lie one after the other, each as it is packed by itself, with its own tables and scales:
-/// the image of expert `e` begins at word `e * layout().image().words()`. A weight `[experts, n, k]` that was quantized as
-/// a whole is taken as it is.
+/// the image of expert `e` begins at word `e * layout().image_stride()`. A weight `[experts, n, k]` that was quantized
+/// as a whole is taken as it is.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -91,7 +91,7 @@ impl ExpertStack {
         }
         let spec = WeightSpec::new(first.form().clone())?;
         let layout = layout_of(&spec, experts.len())?;
-        let packed = Param::initialized(ParamId::new(), Tensor::cat(images, 0));
+        let packed = Param::initialized(ParamId::new(), in_a_row(images, &layout));
         let parts = Parts::Images { spec, packed };
         Ok(Self { layout, parts })
     }
@@ -139,7 +139,10 @@ impl ExpertStack {
         let packed = Param::uninitialized(
             ParamId::new(),
             move |device, _| {
-                let words = of.zero_words().repeat(experts);
+                let mut image = of.zero_words();
+                image.resize(layout.image_stride(), 0);
+                let mut words = image.repeat(experts);
+                words.truncate(layout.words());
                 let data = TensorData::new(words, [layout.words()]);
                 Tensor::from_data(data, (device, DType::U32))
             },
@@ -195,7 +198,8 @@ impl ExpertStack {
         self.layout.words() * 4
     }
 
-    /// The weight of an expert by itself, in memory of its own.
+    /// The weight of an expert by itself: on Flex in memory of its own, elsewhere a view of the stack, whose memory
+    /// is held until both are dropped.
     ///
     /// # Errors
     /// [`Nf4Error::RowRange`] if there is no such expert, [`Nf4Error::Config`] where all are one weight: the blocks
@@ -206,7 +210,8 @@ impl ExpertStack {
         match &self.parts {
             Parts::Images { spec, .. } => {
                 let words = spec.layout.words();
-                let image = self.checked_packed()?.narrow(0, expert * words, words);
+                let start = expert * self.layout.image_stride();
+                let image = self.checked_packed()?.narrow(0, start, words);
                 Ok(BlockWeight::from_packed(owned(image), spec.clone()))
             }
             Parts::Whole(weight) => Err(Nf4Error::Config {
@@ -235,6 +240,17 @@ impl ExpertStack {
         match &self.parts {
             Parts::Images { .. } => linear(x, &self.expert(expert)?, bias),
             Parts::Whole(weight) => expert_linear(x, weight, expert, bias),
+        }
+    }
+
+    /// Whether an [expert](Self::expert) of a stack on this device is a view of it, and no copy.
+    pub fn has_views(device: &Device) -> bool {
+        #[cfg(feature = "flex")]
+        return !crate::op::backends::flex::is_flex(device);
+        #[cfg(not(feature = "flex"))]
+        {
+            let _ = device;
+            true
         }
     }
 
@@ -287,6 +303,23 @@ impl ExpertStack {
 /// The name of the tensor of separate weights.
 fn tensor_name(layout: &StackLayout, spec: &WeightSpec) -> String {
     format!("experts_{}_{}", layout.experts(), spec.form.packed_name())
+}
+
+/// Images one after the other, each where the layout has it.
+fn in_a_row(images: Vec<Tensor<1, Int>>, layout: &StackLayout) -> Tensor<1, Int> {
+    let gap = layout.image_stride() - layout.image().words();
+    if gap == 0 {
+        return Tensor::cat(images, 0);
+    }
+    let zeros = Tensor::zeros([gap], (&images[0].device(), DType::U32));
+    let mut parts = Vec::with_capacity(2 * images.len());
+    for image in images {
+        if !parts.is_empty() {
+            parts.push(zeros.clone());
+        }
+        parts.push(image);
+    }
+    Tensor::cat(parts, 0)
 }
 
 fn layout_of(spec: &WeightSpec, experts: usize) -> Result<StackLayout, Nf4Error> {

@@ -412,6 +412,11 @@ impl BlockWeight {
         self.spec.form.transposed
     }
 
+    /// The id of the packed tensor as a parameter.
+    pub fn id(&self) -> ParamId {
+        self.packed.id
+    }
+
     /// What the weight is, apart from its values.
     pub fn form(&self) -> &WeightForm {
         &self.spec.form

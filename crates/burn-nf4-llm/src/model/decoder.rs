@@ -11,11 +11,11 @@ use burn_nf4::format::QuantConfig;
 use burn_nf4::linear_layers;
 use burn_nf4::model::{LinearLayers, QuantizeLayers, StackPlace, TiedHead};
 use burn_nf4::nn::AnyLinear;
-use burn_nf4::op::{MatmulOptions, MatmulStrategy, matmul, reads_tables};
+use burn_nf4::op::{ExpertStack, MatmulOptions, MatmulStrategy, matmul, reads_tables};
 
 use crate::model::cache::{KvCache, element_bytes};
 use crate::model::config::DecoderConfig;
-use crate::model::layer::{DecoderLayer, Residual};
+use crate::model::layer::{DecoderLayer, Mlp, Residual};
 use crate::model::mixture::is_router;
 use crate::model::norm::RmsNorm;
 use crate::model::pass::Pass;
@@ -302,6 +302,26 @@ impl Decoder {
     fn last_logits(&self, x: Tensor<3>) -> Tensor<2> {
         let [_, count, _] = x.dims();
         self.head(x.narrow(1, count - 1, 1)).squeeze_dim(1)
+    }
+
+    /// The model with the experts of mixtures [stacked](crate::model::MixtureMlp::stacked) for inference, on a
+    /// device where that takes no more memory; the same on others. The last step before a model is used: what else
+    /// changes it undoes this.
+    ///
+    /// # Errors
+    /// Those of [`MixtureMlp::stacked`](crate::model::MixtureMlp::stacked).
+    pub fn stack_experts(mut self) -> Result<Self, Nf4Error> {
+        if !ExpertStack::has_views(&self.device()) {
+            return Ok(self);
+        }
+        let layers = self.layers.into_iter().map(|mut layer| {
+            if let Mlp::Mixture(mixture) = layer.mlp {
+                layer.mlp = Mlp::Mixture(mixture.stacked()?);
+            }
+            Ok(layer)
+        });
+        self.layers = layers.collect::<Result<_, Nf4Error>>()?;
+        Ok(self)
     }
 
     /// The model with its head in 4 bit too: one that is tied to the table becomes one of its own, and the

@@ -13,6 +13,7 @@ use crate::model::config::{
     DecoderConfig, LayerConfig, MixtureConfig, MixtureForm, NormPlacement, QkNorm,
 };
 use crate::model::decoder::Decoder;
+use crate::model::expert_stacks::StackedExperts;
 use crate::model::layer::{DecoderLayer, LayerNorms, Mlp, PostNorms, PreNorms, SandwichNorms};
 use crate::model::load::by_rule;
 use crate::model::mixture::{GateRouter, MixtureMlp, NamedRouter, Router, is_router};
@@ -141,6 +142,7 @@ impl Parts<'_> {
             experts: experts.collect(),
             experts_per_token: mixture.experts_per_token,
             normalises_weights: mixture.normalises_weights,
+            stacks: StackedExperts::default(),
         }
     }
 

@@ -3,17 +3,20 @@
 use burn::module::Module;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_nf4::linear_layers;
 use burn_nf4::nn::AnyLinear;
+use burn_nf4::op::{RouteForm, grouped_pays, route};
+use burn_nf4::{Nf4Error, linear_layers};
 
+use crate::model::expert_stacks::{ExpertStacks, StackedExperts};
 use crate::model::mlp::GatedMlp;
 use crate::model::variants::linear_variants;
 
 /// The feed-forward block of a layer with experts: a router sends each token to a few of them, whose
 /// outputs are summed by their weights.
 ///
-/// Only chosen experts compute, each for the tokens that chose it. Which these are is read from the
-/// device once a layer.
+/// Only chosen experts compute. For few tokens, where the experts' weights are [stacked](Self::stacked), the device
+/// alone knows which these are, and computes all of them in two launches. Else each computes for the tokens that
+/// chose it, and which these are is read from the device once a layer.
 #[derive(Module, Debug)]
 pub struct MixtureMlp {
     /// The router: a score of each expert.
@@ -24,6 +27,7 @@ pub struct MixtureMlp {
     pub experts_per_token: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalises_weights: bool,
+    pub(super) stacks: StackedExperts,
 }
 
 /// The layer that scores experts, under the name that the checkpoints of a family have for it.
@@ -80,7 +84,59 @@ impl MixtureMlp {
         let [batch, length, hidden_size] = shape;
         let x = x.reshape([batch * length, hidden_size]);
         let logits = self.routing.linear().forward(x.clone());
-        let dtype = logits.dtype();
+        let y = match self.grouped(&x) {
+            Some(stacks) => self.all_at_once(stacks, x, logits),
+            None => self.one_by_one(x, logits),
+        };
+        y.reshape(shape)
+    }
+
+    /// The mixture with the weights of its experts in one tensor for gates, one for what they open and one for the
+    /// way back, of which those of experts are views; on devices without [views](burn_nf4::op::ExpertStack::has_views)
+    /// both are in memory. It stays as it is unless all are packed in one way, without branches and autodiff.
+    ///
+    /// While a stack is made, its weights are there twice; experts' biases, which are few, are from then on. A module
+    /// mapper, another device and other layers in place of experts all undo it for [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// [`Nf4Error::Device`] for weights on several devices, [`Nf4Error::Length`] and [`Nf4Error::Dtype`] for one in
+    /// whose place a module mapper has put something else.
+    pub fn stacked(mut self) -> Result<Self, Nf4Error> {
+        self.stacks = match ExpertStacks::can_hold(&self.experts) {
+            true => ExpertStacks::take(&mut self.experts)?,
+            false => StackedExperts::default(),
+        };
+        Ok(self)
+    }
+
+    /// Whether so many tokens are sent to experts by the device alone, without waiting for it: the experts are
+    /// [stacked](Self::stacked), and [few rows](grouped_pays) come together.
+    pub fn is_grouped(&self, tokens: usize) -> bool {
+        grouped_pays(tokens, self.experts_per_token, self.experts.len())
+            && self.stacks.of(&self.experts).is_some()
+    }
+
+    fn grouped(&self, x: &Tensor<2>) -> Option<&ExpertStacks> {
+        let stacks = self.stacks.of(&self.experts)?;
+        (!x.is_autodiff() && self.is_grouped(x.dims()[0])).then_some(stacks)
+    }
+
+    /// Experts that the device chooses.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`, and so the result; `logits`: `[tokens, experts]`
+    fn all_at_once(&self, stacks: &ExpertStacks, x: Tensor<2>, logits: Tensor<2>) -> Tensor<2> {
+        let form = RouteForm::SoftmaxThenTopK {
+            normalise: self.normalises_weights,
+        };
+        let y = route(logits, self.experts_per_token, form)
+            .and_then(|(ids, weights)| Ok(weighted_sum(stacks.forward(x, ids)?, weights)));
+        y.unwrap_or_else(|error| panic!("MixtureMlp::forward: {error}"))
+    }
+
+    /// Experts that the host knows.
+    fn one_by_one(&self, x: Tensor<2>, logits: Tensor<2>) -> Tensor<2> {
+        let [tokens, hidden_size] = x.dims();
         let probabilities = softmax(logits.cast(DType::F32), 1);
         let routes = Routes::of(&probabilities, self.experts_per_token);
 
@@ -89,24 +145,36 @@ impl MixtureMlp {
             true => weights.clone() / weights.sum_dim(1),
             false => weights,
         };
-        let outputs = routes.by_expert.iter().map(|(expert, tokens)| {
-            let input = match batch * length {
+        let outputs = routes.by_expert.iter().map(|(expert, chosen_by)| {
+            let input = match tokens {
                 1 => x.clone(),
-                _ => x.clone().select(0, indices(tokens, &x.device())),
+                _ => x.clone().select(0, indices(chosen_by, &x.device())),
             };
-            let rows = tokens.len();
+            let rows = chosen_by.len();
             let y = self.experts[*expert].forward(input.reshape([1, rows, hidden_size]));
             y.reshape([rows, hidden_size])
         });
         let outputs = Tensor::cat(outputs.collect(), 0);
         // Back to the order of the tokens, in which all that belongs to one lies together.
         let outputs = outputs.select(0, indices(&routes.places, &x.device()));
-        let outputs = outputs.reshape([batch * length, routes.per_token, hidden_size]);
-        // transformers rounds the weights and the products; the sum is rounded once here.
-        let products = outputs * weights.cast(dtype).unsqueeze_dim(2);
-        let sum = products.cast(DType::F32).sum_dim(1);
-        sum.cast(dtype).reshape(shape)
+        weighted_sum(outputs, weights)
     }
+}
+
+/// The sum of what the experts of each token give.
+///
+/// # Shapes
+/// - `outputs`: `[tokens * per_token, hidden_size]`; `weights`: `[tokens, per_token]`
+/// - returns `[tokens, hidden_size]`, of the dtype of `outputs`
+fn weighted_sum(outputs: Tensor<2>, weights: Tensor<2>) -> Tensor<2> {
+    let [tokens, per_token] = weights.dims();
+    let [_, hidden_size] = outputs.dims();
+    let dtype = outputs.dtype();
+    let outputs = outputs.reshape([tokens, per_token, hidden_size]);
+    // transformers rounds the weights and the products; the sum is rounded once here.
+    let products = outputs * weights.cast(dtype).unsqueeze_dim(2);
+    let sum = products.cast(DType::F32).sum_dim(1);
+    sum.cast(dtype).reshape([tokens, hidden_size])
 }
 
 /// Which experts the tokens are sent to.

@@ -40,6 +40,7 @@ pub mod attention;
 pub mod cache;
 pub mod config;
 mod decoder;
+mod expert_stacks;
 pub mod family;
 mod init;
 mod layer;

@@ -4,6 +4,7 @@ use burn::tensor::Device;
 use burn_nf4::checkpoint::Checkpoint;
 use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
 use burn_nf4::peft::{LoraConfig, TargetModules};
+use burn_nf4_llm::model::{Decoder, MixtureMlp, Mlp};
 use burn_nf4_llm::train::data::Batch;
 use burn_nf4_llm::train::schedule::{Decay, Schedule};
 use burn_nf4_llm::train::{Settings, Trainer};
@@ -140,5 +141,57 @@ fn experts_of_gpt_oss_are_stacked_in_floats_and_apart_where_they_are_packed() {
         let (loaded, config) = open_folder(out.path(), None, &device);
         let ours = logits(&loaded, &config, &ids, &shape);
         assert_eq!(max_difference(&ours, &theirs) > 2e-5, experts);
+    }
+}
+
+fn mixtures(model: &mut Decoder) -> impl Iterator<Item = &mut MixtureMlp> {
+    let layers = model.layers.iter_mut();
+    layers.filter_map(|layer| match &mut layer.mlp {
+        Mlp::Mixture(mixture) => Some(mixture),
+        _ => None,
+    })
+}
+
+/// Few rows go to experts that the device chooses, with the numbers of the experts one by one.
+#[test]
+fn stacked_experts_compute_at_once_what_they_do_one_by_one() {
+    let device = Device::default();
+    for family in ["qwen3_moe", "gpt_oss"] {
+        let (model, config) =
+            open_folder(&fixture(&format!("families/{family}/model")), None, &device);
+        let (ids, shape, _) = io(&format!("families/{family}/io.safetensors"));
+        let options = QuantizeLayers {
+            experts: true,
+            ..QuantizeLayers::default()
+        };
+        let dense = model.clone();
+        let mut model = model.quantize(&options).unwrap();
+        let one_by_one = logits(&model, &config, &ids, &shape);
+        for mixture in mixtures(&mut model) {
+            assert!(!mixture.is_grouped(1));
+            *mixture = mixture.clone().stacked().unwrap();
+            assert!(
+                mixture.is_grouped(1) && !mixture.is_grouped(4096),
+                "{family}"
+            );
+        }
+        assert!(mixtures(&mut model).count() > 0);
+        let at_once = logits(&model, &config, &ids, &shape);
+        let difference = max_difference(&at_once, &one_by_one);
+        assert!(difference < 1e-4, "{family}: {difference}");
+
+        // An expert that is put in place of another is not passed over.
+        let mut other = model.clone();
+        for mixture in mixtures(&mut other) {
+            mixture.experts.swap(0, 1);
+            assert!(!mixture.is_grouped(1));
+        }
+        // Floats cannot be stacked, and a mapper undoes stacks.
+        let mut dense = dense;
+        for mixture in mixtures(&mut dense) {
+            assert!(!mixture.clone().stacked().unwrap().is_grouped(1));
+        }
+        let mut moved = burn::module::Module::no_grad(model);
+        assert!(mixtures(&mut moved).all(|mixture| !mixture.is_grouped(1)));
     }
 }

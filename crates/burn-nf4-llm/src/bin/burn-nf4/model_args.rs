@@ -104,7 +104,7 @@ impl Prepared {
 
     /// Loads the weights.
     pub fn load(self) -> Result<Opened, ModelError> {
-        let model = self.load_on(&self.device, None, true)?;
+        let model = self.load_on(&self.device, None, true)?.stack_experts()?;
         Ok(Opened {
             model,
             config: self.config,
