@@ -61,6 +61,7 @@ pub fn draw(place: &Place, rows: &[Row], path: &Path) -> Result<(), Box<dyn Erro
     let rows: Vec<&Row> = rows
         .iter()
         .filter(|row| row.place == *place && row.kind == "dequantize" && !row.hot)
+        .filter(|row| row.quant_type == "nf4")
         .filter(|row| row.variant != "default" && problems::is_charted(row.shape, row.dtype))
         .collect();
     let mut groups: Vec<Group> = Vec::new();

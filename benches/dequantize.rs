@@ -16,6 +16,8 @@ mod cpu_matmul;
 #[cfg(feature = "cube")]
 mod device_time;
 #[cfg(feature = "cube")]
+mod formats;
+#[cfg(feature = "cube")]
 mod gpu;
 #[cfg(feature = "cube")]
 mod host_cost;
@@ -103,6 +105,7 @@ fn on_gpu(name: DeviceName, args: &Args, report: &mut Report) -> Result<(), Box<
     if let Some(python) = &args.peer {
         peer::run(&gpu, args, python, puzzle.as_mut(), &mut products, report)?;
     }
+    formats::summarise(&gpu, report, &products);
     matmul::summarise(&products);
     many_rows::summarise(&gpu, &products);
     if !args.list {

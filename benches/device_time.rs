@@ -6,6 +6,7 @@ use burn_nf4::{host, launch};
 use cubecl::server::Handle;
 
 use crate::args::Args;
+use crate::formats;
 use crate::gpu::{DeviceWeight, Gpu, Implementation};
 use crate::problems::{self, Problem, Weight};
 use crate::report::{Report, Subject};
@@ -54,13 +55,22 @@ impl Gpu {
 /// Every implementation on every shape, and one shape from a warm cache.
 pub fn dequantize(gpu: &Gpu, args: &Args, report: &mut Report) {
     let mut headed = false;
-    for &problem in problems::device(gpu.sizes) {
+    let problems = problems::device(gpu.sizes).iter();
+    let runs = problems.flat_map(|&problem| {
+        let configs = formats::configs(gpu, &problem).into_iter();
+        configs.map(move |config| (problem, config))
+    });
+    for (problem, config) in runs {
         let rows: Vec<(Implementation, bool)> = [false, true]
             .into_iter()
             .filter(|hot| !hot || problem == problems::hot(gpu.sizes))
             .flat_map(|hot| Implementation::all().map(move |implementation| (implementation, hot)))
             .filter(|&(implementation, hot)| {
-                args.starts(&dequantize_name(implementation.name(), &problem, hot))
+                formats::is_nf4(config) || !(hot || implementation == Implementation::Unfused)
+            })
+            .filter(|&(implementation, hot)| {
+                let variant = formats::variant(implementation.name(), config);
+                args.starts(&dequantize_name(&variant, &problem, hot))
             })
             .collect();
         if rows.is_empty() {
@@ -74,18 +84,18 @@ pub fn dequantize(gpu: &Gpu, args: &Args, report: &mut Report) {
             println!("dequant/*/{:34} not run: {error}", problem.id());
             continue;
         }
-        dequantize_problem(gpu, problem, &rows, report);
+        dequantize_problem(gpu, problem, config, &rows, report);
     }
 }
 
 fn dequantize_problem(
     gpu: &Gpu,
     problem: Problem,
+    config: QuantConfig,
     rows: &[(Implementation, bool)],
     report: &mut Report,
 ) {
     let client = &gpu.client;
-    let config = QuantConfig::default();
     let weight = Weight::new(problem.shape, config, 1);
     let expected = weight.decoded(problem.dtype);
     let out_bytes = expected.len();
@@ -98,7 +108,8 @@ fn dequantize_problem(
     let poison = client.create_from_slice(&vec![0xff; out_bytes]);
 
     for &(implementation, hot) in rows {
-        let name = dequantize_name(implementation.name(), &problem, hot);
+        let variant = formats::variant(implementation.name(), config);
+        let name = dequantize_name(&variant, &problem, hot);
         if let Some(obstacle) = implementation.obstacle(gpu, &weight, problem.dtype) {
             println!("{name:44} not run: {obstacle}");
             continue;
@@ -130,7 +141,7 @@ fn dequantize_problem(
         let subject = Subject {
             kind: "dequantize",
             name: name.clone(),
-            variant: implementation.name().into(),
+            variant,
             problem,
             config,
             hot,

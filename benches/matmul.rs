@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use crate::args::{Args, Sizes};
+use crate::formats;
 use crate::gpu::{DeviceWeight, Gpu};
 use crate::problems::{Weight, dtype_name};
 use crate::report::{Report, Timing};
@@ -26,7 +27,7 @@ pub const DTYPE: FloatType = FloatType::BF16;
 const SHAPES: [[usize; 2]; 3] = [[14336, 4096], [4096, 14336], [4096, 4096]];
 const SMALL_SHAPES: [[usize; 2]; 1] = [[512, 1024]];
 /// Rows of `x`.
-const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 48, 64];
+pub const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 48, 64];
 /// The Burn op with a packed weight.
 pub const AUTO: &str = "auto";
 /// Burn's own product with a dense weight.
@@ -170,12 +171,17 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
         }
         return all;
     }
-    for &shape in shapes(gpu) {
+    let runs = shapes(gpu).iter().flat_map(|&shape| {
+        let configs = formats::configs_of_products(gpu, shape).into_iter();
+        configs.map(move |config| (shape, config))
+    });
+    for (shape, config) in runs {
         let wanted: Vec<(Implementation, usize)> = ROWS
             .into_iter()
             .flat_map(|m| Implementation::all(args).into_iter().map(move |i| (i, m)))
             .filter(|(implementation, m)| {
-                args.starts(&name(&implementation.name(), DTYPE, shape, *m))
+                let variant = formats::variant(&implementation.name(), config);
+                args.starts(&name(&variant, DTYPE, shape, *m))
             })
             .collect();
         if wanted.is_empty() {
@@ -184,7 +190,7 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
         if all.is_empty() {
             head("Matrix products with a packed weight, bf16, device time, weights rotated");
         }
-        all.extend(packed(gpu, shape, &wanted, report));
+        all.extend(packed(gpu, shape, config, &wanted, report));
     }
     dense(gpu, args, report, &mut all);
     all
@@ -267,12 +273,13 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 fn packed(
     gpu: &Gpu,
     shape: [usize; 2],
+    config: QuantConfig,
     wanted: &[(Implementation, usize)],
     report: &mut Report,
 ) -> Vec<Timed> {
     let [n, k] = shape;
     let client = &gpu.client;
-    let weight = Weight::new(shape, QuantConfig::default(), 1);
+    let weight = Weight::new(shape, config, 1);
     let layout = &weight.layout;
     let weights = packed_copies(gpu, &weight);
     let copies = weights.len();
@@ -281,7 +288,7 @@ fn packed(
 
     let mut all = Vec::new();
     for &(implementation, m) in wanted {
-        let variant = implementation.name();
+        let variant = formats::variant(&implementation.name(), config);
         let name = name(&variant, DTYPE, shape, m);
         let dtype = DTYPE;
         let plan = match implementation.plan(gpu, layout, Product { m, n, k, dtype }) {

@@ -141,8 +141,7 @@ impl Problem {
     /// Bytes that must move: each packed byte read once, each decoded byte written once (or the
     /// other way round).
     pub fn bytes(&self, config: QuantConfig) -> usize {
-        let elems = self.elems();
-        PackedLayout::new(elems, config).words() * 4 + elems * self.dtype.size_bytes()
+        layout(self.shape, config).words() * 4 + self.elems() * self.dtype.size_bytes()
     }
 
     pub fn elems(&self) -> usize {
@@ -184,6 +183,14 @@ pub fn round_bytes(values: &[f32], dtype: FloatType) -> Vec<u8> {
     }
 }
 
+/// How a matrix is packed.
+///
+/// # Panics
+/// If its rows are not made of whole blocks and the format wants it.
+pub fn layout(shape: [usize; 2], config: QuantConfig) -> PackedLayout {
+    PackedLayout::for_shape(&shape, config).expect("a shape that the format has")
+}
+
 /// A packed weight.
 pub struct Weight {
     pub shape: [usize; 2],
@@ -198,7 +205,7 @@ impl Weight {
         Self {
             shape,
             words,
-            layout: PackedLayout::new(shape[0] * shape[1], config),
+            layout: layout(shape, config),
         }
     }
 

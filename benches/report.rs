@@ -31,6 +31,7 @@ pub struct Row {
     pub variant: String,
     pub dtype: &'static str,
     pub shape: [usize; 2],
+    pub quant_type: &'static str,
     /// `nested` or `flat` scales.
     pub scales: &'static str,
     /// Buffers were not rotated.
@@ -147,6 +148,7 @@ impl Report {
             variant: subject.variant,
             dtype: dtype_name(subject.problem.dtype),
             shape: subject.problem.shape,
+            quant_type: subject.config.quant_type.name(),
             scales: match subject.config.nested_block_size {
                 Some(_) => "nested",
                 None => "flat",
