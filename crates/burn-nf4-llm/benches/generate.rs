@@ -9,7 +9,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::{DecoderConfig, random};
 
@@ -21,7 +21,13 @@ const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_siz
 
 fn main() -> Result<(), Box<dyn Error>> {
     let config = DecoderConfig::from_json(CONFIG.as_bytes(), "config.json".as_ref())?;
-    let model = random(&config, FloatType::F32, None, &Device::flex())?;
+    let model = random(
+        &config,
+        QuantConfig::default(),
+        FloatType::F32,
+        None,
+        &Device::flex(),
+    )?;
     for (rows, prompt, tokens) in [(1, 16, 64), (16, 16, 32), (1, 256, 1)] {
         let request = Request {
             prompts: vec![vec![1; prompt]; rows],

@@ -79,6 +79,7 @@ fn a_run_is_written_as_json_with_all_that_it_measured() {
         "left_out",
         "peer",
         "prefill",
+        "quant_type",
         "quantized_head",
         "rank",
         "size",

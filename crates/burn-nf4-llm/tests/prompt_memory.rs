@@ -6,7 +6,7 @@
 mod counting;
 
 use burn::tensor::Device;
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4_llm::generate::{Request, generate};
 use burn_nf4_llm::model::{DecoderConfig, PROMPT_CHUNK, random};
 use counting::{alone, peak_bytes};
@@ -24,7 +24,14 @@ const OF_PASS: usize = PROMPT_CHUNK * 512 * 4;
 fn a_prompt_of_any_length_is_processed_in_the_memory_of_a_chunk() {
     let _alone = alone();
     let config = DecoderConfig::from_json(CONFIG.as_bytes(), "config.json".as_ref()).unwrap();
-    let model = random(&config, FloatType::F32, None, &Device::flex()).unwrap();
+    let model = random(
+        &config,
+        QuantConfig::default(),
+        FloatType::F32,
+        None,
+        &Device::flex(),
+    )
+    .unwrap();
     let beside_the_cache = |passes: usize| {
         let request = Request {
             prompts: vec![vec![7; passes * PROMPT_CHUNK]],

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 
 use burn::tensor::Device;
-use burn_nf4::model::PeftModel;
+use burn_nf4::model::{LinearLayers, PeftModel, QuantizeLayers};
 use burn_nf4::peft::{InitLoraWeights, LoraConfig, TargetModules};
 use burn_nf4_llm::generate::{EagerReason, Report, Request, Sampling, Session, generate};
 use burn_nf4_llm::model::{Decoder, DecoderConfig};
@@ -96,7 +96,7 @@ fn assert_replays_as_launched(model: &Decoder, config: &DecoderConfig, request: 
 fn every_family(
     #[files("tests/fixtures/families/*/model")]
     #[dirs]
-    // Mixtures are not recorded.
+    // Their experts are floats, which are not stacked: see `mixtures_of_stacked_experts`.
     #[exclude("qwen3_moe|gpt_oss")]
     folder: PathBuf,
 ) {
@@ -105,6 +105,35 @@ fn every_family(
     assert_replays_as_launched(&model, &config, &request(prompts(), 24, Sampling::greedy()));
     assert_replays_as_launched(&model, &config, &request(prompts(), 20, DRAWN));
     assert_replays_as_launched(&model, &config, &request(prompts(), 20, PENALISED));
+}
+
+/// Experts that the device alone chooses. They are stacked last: a model that is changed later is not recorded.
+#[rstest]
+fn mixtures_of_stacked_experts(#[values("qwen3_moe", "gpt_oss")] name: &str) {
+    let _alone = alone();
+    let (model, config) = family(name);
+    let options = QuantizeLayers {
+        experts: true,
+        ..QuantizeLayers::default()
+    };
+    let apart = model.quantize(&options).unwrap();
+    let wanted = request(prompts(), 20, Sampling::greedy());
+    let one_by_one = run(&apart, &config, &wanted);
+    assert_eq!(one_by_one.eager, Some(EagerReason::Mixture));
+    let model = apart.stack_experts().unwrap();
+    assert_eq!(run(&model, &config, &wanted).tokens, one_by_one.tokens);
+    assert_replays_as_launched(&model, &config, &wanted);
+    assert_replays_as_launched(&model, &config, &request(prompts(), 20, DRAWN));
+    let many = Request {
+        prompts: vec![vec![5, 9]; 3],
+        ..wanted
+    };
+    assert_replays_as_launched(&model, &config, &many);
+    let changed = burn::module::Module::no_grad(model);
+    assert_eq!(
+        run(&changed, &config, &many).eager,
+        Some(EagerReason::Mixture)
+    );
 }
 
 /// Across the steps in which a cache grows, and across the border where another step is recorded.

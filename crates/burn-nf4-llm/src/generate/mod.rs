@@ -162,7 +162,8 @@ pub enum EagerReason {
     FewTokens,
     /// The device records no graphs.
     NoGraphs,
-    /// The model has mixtures of experts, and the host sends tokens to them.
+    /// The model has mixtures of experts that are not
+    /// [stacked](crate::model::Decoder::stack_experts), and the host sends tokens to them.
     Mixture,
     /// A rotary embedding changes within the text.
     RopeChanges,

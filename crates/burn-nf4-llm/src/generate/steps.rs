@@ -507,7 +507,7 @@ fn why_eager(
         Some(EagerReason::FewTokens)
     } else if !recording.reruns && !has_graphs(&model.device()) {
         Some(EagerReason::NoGraphs)
-    } else if config.layers.iter().any(|layer| layer.mixture.is_some()) {
+    } else if !model.chooses_experts(request.rows()) {
         Some(EagerReason::Mixture)
     } else if config.ropes.iter().any(changes) {
         Some(EagerReason::RopeChanges)

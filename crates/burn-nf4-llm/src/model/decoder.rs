@@ -324,6 +324,15 @@ impl Decoder {
         Ok(self)
     }
 
+    /// Whether the device alone sends so many tokens to experts, if there are any
+    /// ([`MixtureMlp::is_grouped`](crate::model::MixtureMlp::is_grouped)): what it takes to capture a step.
+    pub(crate) fn chooses_experts(&self, tokens: usize) -> bool {
+        self.layers.iter().all(|layer| match &layer.mlp {
+            Mlp::Mixture(mixture) => mixture.is_grouped(tokens),
+            Mlp::Dense(_) => true,
+        })
+    }
+
     /// The model with its head in 4 bit too: one that is tied to the table becomes one of its own, and the
     /// table stays as it is for the embeddings.
     ///
@@ -498,7 +507,14 @@ mod tests {
         let config =
             DecoderConfig::from_json(config.to_string().as_bytes(), Path::new("config.json"));
         let config = config.unwrap();
-        let model = random(&config, FloatType::F32, None, &Device::default()).unwrap();
+        let model = random(
+            &config,
+            QuantConfig::default(),
+            FloatType::F32,
+            None,
+            &Device::default(),
+        )
+        .unwrap();
         assert_chunks_are_one_pass(&model, &config, padding);
     }
 

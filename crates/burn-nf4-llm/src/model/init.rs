@@ -184,14 +184,16 @@ impl Parts<'_> {
 /// published checkpoints.
 ///
 /// # Errors
-/// Those of [`QLoraLinearConfig::init`] for the rank.
+/// Those of [`QLoraLinearConfig::init`] for the rank, and of [`QuantLinear::quantize`] for sizes that `quant` does not
+/// have.
 pub fn random(
     config: &DecoderConfig,
+    quant: QuantConfig,
     dtype: FloatType,
     rank: Option<usize>,
     device: &Device,
 ) -> Result<Decoder, ModelError> {
-    random_by_layers(config, dtype, rank, device, &mut Ok)
+    random_by_layers(config, quant, dtype, rank, device, &mut Ok)
 }
 
 /// The model of [`random`], each of whose layers goes through a function as soon as it is made: one that takes its
@@ -201,6 +203,7 @@ pub fn random(
 /// Those of [`random`] and of the function.
 pub fn random_by_layers(
     config: &DecoderConfig,
+    quant: QuantConfig,
     dtype: FloatType,
     rank: Option<usize>,
     device: &Device,
@@ -235,7 +238,7 @@ pub fn random_by_layers(
         if is_router(name) {
             return Ok(dense.into());
         }
-        let packed = AnyLinear::Nf4(QuantLinear::quantize(dense, QuantConfig::default())?);
+        let packed = AnyLinear::Nf4(QuantLinear::quantize(dense, quant)?);
         match rank {
             Some(rank) => packed.with_lora(&QLoraLinearConfig::new(rank), device),
             None => Ok(packed),

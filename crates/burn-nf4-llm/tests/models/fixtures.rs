@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::checkpoint::{CheckpointStore, SafetensorsFile};
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, QuantConfig};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -110,5 +110,5 @@ pub fn random_numbers() -> MutexGuard<'static, ()> {
 /// A model of random weights in f32.
 pub fn random_model(config: &DecoderConfig, device: &Device) -> Decoder {
     let _drawn = random_numbers();
-    random(config, FloatType::F32, None, device).unwrap()
+    random(config, QuantConfig::default(), FloatType::F32, None, device).unwrap()
 }

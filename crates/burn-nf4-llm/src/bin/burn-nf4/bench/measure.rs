@@ -4,11 +4,13 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::format::FloatType;
+use burn_nf4::model::LinearLayers;
+use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::keep_threads_awake;
 use burn_nf4_llm::ModelError;
 use burn_nf4_llm::generate::{Report, Request, Sampling, generate};
 use burn_nf4_llm::model::cache::KvCache;
-use burn_nf4_llm::model::{Decoder, DecoderConfig};
+use burn_nf4_llm::model::{Decoder, DecoderConfig, DecoderLayer, Mlp};
 
 use super::memory::position_bytes;
 use super::report::{Copy, DecodeRow, FirstToken, Memory, PrefillRow};
@@ -58,9 +60,39 @@ fn request(config: &DecoderConfig, rows: usize, context: usize, max_tokens: usiz
 pub struct Floor {
     /// Packed weights and the head: once a step.
     pub weight_bytes: usize,
+    /// Of those the experts of mixtures, by layer.
+    experts: Vec<ExpertBytes>,
     /// Keys and values of one position of one row.
     pub position_bytes: usize,
     pub copy: Copy,
+}
+
+/// What the experts of a layer weigh.
+struct ExpertBytes {
+    each: usize,
+    count: usize,
+    /// How many a token is sent to.
+    per_token: usize,
+}
+
+impl ExpertBytes {
+    fn of(layer: &DecoderLayer) -> Option<Self> {
+        let Mlp::Mixture(mixture) = &layer.mlp else {
+            return None;
+        };
+        let linears = mixture.experts.first()?.linears();
+        let bytes = |layer: &AnyLinear| layer.packed_bytes() + layer.float_bytes();
+        Some(Self {
+            each: linears.into_iter().map(|(_, layer)| bytes(layer)).sum(),
+            count: mixture.experts.len(),
+            per_token: mixture.experts_per_token,
+        })
+    }
+
+    /// The bytes of experts to which so many tokens are not sent, where each goes to others.
+    fn unread(&self, tokens: usize) -> usize {
+        self.each * self.count.saturating_sub(tokens * self.per_token)
+    }
 }
 
 impl Floor {
@@ -76,6 +108,7 @@ impl Floor {
         };
         Self {
             weight_bytes: packed + floats - unread,
+            experts: model.layers.iter().filter_map(ExpertBytes::of).collect(),
             position_bytes: position_bytes(config, dtype),
             copy,
         }
@@ -83,7 +116,12 @@ impl Floor {
 
     /// The bytes of the middle one of so many steps.
     fn read_bytes(&self, rows: usize, context: usize, steps: usize) -> usize {
-        self.weight_bytes + rows * (context + steps / 2) * self.position_bytes
+        let unread: usize = self
+            .experts
+            .iter()
+            .map(|experts| experts.unread(rows))
+            .sum();
+        self.weight_bytes - unread + rows * (context + steps / 2) * self.position_bytes
     }
 }
 

@@ -1,7 +1,7 @@
 //! The memory that measurements need, and what there is.
 
 use burn::tensor::Device;
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, PackedLayout, QuantConfig};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::op::{LinearCrossEntropyOptions, device_memory};
@@ -63,22 +63,30 @@ impl Need {
     }
 
     /// The weights of a model as they are made here: linear layers packed, embeddings and head in floats.
-    pub fn weights(config: &DecoderConfig, dtype: FloatType, device: &Device) -> Self {
+    pub fn weights(
+        config: &DecoderConfig,
+        quant: QuantConfig,
+        dtype: FloatType,
+        device: &Device,
+    ) -> Self {
         let model = config.init(device);
-        let elements = |(name, layer): (String, &AnyLinear)| {
-            let [rows, columns] = layer.dims();
-            (name == HEAD, (rows * columns) as u64)
+        let bytes = |(name, layer): (String, &AnyLinear)| {
+            let dims = layer.dims();
+            let is_head = name == HEAD;
+            let bytes = match is_head {
+                true => dims[0] * dims[1] * dtype.size_bytes(),
+                // Sizes that the type does not have are an error once it is quantized.
+                false => {
+                    PackedLayout::for_shape(&dims, quant).map_or(0, |layout| layout.words() * 4)
+                }
+            };
+            bytes as u64
         };
-        let linears = model.linears().into_iter().map(elements);
-        let (heads, packed): (Vec<_>, Vec<_>) = linears.partition(|&(is_head, _)| is_head);
-        let sum = |all: Vec<(bool, u64)>| all.iter().map(|&(_, elements)| elements).sum::<u64>();
-        let table = (config.vocab_size * config.hidden_size) as u64;
-        // Codes, and for each block of 64 a scale in 8 bit.
-        let packed = sum(packed);
-        let packed = packed / 2 + packed / 64;
+        let linears: u64 = model.linears().into_iter().map(bytes).sum();
+        let table = (config.vocab_size * config.hidden_size * dtype.size_bytes()) as u64;
         Self {
             what: "the weights".into(),
-            bytes: packed + (sum(heads) + table) * dtype.size_bytes() as u64,
+            bytes: linears + table,
         }
     }
 

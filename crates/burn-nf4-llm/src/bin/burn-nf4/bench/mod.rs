@@ -18,7 +18,7 @@ use burn_nf4_llm::ModelError;
 use burn_nf4_llm::model::{Decoder, DecoderConfig, random};
 use clap::{Args, ValueEnum};
 
-use crate::args::FloatArg;
+use crate::args::{FloatArg, QuantArg};
 use crate::device::{DeviceName, sync};
 use crate::model_args::{at_least, check_rows};
 use crate::output::end_at_once;
@@ -72,6 +72,9 @@ pub struct BenchArgs {
     /// Train without computing each layer twice: more memory, less time. As :keep behind each --train.
     #[arg(long)]
     keep_all: bool,
+    /// What the linear layers are packed in, by us: peers have nf4.
+    #[arg(long = "to", alias = "quant-type", value_enum, default_value = "nf4")]
+    quant_type: QuantArg,
     /// Put a low-rank branch of this rank on every linear layer but the head [default: none; in training 16].
     #[arg(long)]
     rank: Option<usize>,
@@ -124,6 +127,7 @@ struct Plan {
 /// What all measurements have in common.
 struct Setting<'a> {
     config: &'a DecoderConfig,
+    quant: QuantConfig,
     dtype: FloatType,
     device: &'a Device,
 }
@@ -137,8 +141,10 @@ impl BenchArgs {
         let device = &self.device.open()?;
         let dtype = self.device.dtype(self.dtype, config.dtype, device)?;
         let plan = self.plan();
+        let quant = QuantConfig::of(self.quant_type.into());
         let setting = Setting {
             config,
+            quant,
             dtype,
             device,
         };
@@ -161,6 +167,7 @@ impl BenchArgs {
             device: self.device.name(),
             device_name: self.device.own_name(device),
             dtype: dtype.name(),
+            quant_type: quant.quant_type.name(),
             rank: self.rank,
             quantized_head: self.quantize_head,
             weights: None,
@@ -333,9 +340,10 @@ impl BenchArgs {
             config,
             dtype,
             device,
+            ..
         } = setting;
         let model = self.model(setting, self.rank, device)?;
-        let model = model.with_exact_tables();
+        let model = model.with_exact_tables().stack_experts()?;
         sync(device)?;
         report.first_token = Some(measure::first_token(&model, config)?);
         let copy = measure::copy(self.device, device)?;
@@ -384,10 +392,11 @@ impl BenchArgs {
             config,
             dtype,
             device,
+            ..
         } = setting;
         let mut needs = Vec::new();
         if !self.shard {
-            needs.push(Need::weights(config, dtype, device));
+            needs.push(Need::weights(config, setting.quant, dtype, device));
         }
         if !(self.batch.is_empty() && self.context.is_empty()) {
             let of = |&[batch, context]: &[usize; 2]| [batch, context, self.tokens];
@@ -435,12 +444,14 @@ impl BenchArgs {
             config,
             dtype,
             device,
+            ..
         } = setting;
         let recipe = Recipe::new(self.rank);
         let method = Method {
             eager: self.eager,
             steps: self.train_steps,
             shard: self.shard,
+            quant: setting.quant,
         };
         let devices = self.devices.iter();
         let devices = devices.map(|&index| self.device.open_at(index));
@@ -484,9 +495,9 @@ impl BenchArgs {
         rank: Option<usize>,
         device: &Device,
     ) -> Result<Decoder, ModelError> {
-        let model = random(setting.config, setting.dtype, rank, device)?;
+        let model = random(setting.config, setting.quant, setting.dtype, rank, device)?;
         match self.quantize_head {
-            true => Ok(model.quantize_head(QuantConfig::default())?),
+            true => Ok(model.quantize_head(setting.quant)?),
             false => Ok(model),
         }
     }

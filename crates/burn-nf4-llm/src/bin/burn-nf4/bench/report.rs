@@ -27,6 +27,8 @@ pub struct BenchReport {
     pub device_name: String,
     /// The type that is computed in.
     pub dtype: &'static str,
+    /// What the linear layers are packed in.
+    pub quant_type: &'static str,
     /// Of the branches that are decoded with.
     pub rank: Option<usize>,
     /// Whether the head is in 4 bit.
@@ -227,8 +229,9 @@ impl BenchReport {
     /// What the measurements are of.
     pub fn print_head(&self) -> Result<(), ModelError> {
         say!(
-            "{}, random weights, {} ({}), {}{}{}",
+            "{}, random weights in {}, {} ({}), {}{}{}",
             self.size,
+            self.quant_type,
             self.device,
             self.device_name,
             self.dtype,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
-use burn_nf4::format::FloatType;
+use burn_nf4::format::{FloatType, QuantConfig};
 use burn_nf4::model::LinearLayers;
 use burn_nf4::parallel;
 use burn_nf4::peft::{LoraConfig, TargetModules};
@@ -150,6 +150,8 @@ pub struct Method {
     pub steps: usize,
     /// Whether each of several devices keeps a part of the packed weights only.
     pub shard: bool,
+    /// What the linear layers are packed in.
+    pub quant: QuantConfig,
 }
 
 /// Times steps of a run of its own, so that nothing is there of other shapes.
@@ -182,6 +184,7 @@ pub fn train_on(
     method: Method,
 ) -> Result<TrainRow, ModelError> {
     let config = config.clone();
+    let quant = method.quant;
     // Sharded weights are drawn by each rank for itself: what is gathered is of several draws, but the same on each.
     let rows = parallel::run(devices, move |rank| {
         let rank = Arc::new(rank);
@@ -191,14 +194,14 @@ pub fn train_on(
             true => {
                 let mut shards = Shards::new(&rank);
                 let mut take = |layer| shards.take(layer);
-                let model = random_by_layers(&config, dtype, None, &on, &mut take)?;
+                let model = random_by_layers(&config, quant, dtype, None, &on, &mut take)?;
                 (model, Some(shards))
             }
             false => {
                 // The same weights on each.
                 let model = rank.in_turn(|| {
                     on.seed(0);
-                    let model = random(&config, dtype, None, &on)?;
+                    let model = random(&config, quant, dtype, None, &on)?;
                     sync(&on)?;
                     Ok::<_, ModelError>(model)
                 })??;
