@@ -6,6 +6,7 @@ use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
     cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
 };
+use crate::checkpoint::orientation::Orientation;
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
@@ -26,7 +27,7 @@ enum Form {
     Quantized {
         config: QuantConfig,
         stored: StoredForm,
-        transposed: bool,
+        orientation: Orientation,
     },
 }
 
@@ -43,27 +44,24 @@ impl BaseWeight {
                 form: Form::Dense,
             });
         }
-        let (weight, transposed) = base.load_image(key)?;
+        let (weight, orientation) = base.load_image(key)?;
         let dtype = weight.dtype();
         let config = weight.layout().config();
         let form = Form::Quantized {
             config,
             stored: StoredForm::of(base, key, config.quant_type)?,
-            transposed,
+            orientation,
         };
-        let mut weight = Self {
-            shape: weight.shape().to_vec(),
-            values: with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?),
+        let mut shape = weight.shape().to_vec();
+        let values = with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?);
+        Ok(Self {
+            values: orientation
+                .turn(key, values.into(), &mut shape)?
+                .into_owned(),
+            shape,
             dtype,
             form,
-        };
-        if let Form::Quantized {
-            transposed: true, ..
-        } = form
-        {
-            weight.transpose(key)?;
-        }
-        Ok(weight)
+        })
     }
 
     pub fn dims(&self, key: &str) -> Result<[usize; 2], Nf4Error> {
@@ -91,12 +89,11 @@ impl BaseWeight {
                 Form::Quantized {
                     config,
                     stored,
-                    transposed,
+                    orientation,
                 },
             ) => {
-                if transposed {
-                    self.transpose(key)?;
-                }
+                let values = orientation.turn(key, self.values.into(), &mut self.shape)?;
+                self.values = values.into_owned();
                 with_float_type!(self.dtype, T => {
                     let rounded = cast::<f32, T>(&self.values, key)?;
                     let weight = quantize(&rounded, &self.shape, config, None, key)?;
