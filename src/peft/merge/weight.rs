@@ -10,7 +10,9 @@ use crate::checkpoint::orientation::Orientation;
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedImage, QuantConfig, check_finite, matrix_dims};
+use crate::format::{
+    FloatElement, FloatType, PackedImage, QuantConfig, WeightParts, check_finite, matrix_dims,
+};
 
 /// A weight of the base model, widened, in the orientation that the model has it in.
 pub(super) struct BaseWeight {
@@ -96,8 +98,14 @@ impl BaseWeight {
                 self.values = values.into_owned();
                 with_float_type!(self.dtype, T => {
                     let rounded = cast::<f32, T>(&self.values, key)?;
-                    let weight = quantize(&rounded, &self.shape, config, None, key)?;
-                    writer.write_parts(key, weight.parts(), stored)?;
+                    // With one scale it is quantized as one row.
+                    let rows = match stored {
+                        StoredForm::OneScale { .. } => vec![1, rounded.len()],
+                        _ => self.shape.clone(),
+                    };
+                    let weight = quantize(&rounded, &rows, config, None, key)?;
+                    let parts = WeightParts { shape: &self.shape, ..weight.parts() };
+                    writer.write_parts(key, parts, stored)?;
                     widen_decoded::<T>(weight, key)?
                 })
             }
