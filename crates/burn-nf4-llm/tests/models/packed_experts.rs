@@ -274,7 +274,6 @@ fn refused(change: impl FnOnce(&mut Tensors)) -> String {
 
 #[rstest]
 #[case::no_scales("_scales", |tensors: &mut Tensors, key: &str| { tensors.remove(key); })]
-#[case::no_blocks("_blocks", |tensors: &mut Tensors, key: &str| { tensors.remove(key); })]
 #[case::blocks_of_8("_blocks", |tensors: &mut Tensors, key: &str| tensors.get_mut(key).unwrap().shape = vec![4, 64, 2, 8])]
 #[case::flat_blocks("_blocks", |tensors: &mut Tensors, key: &str| tensors.get_mut(key).unwrap().shape = vec![256, 16])]
 #[case::blocks_in_i8("_blocks", |tensors: &mut Tensors, key: &str| tensors.get_mut(key).unwrap().dtype = Dtype::I8)]
@@ -301,6 +300,17 @@ fn experts_that_are_missing_are_refused_by_name() {
     });
     assert!(
         error.contains("model.layers.1.mlp.experts.2.down_proj"),
+        "{error}"
+    );
+}
+
+/// Scales that are left alone are told with the weights that are missing.
+#[test]
+fn scales_without_blocks_are_refused_by_name() {
+    let error = refused(|tensors| drop(tensors.remove(&format!("{DOWN}_blocks"))));
+    assert!(error.contains(&format!("{DOWN}_scales")), "{error}");
+    assert!(
+        error.contains("model.layers.1.mlp.experts.0.down_proj.weight"),
         "{error}"
     );
 }
