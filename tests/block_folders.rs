@@ -310,6 +310,11 @@ fn other_formats_are_told(#[case] weights: Value, #[case] format: &str, #[case] 
 #[rstest]
 #[case(model("nvfp4_modelopt_17x64"), modelopt("NVFP4_AWQ"), "NVFP4_AWQ")]
 #[case(
+    model("fp8_block128_200x300"),
+    modelopt("FP8_PB_WO"),
+    "weights in FP8_PB_WO"
+)]
+#[case(
     model("nvfp4_modelopt_17x64"),
     modelopt("FP8"),
     "to be quantized as fp8channel"

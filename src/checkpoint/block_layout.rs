@@ -6,13 +6,16 @@ use super::elements::le_bytes;
 use super::layout::NewTensor;
 use super::stored_form::StoredForm;
 use crate::error::Nf4Error;
-use crate::format::{BlockShape, Floats, QuantType, ScaleParts, TensorScale, WeightParts};
+use crate::format::{
+    BlockShape, Floats, QuantType, ScaleParts, TensorScale, WeightParts, check_len,
+};
 
 /// The tensors of a weight under the name `prefix`. A scale of the tensor that multiplies is stored as its
 /// reciprocal where the form has one that divides, and the other way round.
 ///
 /// # Errors
-/// [`Nf4Error::Config`] for a form that is not one of the type's.
+/// [`Nf4Error::Config`] for a form that is not one of the type's, [`Nf4Error::Length`] for a weight of several scales
+/// in a form of one.
 pub(super) fn tensors<'a>(
     prefix: &str,
     weight: WeightParts<'a>,
@@ -36,7 +39,10 @@ pub(super) fn tensors<'a>(
         shape: code_shape(&weight, form),
         bytes: weight.codes.into(),
     }];
-    let shape = scale_shape(&weight);
+    let shape = match form {
+        StoredForm::OneScale { is_scalar, .. } => vec![1; usize::from(!is_scalar)],
+        _ => scale_shape(&weight),
+    };
     let key = format!("{prefix}{scales_part}");
     match weight.scales {
         ScaleParts::Coded {
@@ -55,15 +61,19 @@ pub(super) fn tensors<'a>(
             let key = format!("{prefix}{tensor_scale_part}");
             tensors.extend(tensor_scale_of(key, tensor_scale, form));
         }
-        ScaleParts::Flat(scales) => tensors.push(NewTensor {
-            key,
-            dtype: Dtype::F32,
-            shape,
-            bytes: match scales {
+        ScaleParts::Flat(scales) => {
+            let bytes = match scales {
                 Floats::Values(values) => le_bytes(values),
                 Floats::Stored(bytes) => bytes.into(),
-            },
-        }),
+            };
+            check_len(&key, shape.iter().product(), bytes.len() / size_of::<f32>())?;
+            tensors.push(NewTensor {
+                key,
+                dtype: Dtype::F32,
+                shape,
+                bytes,
+            });
+        }
         ScaleParts::Nested { .. } => unreachable!("of bitsandbytes' types alone"),
     }
     Ok(tensors)
@@ -71,13 +81,13 @@ pub(super) fn tensors<'a>(
 
 /// Whether files have weights of a type in a form.
 fn fits(quant_type: QuantType, form: StoredForm) -> bool {
-    use StoredForm::{Blocks, Channels, ModelOpt, Packed, ScaleInv};
+    use StoredForm::{Blocks, Channels, ModelOpt, OneScale, Packed, ScaleInv};
     match quant_type {
         QuantType::Nf4 | QuantType::Fp4 => false,
         QuantType::Nvfp4 => matches!(form, Packed | ModelOpt),
         QuantType::Mxfp4 => matches!(form, Packed | Channels | Blocks),
         QuantType::Fp8Block => matches!(form, ScaleInv | Channels),
-        QuantType::Fp8Channel => form == Channels,
+        QuantType::Fp8Channel => matches!(form, Channels | ScaleInv | OneScale { .. }),
     }
 }
 

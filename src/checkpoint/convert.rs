@@ -5,6 +5,7 @@ mod decode;
 mod dense;
 mod dequantize;
 mod entry;
+mod expert_stacks;
 mod fused;
 mod model_config;
 mod options;

@@ -12,7 +12,8 @@ use super::file::{SafetensorsFile, read_text};
 use super::float::{load_float, load_tensor};
 use super::json::UniqueMap;
 use super::names::is_file_name;
-use super::naming::{block_weights, is_of_activations, is_part_of_block, keys_of_block};
+use super::naming::{Naming, block_weights, is_of_activations, is_part_of_block, keys_of_block};
+use super::orientation::Orientation;
 use super::python_json;
 use super::resolve::{Weights, find_weights};
 use super::stored::{StoredTensor, TensorInfo, TensorSource};
@@ -240,14 +241,18 @@ impl Checkpoint {
         load_quantized(self, prefix)
     }
 
-    /// The quantized parameter `prefix` as the image that is decoded, and whether the parameter is the
-    /// transpose of it.
+    /// The quantized parameter `prefix` as the image that is decoded, and how the parameter lies to it.
     ///
     /// # Errors
     /// Those of [`load_quantized`](Self::load_quantized).
-    pub(crate) fn load_image(&self, prefix: &str) -> Result<(PackedImage, bool), Nf4Error> {
+    pub(crate) fn load_image(&self, prefix: &str) -> Result<(PackedImage, Orientation), Nf4Error> {
         let weight = find_weight(self, prefix)?;
-        Ok((PackedImage::of(&weight.parts()), weight.transposed))
+        let orientation = match (weight.transposed, Naming::of(self, prefix)) {
+            (true, _) => Orientation::Transposed,
+            (false, Some(Naming::Blocks)) if weight.shape.len() > 2 => Orientation::TransposedStack,
+            _ => Orientation::AsStored,
+        };
+        Ok((PackedImage::of(&weight.parts()), orientation))
     }
 
     /// Reads a plain float tensor and its shape. It must be stored as `T`: nothing is converted.

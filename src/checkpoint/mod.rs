@@ -91,6 +91,7 @@ mod layout;
 mod matching;
 mod names;
 mod naming;
+pub(crate) mod orientation;
 pub(crate) mod parameters;
 mod progress;
 pub mod python_json;

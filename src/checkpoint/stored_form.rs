@@ -32,6 +32,11 @@ pub(crate) enum StoredForm {
     ScaleInv,
     /// FP8 with a scale a row: `P`, `P_scale`.
     Channels,
+    /// FP8 with one scale: `P`, and `P_scale` or `P_scale_inv`, which is `[1]` or has no dimensions.
+    OneScale {
+        scale: &'static str,
+        is_scalar: bool,
+    },
     /// The experts of gpt-oss: `P_blocks`, `P_scales`.
     Blocks,
 }
@@ -113,7 +118,19 @@ impl StoredForm {
             has(codes) && has(scales) && (*form != Self::ModelOpt || has(tensor_scale))
         };
         let found = forms.into_iter().find(is_there);
-        Ok(found.unwrap_or(Self::of_type(quant_type)))
+        let found = found.unwrap_or(Self::of_type(quant_type));
+        if quant_type != QuantType::Fp8Channel {
+            return Ok(found);
+        }
+        let [_, scale, _] = found.parts();
+        let info = source.tensor_info(&format!("{parameter}{scale}"))?;
+        Ok(match info.shape {
+            [] | [1] => Self::OneScale {
+                scale,
+                is_scalar: info.shape.is_empty(),
+            },
+            _ => found,
+        })
     }
 
     /// What follows the name of the parameter in the names of its codes, its scales and the scale of the
@@ -125,6 +142,7 @@ impl StoredForm {
             Self::ModelOpt => ["", "_scale", "_scale_2"],
             Self::ScaleInv => ["", "_scale_inv", ""],
             Self::Channels => ["", "_scale", ""],
+            Self::OneScale { scale, .. } => ["", scale, ""],
             Self::Blocks => ["_blocks", "_scales", ""],
         }
     }

@@ -1,14 +1,16 @@
 //! The values of parameters, and how far those of two are apart.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::convert::check_decodes;
-use super::elements::{elements, float_type, transpose, widen, with_float_type};
+use super::elements::{elements, float_type, widen, with_float_type};
 use super::folder::Checkpoint;
+use super::orientation::{Orientation, transpose_stack};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
+use crate::format::{FloatElement, FloatType, PackedImage};
 use crate::host;
 
 /// Values read at a time; two buffers of this many f32 are 2 MiB.
@@ -26,8 +28,17 @@ pub(super) struct Values<'a> {
 enum Stored<'a> {
     Dense(FloatType, &'a [u8]),
     Quantized(PackedImage),
-    /// Decoded, as the order of the values differs from that of the codes.
-    Transposed(Vec<f32>),
+    Transposed(Transposed),
+}
+
+/// A weight whose matrices are decoded one at a time, as the order of their values differs from that of the
+/// codes.
+struct Transposed {
+    weight: PackedImage,
+    /// Matrices, and rows and columns as they are stored.
+    dims: [usize; 3],
+    /// The number of a matrix, and its values.
+    decoded: RefCell<Option<(usize, Vec<f32>)>>,
 }
 
 impl<'a> Values<'a> {
@@ -43,26 +54,34 @@ impl<'a> Values<'a> {
                 stored: Stored::Dense(float_type, source.tensor_bytes(name)?),
             }));
         }
-        let (weight, transposed) = source.load_image(name)?;
+        let (weight, orientation) = source.load_image(name)?;
         check_decodes(&weight, name)?;
-        let quantized = Self::of_image(weight);
-        if !transposed {
-            return Ok(Ok(quantized));
-        }
-        let [rows, columns] = matrix_dims(name, &quantized.shape)?;
-        let values = quantized.read(0..rows * columns);
-        Ok(Ok(Self {
-            shape: vec![columns, rows],
-            stored: Stored::Transposed(transpose([rows, columns], |index| values[index])),
-        }))
+        Self::of_image(weight, orientation, name).map(Ok)
     }
 
-    /// Those of a weight, which decodes to finite ones.
-    pub fn of_image(weight: PackedImage) -> Self {
-        Self {
-            shape: weight.shape().to_vec(),
-            stored: Stored::Quantized(weight),
-        }
+    /// Those of a parameter whose weight decodes to finite ones.
+    ///
+    /// # Errors
+    /// Those of [`Orientation::dims`].
+    pub fn of_image(
+        weight: PackedImage,
+        orientation: Orientation,
+        name: &str,
+    ) -> Result<Self, Nf4Error> {
+        let mut shape = weight.shape().to_vec();
+        let stored = match orientation.dims(name, &shape)? {
+            None => Stored::Quantized(weight),
+            Some(dims) => {
+                let last = shape.len() - 1;
+                shape.swap(last - 1, last);
+                Stored::Transposed(Transposed {
+                    weight,
+                    dims,
+                    decoded: RefCell::default(),
+                })
+            }
+        };
+        Ok(Self { shape, stored })
     }
 
     /// How far others of the same shape are from these.
@@ -97,13 +116,42 @@ impl<'a> Values<'a> {
                 let size = size_of::<T>();
                 widen(&elements::<T>(&bytes[range.start * size..range.end * size]))
             }),
-            Stored::Quantized(weight) => with_float_type!(weight.dtype(), T => {
-                let mut values = vec![T::from_f32(0.0); range.len()];
-                host::dequantize(weight.words(), weight.layout(), range.start, &mut values);
-                widen(&values)
-            }),
-            Stored::Transposed(values) => values[range].to_vec(),
+            Stored::Quantized(weight) => decode(weight, range),
+            Stored::Transposed(weight) => weight.read(range),
         }
+    }
+}
+
+/// Values of a weight, in the order in which they are stored.
+fn decode(weight: &PackedImage, range: Range<usize>) -> Vec<f32> {
+    with_float_type!(weight.dtype(), T => {
+        let mut values = vec![T::from_f32(0.0); range.len()];
+        host::dequantize(weight.words(), weight.layout(), range.start, &mut values);
+        widen(&values)
+    })
+}
+
+impl Transposed {
+    fn read(&self, range: Range<usize>) -> Vec<f32> {
+        let [_, rows, columns] = self.dims;
+        let size = rows * columns;
+        let mut values = Vec::with_capacity(range.len());
+        let mut start = range.start;
+        while start < range.end {
+            let (number, offset) = (start / size, start % size);
+            let end = size.min(offset + range.end - start);
+            let mut decoded = self.decoded.borrow_mut();
+            let (_, matrix) = match decoded.take() {
+                Some(known) if known.0 == number => decoded.insert(known),
+                _ => {
+                    let stored = decode(&self.weight, number * size..(number + 1) * size);
+                    decoded.insert((number, transpose_stack([1, rows, columns], &stored)))
+                }
+            };
+            values.extend_from_slice(&matrix[offset..end]);
+            start += end - offset;
+        }
+        values
     }
 }
 

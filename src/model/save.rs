@@ -135,6 +135,7 @@ pub(super) fn save<M: LinearLayers>(
             embeddings: keys
                 .iter()
                 .any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
+            expert_stacks: false,
         });
     } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {
         config.set_dense();

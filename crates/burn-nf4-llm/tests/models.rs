@@ -25,6 +25,8 @@ mod heads;
 mod mixtures;
 #[path = "models/optimizers.rs"]
 mod optimizers;
+#[path = "models/packed_experts.rs"]
+mod packed_experts;
 #[path = "models/packing.rs"]
 mod packing;
 #[path = "models/parity.rs"]

@@ -7,15 +7,17 @@ use super::dense::write_dense;
 use super::model_config::ModelConfig;
 use super::options::DequantizeOptions;
 use super::{ClaimFile, Converted, Reporter, check_source, copy_other_files, start_writer};
-use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, transpose, with_float_type};
+use crate::checkpoint::elements::{cast, le_bytes, stored_dtype, with_float_type};
+use crate::checkpoint::orientation::Orientation;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedImage, matrix_dims};
+use crate::format::{FloatElement, FloatType, PackedImage};
 
 /// Decodes the quantized weights of a checkpoint into a new folder of float weights.
 ///
 /// Each is decoded to the dtype that it had, as bitsandbytes does, and then rounded to the one
-/// asked for. A weight that is stored transposed is written the way the model has it.
+/// asked for. A weight that is stored transposed, as the packed experts of gpt-oss are, is written the way the
+/// model has it.
 /// `config.json` loses its `quantization_config`, and the other files of the folder are copied, but for
 /// ModelOpt's `hf_quant_config.json`. Scales of activations stay behind: [`Converted::dropped`] names them.
 ///
@@ -86,9 +88,9 @@ pub(super) fn write_decoded(
     key: &str,
     dtype: Option<FloatType>,
 ) -> Result<(), Nf4Error> {
-    let (weight, transposed) = source.load_image(key)?;
+    let (weight, orientation) = source.load_image(key)?;
     with_float_type!(weight.dtype(), T => {
-        let (values, shape) = decode_upright::<T>(weight, transposed, key)?;
+        let (values, shape) = decode_upright::<T>(weight, orientation, key)?;
         write_values(writer, key, values, &shape, dtype)
     })
 }
@@ -96,18 +98,14 @@ pub(super) fn write_decoded(
 /// The values of a weight, the way the model has it, and their shape.
 pub(super) fn decode_upright<T: FloatElement>(
     weight: PackedImage,
-    transposed: bool,
+    orientation: Orientation,
     key: &str,
 ) -> Result<(Vec<T>, Vec<usize>), Nf4Error> {
     let mut shape = weight.shape().to_vec();
-    let mut values = decode::<T>(&weight, key)?;
+    let values = decode::<T>(&weight, key)?;
     drop(weight);
-    if transposed {
-        let dims = matrix_dims(key, &shape)?;
-        values = transpose(dims, |index| values[index]);
-        shape.reverse();
-    }
-    Ok((values, shape))
+    let values = orientation.turn(key, values.into(), &mut shape)?;
+    Ok((values.into_owned(), shape))
 }
 
 fn write_values<T: FloatElement>(

@@ -18,6 +18,8 @@ pub(crate) struct Quantized<'a> {
     pub ignore: &'a [String],
     /// Whether embeddings are quantized too.
     pub embeddings: bool,
+    /// Whether what is in MXFP4 is stacks of experts, as gpt-oss has them.
+    pub expert_stacks: bool,
 }
 
 /// The version of compressed-tensors whose entry this is.
@@ -40,6 +42,10 @@ impl Quantized<'_> {
                     "type": "float",
                 }),
             ),
+            QuantType::Mxfp4 if self.expert_stacks => json!({
+                "modules_to_not_convert": self.ignore,
+                "quant_method": "mxfp4",
+            }),
             QuantType::Mxfp4 => self.compressed_tensors(
                 "mxfp4-pack-quantized",
                 json!({

@@ -94,8 +94,13 @@ impl ModelConfig {
 
     /// The type of the model, if its linear layers but for the head are transformers' `Conv1D`.
     pub fn conv1d_model(&self) -> Option<&str> {
-        let model_type = self.entries.get("model_type")?.as_str()?;
+        let model_type = self.model_type()?;
         CONV1D_MODELS.contains(&model_type).then_some(model_type)
+    }
+
+    /// The type of the model.
+    pub fn model_type(&self) -> Option<&str> {
+        self.entries.get("model_type")?.as_str()
     }
 
     /// The file.

@@ -27,6 +27,10 @@ pub struct QuantizeOptions {
     pub skip_modules: Vec<String>,
     /// Whether to quantize the experts of a mixture too: their matrices, or the N-D tensors into
     /// which they are fused. transformers 5.17 does not load those.
+    ///
+    /// Of gpt-oss in MXFP4 it does: `model_type` says so, and the stacks of experts, `[experts, k, rows]`,
+    /// are written transposed as `…_blocks` and `…_scales`. All other weights stay floats, as this form has
+    /// experts alone; an entry of [`skip_modules`](Self::skip_modules) keeps both stacks of a layer.
     pub experts: bool,
     /// Whether to quantize the output head too: `lm_head`, `embed_out`, and of classifiers `score`,
     /// `classifier` and `qa_outputs`. transformers keeps the head in float when it quantizes, but loads a
@@ -44,6 +48,9 @@ pub struct QuantizeOptions {
     /// **Such a folder is for this crate alone.** bitsandbytes 0.50.2 does not save its `Embedding4bit`,
     /// and transformers 5.24 loads quantized weights into linear layers only: it refuses the folder, as
     /// the packed embedding has another shape (told to ignore that, it would begin with random values).
+    /// In NVFP4 and MXFP4 transformers 5.24 loads it if it is told to decode
+    /// (`CompressedTensorsConfig(dequantize=True)`); otherwise it fails, as it does with what compressed-tensors
+    /// 0.20 writes of embeddings itself.
     pub embeddings: bool,
     /// The dtype under which codes are stored: U8, BF16, F16 or F32.
     pub storage: Dtype,

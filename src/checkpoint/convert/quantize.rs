@@ -1,17 +1,20 @@
 //! Weights to 4 bit or 8 bit.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use super::decode::check_decodes;
 use super::dense::write_dense;
 use super::dequantize::{decode_upright, write_decoded};
 use super::entry::Quantized;
+use super::expert_stacks;
 use super::fused::FusedScales;
 use super::model_config::ModelConfig;
 use super::options::QuantizeOptions;
 use super::select::Selection;
 use super::{ClaimFile, Converted, Reporter, check_source, copy_other_files, start_writer};
 use crate::checkpoint::elements::{cast, elements, expect_float, with_float_type};
+use crate::checkpoint::orientation::Orientation;
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::values::Values;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, Progress};
@@ -71,7 +74,11 @@ pub fn quantize_checkpoint(
     }
     let (parameters, dropped) = (source.parameters(), source.activation_scales());
     let tied = model_config.as_ref().and_then(ModelConfig::ties_embeddings);
-    let selection = Selection::new(source, &parameters, options, tied)?;
+    let model_type = model_config.as_ref().and_then(ModelConfig::model_type);
+    let selection = match expert_stacks::are_wanted(model_type, &parameters, options) {
+        true => expert_stacks::select(source, &parameters, options)?,
+        false => Selection::new(source, &parameters, options, tied)?,
+    };
     check_types(source, &selection, options)?;
 
     let mut writer = start_writer(
@@ -103,14 +110,12 @@ pub fn quantize_checkpoint(
                 }
                 _ => None,
             };
-            let dtype = write_quantized(
-                &mut writer,
-                source,
-                [key, name],
-                scale,
-                options,
-                &mut result,
-            )?;
+            let written = match selection.has_expert_stacks() {
+                true => AsWritten::expert_stack(),
+                false => AsWritten::of(name, scale, options)?,
+            };
+            let names = [key, name];
+            let dtype = write_quantized(&mut writer, source, names, written, options, &mut result)?;
             compute_dtype.get_or_insert(dtype);
         }
         reporter.done(key);
@@ -127,6 +132,7 @@ pub fn quantize_checkpoint(
                 skip_entry: selection.skip_entry(),
                 ignore: selection.ignore(),
                 embeddings: options.embeddings,
+                expert_stacks: selection.has_expert_stacks(),
             }),
             None if !config.claims().is_empty() => config.set_dense(),
             None => {}
@@ -183,35 +189,66 @@ fn keep(
     write_dense(writer, key, info, source.tensor_bytes(key)?, dtype)
 }
 
+/// How a weight is written.
+#[derive(Clone, Copy)]
+struct AsWritten {
+    /// The scale of an NVFP4 tensor that is not its own.
+    scale: Option<TensorScale>,
+    form: StoredForm,
+    orientation: Orientation,
+}
+
+impl AsWritten {
+    fn of(
+        name: &str,
+        scale: Option<TensorScale>,
+        options: &QuantizeOptions,
+    ) -> Result<Self, Nf4Error> {
+        Ok(Self {
+            scale,
+            form: StoredForm::new(name, options.config.quant_type, options.storage, false)?,
+            orientation: Orientation::AsStored,
+        })
+    }
+
+    /// As gpt-oss has its experts.
+    fn expert_stack() -> Self {
+        Self {
+            scale: None,
+            form: StoredForm::Blocks,
+            orientation: Orientation::TransposedStack,
+        }
+    }
+}
+
 /// Quantizes the parameter `key` under a name, and returns the dtype that it had.
 fn write_quantized(
     writer: &mut CheckpointWriter,
     source: &Checkpoint,
     [key, name]: [&str; 2],
-    scale: Option<TensorScale>,
+    written: AsWritten,
     options: &QuantizeOptions,
     result: &mut Converted,
 ) -> Result<FloatType, Nf4Error> {
     let weight = if source.is_quantized(key) {
-        let (weight, transposed) = source.load_image(key)?;
+        let (weight, orientation) = source.load_image(key)?;
         count_type(&mut result.requantized, weight.layout().config().quant_type);
         with_float_type!(weight.dtype(), T => {
-            let (values, shape) = decode_upright::<T>(weight, transposed, key)?;
-            quantize_as(&values, &shape, scale, options, key)?
+            let (values, shape) = decode_upright::<T>(weight, orientation, key)?;
+            quantize_as(values.into(), shape, written, options, key)?
         })
     } else {
         let info = source.tensor_info(key)?;
         let bytes = source.tensor_bytes(key)?;
         with_float_type!(expect_float(info.dtype, key)?, T => {
-            quantize_as(&elements::<T>(bytes), info.shape, scale, options, key)?
+            quantize_as(elements::<T>(bytes), info.shape.to_vec(), written, options, key)?
         })
     };
     let dtype = weight.dtype();
-    let form = StoredForm::new(name, options.config.quant_type, options.storage, false)?;
-    writer.write_parts(name, weight.parts(), form)?;
+    writer.write_parts(name, weight.parts(), written.form)?;
     result.converted += 1;
     if let Ok(original) = Values::open(source, key)? {
-        let loss = original.compare(&Values::of_image(weight));
+        let loss = original.compare(&Values::of_image(weight, written.orientation, name)?);
         result.losses.insert(name.into(), loss);
     }
     Ok(dtype)
@@ -224,18 +261,20 @@ fn count_type(counts: &mut Vec<(QuantType, usize)>, quant_type: QuantType) {
     }
 }
 
-/// Quantizes values that are rounded to the dtype of the options first.
+/// Quantizes the values of a parameter, which are rounded to the dtype of the options first.
 fn quantize_as<S: FloatElement>(
-    values: &[S],
-    shape: &[usize],
-    scale: Option<TensorScale>,
+    values: Cow<'_, [S]>,
+    mut shape: Vec<usize>,
+    written: AsWritten,
     options: &QuantizeOptions,
     key: &str,
 ) -> Result<PackedImage, Nf4Error> {
+    let values = written.orientation.turn(key, values, &mut shape)?;
+    let (config, scale) = (options.config, written.scale);
     match options.dtype.filter(|&dtype| dtype != S::FLOAT_TYPE) {
-        None => quantize(values, shape, options.config, scale, key),
+        None => quantize(&values, &shape, config, scale, key),
         Some(dtype) => with_float_type!(dtype, T => {
-            quantize(&cast::<S, T>(values, key)?, shape, options.config, scale, key)
+            quantize(&cast::<S, T>(&values, key)?, &shape, config, scale, key)
         }),
     }
 }

@@ -64,6 +64,7 @@ pub(super) struct Selection {
     ragged: Vec<String>,
     quantizes_head: bool,
     head_of_table: bool,
+    expert_stacks: bool,
 }
 
 /// Why a matrix keeps its dtype.
@@ -169,7 +170,30 @@ impl Selection {
             ragged,
             quantizes_head,
             head_of_table,
+            expert_stacks: false,
         })
+    }
+
+    /// Of stacks of experts alone; `ignore` lists what the form is not to be expected of.
+    pub fn of_stacks(
+        quantized: BTreeSet<String>,
+        ignore: Vec<String>,
+        ragged: Vec<String>,
+    ) -> Self {
+        Self {
+            quantized,
+            skip_entry: None,
+            ignore,
+            ragged,
+            quantizes_head: false,
+            head_of_table: false,
+            expert_stacks: true,
+        }
+    }
+
+    /// Whether what is quantized is stacks of experts, as gpt-oss has them.
+    pub fn has_expert_stacks(&self) -> bool {
+        self.expert_stacks
     }
 
     /// The head that a parameter is tied to and that is quantized as one of its own: the parameter itself

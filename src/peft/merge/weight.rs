@@ -6,10 +6,13 @@ use crate::checkpoint::convert::{decode, quantize};
 use crate::checkpoint::elements::{
     cast, elements, expect_float, le_bytes, stored_dtype, transpose, widen, with_float_type,
 };
+use crate::checkpoint::orientation::Orientation;
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
-use crate::format::{FloatElement, FloatType, PackedImage, QuantConfig, check_finite, matrix_dims};
+use crate::format::{
+    FloatElement, FloatType, PackedImage, QuantConfig, WeightParts, check_finite, matrix_dims,
+};
 
 /// A weight of the base model, widened, in the orientation that the model has it in.
 pub(super) struct BaseWeight {
@@ -26,7 +29,7 @@ enum Form {
     Quantized {
         config: QuantConfig,
         stored: StoredForm,
-        transposed: bool,
+        orientation: Orientation,
     },
 }
 
@@ -43,27 +46,24 @@ impl BaseWeight {
                 form: Form::Dense,
             });
         }
-        let (weight, transposed) = base.load_image(key)?;
+        let (weight, orientation) = base.load_image(key)?;
         let dtype = weight.dtype();
         let config = weight.layout().config();
         let form = Form::Quantized {
             config,
             stored: StoredForm::of(base, key, config.quant_type)?,
-            transposed,
+            orientation,
         };
-        let mut weight = Self {
-            shape: weight.shape().to_vec(),
-            values: with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?),
+        let mut shape = weight.shape().to_vec();
+        let values = with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?);
+        Ok(Self {
+            values: orientation
+                .turn(key, values.into(), &mut shape)?
+                .into_owned(),
+            shape,
             dtype,
             form,
-        };
-        if let Form::Quantized {
-            transposed: true, ..
-        } = form
-        {
-            weight.transpose(key)?;
-        }
-        Ok(weight)
+        })
     }
 
     pub fn dims(&self, key: &str) -> Result<[usize; 2], Nf4Error> {
@@ -91,16 +91,21 @@ impl BaseWeight {
                 Form::Quantized {
                     config,
                     stored,
-                    transposed,
+                    orientation,
                 },
             ) => {
-                if transposed {
-                    self.transpose(key)?;
-                }
+                let values = orientation.turn(key, self.values.into(), &mut self.shape)?;
+                self.values = values.into_owned();
                 with_float_type!(self.dtype, T => {
                     let rounded = cast::<f32, T>(&self.values, key)?;
-                    let weight = quantize(&rounded, &self.shape, config, None, key)?;
-                    writer.write_parts(key, weight.parts(), stored)?;
+                    // With one scale it is quantized as one row.
+                    let rows = match stored {
+                        StoredForm::OneScale { .. } => vec![1, rounded.len()],
+                        _ => self.shape.clone(),
+                    };
+                    let weight = quantize(&rounded, &rows, config, None, key)?;
+                    let parts = WeightParts { shape: &self.shape, ..weight.parts() };
+                    writer.write_parts(key, parts, stored)?;
                     widen_decoded::<T>(weight, key)?
                 })
             }

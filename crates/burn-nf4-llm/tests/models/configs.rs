@@ -118,7 +118,7 @@ fn rotary_frequencies_are_those_of_transformers() {
 #[case::too_few_types(json!({"layer_types": ["full_attention"]}), "layer_types")]
 #[case::no_window(json!({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 0}), "sliding_window")]
 #[case::gptq(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization_config.quant_method")]
-#[case::fp8(json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config.quant_method")]
+#[case::awq(json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config.quant_method")]
 #[case::eight_bit(
     json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
     "quantization_config.load_in_8bit"
@@ -148,6 +148,10 @@ fn what_is_not_implemented_is_refused_by_name(#[case] fields: Value, #[case] nam
     "layer_types": ["sliding_attention", "sliding_attention"],
 }))]
 #[case::packed(json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}))]
+#[case::compressed(json!({"quantization_config": {"quant_method": "compressed-tensors"}}))]
+#[case::modelopt(json!({"quantization_config": {"quant_method": "modelopt"}}))]
+#[case::fp8(json!({"quantization_config": {"quant_method": "fp8"}}))]
+#[case::experts_alone(json!({"quantization_config": {"quant_method": "mxfp4"}}))]
 #[case::packed_by_its_other_name(json!({"quantization_config": {"quant_method": "bitsandbytes_4bit"}}))]
 #[case::packed_older(json!({"quantization_config": {"load_in_4bit": true, "load_in_8bit": false}}))]
 #[case::no_quantization(json!({"quantization_config": null, "per_layer_config": null}))]

@@ -157,7 +157,7 @@ pub struct Quantization {
     #[arg(long, value_name = "MODULE")]
     skip: Vec<String>,
     /// Quantize the experts of a mixture too, which must be stored one by one (transformers 5.17 does not
-    /// load those)
+    /// load those). With --to mxfp4 the stacks of gpt-oss alone, as openai publishes them
     #[arg(long)]
     experts: bool,
     /// Quantize the output head too. One that is tied to the embeddings becomes a weight of its own, and
@@ -223,6 +223,7 @@ fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
     };
     let source = Checkpoint::open(&paths.source)?;
     if options.experts
+        && options.config.quant_type.is_bitsandbytes()
         && let Some(stack) = stacked_experts(&source)
     {
         return Err(Nf4Error::Config {

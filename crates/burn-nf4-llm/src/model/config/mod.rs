@@ -10,6 +10,7 @@ pub use layers::{LayerConfig, MixtureConfig, MixtureForm};
 
 use std::path::Path;
 
+use burn_nf4::checkpoint::QuantMethod;
 use burn_nf4::format::FloatType;
 use burn_nf4::op::AttentionOptions;
 use serde_json::{Map, Value};
@@ -230,6 +231,18 @@ impl DecoderConfig {
     }
 }
 
+/// The methods whose weights are read: bitsandbytes, also under the name that transformers has where it tells the
+/// two widths apart, and those of [`QuantMethod`], of which
+/// [`Checkpoint::faults`](burn_nf4::checkpoint::Checkpoint::faults) looks at the formats.
+const METHODS: [&str; 6] = [
+    "bitsandbytes",
+    "bitsandbytes_4bit",
+    QuantMethod::CompressedTensors.name(),
+    QuantMethod::ModelOpt.name(),
+    QuantMethod::Fp8.name(),
+    QuantMethod::Mxfp4.name(),
+];
+
 /// Weights that another method quantized have other tensors and other arithmetic.
 fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
     if !matches!(fields.value("compression_config"), None | Some(Value::Null)) {
@@ -240,10 +253,9 @@ fn check_quantization(fields: &Fields) -> Result<(), ModelError> {
         return Ok(());
     };
     let method = quantization.nullable::<String>("quant_method")?;
-    // The second is what transformers calls it where it tells the two widths apart.
-    let is_bitsandbytes = |method: &str| ["bitsandbytes", "bitsandbytes_4bit"].contains(&method);
-    if let Some(method) = method.filter(|method| !is_bitsandbytes(method)) {
-        return Err(quantization.unsupported("quant_method", method, "bitsandbytes"));
+    if let Some(method) = method.filter(|method| !METHODS.contains(&method.as_str())) {
+        let supported = METHODS.join(", ");
+        return Err(quantization.unsupported("quant_method", method, supported));
     }
     for name in ["load_in_8bit", "_load_in_8bit"] {
         if quantization.nullable(name)? == Some(true) {
