@@ -204,8 +204,8 @@ fn merges_to_what_it_computes<M: Tied>(changes: Changes, is_tied: bool, tie: Opt
         .expect("it can be told");
         let merged: M = load(&out, is_tied);
         let difference = max_difference(&merged.logits(), &expected);
-        // Sums of 64 products of values of up to about 10.
-        assert!(difference < 1e-3, "{changes:?}, {tie:?}: {difference}");
+        // Sums of 64 products of values of up to about 10; what a merge gets wrong is above 0.1.
+        assert!(difference < 1e-2, "{changes:?}, {tie:?}: {difference}");
     }
     if changes != Changes::Nothing {
         assert!(max_difference(&expected, &model.logits()) > 0.1);

@@ -109,7 +109,9 @@ fn every_family(
 
 /// Experts that the device alone chooses. They are stacked last: a model that is changed later is not recorded.
 #[rstest]
-fn mixtures_of_stacked_experts(#[values("qwen3_moe", "gpt_oss")] name: &str) {
+#[case::softmax_first("qwen3_moe")]
+#[case::choice_first("gpt_oss")]
+fn mixtures_of_stacked_experts(#[case] name: &str) {
     let _alone = alone();
     let (model, config) = family(name);
     let options = QuantizeLayers {
