@@ -11,6 +11,7 @@ mod models;
 #[path = "any_linear/names.rs"]
 mod names;
 mod peft_cases;
+mod random;
 mod stored;
 #[path = "any_linear/toy.rs"]
 mod toy;

@@ -1,8 +1,8 @@
 //! Models with names of their own, and overrides that contradict the model.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LinearConfig};
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore};
 use burn_nf4::format::FloatType;
@@ -17,6 +17,7 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
+use crate::random::Random;
 use crate::stored;
 use crate::toy::{max_difference, tensors};
 
@@ -71,15 +72,17 @@ macro_rules! tied {
             const HEAD: &str = stringify!($head);
 
             fn new(is_tied: bool, device: &Device) -> Self {
-                device.seed(3);
-                let linear = |rows| {
-                    let config = LinearConfig::new(SIZE, rows).with_bias(false);
-                    config.init(device).into()
+                let matrix = |rows: usize, seed| {
+                    let values = TensorData::new(values(rows * SIZE, seed), [rows, SIZE]);
+                    Tensor::<2>::from_data(values, device)
                 };
+                let linear = |rows, seed| AnyLinear::from_weight(matrix(rows, seed) * 0.125, None);
                 Self {
-                    $embedding: EmbeddingConfig::new(ROWS, SIZE).init(device),
-                    proj: linear(SIZE),
-                    $head: (!is_tied).then(|| linear(ROWS)),
+                    $embedding: Embedding {
+                        weight: Param::from_tensor(matrix(ROWS, 3)),
+                    },
+                    proj: linear(SIZE, 4),
+                    $head: (!is_tied).then(|| linear(ROWS, 7)),
                 }
             }
 
@@ -97,12 +100,13 @@ macro_rules! tied {
 tied!(Own, embed, head);
 tied!(Root, embed_tokens, lm_head);
 
+/// The same each time: the numbers of a device are one row for all threads.
+fn values(elems: usize, seed: u64) -> Vec<f32> {
+    Random(seed).units(elems)
+}
+
 fn random(shape: &[usize], seed: u64) -> DenseTensor {
-    let device = Device::default();
-    device.seed(seed);
-    let elems: usize = shape.iter().product();
-    let values = Tensor::<1>::random([elems], Distribution::Normal(0.0, 1.0), &device);
-    let values: Vec<f32> = values.into_data().iter::<f32>().collect();
+    let values = values(shape.iter().product(), seed);
     DenseTensor::from_f32(&values, shape, FloatType::F32).expect("it fits")
 }
 
@@ -204,8 +208,8 @@ fn merges_to_what_it_computes<M: Tied>(changes: Changes, is_tied: bool, tie: Opt
         .expect("it can be told");
         let merged: M = load(&out, is_tied);
         let difference = max_difference(&merged.logits(), &expected);
-        // Sums of 64 products of values of up to about 10; what a merge gets wrong is above 0.1.
-        assert!(difference < 1e-2, "{changes:?}, {tie:?}: {difference}");
+        // Sums of 64 products of values of up to about 10.
+        assert!(difference < 1e-3, "{changes:?}, {tie:?}: {difference}");
     }
     if changes != Changes::Nothing {
         assert!(max_difference(&expected, &model.logits()) > 0.1);
