@@ -57,7 +57,7 @@ pub fn dequantize(gpu: &Gpu, args: &Args, report: &mut Report) {
     let mut headed = false;
     let problems = problems::device(gpu.sizes).iter();
     let runs = problems.flat_map(|&problem| {
-        let configs = formats::configs(gpu, &problem).into_iter();
+        let configs = formats::of_problem(gpu, &problem);
         configs.map(move |config| (problem, config))
     });
     for (problem, config) in runs {

@@ -9,17 +9,19 @@ use crate::report::Report;
 
 /// The formats that a problem is timed in, NF4 first: all of them for the one that is also decoded from a warm
 /// cache.
-pub fn configs(gpu: &Gpu, problem: &Problem) -> Vec<QuantConfig> {
-    let all = *problem == problems::hot(gpu.sizes);
-    let formats = QuantType::ALL.into_iter().map(QuantConfig::of);
-    formats.filter(|config| all || is_nf4(*config)).collect()
+pub fn of_problem(gpu: &Gpu, problem: &Problem) -> impl Iterator<Item = QuantConfig> + use<> {
+    configs(*problem == problems::hot(gpu.sizes))
 }
 
 /// The same of products: all formats for the first shape.
-pub fn configs_of_products(gpu: &Gpu, shape: [usize; 2]) -> Vec<QuantConfig> {
-    let all = matmul::shapes(gpu)[0] == shape;
+pub fn of_product(gpu: &Gpu, shape: [usize; 2]) -> impl Iterator<Item = QuantConfig> + use<> {
+    configs(shape == matmul::shapes(gpu)[0])
+}
+
+/// All formats, or NF4 alone.
+fn configs(all: bool) -> impl Iterator<Item = QuantConfig> {
     let formats = QuantType::ALL.into_iter().map(QuantConfig::of);
-    formats.filter(|config| all || is_nf4(*config)).collect()
+    formats.filter(move |config| all || is_nf4(*config))
 }
 
 /// The name of a variant for a format: `tiled_2d`, where it is NF4, or `tiled_2d_mxfp4`.

@@ -172,7 +172,7 @@ pub fn benches(gpu: &Gpu, args: &Args, report: &mut Report) -> Vec<Timed> {
         return all;
     }
     let runs = shapes(gpu).iter().flat_map(|&shape| {
-        let configs = formats::configs_of_products(gpu, shape).into_iter();
+        let configs = formats::of_product(gpu, shape);
         configs.map(move |config| (shape, config))
     });
     for (shape, config) in runs {

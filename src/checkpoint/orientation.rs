@@ -34,6 +34,12 @@ pub(crate) fn transpose_stack<T: FloatElement>(
     transposed.collect::<Vec<_>>().concat()
 }
 
+/// The shape of the transposed matrices of a stack.
+pub(crate) fn swap_sides(shape: &mut [usize]) {
+    let last = shape.len() - 1;
+    shape.swap(last - 1, last);
+}
+
 impl Orientation {
     /// Matrices, rows and columns of what is to be transposed; `None` if nothing is.
     ///
@@ -62,8 +68,7 @@ impl Orientation {
         let Some(dims) = self.dims(key, shape)? else {
             return Ok(values);
         };
-        let last = shape.len() - 1;
-        shape.swap(last - 1, last);
+        swap_sides(shape);
         Ok(transpose_stack(dims, &values).into())
     }
 }

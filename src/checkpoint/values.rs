@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::convert::check_decodes;
 use super::elements::{elements, float_type, widen, with_float_type};
 use super::folder::Checkpoint;
-use super::orientation::{Orientation, transpose_stack};
+use super::orientation::{Orientation, swap_sides, transpose_stack};
 use crate::error::Nf4Error;
 use crate::format::{FloatElement, FloatType, PackedImage};
 use crate::host;
@@ -72,8 +72,7 @@ impl<'a> Values<'a> {
         let stored = match orientation.dims(name, &shape)? {
             None => Stored::Quantized(weight),
             Some(dims) => {
-                let last = shape.len() - 1;
-                shape.swap(last - 1, last);
+                swap_sides(&mut shape);
                 Stored::Transposed(Transposed {
                     weight,
                     dims,

@@ -21,7 +21,7 @@ use burn_nf4_llm::generate::{EagerReason, Report, Request, Sampling, Session, ge
 use burn_nf4_llm::model::{Decoder, DecoderConfig};
 use rstest::rstest;
 
-use fixtures::{open, open_folder};
+use fixtures::{PROMPT, open, open_folder, tokens};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -279,11 +279,10 @@ fn recorded_texts_are_those_of_transformers(
     let _alone = alone();
     let file = folder.with_file_name("io.safetensors");
     let file = burn_nf4::checkpoint::SafetensorsFile::open(file).unwrap();
-    let tokens = |key: &str| -> Vec<u32> {
-        let (ids, _) = fixtures::ints(&file, key);
-        ids.iter().map(|&id| id as u32).collect()
-    };
-    let (prompt, expected) = (tokens("input_ids")[..8].to_vec(), tokens("generated"));
+    let (prompt, expected) = (
+        tokens(&file, "input_ids")[..PROMPT].to_vec(),
+        tokens(&file, "generated"),
+    );
     let (model, config) = open_folder(&folder, None, &device());
     // Longer than theirs, so that it is worth a recording.
     let mut wanted = request(vec![prompt], expected.len().max(20), Sampling::greedy());

@@ -157,32 +157,28 @@ fn ids_of(layer: &QuantLinear) -> LayerIds {
     (layer.weight.id(), layer.bias.as_ref().map(|bias| bias.id))
 }
 
-/// The layers of an expert, if all are packed ones without branches.
-fn projections(expert: &GatedMlp) -> Option<[&QuantLinear; PROJECTIONS]> {
-    match (&expert.gate_up, &expert.down_proj) {
-        (
-            GateUpProjections::Separate(SeparateGateUp {
-                gate_proj: AnyLinear::Nf4(gate),
-                up_proj: AnyLinear::Nf4(up),
-            }),
-            AnyLinear::Nf4(down),
-        ) => Some([gate, up, down]),
-        _ => None,
-    }
+/// The layers of an expert, by reference or by mutable reference, if all are packed ones without branches.
+macro_rules! projections {
+    ($gate_up:expr, $down_proj:expr) => {
+        match ($gate_up, $down_proj) {
+            (
+                GateUpProjections::Separate(SeparateGateUp {
+                    gate_proj: AnyLinear::Nf4(gate),
+                    up_proj: AnyLinear::Nf4(up),
+                }),
+                AnyLinear::Nf4(down),
+            ) => Some([gate, up, down]),
+            _ => None,
+        }
+    };
 }
 
-/// The layers of an expert, as [`projections`] gives them.
+fn projections(expert: &GatedMlp) -> Option<[&QuantLinear; PROJECTIONS]> {
+    projections!(&expert.gate_up, &expert.down_proj)
+}
+
 fn projections_mut(expert: &mut GatedMlp) -> Option<[&mut QuantLinear; PROJECTIONS]> {
-    match (&mut expert.gate_up, &mut expert.down_proj) {
-        (
-            GateUpProjections::Separate(SeparateGateUp {
-                gate_proj: AnyLinear::Nf4(gate),
-                up_proj: AnyLinear::Nf4(up),
-            }),
-            AnyLinear::Nf4(down),
-        ) => Some([gate, up, down]),
-        _ => None,
-    }
+    projections!(&mut expert.gate_up, &mut expert.down_proj)
 }
 
 impl Module for StackedExperts {

@@ -84,7 +84,11 @@ impl MixtureMlp {
         let [batch, length, hidden_size] = shape;
         let x = x.reshape([batch * length, hidden_size]);
         let logits = self.routing.linear().forward(x.clone());
-        let y = match self.grouped(&x) {
+        let grouped = match x.is_autodiff() {
+            true => None,
+            false => self.grouped(batch * length),
+        };
+        let y = match grouped {
             Some(stacks) => self.all_at_once(stacks, x, logits),
             None => self.one_by_one(x, logits),
         };
@@ -112,13 +116,14 @@ impl MixtureMlp {
     /// Whether so many tokens are sent to experts by the device alone, without waiting for it: the experts are
     /// [stacked](Self::stacked), and [few rows](grouped_pays) come together.
     pub fn is_grouped(&self, tokens: usize) -> bool {
-        grouped_pays(tokens, self.experts_per_token, self.experts.len())
-            && self.stacks.of(&self.experts).is_some()
+        self.grouped(tokens).is_some()
     }
 
-    fn grouped(&self, x: &Tensor<2>) -> Option<&ExpertStacks> {
-        let stacks = self.stacks.of(&self.experts)?;
-        (!x.is_autodiff() && self.is_grouped(x.dims()[0])).then_some(stacks)
+    fn grouped(&self, tokens: usize) -> Option<&ExpertStacks> {
+        match grouped_pays(tokens, self.experts_per_token, self.experts.len()) {
+            true => self.stacks.of(&self.experts),
+            false => None,
+        }
     }
 
     /// Experts that the device chooses.

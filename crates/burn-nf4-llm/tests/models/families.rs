@@ -25,15 +25,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::fixtures::{
-    fixture, floats, ints, logits, max_difference, open, open_folder, random_numbers,
+    PROMPT, assert_text_is_theirs, fixture, floats, ints, logits, max_difference, open,
+    open_folder, random_numbers,
 };
 use crate::stored;
 
 /// Logits are about 1 and pass through sums of up to 192 products in f32.
 const TOLERANCE: f32 = 2e-5;
-
-/// Tokens of the prompt of the generated text.
-const PROMPT: usize = 8;
 
 fn is_router(module: &str) -> bool {
     [".mlp.gate", ".mlp.router"]
@@ -114,22 +112,7 @@ fn has_those_of_a_padded_batch(family: &Family) {
 }
 
 fn generates_the_same_text(family: &Family) {
-    let as_tokens = |key: &str| -> Vec<u32> {
-        let (ids, _) = ints(&family.theirs, key);
-        ids.iter().map(|&id| id as u32).collect()
-    };
-    let prompt = as_tokens("input_ids")[..PROMPT].to_vec();
-    let expected = as_tokens("generated");
-    let request = Request {
-        prompts: vec![prompt],
-        max_tokens: expected.len(),
-        sampling: Sampling::greedy(),
-        eos: Vec::new(),
-        capture: true,
-        ..Request::default()
-    };
-    let report = generate(&family.model, &family.config, &request, |_, _| Ok(())).unwrap();
-    assert_eq!(report.tokens[0], expected);
+    assert_text_is_theirs(&family.model, &family.config, &family.theirs);
 }
 
 /// Under the names that it had.

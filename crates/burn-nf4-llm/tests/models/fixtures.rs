@@ -9,9 +9,13 @@ use burn_nf4::format::{FloatType, QuantConfig};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::Decoder;
 use burn_nf4_llm::model::config::DecoderConfig;
 use burn_nf4_llm::model::{load, random};
+
+/// Tokens of the prompt of the generated text.
+pub const PROMPT: usize = 8;
 
 /// A file or folder of the fixtures: those of models and adapters are the workspace's.
 pub fn fixture(path: &str) -> PathBuf {
@@ -85,6 +89,27 @@ pub fn logits(model: &Decoder, config: &DecoderConfig, ids: &[i64], shape: &[usi
     let ids = Tensor::<2, Int>::from_data(ids, &model.device());
     let mut rope = model.rope_tables(config);
     floats(model.head(model.hidden(ids, &mut rope, None)))
+}
+
+/// Ids of tokens in a file.
+pub fn tokens(file: &SafetensorsFile, key: &str) -> Vec<u32> {
+    let (ids, _) = ints(file, key);
+    ids.into_iter().map(|id| id as u32).collect()
+}
+
+/// The greedy text behind the first tokens is that of transformers, as a file has it.
+pub fn assert_text_is_theirs(model: &Decoder, config: &DecoderConfig, theirs: &SafetensorsFile) {
+    let expected = tokens(theirs, "generated");
+    let request = Request {
+        prompts: vec![tokens(theirs, "input_ids")[..PROMPT].to_vec()],
+        max_tokens: expected.len(),
+        sampling: Sampling::greedy(),
+        eos: Vec::new(),
+        capture: true,
+        ..Request::default()
+    };
+    let report = generate(model, config, &request, |_, _| Ok(())).unwrap();
+    assert_eq!(report.tokens[0], expected);
 }
 
 /// The values of a tensor.

@@ -16,11 +16,12 @@ use burn_nf4::peft::{
     InitLoraWeights, LoraConfig, MergeOptions, TargetModules, merge_4bit, merge_16bit,
 };
 use burn_nf4_llm::error::ModelError;
-use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::{Decoder, DecoderConfig, load};
 use rstest::rstest;
 
-use crate::fixtures::{fixture, ints, io, logits, max_difference, open_folder, random_numbers};
+use crate::fixtures::{
+    assert_text_is_theirs, fixture, io, logits, max_difference, open_folder, random_numbers,
+};
 use crate::stored::{self, Tensors, quiet};
 
 const FOLDER: &str = "families/gpt_oss_mxfp4/model";
@@ -59,22 +60,8 @@ fn the_logits_are_those_of_transformers() {
 #[test]
 fn the_text_is_that_of_transformers() {
     let file = SafetensorsFile::open(fixture(IO)).unwrap();
-    let as_tokens = |key: &str| -> Vec<u32> {
-        let (ids, _) = ints(&file, key);
-        ids.into_iter().map(|id| id as u32).collect()
-    };
     let (model, config) = opened(&fixture(FOLDER));
-    let expected = as_tokens("generated");
-    let request = Request {
-        prompts: vec![as_tokens("input_ids")[..8].to_vec()],
-        max_tokens: expected.len(),
-        sampling: Sampling::greedy(),
-        eos: Vec::new(),
-        capture: true,
-        ..Request::default()
-    };
-    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
-    assert_eq!(report.tokens[0], expected);
+    assert_text_is_theirs(&model, &config, &file);
 }
 
 #[test]

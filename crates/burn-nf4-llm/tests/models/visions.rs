@@ -12,12 +12,13 @@ use burn_nf4::peft::{
     Adapter, DenseTensor, LoraConfig, LoraModule, MergeOptions, TargetModules, merge_16bit,
 };
 use burn_nf4_llm::ModelError;
-use burn_nf4_llm::generate::{Request, Sampling, generate};
 use burn_nf4_llm::model::{DecoderConfig, left_out, load};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::fixtures::{fixture, ints, io, logits, max_difference, open, open_folder};
+use crate::fixtures::{
+    assert_text_is_theirs, fixture, io, logits, max_difference, open, open_folder,
+};
 use crate::stored::{self, config_of};
 
 const MODEL: &str = "vision/gemma3/model";
@@ -77,21 +78,7 @@ fn the_text_part_has_the_text_of_the_whole() {
     let (model, config) = open(MODEL, None, &Device::default());
     assert_eq!(config.eos_token_ids, [2, 3]);
     let file = SafetensorsFile::open(fixture(IO)).unwrap();
-    let tokens = |key: &str| -> Vec<u32> {
-        let (ids, _) = ints(&file, key);
-        ids.iter().map(|&id| id as u32).collect()
-    };
-    let expected = tokens("generated");
-    let request = Request {
-        prompts: vec![tokens("input_ids")[..8].to_vec()],
-        max_tokens: expected.len(),
-        sampling: Sampling::greedy(),
-        eos: Vec::new(),
-        capture: true,
-        ..Request::default()
-    };
-    let report = generate(&model, &config, &request, |_, _| Ok(())).unwrap();
-    assert_eq!(report.tokens[0], expected);
+    assert_text_is_theirs(&model, &config, &file);
 }
 
 /// Under the config of a model of text alone.

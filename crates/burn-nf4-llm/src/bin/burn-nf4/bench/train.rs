@@ -184,7 +184,6 @@ pub fn train_on(
     method: Method,
 ) -> Result<TrainRow, ModelError> {
     let config = config.clone();
-    let quant = method.quant;
     // Sharded weights are drawn by each rank for itself: what is gathered is of several draws, but the same on each.
     let rows = parallel::run(devices, move |rank| {
         let rank = Arc::new(rank);
@@ -194,14 +193,14 @@ pub fn train_on(
             true => {
                 let mut shards = Shards::new(&rank);
                 let mut take = |layer| shards.take(layer);
-                let model = random_by_layers(&config, quant, dtype, None, &on, &mut take)?;
+                let model = random_by_layers(&config, method.quant, dtype, None, &on, &mut take)?;
                 (model, Some(shards))
             }
             false => {
                 // The same weights on each.
                 let model = rank.in_turn(|| {
                     on.seed(0);
-                    let model = random(&config, quant, dtype, None, &on)?;
+                    let model = random(&config, method.quant, dtype, None, &on)?;
                     sync(&on)?;
                     Ok::<_, ModelError>(model)
                 })??;
