@@ -128,7 +128,8 @@ pub trait LinearLayers: Module {
 
     /// Where a checkpoint holds the parameter of this name, if it has it as a part of a larger tensor, such as
     /// those of experts. [`save_folder`](Self::save_folder) puts such parameters together where all of a stack
-    /// are of floats, and of one type; others are written apart. Not asked by
+    /// are of floats, and of one type, or where they are in MXFP4 and nothing else of the model is packed;
+    /// others are written apart. Not asked by
     /// [`load_checkpoint`](Self::load_checkpoint): its store has to take stacks
     /// [apart](CheckpointStore::unstack_columns).
     ///

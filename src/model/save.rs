@@ -9,12 +9,13 @@ use serde_json::{Map, Value};
 use super::check::{check_materialized, check_model, refuse_branches};
 use super::layers::LinearLayers;
 use super::names::of_linear;
-use super::stack::Stacks;
+use super::stack::{Stacks, module_of};
 use crate::checkpoint::convert::{
     ClaimFile, ModelConfig, Quantized, copy_other_files, ignore_entry, is_embedding, is_head,
     skip_entry_of, start_writer,
 };
 use crate::checkpoint::parameters::{Kind, ParameterPath};
+use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Written};
 use crate::error::Nf4Error;
 use crate::format::{
@@ -110,7 +111,12 @@ pub(super) fn save<M: LinearLayers>(
 
     for (name, layer) in model.linears() {
         if !layer.is_quantized() {
-            saver.kept.push(name);
+            // Of experts in floats beside packed ones the whole is named.
+            let place = model.stacked(&of_linear(&name, "weight"));
+            let experts = place.filter(|_| saver.stacks.are_packed());
+            saver
+                .kept
+                .push(experts.map_or(name, |place| module_of(&place.stack).into()));
         }
     }
     saver.kept.extend(copied.map(|tied| tied.head.clone()));
@@ -135,7 +141,7 @@ pub(super) fn save<M: LinearLayers>(
             embeddings: keys
                 .iter()
                 .any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
-            expert_stacks: false,
+            expert_stacks: saver.stacks.are_packed(),
         });
     } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {
         config.set_dense();
@@ -258,6 +264,17 @@ impl ModuleVisitor for Saver {
             };
             let weight =
                 packed_weight(value.reshape([-1]), &form).map_err(|error| error.with_key(&name))?;
+            if let Some(place) = saver.stacks.take(&name) {
+                if let Some(stack) = saver.stacks.add_packed(&place, &weight)? {
+                    let written =
+                        saver
+                            .writer
+                            .write_parts(&place.stack, stack.parts(), StoredForm::Blocks);
+                    written?;
+                    saver.quantized.push((place.stack, form.config, form.dtype));
+                }
+                return Ok(());
+            }
             let (storage, transposed) = (saver.storage, form.transposed);
             saver
                 .writer

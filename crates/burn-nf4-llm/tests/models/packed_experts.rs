@@ -10,7 +10,7 @@ use burn_nf4::checkpoint::{
     dequantize_checkpoint, quantize_checkpoint, verify,
 };
 use burn_nf4::format::{FloatType, QuantConfig, QuantType};
-use burn_nf4::model::LinearLayers;
+use burn_nf4::model::{LinearLayers, SaveFolder};
 use burn_nf4::nn::AnyLinear;
 use burn_nf4::peft::{
     InitLoraWeights, LoraConfig, MergeOptions, TargetModules, merge_4bit, merge_16bit,
@@ -78,6 +78,83 @@ fn experts_stay_packed() {
         let expected = is_expert(&name).then_some(QuantType::Mxfp4);
         assert_eq!(quant_type, expected, "{name}");
     }
+}
+
+fn saved(model: &Decoder, folder: &Path) -> Checkpoint {
+    let source = Checkpoint::open(fixture(FOLDER)).unwrap();
+    let options = SaveFolder {
+        source: Some(&source),
+        ..SaveFolder::default()
+    };
+    model.save_folder(folder, &options).unwrap();
+    let saved = Checkpoint::open(folder).unwrap();
+    assert_eq!(saved.faults(), []);
+    saved
+}
+
+/// As transformers reads them: a stack a projection.
+#[test]
+fn a_model_is_saved_with_the_stacks_that_it_was_loaded_from() {
+    let (model, _) = opened(&fixture(FOLDER));
+    let folder = tempfile::tempdir().unwrap();
+    let saved = saved(&model, folder.path());
+    let source = Checkpoint::open(fixture(FOLDER)).unwrap();
+    assert_eq!(saved.quantized_weights(), source.quantized_weights());
+    for key in source.quantized_weights() {
+        for part in ["_blocks", "_scales"] {
+            let [ours, theirs] = [&saved, &source].map(|folder| {
+                let key = format!("{key}{part}");
+                let info = folder.tensor_info(&key).unwrap();
+                let bytes = folder.tensor_bytes(&key).unwrap();
+                (info.dtype, info.shape.to_vec(), bytes.to_vec())
+            });
+            assert!(ours == theirs, "{key}{part}");
+        }
+    }
+    let claim = &stored::config_of(folder.path())["quantization_config"];
+    assert_eq!(claim["quant_method"], "mxfp4");
+    assert_theirs(&logits_of(folder.path()));
+}
+
+/// transformers has the experts of a layer in MXFP4 or not, as a whole.
+#[test]
+fn a_model_is_saved_with_the_experts_of_one_layer_in_floats() {
+    let (model, _) = opened(&fixture(FOLDER));
+    let model = model.try_map_linears(|name, layer| match name {
+        name if name.starts_with("model.layers.1.mlp.experts.") => layer.dequantize(FloatType::F32),
+        _ => Ok(layer),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let saved = saved(&model.unwrap(), folder.path());
+    let stacks = ["down_proj", "gate_up_proj"].map(|it| format!("model.layers.0.mlp.experts.{it}"));
+    assert_eq!(saved.quantized_weights(), stacks);
+    assert_eq!(saved.tensor_info(DOWN).unwrap().shape, [4, 32, 64]);
+    let kept = &stored::config_of(folder.path())["quantization_config"]["modules_to_not_convert"];
+    let kept: Vec<_> = kept
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it.as_str().unwrap())
+        .collect();
+    let experts = kept.iter().filter(|name| name.contains("experts"));
+    assert_eq!(experts.collect::<Vec<_>>(), [&"model.layers.1.mlp.experts"]);
+    assert_theirs(&logits_of(folder.path()));
+}
+
+/// The form has stacks of whole layers alone.
+#[rstest]
+#[case::one_expert_in_floats(|name| name == "model.layers.1.mlp.experts.2.up_proj")]
+#[case::one_projection_in_floats(|name| name.contains("layers.1.") && name.ends_with(".down_proj"))]
+fn other_packed_experts_are_saved_one_by_one(#[case] in_floats: fn(&str) -> bool) {
+    let (model, _) = opened(&fixture(FOLDER));
+    let model = model.try_map_linears(|name, layer| match in_floats(name) {
+        true => layer.dequantize(FloatType::F32),
+        false => Ok(layer),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let saved = saved(&model.unwrap(), folder.path());
+    assert!(saved.is_quantized("model.layers.0.mlp.experts.0.down_proj.weight"));
+    assert_theirs(&logits_of(folder.path()));
 }
 
 /// Each matrix is transposed, as the model has it in floats.
