@@ -19,7 +19,7 @@ pub struct GroupedBlueprint {
     pub decode: DequantizeBlueprint,
     /// Entries of an expert that are multiplied with a row of its weight at once.
     pub columns: usize,
-    /// Rows start at a word: `k` is a multiple of eight.
+    /// Rows start at a word: `k` is a multiple of the codes in one.
     pub aligned: bool,
     /// The lanes of a plane add their sums up; without it a unit works alone.
     pub planes: bool,

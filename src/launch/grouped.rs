@@ -29,6 +29,9 @@ pub struct GroupedProblem {
     pub entries: usize,
     /// Entries that have a row of `x` in common, a divisor of `entries`.
     pub per_row: usize,
+    /// Tokens that the entries are of. An expert is sent no more entries at once where no token has it twice;
+    /// where one has, the result is the same.
+    pub tokens: usize,
     /// Type of the ids: an integer.
     pub ids_dtype: ElemType,
     /// Type of `x`, biases and the result.
@@ -110,6 +113,7 @@ impl GroupedPlan {
         let GroupedProblem {
             entries,
             per_row,
+            tokens,
             ids_dtype,
             dtype,
             gate,
@@ -135,8 +139,7 @@ impl GroupedPlan {
                 shared: has_barriers(client),
                 ..decode
             },
-            // A row of x is not sent to an expert twice.
-            columns: (entries / per_row).next_power_of_two().min(MAX_COLUMNS),
+            columns: tokens.clamp(1, MAX_COLUMNS).next_power_of_two(),
             aligned,
             planes: lanes > 1,
             gate,

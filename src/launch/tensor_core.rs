@@ -15,7 +15,7 @@ use super::product::Product;
 use super::strategy::MatmulVariant;
 use super::tile::{TENSOR_CORE_ROWS, TensorCoreTile, TileRule};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout};
+use crate::format::{FloatType, PackedLayout, QuantType};
 use crate::kernel::decode::ScaleKind;
 use crate::kernel::levels::{Joined, LevelsBlueprint};
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
@@ -255,9 +255,15 @@ pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
         && client.properties().hardware.plane_size_max == 32
 }
 
-/// Whether the device has tensor cores that take rows of `k` elements of a weight, in `dtype`.
-pub(crate) fn has_tensor_cores(client: &Client, dtype: FloatType, k: usize) -> bool {
-    has_fragments(client, elem_type(dtype)) && k.is_multiple_of(32)
+/// Whether the device has tensor cores, and kernels that feed them with rows of `k` elements of a weight of
+/// this type, in `dtype`.
+pub(crate) fn has_tensor_cores(
+    client: &Client,
+    dtype: FloatType,
+    quant_type: QuantType,
+    k: usize,
+) -> bool {
+    quant_type.bits() == 4 && has_fragments(client, elem_type(dtype)) && k.is_multiple_of(32)
 }
 
 /// Whether what one cube writes can be made visible to another in the same launch.

@@ -171,6 +171,7 @@ impl crate::op::grouped::GroupedBackend for burn_cubecl::CubeBackend {
         let problem = GroupedProblem {
             entries: spec.entries,
             per_row: spec.per_row,
+            tokens: spec.tokens,
             ids_dtype: dtype_to_elem_type(ids.dtype),
             dtype: spec.dtype,
             gate: spec.gate,

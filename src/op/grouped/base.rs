@@ -21,6 +21,8 @@ pub struct GroupedSpec {
     pub entries: usize,
     /// Entries that have a row of `x` in common.
     pub per_row: usize,
+    /// Tokens that the entries are of.
+    pub tokens: usize,
     /// Type of `x`, biases and the result.
     pub dtype: FloatType,
     /// What joins the products with a gate and with what it opens.

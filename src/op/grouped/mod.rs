@@ -181,6 +181,7 @@ fn grouped(
         stacks: parts.iter().map(|part| *part.stack.layout()).collect(),
         entries,
         per_row,
+        tokens,
         dtype,
         gate,
     };
