@@ -1,7 +1,7 @@
 //! Where the weights of experts lie in one tensor.
 
 use crate::error::Nf4Error;
-use crate::format::{PackedLayout, checked_elems};
+use crate::format::{PackedLayout, check_len, checked_elems};
 
 /// Words at whose multiples images begin: what devices ask of the start of a view at most, 512 bytes.
 const ALIGNMENT: usize = 128;
@@ -24,7 +24,8 @@ impl StackLayout {
     /// Of experts whose images of this layout follow each other.
     ///
     /// # Errors
-    /// [`Nf4Error::Length`] if an image has not `n * k` elements, [`Nf4Error::ElementCount`] for no experts, or
+    /// [`Nf4Error::Length`] if an image has not `n * k` elements, or rows of another length that matters to its
+    /// scales, [`Nf4Error::ElementCount`] for no experts, or
     /// more elements than can be addressed.
     pub fn of_images(
         image: PackedLayout,
@@ -39,14 +40,15 @@ impl StackLayout {
             k,
             is_whole: false,
         };
-        layout.check_elems(n * k)?;
+        layout.check(n * k)?;
         Ok(layout)
     }
 
     /// Of experts that are one weight of this layout.
     ///
     /// # Errors
-    /// [`Nf4Error::Length`] if it has not `experts * n * k` elements, [`Nf4Error::ElementCount`] if that is
+    /// [`Nf4Error::Length`] if it has not `experts * n * k` elements, or rows of another length that matters to
+    /// its scales, [`Nf4Error::ElementCount`] if that is
     /// none, or more than can be addressed.
     pub fn of_whole(
         whole: PackedLayout,
@@ -61,12 +63,22 @@ impl StackLayout {
             k,
             is_whole: true,
         };
-        layout.check_elems(elems)?;
+        layout.check(elems)?;
         Ok(layout)
     }
 
-    fn check_elems(&self, expected: usize) -> Result<(), Nf4Error> {
-        crate::format::check_len("packed weight", expected, self.image.elems())
+    fn check(&self, elems: usize) -> Result<(), Nf4Error> {
+        check_len("packed weight", elems, self.image.elems())?;
+        self.image.check_columns(self.k)?;
+        let others = self.image_stride().checked_mul(self.experts - 1);
+        let words = others.and_then(|others| others.checked_add(self.image.words()));
+        match words.and_then(|words| words.checked_mul(4)) {
+            Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
+            _ => Err(Nf4Error::ElementCount {
+                tensor: "packed weight".into(),
+                shape: vec![self.experts, self.n, self.k],
+            }),
+        }
     }
 
     /// Layout of the image of one expert, or of the one image of all.

@@ -3,10 +3,10 @@
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
-use burn_nf4::format::{BlockSize, FloatType, QuantConfig, QuantType};
+use burn_nf4::format::{BlockSize, FloatType, PackedLayout, QuantConfig, QuantType};
 use burn_nf4::op::{
-    Activation, ExpertPart, ExpertStack, GatedExperts, MatmulStrategy, grouped_gated_linear,
-    grouped_linear, grouped_pays, linear_with,
+    Activation, ExpertPart, ExpertStack, GatedExperts, MatmulStrategy, StackLayout,
+    grouped_gated_linear, grouped_linear, grouped_pays, linear_with,
 };
 use burn_nf4::{BlockWeight, Nf4Error, expert_linear};
 
@@ -468,6 +468,30 @@ fn what_does_not_fit_is_an_error(device: &Device) {
         matches!(error, Nf4Error::Config { field: "bias", .. }),
         "{error}"
     );
+}
+
+/// A launch trusts the layout with the size of its buffer.
+#[test]
+fn stacks_that_cannot_be_addressed_are_refused() {
+    let image = PackedLayout::new(1, FLAT);
+    for experts in [1 << 57, (1 << 57) + 1, usize::MAX] {
+        let error = StackLayout::of_images(image, experts, [1, 1]).unwrap_err();
+        assert!(matches!(error, Nf4Error::ElementCount { .. }), "{error}");
+    }
+}
+
+/// Of these, scales go by rows.
+#[test]
+fn stacks_of_rows_of_another_length_are_refused() {
+    let config = QuantConfig::of(QuantType::Fp8Channel);
+    let image = PackedLayout::for_shape(&[8, 16], config).unwrap();
+    assert!(StackLayout::of_images(image, 2, [8, 16]).is_ok());
+    for refused in [
+        StackLayout::of_images(image, 2, [16, 8]),
+        StackLayout::of_whole(image, 2, [8, 8]),
+    ] {
+        assert!(matches!(refused, Err(Nf4Error::Length { .. })));
+    }
 }
 
 #[test]

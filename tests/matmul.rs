@@ -355,6 +355,13 @@ fn refusals(device: &Device) {
         MatmulPlan::new(&client, &layout, product, false, None),
         Err(Nf4Error::Length { .. })
     ));
+    // Its scales go by rows, of which this has one.
+    let flat = PackedLayout::new(4 * 64, QuantConfig::of(QuantType::Fp8Channel));
+    let product = Product { k: 64, ..product };
+    assert!(matches!(
+        MatmulPlan::new(&client, &flat, product, false, None),
+        Err(Nf4Error::Length { .. })
+    ));
     let forced = Choice::Forced(MatmulVariant::TensorCore);
     let levels = Choice::Forced(MatmulVariant::Levels);
     for (m, k, forced) in [(1, 72, forced), (1, 72, levels), (2, 64, levels)] {

@@ -17,7 +17,7 @@
 //! Each section starts at a multiple of four words, so that 16-byte loads are aligned; the padding
 //! is zero.
 
-use super::check::checked_elems;
+use super::check::{check_len, checked_elems};
 use super::codebook::DYNAMIC_MAP;
 use super::description::{BlockShape, ScaleType};
 use super::form::WeightForm;
@@ -154,6 +154,16 @@ impl PackedLayout {
     /// Elements of a row; all of them if the layout is not that of a [shape](Self::for_shape).
     pub const fn columns(&self) -> usize {
         self.columns
+    }
+
+    /// Checks that scales which go by rows are those of rows of `k` elements.
+    pub(crate) fn check_columns(&self, k: usize) -> Result<(), Nf4Error> {
+        match self.config.format().block {
+            BlockShape::Flat(_) | BlockShape::Row(_) => Ok(()),
+            BlockShape::Tile(..) | BlockShape::WholeRow => {
+                check_len("row of the packed weight", k, self.columns)
+            }
+        }
     }
 
     /// The scale of the run of elements with this number, see [`run_log2`](Self::run_log2).

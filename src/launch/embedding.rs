@@ -92,6 +92,7 @@ impl EmbeddingPlan {
                 given: layout.elems(),
             });
         }
+        layout.check_columns(columns)?;
         let len = ids
             .checked_mul(columns)
             .filter(|&len| len > 0 && rows > 0 && len.checked_mul(dtype.size_bytes()).is_some());

@@ -36,6 +36,7 @@ impl Product {
             }
         }
         check_len("weight", layout.elems(), n * k)?;
+        layout.check_columns(k)?;
         check_len("x", m.max(1), m)
     }
 }

@@ -5,6 +5,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::embedding::largest;
 use super::{
     address_type, check_buffers, check_dtype, cube_count, elem_type, lanes_of_plane, units_per_cube,
 };
@@ -38,7 +39,8 @@ pub struct RouteProblem {
 ///
 /// # Errors
 /// [`Nf4Error::ElementCount`] for no tokens, no experts or more than 1024, [`Nf4Error::Config`] unless a token
-/// has one expert or more, up to all, [`Nf4Error::DeviceDtype`] if the device has no such types,
+/// has one expert or more, up to all, [`Nf4Error::Dtype`] for ids of a type that has not their numbers,
+/// [`Nf4Error::DeviceDtype`] if the device has no such types,
 /// [`Nf4Error::Length`] if a buffer is too small, [`Nf4Error::Alignment`] if it does not begin at a multiple of
 /// 16 bytes.
 pub fn route(
@@ -63,6 +65,13 @@ pub fn route(
         return Err(Nf4Error::DeviceDtype {
             device: client.name().into(),
             dtype: format!("{int:?}"),
+        });
+    }
+    if largest(int)? < experts as u64 - 1 {
+        return Err(Nf4Error::Dtype {
+            tensor: "ids".into(),
+            expected: format!("an integer that counts {experts} experts"),
+            given: format!("{int:?}"),
         });
     }
     check_buffers([

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Int, Tensor};
 
 use crate::error::Nf4Error;
 use crate::format::FloatType;
-use crate::routing::{RouteForm, check};
+use crate::routing::{MAX_EXPERTS, RouteForm, check};
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -77,7 +77,7 @@ pub trait RouteBackend: Backend {
 /// # Errors
 /// [`Nf4Error::ElementCount`] for no experts or more than [`MAX_EXPERTS`](super::MAX_EXPERTS),
 /// [`Nf4Error::Config`] unless a token has one expert or more, up to all, [`Nf4Error::Dtype`] for scores of
-/// another type.
+/// another type, and where the device's integers do not count the experts.
 pub fn route(
     logits: Tensor<2>,
     per_token: usize,
@@ -88,6 +88,19 @@ pub fn route(
     check(tokens.max(1), experts, per_token)?;
     let device = logits.device();
     let int = device.settings().int_dtype.into();
+    // There are at most 1024.
+    let largest = match int {
+        DType::I8 => i8::MAX as usize,
+        DType::U8 => u8::MAX as usize,
+        _ => MAX_EXPERTS,
+    };
+    if largest < experts - 1 {
+        return Err(Nf4Error::Dtype {
+            tensor: "ids".into(),
+            expected: format!("an integer of the device's settings that counts {experts} experts"),
+            given: format!("{int:?}"),
+        });
+    }
     if tokens == 0 {
         let weights = Tensor::zeros([0, per_token], (&device, DType::F32));
         return Ok((Tensor::zeros([0, per_token], (&device, int)), weights));
