@@ -436,8 +436,61 @@ fn a_scale_of_the_tensor_can_be_given() {
         let back: Vec<f32> = quantized.dequantize();
         assert!(weight.iter().zip(&back).all(|(a, b)| (a - b).abs() < 0.2));
     }
-    let zero = BlockTensor::quantize_nvfp4(&weight, &[64, 32], TensorScale::Divides(0.0));
-    assert!(matches!(zero, Err(Nf4Error::NonFinite { .. })));
+    for scale in [
+        TensorScale::Divides(0.0),
+        TensorScale::Multiplies(0.0),
+        TensorScale::Multiplies(1e-39),
+    ] {
+        let refused = BlockTensor::quantize_nvfp4(&weight, &[64, 32], scale);
+        assert!(
+            matches!(refused, Err(Nf4Error::NonFinite { .. })),
+            "{scale:?}"
+        );
+    }
     let none = BlockTensor::quantize_nvfp4(&weight, &[64, 32], TensorScale::None);
     assert!(matches!(none, Err(Nf4Error::Length { .. })));
+}
+
+/// ModelOpt has such scales of weights that are zero; compressed-tensors cannot say it.
+#[rstest]
+fn a_scale_without_a_reciprocal_is_not_stored_as_one(#[values(0.0, 1e-39)] scale: f32) {
+    let scales = CodedScales {
+        codes: vec![0x38; 4],
+        tensor_scale: TensorScale::Multiplies(scale),
+    };
+    let weight = BlockTensor::from_parts(
+        vec![0; 32],
+        Absmax::Coded(scales),
+        vec![2, 32],
+        QuantConfig::of(QuantType::Nvfp4).block_size,
+        FloatType::BF16,
+        QuantType::Nvfp4,
+    );
+    let folder = temp();
+    let mut writer = CheckpointWriter::create(folder.path(), DEFAULT_MAX_SHARD_BYTES).unwrap();
+    match writer.write_nf4("up.weight", &weight.unwrap(), Dtype::U8, false) {
+        Err(Nf4Error::NonFinite { tensor, .. }) => assert_eq!(tensor, "up.weight_global_scale"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Nothing but `config.json` tells what dtype these weights had.
+#[rstest]
+fn the_dtype_of_weights_is_noted(
+    #[values(QuantType::Nf4, QuantType::Nvfp4, QuantType::Fp8Block)] quant_type: QuantType,
+) {
+    let folder = temp();
+    let source = folder.path().join("dense");
+    write_model(&source, &json!({}), &[("up.weight", &[8, 64])]);
+    let out = folder.path().join("out");
+    quantize(&source, &out, quant_type);
+    let quantized = Checkpoint::open(&out).unwrap();
+    let form = quantized.weight_form("up.weight").unwrap();
+    assert_eq!(
+        (form.dtype, form.config.quant_type),
+        (FloatType::F32, quant_type)
+    );
+    let dtype = config_of(&out).get("dtype").cloned();
+    let expected = (!quant_type.is_bitsandbytes()).then(|| json!("float32"));
+    assert_eq!(dtype, expected);
 }

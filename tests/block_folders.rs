@@ -404,6 +404,25 @@ fn scales_of_activations_belong_to_quantized_layers() {
     assert_eq!(source.faults(), [expected]);
 }
 
+/// A scale of the keys that attention keeps is one number, or one a head; a model may have learned another.
+#[rstest]
+#[case::one(&[1], true)]
+#[case::scalar(&[], true)]
+#[case::of_each_head(&[4, 1, 1], true)]
+#[case::vector(&[8], false)]
+#[case::matrix(&[4, 8], false)]
+fn scales_of_attention_are_told_by_their_shape(#[case] shape: &[usize], #[case] is_scale: bool) {
+    let key = "model.layers.0.self_attn.k_scale";
+    let mut tensors = model("nvfp4_ct_17x64");
+    let values = sine(shape.iter().product());
+    tensors.insert(key.into(), floats(&values, shape));
+    let folder = written(&tensors, &compressed_nvfp4());
+    let source = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(source.faults(), []);
+    assert_eq!(source.activation_scales() == [key], is_scale);
+    assert_eq!(source.parameters().contains(&key), !is_scale);
+}
+
 /// The parts of a weight may lie in different shards.
 #[test]
 fn a_weight_may_lie_in_two_shards() {

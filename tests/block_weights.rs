@@ -9,8 +9,9 @@ mod tensors;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType, WeightForm};
+use burn_nf4::nn::{QuantEmbeddingConfig, QuantLinearConfig};
 use burn_nf4::op::embedding;
-use burn_nf4::{BlockWeight, linear};
+use burn_nf4::{BlockWeight, Nf4Error, linear};
 use tensors::*;
 
 const NEW: [QuantType; 4] = [
@@ -114,5 +115,49 @@ fn forms_are_known_by_their_names() {
         };
         let name = form.packed_name();
         assert_eq!(WeightForm::from_packed_name(&name), Some(form), "{name}");
+    }
+}
+
+/// Settings of bitsandbytes' types are not those of others.
+#[test]
+fn layers_of_zeros_have_the_type_of_their_config() {
+    let device = Device::flex();
+    for quant_type in QuantType::ALL {
+        let linear = QuantLinearConfig::new(160, 70).with_quant_type(quant_type);
+        let table = QuantEmbeddingConfig::new(70, 160).with_quant_type(quant_type);
+        let weights = [
+            linear.init(&device).expect("whole blocks").weight,
+            table.init(&device).expect("whole blocks").weight,
+        ];
+        for weight in weights {
+            assert_eq!(weight.config(), QuantConfig::of(quant_type));
+            let zeros = weight.dequantize::<2>(FloatType::F32).expect("a matrix");
+            assert!(values(&zeros).iter().all(|&value| value == 0.0));
+        }
+    }
+}
+
+/// Blocks of other types than bitsandbytes' follow the rows of what is stored.
+#[test]
+fn transposed_forms_are_of_bitsandbytes() {
+    for quant_type in QuantType::ALL {
+        let form = WeightForm {
+            shape: vec![70, 160],
+            dtype: FloatType::BF16,
+            config: QuantConfig::of(quant_type),
+            transposed: true,
+        };
+        match BlockWeight::zeros_of(form, &Device::flex()) {
+            Ok(weight) => {
+                assert!(quant_type.is_bitsandbytes());
+                weight.dequantize::<2>(FloatType::F32).expect("a matrix");
+            }
+            Err(Nf4Error::Config { field, given, .. }) => {
+                assert!(!quant_type.is_bitsandbytes());
+                assert_eq!(field, "transposed");
+                assert!(given.contains(quant_type.name()), "{given}");
+            }
+            Err(other) => panic!("{other:?}"),
+        }
     }
 }

@@ -7,7 +7,7 @@ use super::layout::NewTensor;
 use super::stored_form::StoredForm;
 use crate::error::Nf4Error;
 use crate::format::{
-    BlockShape, Floats, QuantType, ScaleParts, TensorScale, WeightParts, check_len,
+    BlockShape, Floats, QuantType, ScaleParts, TensorScale, WeightParts, check_finite, check_len,
 };
 
 /// The tensors of a weight under the name `prefix`. A scale of the tensor that multiplies is stored as its
@@ -15,7 +15,8 @@ use crate::format::{
 ///
 /// # Errors
 /// [`Nf4Error::Config`] for a form that is not one of the type's, [`Nf4Error::Length`] for a weight of several scales
-/// in a form of one.
+/// in a form of one, [`Nf4Error::NonFinite`] for a scale of the tensor that has no finite reciprocal where that is
+/// stored.
 pub(super) fn tensors<'a>(
     prefix: &str,
     weight: WeightParts<'a>,
@@ -59,7 +60,7 @@ pub(super) fn tensors<'a>(
                 bytes: codes.into(),
             });
             let key = format!("{prefix}{tensor_scale_part}");
-            tensors.extend(tensor_scale_of(key, tensor_scale, form));
+            tensors.extend(tensor_scale_of(key, tensor_scale, form)?);
         }
         ScaleParts::Flat(scales) => {
             let bytes = match scales {
@@ -130,18 +131,19 @@ fn tensor_scale_of(
     key: String,
     scale: TensorScale,
     form: StoredForm,
-) -> Option<NewTensor<'static>> {
+) -> Result<Option<NewTensor<'static>>, Nf4Error> {
     let (value, shape) = match (form, scale) {
-        (_, TensorScale::None) => return None,
+        (_, TensorScale::None) => return Ok(None),
         (StoredForm::ModelOpt, TensorScale::Multiplies(value)) => (value, vec![]),
         (StoredForm::ModelOpt, TensorScale::Divides(value)) => (1.0 / value, vec![]),
         (_, TensorScale::Divides(value)) => (value, vec![1]),
         (_, TensorScale::Multiplies(value)) => (1.0 / value, vec![1]),
     };
-    Some(NewTensor {
+    check_finite(&key, [value])?;
+    Ok(Some(NewTensor {
         key,
         dtype: Dtype::F32,
         shape,
         bytes: value.to_le_bytes().to_vec().into(),
-    })
+    }))
 }

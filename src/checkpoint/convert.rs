@@ -137,9 +137,6 @@ pub(crate) fn source_folder(source: &Checkpoint) -> Option<&Path> {
     source.path().is_dir().then(|| source.path())
 }
 
-/// ModelOpt's file with what other libraries say in `config.json`.
-const MODELOPT_FILE: &str = "hf_quant_config.json";
-
 /// What becomes of the file in which ModelOpt says how weights are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ClaimFile {
@@ -166,7 +163,7 @@ pub(crate) fn copy_other_files(
     let Some(folder) = source_folder(source) else {
         return Ok(());
     };
-    let left_out = |name: &str| claim == ClaimFile::Replaced && name == MODELOPT_FILE;
+    let left_out = |name: &str| claim == ClaimFile::Replaced && name == QUANT_CONFIG_FILE;
     copy_files(writer, folder, "", left_out)?;
     for name in TEMPLATE_FOLDERS {
         let templates = folder.join(name);
@@ -198,13 +195,12 @@ fn copy_files(
     Ok(())
 }
 
-/// Whether a file must not come along: it holds weights, says where they lie or how they are quantized,
-/// or would make transformers look for an adapter.
+/// Whether a file must not come along: it holds weights, says where they lie, or would make transformers look
+/// for an adapter.
 fn is_replaced(name: &str) -> bool {
     let extension = Path::new(name).extension().and_then(|ext| ext.to_str());
     name.starts_with('.')
         || name == CONFIG_FILE
-        || name == QUANT_CONFIG_FILE
         || name == "adapter_config.json"
         || name.ends_with(".index.json")
         || is_model_file(name)

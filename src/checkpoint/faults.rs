@@ -88,7 +88,7 @@ impl Checkpoint {
         let is_known = |key: &str| {
             of_blocks.binary_search(&key).is_ok()
                 || is_part_of_block(key, of_blocks)
-                || is_of_activations(key, of_blocks)
+                || is_of_activations(self, key, of_blocks)
         };
         let unknown = self.keys().filter_map(|key| {
             let state = unknown_state(key)?;

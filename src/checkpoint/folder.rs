@@ -198,7 +198,7 @@ impl Checkpoint {
                 .any(|prefix| quantized.binary_search(&prefix).is_ok())
                 || prefix_of_quant_state(key).is_some()
                 || is_part_of_block(key, &of_blocks)
-                || is_of_activations(key, &of_blocks)
+                || is_of_activations(self, key, &of_blocks)
         };
         let mut parameters: Vec<&str> = self.keys().filter(|key| !is_part(key)).collect();
         // Some have no tensor of their own name.

@@ -89,7 +89,7 @@ mod header;
 mod json;
 mod layout;
 mod matching;
-mod names;
+pub(crate) mod names;
 mod naming;
 pub(crate) mod orientation;
 pub(crate) mod parameters;

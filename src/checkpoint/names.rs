@@ -60,6 +60,11 @@ pub(super) fn is_file_name(name: &str) -> bool {
     is_inside(name) && !name.contains(['/', '\\', ':'])
 }
 
+/// The module that a weight belongs to: its path without `.weight`, or all of one that ends in another way.
+pub(crate) fn module_of_weight(key: &str) -> &str {
+    key.strip_suffix(".weight").unwrap_or(key)
+}
+
 /// The last part of the path of a module or a parameter.
 pub(crate) fn last_part(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)

@@ -186,7 +186,8 @@ pub(super) fn check_single(source: &impl TensorSource, prefix: &str) -> Result<(
 impl Checkpoint {
     /// Tensors of activations in a checkpoint of NVFP4, MXFP4 or FP8 weights, sorted: scales by which other
     /// programs quantize the inputs and outputs of layers (`input_scale`, `input_global_scale`, …) and the
-    /// keys and values that attention keeps (`k_scale`, `v_scale`, …).
+    /// keys and values that attention keeps (`k_scale`, `v_scale`, …: one number, or one a head of shape
+    /// `[heads, 1, 1]`; a tensor of another shape is a parameter).
     ///
     /// They are no [`parameters`](Self::parameters), and nothing here computes with them: activations
     /// stay floats. They belong to the quantized weight, and have no meaning beside one of another form.
@@ -195,16 +196,20 @@ impl Checkpoint {
         if weights.is_empty() {
             return Vec::new();
         }
-        let is_one = |key: &&str| is_of_activations(key, &weights);
+        let is_one = |key: &&str| is_of_activations(self, key, &weights);
         self.keys().filter(is_one).collect()
     }
 }
 
-/// Whether a key is that of a scale of activations in a checkpoint with these weights, which are sorted.
-pub(super) fn is_of_activations(key: &str, weights: &[&str]) -> bool {
+/// Whether a key is that of a scale of activations in a source with these weights, which are sorted.
+pub(super) fn is_of_activations(source: &impl TensorSource, key: &str, weights: &[&str]) -> bool {
     let name = last_part(key);
     if OF_ATTENTION.contains(&name) {
-        return !weights.is_empty();
+        // As compressed-tensors has them: one of all heads, or one a head. A model may have learned another.
+        let is_scale =
+            |shape: &[usize]| shape.iter().all(|&size| size == 1) || matches!(shape, [_, 1, 1]);
+        let stored = source.find(key);
+        return !weights.is_empty() && stored.is_some_and(|stored| is_scale(stored.info.shape));
     }
     OF_ACTIVATIONS.contains(&name) && {
         let weight = format!("{}weight", &key[..key.len() - name.len()]);

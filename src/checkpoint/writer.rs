@@ -140,7 +140,8 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Nf4Error::Dtype`] for a storage that is not one of U8, BF16, F16 and F32 or whose
     /// elements the codes do not fill, and of the other types for one that is not U8, [`Nf4Error::Config`]
-    /// for a transposed weight of one of these, [`Nf4Error::NameTaken`] for a key that was written before,
+    /// for a transposed weight of one of these, [`Nf4Error::NonFinite`] for a scale of the tensor that multiplies
+    /// and has no finite reciprocal, such as zero, [`Nf4Error::NameTaken`] for a key that was written before,
     /// [`Nf4Error::Io`].
     pub fn write_nf4(
         &mut self,

@@ -193,17 +193,9 @@ fn nvfp4_scales(maxima: &[f32], tensor_scale: Option<TensorScale>) -> CodedScale
         let max = maxima.iter().copied().fold(0.0, f32::max);
         TensorScale::Divides(nvfp4_global_scale(max))
     });
-    let code = |&max: &f32| {
-        let scale = max / E2M1_MAX;
-        let code = e4m3_code(match tensor_scale {
-            TensorScale::None => scale,
-            TensorScale::Divides(by) => by * scale,
-            TensorScale::Multiplies(by) => scale / by,
-        });
-        match code {
-            0 => SMALL_SCALE,
-            code => code,
-        }
+    let code = |&max: &f32| match e4m3_code(tensor_scale.undo(max / E2M1_MAX)) {
+        0 => SMALL_SCALE,
+        code => code,
     };
     CodedScales {
         codes: maxima.iter().map(code).collect(),
@@ -220,6 +212,18 @@ pub fn nvfp4_global_scale(max: f32) -> f32 {
     match (1.0 / max) * (E4M3_MAX * E2M1_MAX) {
         global if global.is_finite() => global,
         _ => 1.0,
+    }
+}
+
+#[cfg(feature = "peft")]
+impl TensorScale {
+    /// Whether a weight with this largest magnitude can be quantized with it: the scale of its block is, once
+    /// rounded, one that E4M3 has.
+    pub(crate) fn fits(self, max: f32) -> bool {
+        /// Halfway to what would come next, 480: a tie goes to the even mantissa, that of 448.
+        const ROUNDS_TO_MAX: f32 = 464.0;
+        let has_reciprocal = self.value().is_some_and(|value| (1.0 / value).is_finite());
+        has_reciprocal && (0.0..=ROUNDS_TO_MAX).contains(&self.undo(max / E2M1_MAX))
     }
 }
 

@@ -115,6 +115,15 @@ impl TensorScale {
         }
     }
 
+    /// The reverse of [`apply`](Self::apply).
+    pub(super) fn undo(self, scale: f32) -> f32 {
+        match self {
+            Self::None => scale,
+            Self::Divides(by) => by * scale,
+            Self::Multiplies(by) => scale / by,
+        }
+    }
+
     /// The number, if there is one.
     pub const fn value(self) -> Option<f32> {
         match self {

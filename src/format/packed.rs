@@ -123,9 +123,9 @@ impl PackedLayout {
     /// The layout of a weight of a given shape.
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] if the shape has no elements or too many, [`Nf4Error::BlockSize`] if
-    /// the format has not this block size, [`Nf4Error::Blocks`] if rows are not made of whole blocks
-    /// where the format wants it.
+    /// [`Nf4Error::ElementCount`] if the shape has no elements or too many, [`Nf4Error::BlockSize`] or
+    /// [`Nf4Error::Scales`] if the format has not this block size or such scales, [`Nf4Error::Blocks`] if rows
+    /// are not made of whole blocks where the format wants it.
     pub fn for_shape(shape: &[usize], config: QuantConfig) -> Result<Self, Nf4Error> {
         let elems = checked_elems("weight", shape)?;
         config.check("weight")?;

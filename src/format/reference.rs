@@ -143,7 +143,7 @@ impl BlockTensor {
     ///
     /// # Errors
     /// Those of [`quantize`](Self::quantize), and [`Nf4Error::NonFinite`] for a scale of the tensor that is
-    /// not finite or divides as zero, [`Nf4Error::Length`] without one.
+    /// not finite or whose reciprocal is not, [`Nf4Error::Length`] without one.
     pub fn quantize_nvfp4<T: FloatElement>(
         weight: &[T],
         shape: &[usize],
@@ -153,6 +153,9 @@ impl BlockTensor {
         let layout = PackedLayout::for_shape(shape, config)?;
         check_len("weight", layout.elems(), weight.len())?;
         tensor_scale.check(config)?;
+        // Weights are divided by a scale that multiplies.
+        let reciprocal = tensor_scale.value().map(|value| 1.0 / value);
+        check_finite("1 / scale of the tensor", reciprocal)?;
         Self::quantize_blocks(weight, shape, &layout, Some(tensor_scale))
     }
 

@@ -251,20 +251,29 @@ impl QuantConfig {
     /// Checks that the settings go together.
     ///
     /// # Errors
-    /// [`Nf4Error::BlockSize`] for a size that the data type does not have; `tensor` is the name put
-    /// in the error.
+    /// [`Nf4Error::BlockSize`] for a size that the data type does not have, [`Nf4Error::Scales`] for quantized
+    /// scales of one whose scales are not; `tensor` is the name put in the error.
     pub fn check(&self, tensor: &str) -> Result<(), Nf4Error> {
-        let fits = match self.quant_type.is_bitsandbytes() {
-            true => self.block_size != BlockSize::B16,
-            false => *self == Self::of(self.quant_type),
-        };
-        if fits {
-            return Ok(());
+        let is_bitsandbytes = self.quant_type.is_bitsandbytes();
+        if !is_bitsandbytes && self.nested_block_size.is_some() {
+            return Err(Nf4Error::Scales {
+                tensor: tensor.into(),
+                format: self.quant_type.name(),
+                expected: self.scale_type(),
+            });
         }
-        Err(Nf4Error::BlockSize {
-            tensor: tensor.into(),
-            given: self.block_size.elems() as u64,
-        })
+        let is_refused = |size: &BlockSize| match is_bitsandbytes {
+            true => *size == BlockSize::B16,
+            false => *size != Self::of(self.quant_type).block_size,
+        };
+        let sizes = [Some(self.block_size), self.nested_block_size];
+        if let Some(size) = sizes.into_iter().flatten().find(is_refused) {
+            return Err(Nf4Error::BlockSize {
+                tensor: tensor.into(),
+                given: size.elems() as u64,
+            });
+        }
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use super::layers::{LinearLayers, TiedHead, named};
 use super::names::{
     Change, ModelNames, OtherFloat, change_floats, model_dtype, of_linear, other_floats,
 };
+use crate::checkpoint::names::module_of_weight;
 use crate::error::Nf4Error;
 use crate::format::{FloatType, check_finite, check_shape};
 use crate::nn::AnyLinear;
@@ -330,7 +331,7 @@ fn check_vocabulary(module: &str, expected: usize, given: usize) -> Result<(), N
 /// [`check_vocabulary`] of a whole tensor.
 fn check_rows(name: &str, expected: &[usize], tensor: &DenseTensor) -> Result<(), Nf4Error> {
     let rows = |shape: &[usize]| shape.first().copied().unwrap_or(0);
-    let module = name.strip_suffix(".weight").unwrap_or(name);
+    let module = module_of_weight(name);
     check_vocabulary(module, rows(expected), rows(tensor.shape())).map_err(|error| match error {
         Nf4Error::ResizedEmbeddings {
             expected, given, ..

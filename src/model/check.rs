@@ -8,8 +8,9 @@ use burn::tensor::{Bool, Device, Int, Tensor};
 
 use super::layers::LinearLayers;
 use super::names::{ANY_LINEAR, of_linear};
-use crate::checkpoint::parameters::{Kind, ParameterPath};
+use crate::checkpoint::parameters::{Kind, ParameterPath, parameters_of};
 use crate::error::Nf4Error;
+use crate::format::QuantType;
 use crate::nn::REPARAMETERIZATION;
 
 /// Checks all of a model that does not depend on what is to be done to it.
@@ -162,6 +163,36 @@ pub(super) fn refuse_branches<M: LinearLayers>(
             given: format!("one with a branch on `{name}`, {purpose}"),
         }),
     }
+}
+
+/// Checks that one `quantization_config` can say what all quantized weights are: bitsandbytes' types have
+/// theirs together, each of the others has one of its own.
+///
+/// # Errors
+/// [`Nf4Error::Config`].
+pub(super) fn check_types<M: LinearLayers>(model: &M) -> Result<(), Nf4Error> {
+    let mut first: Option<(String, QuantType)> = None;
+    for parameter in parameters_of(model, true) {
+        let Kind::Packed(form) = &parameter.kind else {
+            continue;
+        };
+        let name = M::checkpoint_name(parameter.stored_path());
+        let quant_type = form.config.quant_type;
+        let (other, other_type) = first.get_or_insert_with(|| (name.clone(), quant_type));
+        let are_bitsandbytes = quant_type.is_bitsandbytes() && other_type.is_bitsandbytes();
+        if quant_type != *other_type && !are_bitsandbytes {
+            return Err(Nf4Error::Config {
+                field: "model",
+                expected: "one whose quantized weights are all of one type, or NF4 and FP4",
+                given: format!(
+                    "one with `{name}` in {} and `{other}` in {}",
+                    quant_type.name(),
+                    other_type.name()
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The paths in a model; no parameter is made or read.

@@ -228,8 +228,8 @@ pub trait LinearLayers: Module {
         load::load(self, store)
     }
 
-    /// Writes the model as a Hugging Face folder that transformers loads, with bitsandbytes where there
-    /// are layers in 4 bit: see [`SaveFolder`].
+    /// Writes the model as a Hugging Face folder that transformers loads, with the library that has the type of
+    /// its quantized weights: see [`SaveFolder`].
     ///
     /// A [tied head](Self::tied_head) is left out where the names are those that transformers ties
     /// (`….model.embed_tokens` and `….lm_head`). Under other names nothing in the folder would tell that
@@ -240,9 +240,12 @@ pub trait LinearLayers: Module {
     /// - [`Nf4Error::Config`] for a model with branches: merge them, or take them
     ///   [off](Self::without_branches) and save the adapter; and for one with reparameterizations of
     ///   Burn's (`apply_lora`, `apply_qlora`, `reparameterize_linears`), which `materialize` takes off
+    /// - [`Nf4Error::Config`] for a model with weights of two types, but for NF4 beside FP4
     /// - [`Nf4Error::FolderNotEmpty`], [`Nf4Error::Io`], [`Nf4Error::ModelConfig`]
     /// - [`Nf4Error::NameTaken`] for two parameters of one name
-    /// - [`Nf4Error::Dtype`] for a dtype that safetensors has not, or a storage of codes that is none
+    /// - [`Nf4Error::Dtype`] for a dtype that safetensors has not, or a storage of codes that is none or that the
+    ///   type of the weights has not
+    /// - [`Nf4Error::NonFinite`] for an NVFP4 weight whose scale of the tensor has no finite reciprocal
     fn save_folder(
         &self,
         folder: impl AsRef<Path>,

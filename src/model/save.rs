@@ -6,7 +6,7 @@ use burn::module::{ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 use serde_json::{Map, Value};
 
-use super::check::{check_materialized, check_model, refuse_branches};
+use super::check::{check_materialized, check_model, check_types, refuse_branches};
 use super::layers::LinearLayers;
 use super::names::of_linear;
 use super::stack::{Stacks, module_of};
@@ -14,6 +14,7 @@ use crate::checkpoint::convert::{
     ClaimFile, ModelConfig, Quantized, copy_other_files, ignore_entry, is_embedding, is_head,
     skip_entry_of, start_writer,
 };
+use crate::checkpoint::names::module_of_weight;
 use crate::checkpoint::parameters::{Kind, ParameterPath};
 use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, Dtype, Written};
@@ -26,21 +27,26 @@ use crate::peft::is_tied_by_name;
 
 /// How to write the folder of a model.
 ///
-/// `config.json` gets a `quantization_config` with the form of the layers in 4 bit and a list of the
+/// `config.json` gets a `quantization_config` with the form of the quantized layers and a list of the
 /// linear layers that are not, or loses the one that it has. transformers needs the other entries too,
 /// `architectures` among them: give a `source` that has them, or the entries. Without either there is no
-/// `config.json`, unless there are layers in 4 bit, and the folder is for
+/// `config.json`, unless there are quantized layers, and the folder is for
 /// [`load_checkpoint`](LinearLayers::load_checkpoint).
+///
+/// The `quantization_config` has one form for all: NF4 and FP4 are bitsandbytes', NVFP4, MXFP4 and FP8 by rows
+/// compressed-tensors', FP8 in tiles is DeepSeek's, and MXFP4 is gpt-oss' where it is whole
+/// [stacks](LinearLayers::stacked) of experts and nothing else. A model with weights of two types is refused
+/// before anything is written, but for NF4 beside FP4: quantize all to one type, or decode those of the other.
 #[derive(Debug, Clone)]
 pub struct SaveFolder<'a> {
     /// Where `config.json`, the tokenizer and all other files come from.
     pub source: Option<&'a Checkpoint>,
     /// The entries of `config.json`, in place of those of the source.
     pub model_config: Option<Map<String, Value>>,
-    /// The dtype under which codes are stored: U8, BF16, F16 or F32.
+    /// The dtype under which codes are stored: U8, and of NF4 and FP4 also BF16, F16 or F32.
     pub storage: Dtype,
     /// What transformers computes in (`bnb_4bit_compute_dtype`); `None` for the dtype that the first
-    /// weight in 4 bit had.
+    /// quantized weight had.
     pub compute_dtype: Option<FloatType>,
     /// The most bytes of tensors in a file, but for a weight that is larger.
     pub max_shard_bytes: usize,
@@ -69,6 +75,7 @@ pub(super) fn save<M: LinearLayers>(
     check_model(model)?;
     check_materialized(model)?;
     refuse_branches(model, "to save: merge it, or take it off")?;
+    check_types(model)?;
     let mut config = match (&options.model_config, options.source) {
         (Some(entries), _) => Some(ModelConfig::from_entries(entries.clone())),
         (None, Some(source)) => ModelConfig::read(source)?,
@@ -138,9 +145,7 @@ pub(super) fn save<M: LinearLayers>(
             compute_dtype,
             skip_entry: skip_entry.as_deref(),
             ignore: &ignore,
-            embeddings: keys
-                .iter()
-                .any(|key| is_embedding(key.strip_suffix(".weight").unwrap_or(key))),
+            embeddings: keys.iter().any(|key| is_embedding(module_of_weight(key))),
             expert_stacks: saver.stacks.are_packed(),
         });
     } else if let Some(config) = config.as_mut().filter(|config| !config.claims().is_empty()) {

@@ -20,13 +20,15 @@ pub struct QuantEmbeddingConfig {
     pub n_embedding: usize,
     /// Size of each vector.
     pub d_model: usize,
-    /// The 4-bit data type.
+    /// The data type of the codes.
     #[config(default = "QuantType::Nf4")]
     pub quant_type: QuantType,
-    /// Weights per scale: a power of two from 32 to 4096.
+    /// Weights per scale of NF4 and FP4: a power of two from 32 to 4096. The other types have one size
+    /// each, whatever is set here.
     #[config(default = 64)]
     pub block_size: usize,
-    /// Whether the scales are quantized to 8 bit, in blocks of 256.
+    /// Whether the scales of NF4 and FP4 are quantized to 8 bit, in blocks of 256. Those of the other types
+    /// are what they are, whatever is set here.
     #[config(default = true)]
     pub double_quant: bool,
     /// The dtype that the weight had before it was quantized, and that of the vectors.
@@ -50,7 +52,8 @@ impl QuantEmbeddingConfig {
     ///
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
-    /// if a size is zero.
+    /// if a size is zero, [`Nf4Error::Blocks`] if rows are not made of whole blocks where the type wants it,
+    /// [`Nf4Error::Config`] for a transposed weight of a type that bitsandbytes does not have.
     pub fn init(&self, device: &Device) -> Result<QuantEmbedding, Nf4Error> {
         let form = WeightForm {
             shape: vec![self.n_embedding, self.d_model],

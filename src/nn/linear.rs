@@ -24,13 +24,15 @@ pub struct QuantLinearConfig {
     /// Whether there is a bias.
     #[config(default = true)]
     pub bias: bool,
-    /// The 4-bit data type.
+    /// The data type of the codes.
     #[config(default = "QuantType::Nf4")]
     pub quant_type: QuantType,
-    /// Weights per scale: a power of two from 32 to 4096.
+    /// Weights per scale of NF4 and FP4: a power of two from 32 to 4096. The other types have one size
+    /// each, whatever is set here.
     #[config(default = 64)]
     pub block_size: usize,
-    /// Whether the scales are quantized to 8 bit, in blocks of 256.
+    /// Whether the scales of NF4 and FP4 are quantized to 8 bit, in blocks of 256. Those of the other types
+    /// are what they are, whatever is set here.
     #[config(default = true)]
     pub double_quant: bool,
     /// The dtype that the weight had before it was quantized, and that of the bias.
@@ -54,7 +56,8 @@ impl QuantLinearConfig {
     ///
     /// # Errors
     /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size, [`Nf4Error::ElementCount`]
-    /// if a size is zero.
+    /// if a size is zero, [`Nf4Error::Blocks`] if rows are not made of whole blocks where the type wants it,
+    /// [`Nf4Error::Config`] for a transposed weight of a type that bitsandbytes does not have.
     pub fn init(&self, device: &Device) -> Result<QuantLinear, Nf4Error> {
         let form = WeightForm {
             shape: vec![self.d_output, self.d_input],
@@ -70,7 +73,7 @@ impl QuantLinearConfig {
     }
 }
 
-/// The quantization that the fields of a config describe, scales in blocks of 256.
+/// The quantization that the fields of a config describe: of bitsandbytes' types, with scales in blocks of 256.
 ///
 /// # Errors
 /// [`Nf4Error::BlockSize`] if bitsandbytes has no such block size.
@@ -79,6 +82,9 @@ pub(super) fn quant_config(
     block_size: usize,
     double_quant: bool,
 ) -> Result<QuantConfig, Nf4Error> {
+    if !quant_type.is_bitsandbytes() {
+        return Ok(QuantConfig::of(quant_type));
+    }
     Ok(QuantConfig {
         quant_type,
         block_size: BlockSize::try_from(block_size)?,

@@ -129,6 +129,12 @@ pub fn merge_16bit(
 /// Merges an adapter into a folder of the same form as the base model: an adapted weight that was
 /// quantized is quantized again, with its own settings, and everything else keeps its dtype.
 ///
+/// A weight in NVFP4 keeps the scale of the tensor that it has in the base model, as layers that vLLM fuses
+/// (`q_proj`, `k_proj` and `v_proj`; `gate_proj` and `up_proj`) share one. Where the merged weight is too large
+/// for it, it gets a scale of its own: vLLM takes one for all of such layers and decodes the others wrongly.
+/// [`merge_16bit`], and [`quantize_checkpoint`](crate::checkpoint::quantize_checkpoint) after it, gives them
+/// one scale again.
+///
 /// This is lossy: the result says by how much, module by module. See [`merge_16bit`] for what is
 /// computed, and for errors.
 pub fn merge_4bit(

@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{Checkpoint, CheckpointStore, Dtype};
-use burn_nf4::format::{BlockTensor, FloatType, QuantConfig};
+use burn_nf4::format::{BlockTensor, FloatType, QuantConfig, QuantType};
 use burn_nf4::model::{LinearLayers, QuantizeLayers, SaveFolder};
 use burn_nf4::nn::{AnyLinear, QLoraLinearConfig};
 use burn_nf4::peft::{LoraConfig, TargetModules};
@@ -130,6 +130,44 @@ fn a_mixed_model_is_saved_and_loaded_as_it_is(#[case] parts: &[&str], #[case] sk
     let logits = |toy: &Toy| toy.logits(&IDS, [1, IDS.len()], &device);
     assert_eq!(logits(&again), logits(&toy));
     fs::write(out.join("logits.json"), json!(logits(&toy)).to_string()).expect("a file");
+}
+
+/// One `quantization_config` tells of one type, and of NF4 and FP4 together.
+#[rstest]
+#[case(QuantType::Nf4, QuantType::Fp8Channel, false)]
+#[case(QuantType::Fp8Block, QuantType::Fp8Channel, false)]
+#[case(QuantType::Nf4, QuantType::Fp4, true)]
+fn weights_of_two_types_are_not_saved(
+    #[case] first: QuantType,
+    #[case] second: QuantType,
+    #[case] is_saved: bool,
+) {
+    let toy = Toy::open(model(false).path(), &Device::default());
+    let toy = toy.try_map_linears(|name, layer| match name {
+        name if name.contains("mlp.") => layer.quantize(QuantConfig::of(second)),
+        name if name.contains("q_proj") => layer.quantize(QuantConfig::of(first)),
+        _ => Ok(layer),
+    });
+    let out = TempDir::new().expect("a folder");
+    let result = toy
+        .expect("finite")
+        .save_folder(out.path(), &SaveFolder::default());
+    match result {
+        Ok(_) => {
+            assert!(is_saved);
+            let saved = Checkpoint::open(out.path()).expect("valid");
+            assert_eq!(saved.faults(), []);
+        }
+        Err(Nf4Error::Config { field, given, .. }) => {
+            assert!(!is_saved);
+            assert_eq!(field, "model");
+            for part in [first.name(), second.name(), "q_proj.weight`", "mlp."] {
+                assert!(given.contains(part), "{given}");
+            }
+            assert!(stored::file_names(out.path()).is_empty());
+        }
+        Err(other) => panic!("{other:?}"),
+    }
 }
 
 #[test]

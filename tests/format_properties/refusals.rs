@@ -122,3 +122,45 @@ fn a_weight_must_fill_its_shape() {
     };
     assert_eq!(error, Err(expected));
 }
+
+/// 16 is NVFP4's alone, and neither of weights nor of scales in bitsandbytes' types.
+#[rstest]
+fn blocks_of_16_are_not_of_bitsandbytes(
+    #[values(QuantType::Nf4, QuantType::Fp4)] quant_type: QuantType,
+    #[values(true, false)] of_scales: bool,
+) {
+    let mut config = QuantConfig::of(quant_type);
+    match of_scales {
+        true => config.nested_block_size = Some(BlockSize::B16),
+        false => config.block_size = BlockSize::B16,
+    }
+    let expected = Nf4Error::BlockSize {
+        tensor: "layer".into(),
+        given: 16,
+    };
+    assert_eq!(config.check("layer"), Err(expected));
+}
+
+#[rstest]
+fn scales_of_other_types_are_not_nested(
+    #[values(
+        QuantType::Nvfp4,
+        QuantType::Mxfp4,
+        QuantType::Fp8Block,
+        QuantType::Fp8Channel
+    )]
+    quant_type: QuantType,
+) {
+    let config = QuantConfig::of(quant_type);
+    assert_eq!(config.check("layer"), Ok(()));
+    let nested = QuantConfig {
+        nested_block_size: Some(BlockSize::B256),
+        ..config
+    };
+    let expected = Nf4Error::Scales {
+        tensor: "layer".into(),
+        format: quant_type.name(),
+        expected: config.scale_type(),
+    };
+    assert_eq!(nested.check("layer"), Err(expected));
+}

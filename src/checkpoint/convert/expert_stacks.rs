@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::options::QuantizeOptions;
-use super::select::{Selection, SkipPattern, check_used};
+use super::select::{Selection, SkipPattern, check_used, modules_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::elements::expect_float;
 use crate::error::Nf4Error;
@@ -56,10 +56,7 @@ pub(super) fn select(
         });
     }
     let patterns = SkipPattern::all(&options.skip_modules)?;
-    let modules = parameters.iter().map(|key| match key.rsplit_once('.') {
-        Some((module, "weight" | "bias")) => module,
-        _ => key,
-    });
+    let modules = modules_of(parameters);
     let experts = parameters.iter().filter_map(|key| module_of(key));
     check_used(&patterns, &modules.chain(experts).collect::<Vec<_>>())?;
 

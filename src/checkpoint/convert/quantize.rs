@@ -26,11 +26,14 @@ use crate::format::{
 use crate::host;
 
 /// Quantizes the linear layers of a checkpoint into a new folder that transformers loads: NF4 and FP4 with
-/// bitsandbytes, NVFP4 and MXFP4 with compressed-tensors.
+/// bitsandbytes; NVFP4, MXFP4 and FP8 by rows with compressed-tensors; FP8 in tiles as DeepSeek's models have it;
+/// the experts of gpt-oss to MXFP4 in the form of that model.
 ///
 /// Quantized are matrices named `….weight`, but for embeddings and heads (`lm_head` and the like) unless
 /// [`QuantizeOptions`] ask for them, routers, and what the options name. `config.json` gets a `quantization_config` that says
-/// so, unless no weight is left, and the other files of the folder are copied. One tensor is in memory at a time.
+/// so, unless no weight is left, and the other files of the folder are copied. Of types that bitsandbytes does not
+/// have it gets the dtype that the weights had too, if it names none: nothing else in the folder tells of it. One
+/// tensor is in memory at a time.
 ///
 /// The weights of the source may be quantized, in another type: they are decoded to the dtype that they had and
 /// quantized again, and those that the new folder does not quantize become floats. What that costs is in
@@ -50,6 +53,8 @@ use crate::host;
 /// ```
 ///
 /// # Errors
+/// - [`Nf4Error::BlockSize`] and [`Nf4Error::Scales`] for a `config` that the type has not, [`Nf4Error::Dtype`] for a
+///   `storage` other than U8 with a type that bitsandbytes does not have
 /// - [`Nf4Error::NonFinite`] for a weight with a NaN or an infinity, or with values so near to the
 ///   largest of its dtype that they decode to infinity, [`Nf4Error::Dtype`] for one of another
 ///   type than f16, bf16 and f32, each with its key
@@ -94,7 +99,7 @@ pub fn quantize_checkpoint(
         ..Converted::default()
     };
     let mut scales = FusedScales::default();
-    let mut compute_dtype = options.compute_dtype;
+    let mut weight_dtype = None;
     for &key in &parameters {
         let name = match selection.is_quantized(key) {
             true => Some(key),
@@ -116,7 +121,7 @@ pub fn quantize_checkpoint(
             };
             let names = [key, name];
             let dtype = write_quantized(&mut writer, source, names, written, options, &mut result)?;
-            compute_dtype.get_or_insert(dtype);
+            weight_dtype.get_or_insert(dtype);
         }
         reporter.done(key);
     }
@@ -124,16 +129,22 @@ pub fn quantize_checkpoint(
     copy_other_files(&mut writer, source, ClaimFile::Replaced)?;
     if let Some(config) = &mut model_config {
         // What is claimed must be there. With a weight comes its dtype.
-        match compute_dtype.filter(|_| result.converted > 0) {
-            Some(compute_dtype) => config.set_quantized(&Quantized {
-                config: options.config,
-                storage: options.storage,
-                compute_dtype,
-                skip_entry: selection.skip_entry(),
-                ignore: selection.ignore(),
-                embeddings: options.embeddings,
-                expert_stacks: selection.has_expert_stacks(),
-            }),
+        match weight_dtype {
+            Some(dtype) => {
+                config.set_quantized(&Quantized {
+                    config: options.config,
+                    storage: options.storage,
+                    compute_dtype: options.compute_dtype.unwrap_or(dtype),
+                    skip_entry: selection.skip_entry(),
+                    ignore: selection.ignore(),
+                    embeddings: options.embeddings,
+                    expert_stacks: selection.has_expert_stacks(),
+                });
+                // bitsandbytes stores it with each weight.
+                if !options.config.quant_type.is_bitsandbytes() && config.dtype().is_none() {
+                    config.set_dtype(dtype);
+                }
+            }
             None if !config.claims().is_empty() => config.set_dense(),
             None => {}
         }

@@ -7,7 +7,7 @@ use fancy_regex::Regex;
 use super::options::QuantizeOptions;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::elements::expect_float;
-use crate::checkpoint::names::last_part;
+use crate::checkpoint::names::{last_part, module_of_weight};
 use crate::error::Nf4Error;
 use crate::format::PackedLayout;
 
@@ -93,10 +93,7 @@ impl Selection {
         tied: Option<bool>,
     ) -> Result<Self, Nf4Error> {
         let patterns = SkipPattern::all(&options.skip_modules)?;
-        let modules = parameters.iter().map(|key| match key.rsplit_once('.') {
-            Some((module, "weight" | "bias")) => module,
-            _ => key,
-        });
+        let modules = modules_of(parameters);
         // A head that is the embedding has no parameter of its own.
         let heads = HEADS_KNOWN_TO_TRANSFORMERS.into_iter();
         let heads = heads.filter(|_| tied != Some(false));
@@ -146,7 +143,7 @@ impl Selection {
                     "a checkpoint with an output head, or one that is `model.embed_tokens`";
                 return missing("head", expected, source);
             }
-            let head = module_of(TIED_HEAD);
+            let head = module_of_weight(TIED_HEAD);
             head_of_table = reason_to_keep(head, false, options, &patterns)?.is_none();
             if head_of_table {
                 let shape = shape_of(source, TIED_TABLE)?;
@@ -161,7 +158,7 @@ impl Selection {
             }
         }
         let skip_entry = skip_entry(&quantized, &kept, &options.skip_modules);
-        let quantizes_head = quantized.iter().any(|key| is_head(module_of(key)));
+        let quantizes_head = quantized.iter().any(|key| is_head(module_of_weight(key)));
         let modules = kept.into_iter().map(|(module, _)| module);
         Ok(Self {
             ignore: ignore_entry(&quantized, modules),
@@ -233,6 +230,15 @@ impl Selection {
     }
 }
 
+/// The module of each parameter that is a weight or a bias; any other stands for itself.
+pub(super) fn modules_of<'a>(parameters: &[&'a str]) -> impl Iterator<Item = &'a str> {
+    let parameters = parameters.iter();
+    parameters.map(|key| match key.rsplit_once('.') {
+        Some((module, "weight" | "bias")) => module,
+        _ => key,
+    })
+}
+
 /// The shape of a parameter.
 fn shape_of(source: &Checkpoint, key: &str) -> Result<Vec<usize>, Nf4Error> {
     match source.is_quantized(key) {
@@ -274,9 +280,9 @@ pub(crate) fn ignore_entry(
 ) -> Vec<String> {
     let mut entries: BTreeSet<String> = kept.filter(|module| !is_embedding(module)).collect();
     let is_known = |module: &str| HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module));
-    let mut modules = quantized.iter().map(|key| module_of(key));
+    let mut modules = quantized.iter().map(|key| module_of_weight(key));
     if !modules.any(is_known) && !entries.iter().any(|module| is_known(module)) {
-        entries.insert(module_of(TIED_HEAD).into());
+        entries.insert(module_of_weight(TIED_HEAD).into());
     }
     entries.into_iter().collect()
 }
@@ -355,11 +361,6 @@ fn missing<T>(
     })
 }
 
-/// The module that a weight belongs to.
-fn module_of(key: &str) -> &str {
-    key.strip_suffix(".weight").unwrap_or(key)
-}
-
 fn reason_to_keep(
     module: &str,
     kept_expert: bool,
@@ -395,9 +396,7 @@ pub(crate) fn skip_entry_of(
 ) -> Option<Vec<String>> {
     let kept: Vec<(String, Kept)> = kept.map(|module| (module, Kept::Default)).collect();
     let is_known = |module: &str| HEADS_KNOWN_TO_TRANSFORMERS.contains(&last_part(module));
-    let any_known_quantized = quantized
-        .iter()
-        .any(|key| is_known(key.strip_suffix(".weight").unwrap_or(key)));
+    let any_known_quantized = quantized.iter().any(|key| is_known(module_of_weight(key)));
     if !any_known_quantized {
         return skip_entry(quantized, &kept, &[]);
     }
@@ -451,7 +450,7 @@ fn skip_entry(
     let quantized_head = |name: &str| {
         quantized
             .iter()
-            .any(|key| last_part(module_of(key)) == name)
+            .any(|key| last_part(module_of_weight(key)) == name)
     };
     if named.is_empty() && kept.iter().all(known) && !HEADS.iter().any(|name| quantized_head(name))
     {
@@ -479,7 +478,7 @@ fn skip_entry(
 /// enough for transformers 5.17. If there is none it is the whole path, as a regular expression that
 /// matches no longer one.
 fn distinct_entry(module: &str, quantized: &BTreeSet<String>) -> String {
-    let modules = || quantized.iter().map(|key| module_of(key));
+    let modules = || quantized.iter().map(|key| module_of_weight(key));
     let starts = module
         .rmatch_indices('.')
         .map(|(dot, _)| dot + 1)

@@ -3,6 +3,7 @@
 use crate::checkpoint::convert::{Claim, is_kept_by_default};
 use crate::checkpoint::elements::float_type;
 use crate::checkpoint::folder::Checkpoint;
+use crate::checkpoint::names::module_of_weight;
 use crate::checkpoint::quant_claim::{GroupWeights, Modules, QuantClaim, QuantMethod};
 use crate::checkpoint::stored::TensorSource;
 use crate::checkpoint::weight::locate_weight;
@@ -116,7 +117,7 @@ fn contradiction(
     weight: &str,
     quant_type: QuantType,
 ) -> Result<Option<Nf4Error>, Nf4Error> {
-    let module = weight.strip_suffix(".weight").unwrap_or(weight);
+    let module = module_of_weight(weight);
     let name = quant_type.name();
     let expected = "modules that are quantized as they are targeted, and none that is ignored";
     if modules.ignores(module)? {

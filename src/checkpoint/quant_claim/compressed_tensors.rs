@@ -28,9 +28,11 @@ fn formats(quant_type: QuantType) -> &'static [&'static str] {
 }
 
 pub(super) fn claim(part: String, value: &Value) -> QuantClaim {
+    let mut tile = None;
     let mut groups = match value.get("config_groups") {
         Some(Value::Object(groups)) => {
             let format = value.get("format").and_then(Value::as_str);
+            tile = groups.values().find_map(tile_of);
             let groups = groups.iter();
             groups.map(|(name, it)| group(name, it, format)).collect()
         }
@@ -43,15 +45,17 @@ pub(super) fn claim(part: String, value: &Value) -> QuantClaim {
             &format!("weights in {format}"),
         ));
     }
-    let blocks = value.get("config_groups").and_then(Value::as_object);
-    let blocks = blocks.into_iter().flat_map(|groups| groups.values());
-    let tile = |group: &Value| integers(group.get("weights")?.get("block_structure")?);
     QuantClaim {
         ignore: strings(value.get("ignore")),
         quantizes_cache: value.get("kv_cache_scheme").is_some_and(Value::is_object),
-        tile: blocks.into_iter().find_map(tile),
+        tile,
         ..QuantClaim::new(part, QuantMethod::CompressedTensors, groups)
     }
+}
+
+/// Rows and columns of a tile of a group's weights.
+fn tile_of(group: &Value) -> Option<Vec<u64>> {
+    integers(group.get("weights")?.get("block_structure")?)
 }
 
 fn unreadable(name: &str, what: &str) -> QuantGroup {

@@ -15,6 +15,15 @@ impl WeightSpec {
     pub fn new(form: WeightForm) -> Result<Self, Nf4Error> {
         if form.transposed {
             matrix_dims("weight", &form.shape)?;
+            // The scales of the others follow rows: those of the transpose are others.
+            let quant_type = form.config.quant_type;
+            if !quant_type.is_bitsandbytes() {
+                return Err(Nf4Error::Config {
+                    field: "transposed",
+                    expected: "false for types that bitsandbytes does not have",
+                    given: format!("true for a weight in {}", quant_type.name()),
+                });
+            }
         }
         let layout = PackedLayout::for_shape(&form.shape, form.config)?;
         Ok(Self { form, layout })

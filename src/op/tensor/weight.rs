@@ -161,7 +161,7 @@ impl BlockWeight {
     /// A weight of zeros, to load a record into. Its memory is taken when it is first used.
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] for an impossible shape.
+    /// What [`PackedLayout::for_shape`] returns.
     pub fn zeros(
         shape: &[usize],
         config: QuantConfig,
@@ -181,8 +181,8 @@ impl BlockWeight {
     /// taken when it is first used.
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] for an impossible shape, [`Nf4Error::NotAMatrix`] for a
-    /// transposed form of another rank.
+    /// What [`PackedLayout::for_shape`] returns; for a transposed form [`Nf4Error::NotAMatrix`] if it has
+    /// another rank, [`Nf4Error::Config`] if its type is one that bitsandbytes does not have.
     pub fn zeros_of(form: WeightForm, device: &Device) -> Result<Self, Nf4Error> {
         let spec = WeightSpec::new(form)?;
         let of = spec.clone();

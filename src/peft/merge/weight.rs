@@ -11,7 +11,8 @@ use crate::checkpoint::stored_form::StoredForm;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::error::Nf4Error;
 use crate::format::{
-    FloatElement, FloatType, PackedImage, QuantConfig, WeightParts, check_finite, matrix_dims,
+    FloatElement, FloatType, PackedImage, QuantConfig, ScaleParts, TensorScale, WeightParts,
+    check_finite, matrix_dims,
 };
 
 /// A weight of the base model, widened, in the orientation that the model has it in.
@@ -30,6 +31,8 @@ enum Form {
         config: QuantConfig,
         stored: StoredForm,
         orientation: Orientation,
+        /// The scale of an NVFP4 tensor.
+        scale: Option<TensorScale>,
     },
 }
 
@@ -53,6 +56,10 @@ impl BaseWeight {
             config,
             stored: StoredForm::of(base, key, config.quant_type)?,
             orientation,
+            scale: match weight.parts().scales {
+                ScaleParts::Coded { tensor_scale, .. } => Some(tensor_scale),
+                _ => None,
+            },
         };
         let mut shape = weight.shape().to_vec();
         let values = with_float_type!(dtype, T => widen_decoded::<T>(weight, key)?);
@@ -92,6 +99,7 @@ impl BaseWeight {
                     config,
                     stored,
                     orientation,
+                    scale,
                 },
             ) => {
                 let values = orientation.turn(key, self.values.into(), &mut self.shape)?;
@@ -103,7 +111,11 @@ impl BaseWeight {
                         StoredForm::OneScale { .. } => vec![1, rounded.len()],
                         _ => self.shape.clone(),
                     };
-                    let weight = quantize(&rounded, &rows, config, None, key)?;
+                    // Layers that others fuse share theirs.
+                    let magnitudes = rounded.iter().map(|value| value.to_f32().abs());
+                    let max = magnitudes.fold(0.0, f32::max);
+                    let scale = scale.filter(|scale| scale.fits(max));
+                    let weight = quantize(&rounded, &rows, config, scale, key)?;
                     let parts = WeightParts { shape: &self.shape, ..weight.parts() };
                     writer.write_parts(key, parts, stored)?;
                     widen_decoded::<T>(weight, key)?

@@ -143,8 +143,8 @@ fn a_model_is_saved_with_the_experts_of_one_layer_in_floats() {
 
 /// The form has stacks of whole layers alone.
 #[rstest]
-#[case::one_expert_in_floats(|name| name == "model.layers.1.mlp.experts.2.up_proj")]
-#[case::one_projection_in_floats(|name| name.contains("layers.1.") && name.ends_with(".down_proj"))]
+#[case::one_expert_in_floats(|name: &str| name == "model.layers.1.mlp.experts.2.up_proj")]
+#[case::one_projection_in_floats(|name: &str| name.contains("layers.1.") && name.ends_with(".down_proj"))]
 fn other_packed_experts_are_saved_one_by_one(#[case] in_floats: fn(&str) -> bool) {
     let (model, _) = opened(&fixture(FOLDER));
     let model = model.try_map_linears(|name, layer| match in_floats(name) {
