@@ -87,6 +87,11 @@ impl ScaleKind {
         matches!(self, Self::Nested { .. } | Self::Coded)
     }
 
+    /// Whether a scale is that of a tile or a row of a matrix, rather than of neighbours in the flat weight.
+    pub const fn goes_by_rows(&self) -> bool {
+        matches!(self, Self::Tile { .. } | Self::Row)
+    }
+
     /// Base-2 logarithm of the nested block size, if scales are nested.
     pub const fn nested_log2(&self) -> Option<u32> {
         match self {

@@ -47,7 +47,7 @@ pub fn fill_table(level: f32, table: &mut CodeTable, #[comptime] units: usize) {
 /// Where a lane's rows of `W` are: of each tile row `lane / 4` and the one eight below.
 #[derive(CubeType)]
 pub struct Rows {
-    /// Starts of the rows, at the lane's first code of a chunk, in vectors of 32 codes.
+    /// Starts of the rows, at the lane's first code of a chunk, in vectors.
     at: Array<usize>,
     /// Where the plane ends along `k`, less what the lane is ahead of its chunk.
     end: usize,
@@ -62,13 +62,15 @@ impl Rows {
         n: usize,
         k: usize,
         #[comptime] row_tiles: usize,
+        #[comptime] code_bits: usize,
     ) -> Self {
         let lane = UNIT_POS_X as usize;
         let mut at = Array::<usize>::new(comptime!(2 * row_tiles));
         #[unroll]
         for r in 0..comptime!(2 * row_tiles) {
             let row = usize::min(plane_row + (lane >> 2usize) + comptime!(r * 8), n - 1);
-            at[r] = row * (k / 32) + (lane & 3);
+            at[r] = row * (k / comptime!(128 / code_bits))
+                + (lane & 3) * comptime!(lane_vectors(code_bits));
         }
         Rows {
             at,
@@ -86,19 +88,98 @@ impl Rows {
         #[comptime] d: usize,
         #[comptime] clear: bool,
         #[comptime] row_tiles: usize,
+        #[comptime] code_bits: usize,
     ) {
         let inside = at < self.end;
+        let vectors = comptime!(lane_vectors(code_bits));
         #[unroll]
         for r in 0..comptime!(2 * row_tiles) {
-            let slot = comptime!(d * 2 * row_tiles + r);
-            if comptime!(clear) {
-                codes[slot] = Vector::new(0u32);
-            }
-            if inside {
-                codes[slot] = packed[self.at[r] + at / 32];
+            #[unroll]
+            for v in 0..vectors {
+                let slot = comptime!((d * 2 * row_tiles + r) * vectors + v);
+                if comptime!(clear) {
+                    codes[slot] = Vector::new(0u32);
+                }
+                if inside {
+                    codes[slot] = packed[self.at[r] + at / comptime!(128 / code_bits) + v];
+                }
             }
         }
     }
+}
+
+/// Vectors that a lane's 32 codes of a row take.
+pub const fn lane_vectors(code_bits: usize) -> usize {
+    code_bits / 4
+}
+
+/// What [`fp8_pair`] gives is the value of the code divided by this.
+pub const FP8_FACTOR: f32 = 256.0;
+
+/// The values of two E4M3 codes of a word, the first and the third or the second and the last, over
+/// [`FP8_FACTOR`], which is exact: the bits of the code are those of an f16 whose exponent has another bias. NaN
+/// becomes a number, see [`find_nan`].
+#[cube]
+pub fn fp8_pair(word: u32, #[comptime] second: bool) -> Vector<f16, Const<2>> {
+    let mut codes = word & 0xff00_ff00u32;
+    if comptime!(!second) {
+        codes = (word << 8) & 0xff00_ff00u32;
+    }
+    Vector::<f16, Const<2>>::reinterpret((codes & 0x8000_8000u32) | ((codes >> 1) & 0x3f80_3f80u32))
+}
+
+/// Has the highest bit of a byte of the result where that byte of a word is NaN as E4M3.
+#[cube]
+pub fn find_nan(word: u32) -> u32 {
+    (word & 0x7f7f_7f7fu32) + 0x0101_0101u32
+}
+
+/// NaN if any of the words that [`find_nan`] was asked for, or'd together, had one; else zero.
+#[cube]
+pub fn nan_or_zero(found: u32) -> f32 {
+    select(
+        found & 0x8080_8080u32 != 0,
+        f32::reinterpret(0x7fc0_0000u32),
+        0.0f32,
+    )
+}
+
+/// What a lane contributes of `W`, in E4M3, to one product of 16 by 8 by 16: a word of its upper row and one of
+/// the row eight below, in the order of [`fp8_pair`]. Scales are multiplied by [`FP8_FACTOR`].
+#[cube]
+pub fn fp8_fragment<F: Float>(
+    upper: u32,
+    lower: u32,
+    upper_scale: f32,
+    lower_scale: f32,
+) -> Array<Vector<F, Const<2>>> {
+    let mut registers = Array::<Vector<F, Const<2>>>::new(4usize);
+    #[unroll]
+    for second in 0..2usize {
+        let pair = Vector::<f32, Const<2>>::cast_from(fp8_pair(upper, comptime!(second == 1)));
+        registers[comptime!(2 * second)] = Vector::cast_from(pair * Vector::new(upper_scale));
+        let pair = Vector::<f32, Const<2>>::cast_from(fp8_pair(lower, comptime!(second == 1)));
+        registers[comptime!(2 * second + 1)] = Vector::cast_from(pair * Vector::new(lower_scale));
+    }
+    registers
+}
+
+/// Puts elements of `x`, two of 16 bits a word, in the order of [`fp8_pair`]: of four the first and the third,
+/// then the others.
+#[cube]
+pub fn in_fp8_order(eight: Vector<u32, Const<4>>) -> Vector<u32, Const<4>> {
+    let mut ordered = eight;
+    #[unroll]
+    for four in 0..2usize {
+        let first = eight.extract(comptime!(2 * four));
+        let second = eight.extract(comptime!(2 * four + 1));
+        ordered.insert(comptime!(2 * four), (first & 0xffffu32) | (second << 16));
+        ordered.insert(
+            comptime!(2 * four + 1),
+            (first >> 16) | (second & 0xffff_0000u32),
+        );
+    }
+    ordered
 }
 
 /// [`fill_table`] in f16: entry `32 * byte + copy`, a copy a lane and each in a bank of its own.

@@ -8,7 +8,8 @@
 //!
 //! Of the eight columns of the instruction's other side, the even ones hold `x` where the first half
 //! of a chunk is and zeros elsewhere, the odd ones the other way round; so the sums of both runs of
-//! a chunk come out apart. Elements of `x` in bf16 are brought into the range of f16 by a power of
+//! a chunk come out apart. Of shorter runs, each of four columns holds a quarter of the chunk, and where a
+//! quarter is two runs, these are multiplied one after the other. Elements of `x` in bf16 are brought into the range of f16 by a power of
 //! two.
 //!
 //! Sources: those of [`tensor_core`](super::tensor_core).
@@ -18,7 +19,10 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::decode::PackedView;
-use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_levels, level_pair, load_level};
+use super::fragments::{
+    CodeTable, FP8_FACTOR, Rows, TABLE_BYTES, fill_levels, find_nan, fp8_pair, in_fp8_order,
+    lane_vectors, level_pair, load_level, nan_or_zero,
+};
 use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales, load_offset};
 use super::sums::{SumsBlueprint, Target, store_gated, store_sums};
@@ -27,10 +31,12 @@ use crate::activation::Activation;
 /// What forks a compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LevelsBlueprint {
-    /// Which scales a plane needs; runs are 64 long. `depth` chunks are on their way at a time.
+    /// Which scales a plane needs, as sums lie. `depth` chunks are on their way at a time.
     pub scales: ScaleBlueprint,
     /// `depth` is two, and the scales of the two chunks are in one word, which is loaded once.
     pub paired: bool,
+    /// Bits of a code, 4 or 8.
+    pub code_bits: usize,
     /// How planes share the work: one column tile, not split.
     pub sums: SumsBlueprint,
     /// Chunks along `k` of a plane, a multiple of `depth`; so many are neighbours, and the next are
@@ -43,6 +49,11 @@ pub struct LevelsBlueprint {
 }
 
 impl LevelsBlueprint {
+    /// Runs of a lane's codes, whose products are summed apart.
+    const fn lane_runs(&self) -> usize {
+        if self.scales.run_log2 == 4 { 2 } else { 1 }
+    }
+
     /// Chunks along `k` of a cube.
     const fn all_chunks(&self) -> usize {
         self.chunks * self.sums.k_planes
@@ -160,6 +171,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
 ) {
     let row_tiles = comptime!(blueprint.sums.row_tiles);
     let depth = comptime!(blueprint.scales.depth);
+    let lane_runs = comptime!(blueprint.lane_runs());
     let k_planes = comptime!(blueprint.sums.k_planes);
     let scale_blueprint = comptime!(blueprint.scales);
     let count = weights.len().comptime();
@@ -192,8 +204,12 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         cube * comptime!(blueprint.result_rows()) + row_plane * comptime!(16 * row_tiles);
 
     // All loads from global memory are issued before the first value is used.
-    let rows = Rows::new(plane_row, k, n, k, row_tiles);
-    let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * depth));
+    let code_bits = comptime!(blueprint.code_bits);
+    let vectors = comptime!(lane_vectors(blueprint.code_bits));
+    // NaN would be found in what was never loaded.
+    let clear = comptime!(blueprint.code_bits == 8);
+    let rows = Rows::new(plane_row, k, n, k, row_tiles, code_bits);
+    let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * depth * vectors));
     let mut scales = Scales::new(ScalePlace::of_sums(), plane_row, k, n, k, scale_blueprint);
     let mut at = k_plane * comptime!(depth * CHUNK);
     let ahead_by = comptime!(usize::max(depth - 1, 1));
@@ -208,7 +224,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
             #[unroll]
             for d in 0..ahead_by {
                 let chunk_at = at + comptime!(d * CHUNK);
-                rows.load(&weight.packed, &mut codes, chunk_at, d, false, row_tiles);
+                rows.load(
+                    &weight.packed,
+                    &mut codes,
+                    chunk_at,
+                    d,
+                    clear,
+                    row_tiles,
+                    code_bits,
+                );
                 scales.load(
                     &weight.words,
                     &weight.view,
@@ -235,10 +259,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         map.select(part, offset);
     }
     // The codebook is that of the way to quantize.
-    let level = load_level(&first.words, &first.view);
+    let mut level = 0.0f32;
+    if comptime!(code_bits == 4) {
+        level = load_level(&first.words, &first.view);
+    }
     let values = load_x(x, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
-    fill_levels(level, &mut table, units);
+    if comptime!(code_bits == 4) {
+        fill_levels(level, &mut table, units);
+    }
     map.store(maps, units, scale_blueprint);
     let mut staged =
         Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!(blueprint.shared_vectors()));
@@ -252,19 +281,25 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     // Lanes of a column that has nothing here stay with the zeros.
     let mut x_at = (2 * k_plane + 2) & 7;
     let mut x_step = 0usize.runtime();
-    if (lane >> 2) & 1 == (lane >> 1) & 1 {
+    let mut has_x = (lane >> 2) & 3 == lane & 3;
+    if comptime!(scale_blueprint.run_log2 == 6) {
+        has_x = (lane >> 2) & 1 == (lane >> 1) & 1;
+    }
+    if has_x {
         x_at =
             k_plane * comptime!(depth * PITCH) + comptime!(ZEROS) + member * 4 + (member >> 1usize);
         x_step = comptime!(PITCH).runtime();
     }
 
     let def = MmaDefinition::<f16, f16, f32>::new(16usize, 8usize, 16usize);
-    // Of the sums of a chunk, two rows by two runs, each of the four lanes that have them all scales
-    // its own.
+    // Of the sums of a chunk, two rows by its runs, each of the four lanes that have them all scales
+    // its own: those of 64 elements of one row.
     let lower_row = lane & 2 != 0;
     let second_run = lane & 1 != 0;
     let mut totals = Array::<f32>::new(row_tiles);
     let mut later = Array::<f32>::new(row_tiles);
+    // Of codes of eight bits: where the lane's rows have NaN.
+    let mut found_nan = Array::<u32>::new(comptime!(2 * row_tiles));
     #[unroll]
     for row_tile in 0..row_tiles {
         totals[row_tile] = 0.0f32;
@@ -275,6 +310,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
     #[unroll]
     for r in 0..comptime!(2 * row_tiles) {
         added[r] = 0.0f32;
+        found_nan[r] = 0u32;
     }
     #[unroll]
     for w in 0..count {
@@ -295,7 +331,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 for w in 0..count {
                     if comptime!(count == 1) || part == w {
                         let weight = weights.index(w);
-                        rows.load(&weight.packed, &mut codes, ahead, slot, false, row_tiles);
+                        rows.load(
+                            &weight.packed,
+                            &mut codes,
+                            ahead,
+                            slot,
+                            clear,
+                            row_tiles,
+                            code_bits,
+                        );
                         if comptime!(slot == 0 || !blueprint.paired) {
                             let (words, view) = (&weight.words, &weight.view);
                             scales.load(words, view, ahead, slot, false, scale_blueprint);
@@ -308,7 +352,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
             if chunk_at + zero < k {
                 let mut products = Sequence::<Array<Vector<f32, Const<2>>>>::new();
                 #[unroll]
-                for _ in 0..row_tiles {
+                for _ in 0..comptime!(row_tiles * lane_runs) {
                     let mut product = Array::<Vector<f32, Const<2>>>::new(2usize);
                     product[0] = Vector::new(0.0f32);
                     product[1] = Vector::new(0.0f32);
@@ -320,17 +364,31 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                     #[unroll]
                     for row_tile in 0..row_tiles {
                         let slot = comptime!((d * row_tiles + row_tile) * 2);
-                        let upper = codes[slot].extract(q);
-                        let lower = codes[comptime!(slot + 1)].extract(q);
-                        let product = products.index_mut(row_tile);
+                        let run = comptime!(q * lane_runs / 4);
+                        let product = products.index_mut(comptime!(row_tile * lane_runs + run));
                         #[unroll]
                         for half in 0..2usize {
                             let byte = comptime!(2 * half as u32);
                             let mut levels = Array::<Vector<f16, Const<2>>>::new(4usize);
-                            levels[0] = level_pair(&table, copy, upper, byte);
-                            levels[1] = level_pair(&table, copy, lower, byte);
-                            levels[2] = level_pair(&table, copy, upper, comptime!(byte + 1));
-                            levels[3] = level_pair(&table, copy, lower, comptime!(byte + 1));
+                            if comptime!(code_bits == 4) {
+                                let upper = codes[slot].extract(q);
+                                let lower = codes[comptime!(slot + 1)].extract(q);
+                                levels[0] = level_pair(&table, copy, upper, byte);
+                                levels[1] = level_pair(&table, copy, lower, byte);
+                                levels[2] = level_pair(&table, copy, upper, comptime!(byte + 1));
+                                levels[3] = level_pair(&table, copy, lower, comptime!(byte + 1));
+                            } else {
+                                let vector = comptime!(slot * 2 + q / 2);
+                                let word = comptime!(2 * (q % 2) + half);
+                                let upper = codes[vector].extract(word);
+                                let lower = codes[comptime!(vector + 2)].extract(word);
+                                found_nan[comptime!(2 * row_tile)] |= find_nan(upper);
+                                found_nan[comptime!(2 * row_tile + 1)] |= find_nan(lower);
+                                levels[0] = fp8_pair(upper, false);
+                                levels[1] = fp8_pair(lower, false);
+                                levels[2] = fp8_pair(upper, true);
+                                levels[3] = fp8_pair(lower, true);
+                            }
                             let mut values = Array::<Vector<f16, Const<2>>>::new(2usize);
                             values[0] = Vector::reinterpret(four.extract(comptime!(2 * half)));
                             values[1] = Vector::reinterpret(four.extract(comptime!(2 * half + 1)));
@@ -340,20 +398,38 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 }
                 #[unroll]
                 for row_tile in 0..row_tiles {
-                    let mut scale = later[row_tile];
-                    if comptime!(d == 0 || !blueprint.paired) {
-                        scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
+                    if comptime!(scale_blueprint.run_log2 == 6) {
+                        let mut scale = later[row_tile];
+                        if comptime!(d == 0 || !blueprint.paired) {
+                            scale = scales.decode(chunk_at, &map, row_tile, d, scale_blueprint);
+                        }
+                        if comptime!(d == 0 && blueprint.paired) {
+                            let next = chunk_at + comptime!(CHUNK);
+                            later[row_tile] =
+                                scales.decode(next, &map, row_tile, d, scale_blueprint);
+                        }
+                        let product = products.index(row_tile);
+                        let upper = product[0];
+                        let upper =
+                            select(second_run, upper.extract(1usize), upper.extract(0usize));
+                        let lower = product[1];
+                        let lower =
+                            select(second_run, lower.extract(1usize), lower.extract(0usize));
+                        totals[row_tile] += select(lower_row, lower, upper) * scale;
+                    } else {
+                        let each = comptime!(2 * lane_runs);
+                        #[unroll]
+                        for run in 0..each {
+                            let e = comptime!(row_tile * each + run);
+                            let scale = scales.decode(chunk_at, &map, e, d, scale_blueprint);
+                            let of_lane = comptime!(row_tile * lane_runs + run % lane_runs);
+                            let product = products.index(of_lane);
+                            let quarter = comptime!(run / lane_runs);
+                            let upper = product[0].extract(quarter);
+                            let lower = product[1].extract(quarter);
+                            totals[row_tile] += select(lower_row, lower, upper) * scale;
+                        }
                     }
-                    if comptime!(d == 0 && blueprint.paired) {
-                        let next = chunk_at + comptime!(CHUNK);
-                        later[row_tile] = scales.decode(next, &map, row_tile, d, scale_blueprint);
-                    }
-                    let product = products.index(row_tile);
-                    let upper = product[0];
-                    let upper = select(second_run, upper.extract(1usize), upper.extract(0usize));
-                    let lower = product[1];
-                    let lower = select(second_run, lower.extract(1usize), lower.extract(0usize));
-                    totals[row_tile] += select(lower_row, lower, upper) * scale;
                 }
             }
             if comptime!(depth == 1) {
@@ -361,7 +437,15 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 for w in 0..count {
                     if comptime!(count == 1) || part == w {
                         let weight = weights.index(w);
-                        rows.load(&weight.packed, &mut codes, ahead, d, false, row_tiles);
+                        rows.load(
+                            &weight.packed,
+                            &mut codes,
+                            ahead,
+                            d,
+                            clear,
+                            row_tiles,
+                            code_bits,
+                        );
                         scales.load(
                             &weight.words,
                             &weight.view,
@@ -378,6 +462,14 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
         at += comptime!(depth * k_planes * CHUNK);
     }
 
+    let mut unscale = unscale;
+    if comptime!(code_bits == 8) {
+        unscale *= FP8_FACTOR;
+        #[unroll]
+        for r in 0..comptime!(2 * row_tiles) {
+            added[r] += nan_or_zero(found_nan[r]);
+        }
+    }
     let mut sums = Sequence::<Array<Vector<f32, Const<2>>>>::new();
     #[unroll]
     for row_tile in 0..row_tiles {
@@ -392,7 +484,7 @@ pub fn matmul_levels_kernel<F: Float, G: Float>(
                 total = other * unscale;
             }
             #[comptime]
-            if first.bias.is_some() || first.lora.is_some() {
+            if first.bias.is_some() || first.lora.is_some() || code_bits == 8 {
                 let mut share = added[comptime!(2 * row_tile + r)];
                 share += plane_shuffle_xor(share, 1u32);
                 total += share + plane_shuffle_xor(share, 2u32);
@@ -529,6 +621,9 @@ fn stage_x(
                 two.insert(1usize, f32::reinterpret(word & 0xffff_0000u32) * scale);
                 eight.insert(p, u32::reinterpret(Vector::<f16, Const<2>>::cast_from(two)));
             }
+        }
+        if comptime!(blueprint.code_bits == 8) {
+            eight = in_fp8_order(eight);
         }
         if i < comptime!(blueprint.x_vectors()) {
             let in_chunk = i % comptime!(CHUNK / 8);

@@ -13,7 +13,7 @@ pub const CHUNK: usize = 128;
 pub struct ScaleBlueprint {
     /// Base-2 logarithm of the block size.
     pub block_log2: u32,
-    /// What the scales are: not those of tiles or rows.
+    /// What the scales are.
     pub kind: ScaleKind,
     /// Base-2 logarithm of how many neighbouring elements of a row share a scale at least: 4, 5 or 6.
     pub run_log2: u32,
@@ -21,6 +21,8 @@ pub struct ScaleBlueprint {
     pub row_tiles: usize,
     /// Chunks whose scales are on their way at a time.
     pub depth: usize,
+    /// Which of them a lane has: [`ScalePlace::of_sums`] or [`ScalePlace::in_order`].
+    pub of_sums: bool,
 }
 
 impl ScaleBlueprint {
@@ -31,7 +33,38 @@ impl ScaleBlueprint {
 
     /// Base-2 logarithm of how many of them are of one row, one after the other.
     pub const fn row_scales_log2(&self) -> usize {
-        if self.run_log2 == 4 { 1 } else { 0 }
+        match (self.of_sums, self.run_log2) {
+            (true, run_log2) => 6 - run_log2 as usize,
+            (false, 4) => 1,
+            (false, _) => 0,
+        }
+    }
+
+    /// Base-2 logarithm of how many rows of the tile lie from one of a lane's rows to the next.
+    const fn rows_log2(&self) -> usize {
+        match (self.of_sums, self.run_log2) {
+            (true, _) | (false, 6) => 4,
+            (false, _) => 3,
+        }
+    }
+
+    /// Whether a scale is loaded with the first of its row: then one word has the codes of all.
+    const fn is_shared(&self, e: usize) -> bool {
+        self.of_sums && self.kind.has_codes() && self.first_of_row(e) != e
+    }
+
+    const fn first_of_row(&self, e: usize) -> usize {
+        e >> self.row_scales_log2() << self.row_scales_log2()
+    }
+
+    /// Where what is loaded for a scale is kept.
+    const fn slot(&self, e: usize, d: usize) -> usize {
+        let e = if self.is_shared(e) {
+            self.first_of_row(e)
+        } else {
+            e
+        };
+        d * self.lane_scales() + e
     }
 }
 
@@ -59,7 +92,7 @@ impl ScalePlace {
     }
 
     /// As the sums of a product lie: lane `4 group + 2 half + run` has the scale of row
-    /// `group + 8 half`. Runs are 64 long.
+    /// `group + 8 half`, or where runs are shorter the scales of 64 elements of it.
     pub fn of_sums() -> Self {
         let lane = UNIT_POS_X as usize;
         ScalePlace {
@@ -72,7 +105,8 @@ impl ScalePlace {
 /// A lane's share of a plane's scales, as they were loaded.
 #[derive(CubeType)]
 pub struct Scales {
-    /// Elements of `W` whose scales these are, for a chunk at zero.
+    /// Elements of `W` whose scales these are, for a chunk at zero; or the scales of the rows, where tiles or
+    /// rows have theirs.
     at: Array<usize>,
     /// Where the plane ends along `k`, less what the lane is ahead of its chunk.
     end: usize,
@@ -93,14 +127,19 @@ impl Scales {
         k: usize,
         #[comptime] blueprint: ScaleBlueprint,
     ) -> Self {
-        let rows_log2 = comptime!(u32::max(blueprint.run_log2, 5) as usize - 2);
+        let rows_log2 = comptime!(blueprint.rows_log2());
         let each_log2 = comptime!(blueprint.row_scales_log2());
         let mut at = Array::<usize>::new(comptime!(blueprint.lane_scales()));
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
             let row = place.row + comptime!((e >> each_log2) << rows_log2);
             let run = comptime!((e & ((1 << each_log2) - 1)) << blueprint.run_log2);
-            at[e] = usize::min(plane_row + row, n - 1) * k + place.run + run;
+            let row = usize::min(plane_row + row, n - 1);
+            if comptime!(blueprint.kind.goes_by_rows()) {
+                at[e] = first_of_row(row, k, blueprint);
+            } else {
+                at[e] = row * k + place.run + run;
+            }
         }
         let slots = comptime!(blueprint.lane_scales() * blueprint.depth);
         let mut codes = Array::<u32>::new(slots);
@@ -132,13 +171,16 @@ impl Scales {
         let inside = at < self.end;
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
-            let slot = comptime!(d * blueprint.lane_scales() + e);
+            let slot = comptime!(blueprint.slot(e, d));
             if comptime!(clear) {
                 self.codes[slot] = 0u32;
                 self.absmax[slot] = 0.0f32;
             }
-            if inside {
-                let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
+            if comptime!(!blueprint.is_shared(e)) && inside {
+                let mut block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
+                if comptime!(blueprint.kind.goes_by_rows()) {
+                    block = self.at[e] + tile_of(at, blueprint);
+                }
                 if comptime!(!blueprint.kind.has_codes()) {
                     self.absmax[slot] = f32::reinterpret(words[view.scales + block]);
                 } else {
@@ -165,7 +207,7 @@ impl Scales {
         #[comptime] d: usize,
         #[comptime] blueprint: ScaleBlueprint,
     ) -> f32 {
-        let slot = comptime!(d * blueprint.lane_scales() + e);
+        let slot = comptime!(blueprint.slot(e, d));
         let mut scale = self.absmax[slot];
         if comptime!(blueprint.kind.has_codes()) {
             let block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
@@ -178,6 +220,29 @@ impl Scales {
             }
         }
         scale
+    }
+}
+
+/// The first scale of a row, where tiles or rows have theirs.
+#[cube]
+fn first_of_row(row: usize, k: usize, #[comptime] blueprint: ScaleBlueprint) -> usize {
+    let wide = comptime!(1usize << blueprint.block_log2);
+    #[comptime]
+    match blueprint.kind {
+        ScaleKind::Tile { rows_log2, .. } => {
+            (row >> comptime!(rows_log2 as usize)) * k.div_ceil(wide)
+        }
+        _ => row,
+    }
+}
+
+/// The tile of a row that the chunk at `at` is in.
+#[cube]
+fn tile_of(at: usize, #[comptime] blueprint: ScaleBlueprint) -> usize {
+    #[comptime]
+    match blueprint.kind {
+        ScaleKind::Tile { .. } => at >> comptime!(blueprint.block_log2 as usize),
+        _ => 0usize.runtime(),
     }
 }
 

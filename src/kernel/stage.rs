@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::fragments::in_fp8_order;
 use super::tensor_core_blueprint::TensorCoreBlueprint;
 
 /// A stage of `x`, see [`x_place`].
@@ -46,6 +47,9 @@ fn x_vector(
     let mut value = Vector::<u32, Const<4>>::new(0u32);
     if row < m && at < k {
         value = x[(row * k + at) / 8];
+        if comptime!(blueprint.code_bits == 8) {
+            value = in_fp8_order(value);
+        }
     }
     value
 }

@@ -18,7 +18,10 @@ use cubecl::cmma::MmaDefinition;
 use cubecl::prelude::*;
 
 use super::decode::PackedView;
-use super::fragments::{CodeTable, Rows, TABLE_BYTES, fill_table, fragment, load_level};
+use super::fragments::{
+    CodeTable, FP8_FACTOR, Rows, TABLE_BYTES, fill_table, find_nan, fp8_fragment, fragment,
+    lane_vectors, load_level, nan_or_zero,
+};
 use super::lora::{LoraBranch, UP_LOADS};
 use super::scales::{CHUNK, ScaleBlueprint, ScaleMap, ScalePlace, Scales, load_offset};
 use super::stage::{load_first_x, load_x, stage_first_x, store_x, x_places};
@@ -89,22 +92,32 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     }
 
     // All loads from global memory are issued before the first value is used.
-    let rows = Rows::new(plane_row, bound, n, k, row_tiles);
+    let code_bits = comptime!(blueprint.code_bits);
+    let rows = Rows::new(plane_row, bound, n, k, row_tiles, code_bits);
     let x_at = x_places(k_plane, blueprint);
     // Unknown to the compiler, which would otherwise mask it again in each look-up.
     let copy = ((UNIT_POS_X & 15) ^ view.zero) * 8;
-    let mut codes =
-        Array::<Vector<u32, Const<4>>>::new(comptime!(2 * row_tiles * blueprint.scales.depth));
+    let vectors = comptime!(lane_vectors(blueprint.code_bits));
+    let mut codes = Array::<Vector<u32, Const<4>>>::new(comptime!(
+        2 * row_tiles * blueprint.scales.depth * vectors
+    ));
+    // Of codes of eight bits: where the lane's rows have NaN.
+    let mut found_nan = Array::<u32>::new(comptime!(2 * row_tiles));
+    #[unroll]
+    for r in 0..comptime!(2 * row_tiles) {
+        found_nan[r] = 0u32;
+    }
     let scale_at = ScalePlace::in_order(scale_blueprint);
     let mut scales = Scales::new(scale_at, plane_row, bound, n, k, scale_blueprint);
     // From a chunk of a plane to its next.
     let step = comptime!(if blueprint.once { CHUNK } else { stage_k });
     let ahead_by = comptime!(usize::max(depth - 1, 1));
-    let clear = comptime!(!blueprint.once);
+    // NaN would be found in what was never loaded.
+    let clear = comptime!(!blueprint.once || blueprint.code_bits == 8);
     #[unroll]
     for d in 0..ahead_by {
         let chunk_at = at + comptime!(d * step);
-        rows.load(packed, &mut codes, chunk_at, d, clear, row_tiles);
+        rows.load(packed, &mut codes, chunk_at, d, clear, row_tiles, code_bits);
         scales.load(words, &view, chunk_at, d, clear, scale_blueprint);
     }
     let mut up = Array::<G>::new(comptime!(2 * row_tiles * UP_LOADS));
@@ -119,7 +132,9 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
     let units = comptime!(blueprint.sums.units());
     let first_x = load_first_x(x, first_stage * stage_k, m, k, blueprint);
     let mut table = CodeTable::new_aligned_slice(TABLE_BYTES, 128usize);
-    fill_table(load_level(words, &view), &mut table, units);
+    if comptime!(code_bits == 4) {
+        fill_table(load_level(words, &view), &mut table, units);
+    }
     let mut map = ScaleMap::new(view.zero, 1usize, units);
     map.load(words, &view, 0usize, units, scale_blueprint);
     map.select(0usize.runtime(), load_offset(words, &view, scale_blueprint));
@@ -181,7 +196,7 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
             let mut inside = true.runtime();
             if comptime!(blueprint.once) {
                 if comptime!(depth > 1) {
-                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles);
+                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles, code_bits);
                     scales.load(words, &view, ahead, slot, clear, scale_blueprint);
                 }
                 // The compiler does not know that this is true: a branch keeps it from moving the
@@ -192,7 +207,7 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
             }
             if inside {
                 if comptime!(!blueprint.once) {
-                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles);
+                    rows.load(packed, &mut codes, ahead, slot, clear, row_tiles, code_bits);
                     scales.load(words, &view, ahead, slot, clear, scale_blueprint);
                     sync_plane();
                 }
@@ -222,32 +237,58 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
                         #[unroll]
                         for row_tile in 0..row_tiles {
                             let slot = comptime!((d * row_tiles + row_tile) * 2);
-                            let upper = codes[slot].extract(q);
-                            let lower = codes[comptime!(slot + 1)].extract(q);
                             // Of a row's 32 codes the first half can have another scale.
                             let each_log2 = comptime!(scale_blueprint.row_scales_log2());
                             let place =
                                 comptime!(((2 * row_tile) << each_log2) + (q >> 1) * each_log2);
                             let upper_scale = row_scales[place];
                             let lower_scale = row_scales[comptime!(place + (1 << each_log2))];
-                            w_first.push(fragment::<F>(
-                                &table,
-                                copy,
-                                upper,
-                                lower,
-                                upper_scale,
-                                lower_scale,
-                                0u32,
-                            ));
-                            w_second.push(fragment::<F>(
-                                &table,
-                                copy,
-                                upper,
-                                lower,
-                                upper_scale,
-                                lower_scale,
-                                2u32,
-                            ));
+                            if comptime!(code_bits == 4) {
+                                let upper = codes[slot].extract(q);
+                                let lower = codes[comptime!(slot + 1)].extract(q);
+                                w_first.push(fragment::<F>(
+                                    &table,
+                                    copy,
+                                    upper,
+                                    lower,
+                                    upper_scale,
+                                    lower_scale,
+                                    0u32,
+                                ));
+                                w_second.push(fragment::<F>(
+                                    &table,
+                                    copy,
+                                    upper,
+                                    lower,
+                                    upper_scale,
+                                    lower_scale,
+                                    2u32,
+                                ));
+                            } else {
+                                let vector = comptime!(slot * 2 + q / 2);
+                                let (uppers, lowers) =
+                                    (codes[vector], codes[comptime!(vector + 2)]);
+                                let at = comptime!(2 * (q % 2));
+                                let (upper, lower) = (uppers.extract(at), lowers.extract(at));
+                                found_nan[comptime!(2 * row_tile)] |= find_nan(upper);
+                                found_nan[comptime!(2 * row_tile + 1)] |= find_nan(lower);
+                                w_first.push(fp8_fragment::<F>(
+                                    upper,
+                                    lower,
+                                    upper_scale,
+                                    lower_scale,
+                                ));
+                                let at = comptime!(2 * (q % 2) + 1);
+                                let (upper, lower) = (uppers.extract(at), lowers.extract(at));
+                                found_nan[comptime!(2 * row_tile)] |= find_nan(upper);
+                                found_nan[comptime!(2 * row_tile + 1)] |= find_nan(lower);
+                                w_second.push(fp8_fragment::<F>(
+                                    upper,
+                                    lower,
+                                    upper_scale,
+                                    lower_scale,
+                                ));
+                            }
                         }
                         #[unroll]
                         for tile in 0..column_tiles {
@@ -280,11 +321,28 @@ pub fn matmul_tensor_core_kernel<F: Float, G: Float>(
                 }
             }
             if comptime!(blueprint.once && depth == 1) {
-                rows.load(packed, &mut codes, ahead, d, clear, row_tiles);
+                rows.load(packed, &mut codes, ahead, d, clear, row_tiles, code_bits);
                 scales.load(words, &view, ahead, d, clear, scale_blueprint);
             }
         }
         at += comptime!(depth * step);
+    }
+
+    if comptime!(code_bits == 8) {
+        #[unroll]
+        for row_tile in 0..row_tiles {
+            #[unroll]
+            for r in 0..2usize {
+                let found = found_nan[comptime!(2 * row_tile + r)];
+                let found = found | plane_shuffle_xor(found, 1u32);
+                let found = found | plane_shuffle_xor(found, 2u32);
+                #[unroll]
+                for tile in 0..column_tiles {
+                    let sum = sums.index_mut(comptime!(row_tile * column_tiles + tile));
+                    sum[r] += Vector::new(nan_or_zero(found));
+                }
+            }
+        }
     }
 
     let target = Target {
@@ -322,7 +380,10 @@ fn row_scales(
     let mut rows = Array::<f32>::new(comptime!(2 * blueprint.row_tiles * each));
     #[unroll]
     for e in 0..comptime!(blueprint.lane_scales()) {
-        let scale = scales.decode(at, map, e, d, blueprint);
+        let mut scale = scales.decode(at, map, e, d, blueprint);
+        if comptime!(blueprint.kind.goes_by_rows()) {
+            scale *= FP8_FACTOR;
+        }
         if comptime!(blueprint.run_log2 == 6) {
             let upper = ((UNIT_POS_X >> 2) << 1) | ((UNIT_POS_X >> 1) & 1);
             rows[comptime!(2 * e)] = plane_shuffle(scale, upper);

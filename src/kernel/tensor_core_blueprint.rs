@@ -11,6 +11,8 @@ pub struct TensorCoreBlueprint {
     /// Which scales a plane needs. `depth` chunks are in registers, the one that is multiplied and
     /// those on their way: two, unless there is only one stage.
     pub scales: ScaleBlueprint,
+    /// Bits of a code, 4 or 8.
+    pub code_bits: usize,
     /// How planes and cubes share the work.
     pub sums: SumsBlueprint,
     /// Chunks along `k` that a plane decodes of each stage of `x`: one, unless there is only one

@@ -15,7 +15,7 @@ use super::product::Product;
 use super::strategy::MatmulVariant;
 use super::tile::{TENSOR_CORE_ROWS, TensorCoreTile, TileRule};
 use crate::error::Nf4Error;
-use crate::format::{FloatType, PackedLayout, QuantType};
+use crate::format::{FloatType, PackedLayout};
 use crate::kernel::decode::ScaleKind;
 use crate::kernel::levels::{Joined, LevelsBlueprint};
 use crate::kernel::scales::{CHUNK, ScaleBlueprint};
@@ -74,14 +74,11 @@ fn check(
         return fail(format!("{m} rows are more than one"));
     }
     let config = layout.config();
-    if config.quant_type.bits() != 4 {
-        return fail(format!("codes of {} bit", config.quant_type.bits()));
-    }
-    // Lanes load 32 codes at a time.
-    let runs = if levels { &[6][..] } else { &[6, 5, 4] };
+    // Lanes load 32 codes at a time, and for `levels` have the scales of 64.
+    let at_once = if levels { 6 } else { 5 };
     let block_log2 = config.block_size.log2();
-    let mut runs = runs.iter().copied();
-    let whole = |log2: u32| k.is_multiple_of(1 << log2.max(5));
+    let whole = |log2: u32| k.is_multiple_of(1 << log2.max(at_once));
+    let mut runs = [6, 5, 4].into_iter();
     let Some(run_log2) = runs.find(|&log2| log2 <= block_log2 && whole(log2)) else {
         let block = config.block_size.elems();
         return fail(format!(
@@ -128,10 +125,15 @@ pub(super) fn levels_blueprint(
     let variant = MatmulVariant::Levels;
     let run_log2 = check(client, layout, product, variant, tile)?;
     let blueprint = LevelsBlueprint {
-        scales: scale_blueprint(layout, run_log2, tile),
+        scales: ScaleBlueprint {
+            of_sums: true,
+            ..scale_blueprint(layout, run_log2, tile)
+        },
+        code_bits: layout.config().quant_type.bits(),
         sums: sums_blueprint(1, false, tile),
         joined,
         paired: tile.depth == 2
+            && run_log2 == 6
             && layout.config().nested_block_size.is_some()
             && product.k.is_multiple_of(2 * CHUNK)
             && product.k <= MAX_PAIRED_K,
@@ -163,6 +165,7 @@ fn scale_blueprint(layout: &PackedLayout, run_log2: u32, tile: TensorCoreTile) -
         run_log2,
         row_tiles: tile.row_tiles,
         depth: tile.depth,
+        of_sums: false,
     }
 }
 
@@ -195,6 +198,7 @@ pub(super) fn blueprint(
     let column_tiles = m.div_ceil(8);
     let mut blueprint = TensorCoreBlueprint {
         scales: scale_blueprint(layout, run_log2, tile),
+        code_bits: layout.config().quant_type.bits(),
         sums: sums_blueprint(column_tiles, bias, tile),
         chunks: tile.chunks,
         // Each value compiles a kernel, so only few.
@@ -255,15 +259,9 @@ pub(super) fn has_fragments(client: &Client, elem: ElemType) -> bool {
         && client.properties().hardware.plane_size_max == 32
 }
 
-/// Whether the device has tensor cores, and kernels that feed them with rows of `k` elements of a weight of
-/// this type, in `dtype`.
-pub(crate) fn has_tensor_cores(
-    client: &Client,
-    dtype: FloatType,
-    quant_type: QuantType,
-    k: usize,
-) -> bool {
-    quant_type.bits() == 4 && has_fragments(client, elem_type(dtype)) && k.is_multiple_of(32)
+/// Whether the device has tensor cores that take rows of `k` elements of a weight, in `dtype`.
+pub(crate) fn has_tensor_cores(client: &Client, dtype: FloatType, k: usize) -> bool {
+    has_fragments(client, elem_type(dtype)) && k.is_multiple_of(32)
 }
 
 /// Whether what one cube writes can be made visible to another in the same launch.

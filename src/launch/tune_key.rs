@@ -17,7 +17,7 @@ pub(crate) struct MatmulKey {
     n: usize,
     pub k: usize,
     pub dtype: FloatType,
-    pub quant_type: QuantType,
+    quant_type: QuantType,
     block_size: usize,
     nested: bool,
     bias: bool,

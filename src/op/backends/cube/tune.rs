@@ -171,9 +171,7 @@ fn key_of(inputs: &Inputs) -> MatmulKey {
 /// Computes a product the way that the sizes alone suggest.
 pub(super) fn by_rule(inputs: Inputs) -> CubeTensor {
     let product = inputs.spec.product();
-    let quant_type = inputs.spec.weight.layout.config().quant_type;
-    let client = &inputs.x.client;
-    let tensor_cores = has_tensor_cores(client, product.dtype, quant_type, product.k);
+    let tensor_cores = has_tensor_cores(&inputs.x.client, product.dtype, product.k);
     MatmulVariant::by_rule(tensor_cores, inputs.spec.cublaslt, product.m)
         .map(Some)
         .chain([None])
@@ -190,7 +188,7 @@ pub(super) fn fastest(inputs: Inputs) -> CubeTensor {
     }
     let client = inputs.x.client.clone();
     let key = key_of(&inputs);
-    let tensor_cores = has_tensor_cores(&client, key.dtype, key.quant_type, key.k);
+    let tensor_cores = has_tensor_cores(&client, key.dtype, key.k);
     let candidates = Candidate::ALL
         .iter()
         .filter(|candidate| candidate.priority(tensor_cores, key.m) > 0)
@@ -224,7 +222,7 @@ fn tunables(client: &Client) -> TunableSet<MatmulKey, Inputs, CubeTensor> {
     for candidate in Candidate::ALL {
         let client = client.clone();
         let priority = move |key: &MatmulKey| {
-            let tensor_cores = has_tensor_cores(&client, key.dtype, key.quant_type, key.k);
+            let tensor_cores = has_tensor_cores(&client, key.dtype, key.k);
             candidate.priority(tensor_cores, key.m)
         };
         let Candidate { variant, tile, .. } = candidate;
