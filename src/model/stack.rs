@@ -245,5 +245,5 @@ fn has_blocks(weight: &BlockWeight) -> bool {
         let inputs = shape.last();
         inputs.is_some_and(|inputs| inputs.is_multiple_of(config.block_size.elems()))
     };
-    weight.config() == config && !weight.is_transposed() && is_whole(&weight.shape())
+    weight.config() == config && !weight.is_transposed() && is_whole(weight.shape())
 }
