@@ -92,7 +92,7 @@ fn plan(
     choice: Choice,
 ) -> Result<MatmulPlan, Nf4Error> {
     let Case { m, n, k, .. } = case;
-    let layout = PackedLayout::new(n * k, case.config);
+    let layout = PackedLayout::for_shape(&[n, k], case.config)?;
     let product = Product { m, n, k, dtype };
     match choice {
         Choice::Default => MatmulPlan::new(client, &layout, product, case.bias, None),
@@ -652,6 +652,14 @@ fn cuda_split_k_from_many_threads() {
 #[cfg(feature = "cuda")]
 #[rstest]
 fn cuda_tensor_core_tiles(
+    #[values(
+        QuantConfig::default(),
+        QuantConfig::of(QuantType::Nvfp4),
+        QuantConfig::of(QuantType::Mxfp4),
+        QuantConfig::of(QuantType::Fp8Block),
+        QuantConfig::of(QuantType::Fp8Channel)
+    )]
+    config: QuantConfig,
     #[values(1, 2)] row_tiles: usize,
     #[values(
         (1, 4, 3, 1), (8, 1, 1, 2), (4, 2, 1, 2), (2, 4, 1, 2), (4, 8, 1, 1), (7, 4, 3, 3),
@@ -672,13 +680,14 @@ fn cuda_tensor_core_tiles(
     };
     let choice = Choice::Tile(MatmulVariant::TensorCore, tile);
     let mut ran = 0;
-    for (m, n, k) in [(1, 80, 1024), (12, 130, 2112), (33, 300, 1536)] {
-        if plan(&client, case(m, n, k), FloatType::BF16, choice).is_ok() {
-            check::<bf16>(&client, case(m, n, k), choice);
-            let branch = Case {
-                rank: 20,
-                ..case(m, n, k)
-            };
+    for (m, n, k) in [(1, 80, 1024), (12, 130, 2144), (33, 300, 1536)] {
+        let case = Case {
+            config,
+            ..case(m, n, k)
+        };
+        if plan(&client, case, FloatType::BF16, choice).is_ok() {
+            check::<bf16>(&client, case, choice);
+            let branch = Case { rank: 20, ..case };
             check::<bf16>(&client, branch, choice);
             ran += 1;
         }
@@ -693,6 +702,16 @@ fn cuda_levels(
     #[values(1, 2)] row_tiles: usize,
     #[values((1, 4, 1), (2, 16, 1), (7, 4, 2), (8, 1, 3))] planes: (usize, usize, usize),
     #[values(false, true)] bias: bool,
+    #[values(
+        QuantConfig::default(),
+        config(QuantType::Fp4, 32, false),
+        config(QuantType::Nf4, 32, true),
+        QuantConfig::of(QuantType::Nvfp4),
+        QuantConfig::of(QuantType::Mxfp4),
+        QuantConfig::of(QuantType::Fp8Block),
+        QuantConfig::of(QuantType::Fp8Channel)
+    )]
+    config: QuantConfig,
 ) {
     let client = client(&Device::cuda(0));
     let (row_planes, k_planes, depth) = planes;
@@ -707,6 +726,7 @@ fn cuda_levels(
         };
         let case = Case {
             bias,
+            config,
             ..case(1, n, k)
         };
         let choice = Choice::Tile(MatmulVariant::Levels, tile);
@@ -734,6 +754,54 @@ fn cuda_levels(
     for refused in [case(2, 64, 64), case(1, 64, 96)] {
         let error = plan(&client, refused, FloatType::BF16, forced).expect_err("impossible");
         assert!(matches!(error, Nf4Error::Variant { .. }), "{error}");
+    }
+}
+
+/// NaN is a code of FP8: the results of its row are NaN, also where `x` is zero, and no others.
+#[cfg(feature = "cuda")]
+#[rstest]
+#[case::levels(MatmulVariant::Levels, 1)]
+#[case::one_row(MatmulVariant::TensorCore, 1)]
+#[case::rows(MatmulVariant::TensorCore, 20)]
+#[case::plain(MatmulVariant::Gemv, 3)]
+fn cuda_nan_codes(
+    #[case] variant: MatmulVariant,
+    #[case] m: usize,
+    #[values(0x7f, 0xff)] nan: u8,
+    #[values([0, 0], [37, 700], [69, 1087], [42, 1024])] at: [usize; 2],
+) {
+    let client = client(&Device::cuda(0));
+    let (n, k) = (70, 1088);
+    let config = QuantConfig::of(QuantType::Fp8Channel);
+    let tensor = BlockTensor::quantize(&values::<bf16>(n * k, 1), &[n, k], config).unwrap();
+    let mut codes = tensor.codes().to_vec();
+    codes[at[0] * k + at[1]] = nan;
+    let (absmax, shape) = (tensor.absmax().clone(), vec![n, k]);
+    let (block, dtype) = (tensor.block_size(), tensor.dtype());
+    let tensor =
+        BlockTensor::from_parts(codes, absmax, shape, block, dtype, config.quant_type).unwrap();
+    let plan = plan(
+        &client,
+        Case {
+            config,
+            ..case(m, n, k)
+        },
+        FloatType::BF16,
+        Choice::Forced(variant),
+    )
+    .unwrap();
+    let out = client.empty(plan.out_bytes());
+    let operands = Operands {
+        x: client.create_from_slice(&vec![0; m * k * 2]),
+        packed: client.create_from_slice(bytemuck::cast_slice(&tensor.to_packed())),
+        bias: None,
+        lora: None,
+    };
+    plan.launch(operands, out.clone()).unwrap();
+    let read = client.read_one(out).expect("the kernel ran");
+    let got: Vec<bf16> = bytemuck::pod_collect_to_vec(&read[..m * n * 2]);
+    for (i, value) in got.iter().enumerate() {
+        assert_eq!(value.is_nan(), i % n == at[0], "{i}: {value}");
     }
 }
 
