@@ -2,6 +2,8 @@
 //! in, against a product in f64 of the decoded weight.
 #![cfg(feature = "cube")]
 
+#[cfg(feature = "cuda")]
+use QuantType::{Fp4, Fp8Block, Fp8Channel, Mxfp4, Nf4, Nvfp4};
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
@@ -652,14 +654,6 @@ fn cuda_split_k_from_many_threads() {
 #[cfg(feature = "cuda")]
 #[rstest]
 fn cuda_tensor_core_tiles(
-    #[values(
-        QuantConfig::default(),
-        QuantConfig::of(QuantType::Nvfp4),
-        QuantConfig::of(QuantType::Mxfp4),
-        QuantConfig::of(QuantType::Fp8Block),
-        QuantConfig::of(QuantType::Fp8Channel)
-    )]
-    config: QuantConfig,
     #[values(1, 2)] row_tiles: usize,
     #[values(
         (1, 4, 3, 1), (8, 1, 1, 2), (4, 2, 1, 2), (2, 4, 1, 2), (4, 8, 1, 1), (7, 4, 3, 3),
@@ -668,7 +662,6 @@ fn cuda_tensor_core_tiles(
     shape: (usize, usize, usize, usize),
     #[values(1, 3)] k_cubes: usize,
 ) {
-    let client = client(&Device::cuda(0));
     let (row_planes, k_planes, chunks, depth) = shape;
     let tile = TensorCoreTile {
         row_tiles,
@@ -678,6 +671,37 @@ fn cuda_tensor_core_tiles(
         depth,
         k_cubes,
     };
+    check_tile(tile, QuantConfig::default());
+}
+
+/// The formats with scales and codes of another kind; of rows that end within a chunk too.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_tensor_core_formats(
+    #[values((1, 1, 4, 3, 1), (2, 4, 1, 1, 2), (1, 2, 4, 4, 2))] shape: (
+        usize,
+        usize,
+        usize,
+        usize,
+        usize,
+    ),
+    #[values(Nvfp4, Mxfp4, Fp8Block, Fp8Channel)] quant_type: QuantType,
+) {
+    let (row_tiles, row_planes, k_planes, chunks, depth) = shape;
+    let tile = TensorCoreTile {
+        row_tiles,
+        row_planes,
+        k_planes,
+        chunks,
+        depth,
+        k_cubes: 1,
+    };
+    check_tile(tile, QuantConfig::of(quant_type));
+}
+
+#[cfg(feature = "cuda")]
+fn check_tile(tile: TensorCoreTile, config: QuantConfig) {
+    let client = client(&Device::cuda(0));
     let choice = Choice::Tile(MatmulVariant::TensorCore, tile);
     let mut ran = 0;
     for (m, n, k) in [(1, 80, 1024), (12, 130, 2144), (33, 300, 1536)] {
@@ -702,20 +726,48 @@ fn cuda_levels(
     #[values(1, 2)] row_tiles: usize,
     #[values((1, 4, 1), (2, 16, 1), (7, 4, 2), (8, 1, 3))] planes: (usize, usize, usize),
     #[values(false, true)] bias: bool,
+) {
+    let shapes = [(80, 1024), (333, 2112), (16, 64), (4096, 4096)];
+    check_levels(row_tiles, planes, bias, QuantConfig::default(), &shapes);
+    let client = client(&Device::cuda(0));
+    let forced = Choice::Forced(MatmulVariant::Levels);
+    for refused in [case(2, 64, 64), case(1, 64, 96)] {
+        let error = plan(&client, refused, FloatType::BF16, forced).expect_err("impossible");
+        assert!(matches!(error, Nf4Error::Variant { .. }), "{error}");
+    }
+}
+
+/// The formats with shorter runs, and with codes of eight bits.
+#[cfg(feature = "cuda")]
+#[rstest]
+fn cuda_levels_formats(
+    #[values((1, 1, 4, 1), (2, 7, 4, 2))] planes: (usize, usize, usize, usize),
     #[values(
-        QuantConfig::default(),
-        config(QuantType::Fp4, 32, false),
-        config(QuantType::Nf4, 32, true),
-        QuantConfig::of(QuantType::Nvfp4),
-        QuantConfig::of(QuantType::Mxfp4),
-        QuantConfig::of(QuantType::Fp8Block),
-        QuantConfig::of(QuantType::Fp8Channel)
+        config(Fp4, 32, false),
+        config(Nf4, 32, true),
+        QuantConfig::of(Nvfp4),
+        QuantConfig::of(Mxfp4),
+        QuantConfig::of(Fp8Block),
+        QuantConfig::of(Fp8Channel)
     )]
     config: QuantConfig,
 ) {
+    let (row_tiles, row_planes, k_planes, depth) = planes;
+    let planes = (row_planes, k_planes, depth);
+    let shapes = [(80, 1024), (333, 2112), (16, 64)];
+    check_levels(row_tiles, planes, row_tiles == 2, config, &shapes);
+}
+
+#[cfg(feature = "cuda")]
+fn check_levels(
+    row_tiles: usize,
+    (row_planes, k_planes, depth): (usize, usize, usize),
+    bias: bool,
+    config: QuantConfig,
+    shapes: &[(usize, usize)],
+) {
     let client = client(&Device::cuda(0));
-    let (row_planes, k_planes, depth) = planes;
-    for (n, k) in [(80, 1024), (333, 2112), (16, 64), (4096, 4096usize)] {
+    for &(n, k) in shapes {
         let tile = TensorCoreTile {
             row_tiles,
             row_planes,
@@ -739,21 +791,13 @@ fn cuda_levels(
         };
         check::<bf16>(&client, branch, choice);
         for x_log2 in [60, 17, -20, -60] {
-            check::<bf16>(
-                &client,
-                Case {
-                    x_log2,
-                    bias: false,
-                    ..case
-                },
-                choice,
-            );
+            let case = Case {
+                x_log2,
+                bias: false,
+                ..case
+            };
+            check::<bf16>(&client, case, choice);
         }
-    }
-    let forced = Choice::Forced(MatmulVariant::Levels);
-    for refused in [case(2, 64, 64), case(1, 64, 96)] {
-        let error = plan(&client, refused, FloatType::BF16, forced).expect_err("impossible");
-        assert!(matches!(error, Nf4Error::Variant { .. }), "{error}");
     }
 }
 

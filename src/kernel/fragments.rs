@@ -80,6 +80,7 @@ impl Rows {
 
     /// Loads the lane's codes of the chunk at `at` into slot `d`, 32 of each row; past the end of
     /// the plane, where `x` is zero, the slot stays as it is or is cleared.
+    #[allow(clippy::too_many_arguments)]
     pub fn load(
         &self,
         packed: &[Vector<u32, Const<4>>],

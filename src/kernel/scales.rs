@@ -50,7 +50,7 @@ impl ScaleBlueprint {
 
     /// Whether a scale is loaded with the first of its row: then one word has the codes of all.
     const fn is_shared(&self, e: usize) -> bool {
-        self.of_sums && self.kind.has_codes() && self.first_of_row(e) != e
+        self.kind.has_codes() && self.first_of_row(e) != e
     }
 
     const fn first_of_row(&self, e: usize) -> usize {
