@@ -72,7 +72,7 @@ impl ExpertStack {
     /// [`Nf4Error::ElementCount`] for no experts, [`Nf4Error::NotAMatrix`] for a weight of another rank,
     /// [`Nf4Error::Shape`] and [`Nf4Error::Dtype`] for one of another shape or form than the first,
     /// [`Nf4Error::Config`] for a transposed one, [`Nf4Error::Device`] for one on another device. Each names the
-    /// expert.
+    /// expert. [`Nf4Error::Length`] for a weight whose tensor a mapper replaced by one of another length.
     pub fn new(experts: &[BlockWeight]) -> Result<Self, Nf4Error> {
         let Some(first) = experts.first() else {
             return Err(Nf4Error::ElementCount {
@@ -120,7 +120,8 @@ impl ExpertStack {
     /// Separate weights of zeros, to load a record into. Their memory is taken when they are first used.
     ///
     /// # Errors
-    /// [`Nf4Error::ElementCount`] for no experts or an impossible shape.
+    /// [`Nf4Error::ElementCount`] for no experts or an impossible shape, [`Nf4Error::Blocks`],
+    /// [`Nf4Error::BlockSize`] and [`Nf4Error::Scales`] for one, or settings, that the type has not.
     pub fn zeros(
         experts: usize,
         [out_features, in_features]: [usize; 2],
