@@ -172,11 +172,12 @@ impl Scales {
         #[unroll]
         for e in 0..comptime!(blueprint.lane_scales()) {
             let slot = comptime!(blueprint.slot(e, d));
-            if comptime!(clear) {
+            let loads = comptime!(!blueprint.is_shared(e));
+            if comptime!(clear && loads) {
                 self.codes[slot] = 0u32;
                 self.absmax[slot] = 0.0f32;
             }
-            if comptime!(!blueprint.is_shared(e)) && inside {
+            if comptime!(loads) && inside {
                 let mut block = (self.at[e] + at) >> comptime!(blueprint.block_log2 as usize);
                 if comptime!(blueprint.kind.goes_by_rows()) {
                     block = self.at[e] + tile_of(at, blueprint);
