@@ -4,7 +4,10 @@
 //! along the rows of `W` and the short one (8) along the few rows of `x`. Each lane decodes just
 //! the elements of `W` that the instruction wants from it, straight into its registers: the order
 //! of `k` inside of a product is free as long as both sides agree, so a lane takes 32 neighbouring
-//! codes with one 16-byte load and hands them over four at a time.
+//! codes with one 16-byte load (of FP8 with two) and hands them over four at a time.
+//!
+//! FP8 (E4M3) needs no table: its bits are those of an f16 with another bias, see `fp8_pair` in
+//! [`fragments`](super::fragments).
 //!
 //! The values multiplied are those that dequantization gives, rounded to the dtype of `x`; sums
 //! are in f32.
