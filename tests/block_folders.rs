@@ -72,6 +72,15 @@ fn compressed_nvfp4() -> Value {
     compressed("nvfp4-pack-quantized", groups, &["lm_head"])
 }
 
+/// Inputs are multiplied with a Hadamard matrix first.
+fn transformed() -> Value {
+    let mut config = compressed_nvfp4();
+    let apply = json!([{"targets": ["Linear"], "location": "input"}]);
+    config["quantization_config"]["transform_config"] =
+        json!({"config_groups": {"u": {"type": "hadamard", "apply": apply}}});
+    config
+}
+
 fn compressed_mxfp4() -> Value {
     let groups = json!({"group_0": group(mxfp4(), &["Linear"])});
     compressed("mxfp4-pack-quantized", groups, &["lm_head"])
@@ -318,6 +327,11 @@ fn other_formats_are_told(#[case] weights: Value, #[case] format: &str, #[case] 
     model("nvfp4_modelopt_17x64"),
     modelopt("FP8"),
     "to be quantized as fp8channel"
+)]
+#[case(
+    model("nvfp4_ct_17x64"),
+    transformed(),
+    "transforms of weights or inputs"
 )]
 #[case(model("nvfp4_ct_17x64"), json!({}), "not there")]
 #[case(model("nvfp4_ct_17x64"), json!({"quantization_config": {"load_in_4bit": true}}), "no weight is quantized")]

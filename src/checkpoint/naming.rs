@@ -86,6 +86,15 @@ impl Naming {
                 return Some(Self::Blocks);
             }
         }
+        // Without its blocks it is a weight that lacks something, not a parameter that is called so.
+        if let Some(scales) = info(SCALES)
+            && scales.dtype == Dtype::U8
+            && scales.shape.len() > 2
+            && !has(BLOCKS)
+            && !has("")
+        {
+            return Some(Self::Blocks);
+        }
         match info("")?.dtype {
             Dtype::F8_E4M3 if has(SCALE) || has(SCALE_INV) => Some(Self::Fp8),
             Dtype::U8 if has(SCALE) || has(SCALE_2) => Some(Self::Bytes),

@@ -45,6 +45,14 @@ pub(super) fn claim(part: String, value: &Value) -> QuantClaim {
             &format!("weights in {format}"),
         ));
     }
+    let transforms = value.get("transform_config");
+    let transforms = transforms.and_then(|it| it.get("config_groups")?.as_object());
+    if transforms.is_some_and(|groups| !groups.is_empty()) {
+        groups.push(unreadable(
+            "transform_config",
+            "transforms of weights or inputs",
+        ));
+    }
     QuantClaim {
         ignore: strings(value.get("ignore")),
         quantizes_cache: value.get("kv_cache_scheme").is_some_and(Value::is_object),

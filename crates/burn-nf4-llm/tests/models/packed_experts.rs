@@ -368,13 +368,29 @@ fn experts_that_are_missing_are_refused_by_name() {
     );
 }
 
-/// Scales that are left alone are told with the weights that are missing.
+/// Wherever they are read: they are no parameter of their own.
 #[test]
 fn scales_without_blocks_are_refused_by_name() {
-    let error = refused(|tensors| drop(tensors.remove(&format!("{DOWN}_blocks"))));
-    assert!(error.contains(&format!("{DOWN}_scales")), "{error}");
+    let blocks = format!("{DOWN}_blocks");
+    let error = refused(|tensors| drop(tensors.remove(&blocks)));
+    assert!(error.contains(&blocks), "{error}");
+    let file = SafetensorsFile::open(fixture(FOLDER).join("model.safetensors")).unwrap();
+    let mut tensors = stored::read(&file);
+    tensors.remove(&blocks);
+    let folder = tempfile::tempdir().unwrap();
+    stored::write(folder.path(), &tensors);
+    let config = stored::config_of(&fixture(FOLDER)).to_string();
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let faults = source.faults();
     assert!(
-        error.contains("model.layers.1.mlp.experts.0.down_proj.weight"),
-        "{error}"
+        faults
+            .iter()
+            .any(|fault| fault.to_string().contains(&blocks)),
+        "{faults:?}"
     );
+    let out = folder.path().join("dense");
+    let error = dequantize_checkpoint(&source, &out, &DequantizeOptions::default(), quiet);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains(&blocks), "{error}");
 }

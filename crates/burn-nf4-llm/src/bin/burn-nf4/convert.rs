@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use burn_nf4::Nf4Error;
 use burn_nf4::checkpoint::{
-    Checkpoint, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, quantize_checkpoint,
-    verify,
+    Checkpoint, DequantizeOptions, QuantizeOptions, dequantize_checkpoint, is_expert,
+    quantize_checkpoint, verify,
 };
 use burn_nf4::format::{BlockSize, QuantConfig, QuantType};
 use burn_nf4_llm::ModelError;
@@ -157,7 +157,8 @@ pub struct Quantization {
     #[arg(long, value_name = "MODULE")]
     skip: Vec<String>,
     /// Quantize the experts of a mixture too, which must be stored one by one (transformers 5.17 does not
-    /// load those). With --to mxfp4 the stacks of gpt-oss alone, as openai publishes them
+    /// load those in nf4 and fp4; in nvfp4 and mxfp4 it does, and not those that stay in floats). With --to
+    /// mxfp4 the stacks of gpt-oss alone, as openai publishes them
     #[arg(long)]
     experts: bool,
     /// Quantize the output head too. One that is tied to the embeddings becomes a weight of its own, and
@@ -235,7 +236,13 @@ fn quantize(paths: &Paths, settings: Quantization) -> Result<String, Nf4Error> {
     }
     let bar = Bar::new("quantize");
     let converted = quantize_checkpoint(&source, &paths.folder, &options, |now| bar.show(now))?;
-    Ok(summary("quantized", &converted, &paths.folder))
+    let mut text = summary("quantized", &converted, &paths.folder);
+    let keeps_experts = !options.experts && source.parameters().into_iter().any(is_expert);
+    if keeps_experts && !options.config.quant_type.is_bitsandbytes() {
+        text += "note: the experts stay in floats, and transformers 5.24 does not load a mixture with such experts in \
+                 this format; --experts packs them\n";
+    }
+    Ok(text)
 }
 
 /// A tensor that has all experts of a layer in it, as transformers 5 holds them.

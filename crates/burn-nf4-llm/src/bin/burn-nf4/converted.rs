@@ -21,6 +21,9 @@ pub fn summary(what: &str, converted: &Converted, folder: &Path) -> String {
         written.files.len(),
         folder.display()
     );
+    if converted.converted == 0 {
+        text += &format!("note: nothing was {what}\n");
+    }
     text += &loss_table(converted);
     for (quant_type, count) in &converted.requantized {
         text += &format!(

@@ -96,6 +96,9 @@ impl MergeArgs {
                  the adapter had moved them by {:.3e}; the largest error is {:.3e}\n",
                 loss.relative_rms, loss.relative_update, loss.max_abs
             );
+            if loss.relative_rms > 0.5 * loss.relative_update {
+                text += "warning: that is more than half of what was trained; a merge without --requantize keeps it\n";
+            }
         }
         text
     }
