@@ -2,8 +2,6 @@
 //! in, against a product in f64 of the decoded weight.
 #![cfg(feature = "cube")]
 
-#[cfg(feature = "cuda")]
-use QuantType::{Fp4, Fp8Block, Fp8Channel, Mxfp4, Nf4, Nvfp4};
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_nf4::Nf4Error;
@@ -15,7 +13,11 @@ use burn_nf4::launch::{
 };
 use cubecl::prelude::Client;
 use half::{bf16, f16};
-use rstest::rstest;
+#[cfg(feature = "cuda")]
+use {
+    QuantType::{Fp4, Fp8Block, Fp8Channel, Mxfp4, Nf4, Nvfp4},
+    rstest::rstest,
+};
 
 /// Bytes that are NaN in every float type; outputs are filled with them before a launch.
 const POISON: u8 = 0xff;
@@ -50,6 +52,10 @@ fn floats<T: FloatElement>(values: &[T]) -> Vec<f32> {
 enum Choice {
     Default,
     Forced(MatmulVariant),
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(dead_code, reason = "tiles are of CUDA's kernels")
+    )]
     Tile(MatmulVariant, TensorCoreTile),
 }
 
