@@ -25,8 +25,7 @@ impl StackLayout {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if an image has not `n * k` elements, or rows of another length that matters to its
-    /// scales, [`Nf4Error::ElementCount`] for no experts, or
-    /// more elements than can be addressed.
+    /// scales, [`Nf4Error::ElementCount`] for no experts, or more elements than can be addressed.
     pub fn of_images(
         image: PackedLayout,
         experts: usize,
@@ -48,8 +47,7 @@ impl StackLayout {
     ///
     /// # Errors
     /// [`Nf4Error::Length`] if it has not `experts * n * k` elements, or rows of another length that matters to
-    /// its scales, [`Nf4Error::ElementCount`] if that is
-    /// none, or more than can be addressed.
+    /// its scales, [`Nf4Error::ElementCount`] if that is none, or more than can be addressed.
     pub fn of_whole(
         whole: PackedLayout,
         experts: usize,

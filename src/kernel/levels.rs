@@ -9,8 +9,8 @@
 //! Of the eight columns of the instruction's other side, the even ones hold `x` where the first half
 //! of a chunk is and zeros elsewhere, the odd ones the other way round; so the sums of both runs of
 //! a chunk come out apart. Of shorter runs, each of four columns holds a quarter of the chunk, and where a
-//! quarter is two runs, these are multiplied one after the other. Elements of `x` in bf16 are brought into the range of f16 by a power of
-//! two.
+//! quarter is two runs, these are multiplied one after the other. Elements of `x` in bf16 are brought into
+//! the range of f16 by a power of two.
 //!
 //! Sources: those of [`tensor_core`](super::tensor_core).
 
